@@ -1,0 +1,95 @@
+"""How trajectories become the tensors of one step, and how a step is cut into micro-batches and ranks."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rl.types import Batch, Completion, Prompt, Trajectory
+
+
+def trajectory(prompt: Prompt, completion: Completion, reward: float, parts: dict[str, float]) -> Trajectory:
+    """Join a prompt and one completion of it, token in, token out."""
+    p, n = len(prompt.token_ids), len(completion.token_ids)
+    return Trajectory(
+        group=prompt.ordinal,
+        token_ids=[*prompt.token_ids, *completion.token_ids],
+        mask=[False] * p + [True] * n,
+        logprobs=[0.0] * p + list(completion.logprobs),
+        versions=[-1] * p + list(completion.versions),
+        reward=reward,
+        reward_parts=parts,
+        finish_reason=completion.finish_reason,
+    )
+
+
+def collate(trajectories: list[Trajectory]) -> Batch:
+    """Right-pad trajectories to [B, T + 1] and shift them, here and nowhere else, so that column t predicts t + 1."""
+    length = max(len(t.token_ids) for t in trajectories)
+
+    def pad(rows: list[list[Any]], value: float, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=dtype)
+
+    return Batch(
+        input_ids=pad([t.token_ids for t in trajectories], 0, torch.long),
+        mask=pad([t.mask for t in trajectories], False, torch.bool)[:, 1:],
+        rollout_logprobs=pad([t.logprobs for t in trajectories], 0.0, torch.float32)[:, 1:],
+        versions=pad([t.versions for t in trajectories], -1, torch.long)[:, 1:],
+        rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float32),
+        group_ids=torch.tensor([t.group for t in trajectories], dtype=torch.long),
+    )
+
+
+def lengths(batch: Batch) -> Tensor:
+    """Columns [B] each row needs: up to its last sampled token, for causal attention sees nothing behind it."""
+    columns = torch.arange(1, batch.mask.shape[1] + 1)
+    return (batch.mask * columns).amax(dim=1)
+
+
+def take(batch: Batch, rows: Tensor) -> Batch:
+    """The given rows [R] of a batch, cut to the columns that they need.
+
+    No rows give one row whose mask is empty: a forward and backward pass of it runs every layer and adds nothing.
+    """
+    chosen = rows if len(rows) else torch.zeros(1, dtype=torch.long)
+    width = int(lengths(batch)[chosen].max())
+    picked: dict[str, Any] = {}
+    for f in fields(batch):
+        value = getattr(batch, f.name)
+        if value is not None:
+            value = value[chosen]
+            if value.dim() == 2:
+                value = value[:, : width + (f.name == "input_ids")]
+        picked[f.name] = value
+    if not len(rows):
+        picked["mask"] = torch.zeros_like(picked["mask"])
+    return replace(batch, **picked)
+
+
+def micro_batches(row_lengths: Tensor, rows: Tensor, *, ranks: int, budget: int) -> list[list[Tensor]]:
+    """Cut rows into micro-batches of at most `budget` padded tokens, the same number of them on every rank.
+
+    Rows are dealt longest first to the rank with the least work, and each rank's share is filled from short to long.
+    Returns one list of row indices per rank; a rank with less to do gets empty ones (ZeRO 2 and 3 communicate inside
+    backward, so unequal counts would hang). A row longer than the budget travels alone.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for row in sorted(rows.tolist(), key=lambda r: (-int(row_lengths[r]), r)):
+        rank = min(range(ranks), key=lambda r: (load[r], r))
+        shares[rank].append(row)
+        load[rank] += int(row_lengths[row])
+    cut = [_fill(row_lengths, share[::-1], budget) for share in shares]
+    most = max(len(c) for c in cut)
+    return [c + [torch.empty(0, dtype=torch.long)] * (most - len(c)) for c in cut]
+
+
+def _fill(row_lengths: Tensor, rows: list[int], budget: int) -> list[Tensor]:
+    out: list[list[int]] = []
+    for row in rows:
+        if out and (len(out[-1]) + 1) * int(row_lengths[row]) <= budget:
+            out[-1].append(row)
+        else:
+            out.append([row])
+    return [torch.tensor(m, dtype=torch.long) for m in out]

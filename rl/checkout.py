@@ -1,0 +1,29 @@
+"""Do the three packages come from one checkout? Their names are generic, so another `trainer` on the path is likely."""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("rl", "rollout", "trainer")
+
+
+def verify() -> None:
+    """Raise ImportError when `rollout` or `trainer` would be imported from somewhere else than `rl`."""
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve().parent if spec and spec.origin else None
+        if found != ROOT / name:
+            raise ImportError(
+                f"`import {name}` would load {found or 'nothing'}, but this is unison-rl in {ROOT}. Another package "
+                f"named {name!r} comes first on sys.path: take it off PYTHONPATH, or run from a clean virtual "
+                f"environment with `pip install -e {ROOT}`."
+            )
+
+
+def digest() -> str:
+    """SHA-256 over the sources of the three packages: equal on every node when they run the same code."""
+    h = hashlib.sha256()
+    for path in sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py")):
+        h.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return h.hexdigest()[:16]

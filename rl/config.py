@@ -1,0 +1,176 @@
+"""The whole run as one value: every setting, its unit and its default."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rl.corrections import TruncatedIS
+from rl.objectives import GSPO, Objective
+from rl.rewards import Reward
+from rl.types import Data
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """The engines."""
+
+    engines: int = 1
+    """How many vLLM engines sample; each is one Ray actor."""
+    tensor_parallel: int = 1
+    """GPUs of one engine."""
+    max_tokens: int = 256
+    """Most tokens of one completion."""
+    max_model_len: int = 1024
+    """Most tokens of prompt and completion together."""
+    max_num_seqs: int = 64
+    """Most sequences that one engine decodes at a time."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    prefix_cache: bool = True
+    """Share a group's prompt; entries are salted with the weight version, so that none outlives its weights."""
+    async_scheduling: bool = False
+    """vLLM's own default is on; it stays off until parity with it on has been shown on your platform."""
+    enforce_eager: bool | None = None
+    """Skip compilation and CUDA graphs. None: on CPU only."""
+    gpu_memory_utilization: float = 0.85
+    """Share of a GPU's memory for one engine: weights and KV cache."""
+    kv_cache_gib: float = 1.0
+    """KV cache of one engine on CPU, GiB."""
+    threads: int = 1
+    """OpenMP threads of one engine on CPU."""
+    seeded: bool = True
+    """Give every sample its own seed, so that its tokens do not depend on what else is in the batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """The learner."""
+
+    ranks: int = 1
+    """Data-parallel DeepSpeed ranks; each is one Ray actor."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """What DeepSpeed shards: 1 optimizer states, 2 and gradients, 3 and weights. (0 is wrong with bf16.)"""
+    lr: float = 1e-6
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """From the peak to 0 over the run's steps."""
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    epochs: int = 1
+    """Passes over each batch."""
+    minibatches: int = 1
+    """Optimizer steps per pass."""
+    micro_batch_tokens: int = 4096
+    """Most padded tokens of one forward pass."""
+    gradient_checkpointing: bool = False
+    skip_zero_advantage: bool = True
+    """Leave out rows that provably have no gradient (zero advantage, no KL, no entropy bonus, no critic)."""
+    threads: int = 1
+    """OpenMP threads of one rank on CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deadlines:
+    """How long each wait may take, in seconds, before the run ends with a message that says who waited for whom."""
+
+    start_s: float = 900.0
+    sample_s: float = 1800.0
+    reward_s: float = 60.0
+    step_s: float = 1800.0
+    sync_s: float = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where the numbers go."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto: online when you are logged in, else offline. Never a prompt for a key."""
+    project: str = "unison-rl"
+    samples_per_step: int = 4
+    """Decoded trajectories kept in samples.jsonl per step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run. Both sides of every decision that costs parity are set by one value here."""
+
+    name: str
+    """Folder of the run under `output_dir`, and its name in W&B."""
+    model: str
+    """Local folder or hub name of a causal language model."""
+    data: Callable[[], Data]
+    """Called once, on the driver."""
+    reward: Reward
+    objective: Objective = field(default_factory=GSPO)
+    steps: int = 100
+    prompts_per_step: int = 8
+    group_size: int = 8
+    """Completions of each prompt."""
+    max_staleness: int = 0
+    """Weight versions that a sample may be behind when its step begins. 0 is synchronous and on-policy."""
+    old_logprobs: Literal["recompute", "rollout"] = "recompute"
+    """The proximal policy: the trainer's own log-probabilities at the start of the step, or the engine's."""
+    correction: TruncatedIS | None = None
+    """Importance weight old / rollout on the policy loss. None, or e.g. TruncatedIS(level="token", cap=2.0)."""
+    temperature: float = 1.0
+    """Of sampling, and of the trainer's log-probabilities."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the model body, in the engine and in the trainer (whose master weights are always fp32)."""
+    fp32_head: bool = True
+    """Compute logits in fp32, in the engine and in the trainer."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    share_gpu: bool = False
+    """Engine and learner share one GPU; weights travel by CUDA IPC instead of NCCL."""
+    eval_every: int = 0
+    """Steps between evaluations on the held-out sets; 0 evaluates before and after only."""
+    eval_samples: int = 1
+    """Completions per held-out problem."""
+    eval_temperature: float | None = None
+    """None: the run's temperature."""
+    verify_every: int = 0
+    """Steps between digest checks of every tensor at every engine; the first update is always checked."""
+    save_final: bool = True
+    """Export the trained model (safetensors and tokenizer) into the run's folder."""
+    chat_template_kwargs: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+    output_dir: str = "runs"
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def check(config: Config) -> None:
+    """Raise ValueError, with the remedy, for settings that cannot work together. Starts and loads nothing."""
+    for name in ("steps", "prompts_per_step", "group_size", "eval_samples"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    if config.max_staleness < 0:
+        raise ValueError(f"max_staleness={config.max_staleness} must be at least 0 (0 is synchronous)")
+    if config.temperature <= 0:
+        raise ValueError(
+            f"temperature={config.temperature}: greedy samples have no log-probability to learn from; use a "
+            "temperature above 0 (eval_temperature may be 0)"
+        )
+    if config.objective.group_relative and config.group_size < 2:
+        raise ValueError(
+            f"group_size=1 gives {type(config.objective).__name__} only zero advantages, for it compares samples of "
+            "one prompt: use group_size >= 2, or PPO, whose critic is the baseline"
+        )
+    r = config.rollout
+    if (r.top_p, r.top_k, r.min_p) != (1.0, 0, 0.0):
+        raise ValueError(
+            f"top_p={r.top_p}, top_k={r.top_k}, min_p={r.min_p}: truncated sampling renormalises the engine's "
+            "log-probabilities over the kept tokens, and the trainer does not replay that support yet, so every "
+            "ratio would be biased. Use top_p=1, top_k=0, min_p=0; shape the sampling with temperature instead"
+        )
+    if r.max_tokens >= r.max_model_len:
+        raise ValueError(f"rollout.max_tokens={r.max_tokens} leaves no room for a prompt in {r.max_model_len} tokens")
+    t = config.trainer
+    rows = config.prompts_per_step * config.group_size
+    if t.minibatches > rows:
+        raise ValueError(f"trainer.minibatches={t.minibatches} exceeds the {rows} sequences of a step")

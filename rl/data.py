@@ -1,0 +1,27 @@
+"""Which prompt comes next: an endless, seeded stream of ordinals over the training set."""
+
+import random
+from collections.abc import Iterator
+
+from rl.types import Prompt
+
+
+def stream(prompts: list[Prompt], seed: int) -> Iterator[Prompt]:
+    """Epoch after epoch of the given prompts, each in an order of its own, numbered by position in the stream.
+
+    Raises ValueError for an empty list.
+    """
+    if not prompts:
+        raise ValueError("the training data is empty: `Config.data()` returned no `train` examples")
+    ordinal, epoch = 0, 0
+    while True:
+        order = random.Random(f"{seed}/{epoch}").sample(range(len(prompts)), len(prompts))
+        for index in order:
+            yield Prompt(ordinal=ordinal, token_ids=prompts[index].token_ids, task=prompts[index].task)
+            ordinal += 1
+        epoch += 1
+
+
+def sample_seed(seed: int, ordinal: int) -> int:
+    """Seed of a group's first sample; the next samples count up from it. Fits 31 bits."""
+    return random.Random(f"{seed}:{ordinal}").randrange(2**31 - 2**12)

@@ -1,0 +1,47 @@
+"""All that the loop sees of the engines, the trainer and the tokenizer. Fakes of these drive its unit tests."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from rl.types import Batch, Completion
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncReport:
+    """One published update: seconds in all, seconds in which generation stood still, bytes sent to each engine."""
+
+    seconds: float
+    pause_seconds: float
+    bytes: int
+    verified: bool
+    """Whether every engine's digests were compared with the sender's."""
+
+
+class Rollouts(Protocol):
+    """The engines as one."""
+
+    async def sample(
+        self, token_ids: list[int], n: int, *, seed: int | None, temperature: float | None = None
+    ) -> list[Completion]:
+        """n completions of one prompt; `temperature=None` means the run's."""
+        ...
+
+
+class Learner(Protocol):
+    """The trainer's ranks as one."""
+
+    async def step(self, batch: Batch) -> dict[str, float]:
+        """Train on the batch of one step and return its metrics."""
+        ...
+
+    async def publish(self, version: int) -> SyncReport:
+        """Give every engine the current weights as `version`; returns when all of them have committed it."""
+        ...
+
+
+class Tracker(Protocol):
+    """Where the numbers go."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record one step."""
+        ...

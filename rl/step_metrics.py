@@ -1,0 +1,32 @@
+"""What a batch of trajectories says before any training: rewards, lengths, staleness."""
+
+from collections import defaultdict
+from statistics import fmean, pstdev
+
+from rl.types import Trajectory
+
+
+def batch_metrics(trajectories: list[Trajectory], version: int, group_size: int) -> dict[str, float]:
+    """Metrics (DESIGN: names in docs/metrics.md) of one step that begins while the engines hold `version`."""
+    rewards = [t.reward for t in trajectories]
+    lengths = [sum(t.mask) for t in trajectories]
+    groups: dict[int, list[float]] = defaultdict(list)
+    for t in trajectories:
+        groups[t.group].append(t.reward)
+    ages = [version - v for t in trajectories for v, m in zip(t.versions, t.mask, strict=True) if m]
+    versions = [len({v for v, m in zip(t.versions, t.mask, strict=True) if m}) for t in trajectories]
+    metrics = {
+        "reward/mean": fmean(rewards),
+        "reward/std": pstdev(rewards),
+        "response_length/mean": fmean(lengths),
+        "response_length/max": float(max(lengths)),
+        "response_length/truncated_frac": fmean(t.finish_reason == "length" for t in trajectories),
+        "staleness/mean": fmean(ages),
+        "staleness/max": float(max(ages)),
+        "staleness/versions_per_sample": fmean(versions),
+    }
+    if group_size > 1:
+        metrics["reward/frac_zero_std"] = fmean(pstdev(g) == 0 for g in groups.values())
+    for name in trajectories[0].reward_parts:
+        metrics[f"reward/{name}/mean"] = fmean(t.reward_parts[name] for t in trajectories)
+    return metrics

@@ -1,0 +1,110 @@
+"""What travels between rollout, loop and trainer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One problem as the data set states it: chat messages (or plain text), and what the reward needs to judge."""
+
+    prompt: str | list[dict[str, str]]
+    task: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run learns from, and the held-out sets it is judged on."""
+
+    train: list[Example]
+    evals: Mapping[str, list[Example]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One position of the data stream. `ordinal` is never reused, so it also names the group."""
+
+    ordinal: int
+    token_ids: list[int]
+    task: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What the engine sampled: `logprobs[i]` (nats) and `versions[i]` belong to `token_ids[i]`."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    versions: list[int]
+    finish_reason: FinishReason
+    cached_prompt_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a reward function sees: the decoded completion, whether it ended by itself, and the example's task."""
+
+    text: str
+    finished: bool
+    task: Mapping[str, Any]
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """A judged sequence. All lists have the length of `token_ids`; entry i speaks about token i.
+
+    `mask[i]` is True where the policy sampled token i. Outside the mask `logprobs` is 0 and `versions` is -1.
+    """
+
+    group: int
+    token_ids: list[int]
+    mask: list[bool]
+    logprobs: list[float]
+    versions: list[int]
+    reward: float
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
+    finish_reason: FinishReason = "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The tensors of one optimizer step, right-padded.
+
+    Column t of every [B, T] tensor belongs to the prediction of `input_ids[:, t + 1]`; nothing downstream shifts.
+    `rollout_logprobs` is the behaviour policy, `old_logprobs` the proximal one, `ref_logprobs` the reference (nats).
+    """
+
+    input_ids: Int[Tensor, "B T+1"]
+    mask: Bool[Tensor, "B T"]
+    rollout_logprobs: Float[Tensor, "B T"]
+    versions: Int[Tensor, "B T"]
+    rewards: Float[Tensor, " B"]
+    group_ids: Int[Tensor, " B"]
+    old_logprobs: Float[Tensor, "B T"] | None = None
+    ref_logprobs: Float[Tensor, "B T"] | None = None
+    values: Float[Tensor, "B T"] | None = None
+
+    def to_device(self, device: torch.device) -> "Batch":
+        """The same batch with every tensor on `device`."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: None if t is None else t.to(device) for n, t in tensors.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOutput:
+    """What the trained policy says now about every column (nats)."""
+
+    logprobs: Float[Tensor, "B T"]
+    entropy: Float[Tensor, "B T"]
+    values: Float[Tensor, "B T"] | None = None
+
+
+Metrics = dict[str, torch.Tensor]

@@ -1,0 +1,69 @@
+"""What travels when the trainer's weights go to the engines: names, types, shapes, and the digest that proves arrival."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 20
+_HORNER = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorMeta:
+    """One tensor on the wire: HF name, dtype name without `torch.`, full shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightManifest:
+    """Everything one update holds, in the order it travels. `digests` by name, where they were asked for."""
+
+    version: int
+    tensors: tuple[TensorMeta, ...]
+    digests: dict[str, str]
+
+
+@cache
+def _weights(device: torch.device) -> Tensor:
+    """Odd pseudo-random 64-bit multipliers, one for each position of a chunk."""
+    i = torch.arange(1, _CHUNK + 1, dtype=torch.int64, device=device)
+    i.mul_(-7046029254386353131)  # Fibonacci hashing; then a finaliser constant of MurmurHash3's family
+    return i.bitwise_xor_(i >> 29).mul_(-4658895280553007687).bitwise_or_(1)
+
+
+def digest(tensor: Tensor) -> str:
+    """64-bit digest of a tensor's dtype, shape and exact bits, equal on CPU and GPU.
+
+    sum_i bits_i * mix(i) in wrapping 64-bit integers, mix(i) a pseudo-random odd multiplier of the position: a
+    changed, lost, swapped or shifted value changes it. It guards against faults, not against forgery.
+    """
+    flat = tensor.detach().contiguous().view(-1)
+    bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    weights, total = _weights(flat.device), 0
+    for part in bits.split(_CHUNK):
+        total = (total * _HORNER + int((part * weights[: part.numel()]).sum())) % 2**64
+    return f"{str(tensor.dtype)[6:]}{list(tensor.shape)}:{total:016x}"
+
+
+def check_complete(sent: set[str], expected: set[str], receiver: str) -> None:
+    """Raise ValueError, before anything is sent, when an update would leave a tensor out or bring an unknown one."""
+    missing, unknown = sorted(expected - sent), sorted(sent - expected)
+    if missing or unknown:
+        raise ValueError(
+            f"the trainer's weights do not match what {receiver} loads: "
+            f"{len(missing)} missing (first: {missing[:3]}), {len(unknown)} unknown (first: {unknown[:3]}). "
+            "A fused weight that is sent in part is silently garbage, so nothing was sent."
+        )
+
+
+def check_digests(sent: dict[str, str], received: dict[str, str], receiver: str) -> None:
+    """Raise RuntimeError that names the first tensor whose bits at the receiver are not the sender's."""
+    for name, want in sent.items():
+        got = received.get(name, "nothing")
+        if got != want:
+            raise RuntimeError(f"weight {name!r} arrived at {receiver} as {got}, but {want} was sent")

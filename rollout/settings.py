@@ -1,0 +1,66 @@
+"""How vLLM V1 is set up so that its log-probabilities mean what the loss thinks: one place, each line with its reason."""
+
+from typing import Any
+
+from rl.config import Config
+
+TRANSFER_ENGINES = {"nccl": "unison_nccl", "ipc": "unison_ipc", "gloo": "unison_gloo"}
+
+
+def engine_args(config: Config, *, device: str, backend: str, model: str) -> dict[str, Any]:
+    """Keyword arguments of `AsyncEngineArgs` for one engine of a run on `device` ("cpu" or "cuda")."""
+    r = config.rollout
+    cpu = device == "cpu"
+    args: dict[str, Any] = {
+        "model": model,
+        "dtype": config.dtype,
+        "seed": config.seed,
+        "max_model_len": r.max_model_len,
+        "max_num_seqs": r.max_num_seqs,
+        "tensor_parallel_size": r.tensor_parallel,
+        # V1 returns log-probabilities from before temperature and penalties unless told otherwise; the loss needs
+        # those of the distribution that was sampled from.
+        "logprobs_mode": "processed_logprobs",
+        # Logits in fp32 on both sides: bf16 rounds them on a grid coarser than GSPO's clip range.
+        "hf_overrides": {"head_dtype": "float32" if config.fp32_head else config.dtype},
+        # A hit on KV from older weights would undo the update; `cache_salt` in engine.py keeps versions apart, and
+        # a group's samples still share their prompt.
+        "enable_prefix_caching": r.prefix_cache,
+        # Overlaps scheduling with the forward pass; stays off until parity with it on has been shown.
+        "async_scheduling": r.async_scheduling,
+        # A model's own generation_config (top_k, top_p, temperature) must not slip into the sampler.
+        "generation_config": "vllm",
+        "enforce_eager": cpu if r.enforce_eager is None else r.enforce_eager,
+        "worker_extension_cls": "rollout.weights.WorkerExtension",
+        "weight_transfer_config": {"backend": TRANSFER_ENGINES[backend]},
+        "disable_log_stats": True,
+    }
+    if cpu:
+        # CPU's default of 128 tokens per block is longer than most prompts, which then never hit the prefix cache.
+        args |= {"block_size": 32, "kv_cache_memory_bytes": int(r.kv_cache_gib * 2**30)}
+        # vLLM rewinds the generator of a seeded request whose prompt is split, which CPU generators cannot do: it
+        # kills the engine. Unsplit prompts have nothing to rewind.
+        args |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(2048, r.max_model_len)}
+    else:
+        args |= {"gpu_memory_utilization": r.gpu_memory_utilization}
+    return args
+
+
+def engine_env(config: Config, *, device: str, backend: str) -> dict[str, str]:
+    """Environment of an engine's actor process; it must be set before torch and vLLM are imported."""
+    env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if backend == "ipc":
+        # CUDA IPC handles are Python tuples; they only travel over this actor's own local socket.
+        env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    if device == "cpu":
+        env |= {
+            # The worker then runs inside the engine-core process: two processes an engine instead of three.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "OMP_NUM_THREADS": str(config.rollout.threads),
+            # GNU OpenMP's spinning threads starve the other actor on a small machine.
+            "OMP_WAIT_POLICY": "passive",
+            "GOMP_SPINCOUNT": "0",
+            # Otherwise the first request for log-probabilities compiles a C++ kernel for 10 to 47 s.
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+    return env

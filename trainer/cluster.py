@@ -1,0 +1,410 @@
+"""Everything that knows Ray: starts engines and learner ranks as actors, and speaks for them in the loop's protocols."""
+
+import asyncio
+import importlib
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import ray
+import torch
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rl import checkout
+from rl.batch import collate, trajectory
+from rl.config import Config
+from rl.loop import StallError
+from rl.protocols import SyncReport
+from rl.types import Batch, Completion, Prompt
+from rl.weights import check_complete, check_digests
+from rollout.settings import engine_env
+from trainer.placement import Placement
+
+PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
+"""Mean |trainer - engine| in nats of the probe after a verified update; bf16 is noisy even against itself."""
+
+
+class Host:
+    """One actor process. Builds its object there, so that the driver imports neither vLLM nor DeepSpeed."""
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a free port on it."""
+        with socket.socket() as s:
+            s.bind(("", 0))
+            return ray.util.get_node_ip_address(), s.getsockname()[1]
+
+    def pid(self) -> int:
+        """This process."""
+        return os.getpid()
+
+    def build(self, target: str, sources: str, kwargs: dict[str, Any]) -> None:
+        """Make the hosted object: `target` is "module:Class". Raises ImportError when this node runs other code."""
+        if checkout.digest() != sources:
+            raise ImportError(
+                f"node {socket.gethostname()} runs other sources of unison-rl ({checkout.ROOT}) than the driver: "
+                "put the same checkout there"
+            )
+        module, name = target.split(":")
+        self.object = getattr(importlib.import_module(module), name)(**kwargs)
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the hosted object."""
+        return getattr(self.object, method)(*args, **kwargs)
+
+    def connect(self, client: "EngineClient", **channel: Any) -> None:
+        """On a learner rank: open the weight channel. Here, because only this file may hand rollout to trainer."""
+        from rollout.sender import open_sender
+
+        self.object.connect(lambda weights, rank: open_sender(weights=weights, rank=rank, client=client, **channel))
+        self.client = client
+
+    def publish(self, version: int, digesting: bool) -> Any:
+        """On a learner rank: send the weights of now as `version`."""
+        self.client.version = version
+        return self.object.publish(version, digesting)
+
+
+class AsyncHost(Host):
+    """The same for an object whose methods are coroutines."""
+
+    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Await a method of the hosted object."""
+        return await getattr(self.object, method)(*args, **kwargs)
+
+
+class EngineClient:
+    """vLLM's four control calls, to all engines at once, with a deadline; used on learner rank 0."""
+
+    def __init__(self, engines: list[Any], workers_per_engine: int, deadline_s: float) -> None:
+        self.engines, self.workers, self.deadline_s = engines, workers_per_engine, deadline_s
+        self.version = 0
+
+    def _all(self, method: str, *args: Any) -> None:
+        refs = [engine.call.remote(method, *args) for engine in self.engines]
+        self._wait(refs, method)
+
+    def _wait(self, refs: list[Any], what: str) -> None:
+        try:
+            ray.get(refs, timeout=self.deadline_s)
+        except ray.exceptions.GetTimeoutError:
+            done, late = ray.wait(refs, num_returns=len(refs), timeout=0)
+            names = [i for i, ref in enumerate(refs) if ref in late]
+            raise StallError(
+                f"the learner waited {self.deadline_s:g} s for engines {names} to {what} "
+                f"(weight version {self.version})"
+            ) from None
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Every engine gets a rank range of its own (vLLM's Ray client gives all of them the same)."""
+        refs = []
+        for index, engine in enumerate(self.engines):
+            mine = dict(init_info)
+            if "rank_offset" in mine:
+                mine["rank_offset"] = 1 + index * self.workers
+            refs.append(engine.call.remote("init_weight_transfer_engine", mine))
+        self._wait(refs, "join the weight channel")
+
+    def start_weight_update(self) -> None:
+        """Begin."""
+        self._all("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive."""
+        self._all("update_weights", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Commit, as the version that `publish` set: vLLM's own senders give none."""
+        self._all("finish_weight_update", self.version)
+
+
+class Cluster:
+    """The actors of one run."""
+
+    def __init__(self, config: Config, placement: Placement, model: str, probe: list[int]) -> None:
+        self.config, self.placement, self.model, self.probe = config, placement, model, probe
+        self.engines: list[Any] = []
+        self.learners: list[Any] = []
+        self.pids: list[int] = []
+        self.started_ray = False
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start every actor, in parallel, and open the weight channel between them."""
+        c, p = self.config, self.placement
+        self.started_ray = start_ray(p)
+        options = self._actor_options()
+        env = {"PYTHONPATH": os.pathsep.join([str(checkout.ROOT), os.environ.get("PYTHONPATH", "")])}
+        engine_vars = env | engine_env(c, device=p.device, backend=p.backend)
+        learner_vars = env | ({"OMP_NUM_THREADS": str(c.trainer.threads)} if p.device == "cpu" else {})
+        for index in range(p.engines):
+            engine = ray.remote(AsyncHost).options(
+                **options[index], max_concurrency=4096, runtime_env={"env_vars": engine_vars}
+            )
+            self.engines.append(engine.remote())
+        for index in range(p.learners):
+            learner = ray.remote(Host).options(**options[p.engines + index], runtime_env={"env_vars": learner_vars})
+            self.learners.append(learner.remote())
+        address, ports = await self._addresses()
+        sources, deadline = checkout.digest(), c.deadlines.start_s
+        common = {"config": _without_functions(c), "model": self.model, "device": p.device}
+        builds = [
+            answer(
+                e.build.remote("rollout.engine:Engine", sources, common | {"backend": p.backend}),
+                f"the driver waited {{s}} s for engine {i} to start",
+                deadline,
+            )
+            for i, e in enumerate(self.engines)
+        ] + [
+            answer(
+                a.build.remote(
+                    "trainer.learner:Learner", sources, common | {"rank": i, "address": address, "port": ports[0]}
+                ),
+                f"the driver waited {{s}} s for learner rank {i} to start",
+                deadline,
+            )
+            for i, a in enumerate(self.learners)
+        ]
+        await asyncio.gather(*builds)
+        await self.ask_engines("start")
+        await self._connect(address, ports[1])
+
+    def _actor_options(self) -> list[dict[str, Any]]:
+        p = self.placement
+        if p.device == "cpu":
+            return [{"num_cpus": 1}] * (p.engines + p.learners)
+        if p.backend == "ipc":
+            bundles, index = [{"GPU": 1.0, "CPU": 2.0}], [0, 0]
+        else:
+            bundles = [{"GPU": p.gpus_per_engine, "CPU": 1.0}] * p.engines
+            bundles += [{"GPU": p.gpus_per_learner, "CPU": 1.0}] * p.learners
+            index = list(range(len(bundles)))
+        group = placement_group(bundles, strategy="PACK")
+        ray.get(group.ready(), timeout=self.config.deadlines.start_s)
+        gpus = [p.gpus_per_engine] * p.engines + [p.gpus_per_learner] * p.learners
+        return [
+            {"num_cpus": 1, "num_gpus": n, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, i)}
+            for n, i in zip(gpus, index, strict=True)
+        ]
+
+    async def _addresses(self) -> tuple[str, list[int]]:
+        """Where learner rank 0 is found: its address, and two free ports."""
+        late = "the driver waited {s} s for the process of learner rank 0 to start"
+        found = [await answer(self.learners[0].address.remote(), late, 300) for _ in range(2)]
+        return ("127.0.0.1" if self.started_ray else found[0][0]), [port for _, port in found]
+
+    async def _connect(self, address: str, port: int) -> None:
+        c, p = self.config, self.placement
+        names = await self.ask_learners("names")
+        for index, expected in enumerate(await self.ask_engines("expected_weights")):
+            check_complete(names[0], expected, f"engine {index}")
+        client = EngineClient(self.engines, c.rollout.tensor_parallel, c.deadlines.sync_s)
+        channel = {
+            "backend": p.backend,
+            "address": address,
+            "port": port,
+            "world_size": 1 + p.engines * c.rollout.tensor_parallel,
+            "timeout_s": c.deadlines.sync_s,
+        }
+        await gather_answers(
+            [a.connect.remote(client, **channel) for a in self.learners],
+            "the driver waited {s} s for learner rank {i} to open the weight channel",
+            c.deadlines.start_s,
+        )
+        self.pids = [await answer(a.pid.remote(), "{s} s for a pid", 60) for a in [*self.engines, *self.learners]]
+
+    async def close(self) -> None:
+        """End every actor, and Ray if this run started it. Safe to call at any moment, also twice."""
+        closing = [e.call.remote("close") for e in self.engines]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=15)
+        for actor in [*self.engines, *self.learners]:
+            ray.kill(actor)
+        self.engines, self.learners = [], []
+        if self.started_ray:
+            ray.shutdown()
+            self.started_ray = False
+
+    # -- asking --------------------------------------------------------------------------------------------------
+
+    async def ask_engines(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
+        """Call every engine; StallError names the first that is late."""
+        return await gather_answers(
+            [e.call.remote(method, *args) for e in self.engines],
+            f"the driver waited {{s}} s for engine {{i}} to {method}",
+            deadline_s or self.config.deadlines.sync_s,
+        )
+
+    async def ask_learners(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
+        """Call every learner rank; StallError names the first that is late."""
+        return await gather_answers(
+            [a.call.remote(method, *args) for a in self.learners],
+            f"the driver waited {{s}} s for learner rank {{i}} to {method}",
+            deadline_s or self.config.deadlines.step_s,
+        )
+
+
+class RayRollouts:
+    """`rl.protocols.Rollouts` over the engines: each group goes to the engine with the fewest samples under way."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.load = [0] * len(cluster.engines)
+
+    async def sample(
+        self, token_ids: list[int], n: int, *, seed: int | None, temperature: float | None = None
+    ) -> list[Completion]:
+        """n completions of one prompt."""
+        index = min(range(len(self.load)), key=lambda i: self.load[i])
+        self.load[index] += n
+        try:
+            return await answer(
+                self.cluster.engines[index].call.remote("sample", token_ids, n, seed, temperature),
+                f"the driver waited {{s}} s for engine {index} to sample {n} completions",
+                self.cluster.config.deadlines.sample_s,
+            )
+        finally:
+            self.load[index] -= n
+
+
+class RayLearner:
+    """`rl.protocols.Learner` over the ranks."""
+
+    def __init__(self, cluster: Cluster, *, start_version: int = 0) -> None:
+        self.cluster = cluster
+        self.first = start_version + 1
+
+    async def step(self, batch: Batch) -> dict[str, float]:
+        """Train on one step's batch; all ranks return the same metrics."""
+        return (await self.cluster.ask_learners("step", ray.put(batch)))[0]
+
+    async def publish(self, version: int) -> SyncReport:
+        """Pause, send, commit, resume. When it fails the engines stay paused: they may hold half an update."""
+        cluster, config = self.cluster, self.cluster.config
+        every = config.verify_every
+        verify = version == self.first or bool(every and version % every == 0)
+        began = time.perf_counter()
+        if verify:
+            await cluster.ask_engines("listen_to_weights", True)
+        await cluster.ask_engines("pause")
+        manifests = await gather_answers(
+            [a.publish.remote(version, verify) for a in cluster.learners],
+            f"the driver waited {{s}} s for learner rank {{i}} to publish version {version}",
+            config.deadlines.sync_s,
+        )
+        pauses = await cluster.ask_engines("resume")
+        seconds = time.perf_counter() - began
+        if verify:
+            for index, workers in enumerate(await cluster.ask_engines("received_digests")):
+                for digests in workers:
+                    check_digests(manifests[0].digests, digests, f"engine {index}")
+            await cluster.ask_engines("listen_to_weights", False)
+            await self._probe(version)
+        sizes = {"bfloat16": 2, "float32": 4, "float16": 2}
+        size = sum(torch.Size(t.shape).numel() * sizes[t.dtype] for t in manifests[0].tensors)
+        return SyncReport(seconds=seconds, pause_seconds=max(pauses), bytes=size, verified=verify)
+
+    async def _probe(self, version: int) -> None:
+        """Do the loaded weights act like the sent ones? Digests show what arrived, not what CPU packing made of it."""
+        config = self.cluster.config
+        for index, engine in enumerate(self.cluster.engines):
+            sampled = await answer(
+                engine.call.remote("sample", self.probe_prompt.token_ids, 1, 0, None, 16),
+                f"the driver waited {{s}} s for engine {index} to sample the probe",
+                config.deadlines.sync_s,
+            )
+            batch = collate([trajectory(self.probe_prompt, sampled[0], 0.0, {})])
+            trainer = (await self.cluster.ask_learners("logprobs", batch))[0]
+            gap = float((trainer - batch.rollout_logprobs)[batch.mask].abs().mean())
+            limit = PROBE_TOLERANCE[config.dtype]
+            if not gap <= limit:
+                raise RuntimeError(
+                    f"after update {version}, engine {index} and the trainer disagree by {gap:.2e} nats on average "
+                    f"about the engine's own tokens (limit {limit:g}), although every tensor arrived: the engine "
+                    "did not load what it received"
+                )
+
+    @property
+    def probe_prompt(self) -> Prompt:
+        """The fixed prompt of the probe."""
+        return Prompt(ordinal=-1, token_ids=self.cluster.probe, task={})
+
+
+# -- waiting -----------------------------------------------------------------------------------------------------
+
+
+async def answer(ref: Any, late: str, deadline_s: float) -> Any:
+    """Await one actor's answer; StallError with `late` ({s} is the deadline) when it does not come in time."""
+    try:
+        return await asyncio.wait_for(_unwrapped(ref), deadline_s)
+    except TimeoutError:
+        raise StallError(late.replace("{s}", f"{deadline_s:g}") + f". Logs of all actors: {log_folder()}") from None
+
+
+async def gather_answers(refs: list[Any], late: str, deadline_s: float) -> list[Any]:
+    """Await the same question to several actors; in `late`, {i} is the index of the one that is late."""
+    return await asyncio.gather(*(answer(r, late.replace("{i}", str(i)), deadline_s) for i, r in enumerate(refs)))
+
+
+async def _unwrapped(ref: Any) -> Any:
+    try:
+        return await ref
+    except ray.exceptions.RayTaskError as error:
+        raise error.as_instanceof_cause() from None
+
+
+@contextmanager
+def quiet_environment() -> Iterator[None]:
+    """Ray prints warnings about defaults that change; ours are set here, and do not outlive the call."""
+    wanted = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def start_ray(placement: Placement) -> bool:
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine; returns whether it was started."""
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level="warning")
+        return False
+    with quiet_environment():
+        ray.init(
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            num_cpus=max(os.cpu_count() or 1, placement.engines + placement.learners),
+            _node_ip_address="127.0.0.1",
+        )
+    return True
+
+
+def cluster_gpus() -> float:
+    """GPUs of the cluster that RAY_ADDRESS names, else of this machine."""
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level="warning", ignore_reinit_error=True)
+        return ray.cluster_resources().get("GPU", 0.0)
+    return float(torch.cuda.device_count())
+
+
+def log_folder() -> str:
+    """Where Ray keeps the output of every actor of this session."""
+    node = ray.worker.global_worker.node
+    return f"{node.get_session_dir_path()}/logs" if node else "Ray's session folder"
+
+
+def _without_functions(config: Config) -> Config:
+    """The config as actors get it: the data and the reward stay on the driver."""
+    return replace(config, data=_stays_on_driver, reward=_stays_on_driver)
+
+
+def _stays_on_driver(*_: Any) -> Any:
+    raise AssertionError("data and reward are called on the driver only")

@@ -1,0 +1,92 @@
+"""Which actor gets which device: pure arithmetic on the config, checked against what there is."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rl.config import Config
+
+Device = Literal["cpu", "cuda"]
+Backend = Literal["gloo", "nccl", "ipc"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """What one run asks of the cluster, and the weight channel that follows from it."""
+
+    device: Device
+    backend: Backend
+    engines: int
+    learners: int
+    gpus_per_engine: float
+    gpus_per_learner: float
+
+    @property
+    def gpus(self) -> float:
+        """GPUs in all."""
+        return self.engines * self.gpus_per_engine + self.learners * self.gpus_per_learner
+
+    def table(self) -> list[tuple[str, str]]:
+        """Rows for the terminal."""
+        place = f"{{}} GPU{'s' if self.gpus != 1 else ''}" if self.device == "cuda" else "1 CPU process"
+        engine, learner = place.format(f"{self.gpus_per_engine:g}"), place.format(f"{self.gpus_per_learner:g}")
+        return [
+            ("engines", f"{self.engines} x {engine}"),
+            ("learner ranks", f"{self.learners} x {learner}"),
+            ("weight channel", self.backend),
+        ]
+
+
+def plan(config: Config, *, cuda: bool) -> Placement:
+    """The placement of a run on a cluster that has GPUs, or has none. Raises ValueError for what cannot be."""
+    device: Device = ("cuda" if cuda else "cpu") if config.device == "auto" else config.device
+    engines, tp, ranks = config.rollout.engines, config.rollout.tensor_parallel, config.trainer.ranks
+    for name, value in (("rollout.engines", engines), ("rollout.tensor_parallel", tp), ("trainer.ranks", ranks)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if device == "cpu":
+        if tp > 1:
+            raise ValueError(f"rollout.tensor_parallel={tp} needs GPUs; on CPU use rollout.engines to scale")
+        if config.share_gpu:
+            raise ValueError("share_gpu=True needs a GPU, and this run is on CPU: leave it off, or set device=cuda")
+        return Placement(
+            device="cpu", backend="gloo", engines=engines, learners=ranks, gpus_per_engine=0, gpus_per_learner=0
+        )
+    if config.share_gpu:
+        if (engines, tp, ranks) != (1, 1, 1):
+            raise ValueError(
+                f"share_gpu=True is one engine and one rank on one GPU, but rollout.engines={engines}, "
+                f"rollout.tensor_parallel={tp}, trainer.ranks={ranks}: set all to 1, or share_gpu=False"
+            )
+        return Placement(
+            device="cuda", backend="ipc", engines=1, learners=1, gpus_per_engine=0.5, gpus_per_learner=0.5
+        )
+    return Placement(
+        device="cuda", backend="nccl", engines=engines, learners=ranks, gpus_per_engine=tp, gpus_per_learner=1
+    )
+
+
+def check_fits(placement: Placement, *, gpus: float) -> None:
+    """Raise ValueError, naming both numbers, when a run asks for more GPUs than the cluster has."""
+    if placement.gpus > gpus:
+        raise ValueError(
+            f"this run needs {placement.gpus:g} GPUs ({placement.engines} engines x {placement.gpus_per_engine:g} + "
+            f"{placement.learners} learner ranks x {placement.gpus_per_learner:g}), but the cluster has {gpus:g}. "
+            "Lower rollout.engines, rollout.tensor_parallel or trainer.ranks; on one GPU use --share-gpu; add nodes "
+            "with scripts/cluster"
+        )
+
+
+def memory_estimate(config: Config, parameters: int) -> dict[str, float]:
+    """GiB by what it is for: weights are bf16 or fp32, masters, gradients and Adam's two moments are fp32."""
+    t, size = config.trainer, {"bfloat16": 2, "float32": 4}[config.dtype]
+    shard = {1: (1, 1, t.ranks), 2: (1, t.ranks, t.ranks), 3: (t.ranks, t.ranks, t.ranks)}[t.zero_stage]
+    gib = parameters / 2**30
+    estimate = {
+        "learner rank: weights": size * gib / shard[0],
+        "learner rank: gradients": 4 * gib / shard[1],
+        "learner rank: fp32 masters and Adam": 12 * gib / shard[2],
+        "engine: weights, each GPU": size * gib / config.rollout.tensor_parallel,
+    }
+    if config.objective.kl_coef:
+        estimate["learner rank: reference model"] = size * gib
+    return estimate

@@ -1,0 +1,95 @@
+"""Where the numbers go: Weights & Biases, metrics.jsonl and the terminal, all under the same names."""
+
+import json
+import math
+import netrc
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rl.config import TrackingConfig
+from rl.types import Trajectory
+
+
+def wandb_mode(config: TrackingConfig) -> str:
+    """online when asked for, or when a key is at hand; never a prompt for one."""
+    if config.wandb != "auto":
+        return {"off": "disabled"}.get(config.wandb, config.wandb)
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    try:
+        known = "api.wandb.ai" in netrc.netrc().hosts
+    except (FileNotFoundError, netrc.NetrcParseError):
+        known = False
+    return "online" if known or os.environ.get("WANDB_API_KEY") else "offline"
+
+
+@dataclass(kw_only=True)
+class RunTracker:
+    """The record of one run; `close` may be called at any moment and leaves readable files."""
+
+    folder: Path
+    config: TrackingConfig
+    name: str
+    settings: dict[str, Any]
+    show: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.metrics_file = (self.folder / "metrics.jsonl").open("w")
+        self.samples_file = (self.folder / "samples.jsonl").open("w")
+        self.wandb: Any = None
+        mode = wandb_mode(self.config)
+        if mode != "disabled":
+            import wandb
+
+            self.wandb = wandb.init(
+                project=self.config.project,
+                name=self.name,
+                dir=str(self.folder),
+                config=self.settings,
+                mode=mode,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record one step everywhere. A NaN is written as null, which JSON can hold."""
+        row = {"step": float(step), **metrics}
+        self.history.append(row)
+        clean = {k: (v if math.isfinite(v) else None) for k, v in row.items()}
+        self.metrics_file.write(json.dumps(clean) + "\n")
+        self.metrics_file.flush()
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=step)
+        self.show(step, metrics)
+
+    def samples(self, step: int, trajectories: list[Trajectory], decode: Callable[[list[int]], str]) -> None:
+        """Keep a few trajectories as text; all of them when step is -1 (set aside as broken)."""
+        kept = trajectories if step < 0 else trajectories[: self.config.samples_per_step]
+        for t in kept:
+            prompt = [i for i, m in zip(t.token_ids, t.mask, strict=True) if not m]
+            reply = [i for i, m in zip(t.token_ids, t.mask, strict=True) if m]
+            row = {
+                "step": step,
+                "prompt_ordinal": t.group,
+                "prompt": decode(prompt),
+                "reply": decode(reply),
+                "reward": t.reward,
+                "finish_reason": t.finish_reason,
+                "versions": sorted({v for v, m in zip(t.versions, t.mask, strict=True) if m}),
+            }
+            if step < 0:
+                row |= {"token_ids": reply, "logprobs": [repr(x) for x in t.logprobs]}
+            self.samples_file.write(json.dumps(row) + "\n")
+        self.samples_file.flush()
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """Finish the W&B run with the summary's numbers, and close the files."""
+        self.metrics_file.close()
+        self.samples_file.close()
+        if self.wandb is not None:
+            self.wandb.summary.update({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
+            self.wandb.finish(exit_code=0 if summary.get("status") == "finished" else 1)

@@ -1,0 +1,64 @@
+"""The trainer's weights as they leave: HF names, full tensors, gathered layer by layer over the ranks."""
+
+from collections.abc import Iterator
+
+import deepspeed
+from torch import Tensor, nn
+
+from rl.weights import TensorMeta, WeightManifest, digest
+
+
+class LearnerWeights:
+    """The tensors that the engines need, in a fixed order; iterating is a collective over all ranks under ZeRO-3.
+
+    A tied head has one name, a value head is not sent. With `digesting` on, every tensor is digested as it leaves.
+    """
+
+    def __init__(self, hf: nn.Module, *, sharded: bool) -> None:
+        self.parameters = dict(hf.named_parameters())
+        self.sharded = sharded
+        self.digesting = False
+        self.digests: dict[str, str] = {}
+
+    def metadata(self) -> list[TensorMeta]:
+        """Names, dtypes and full shapes, without gathering anything."""
+        return [
+            TensorMeta(
+                name=name,
+                dtype=str(p.dtype).removeprefix("torch."),
+                shape=tuple(p.ds_shape if self.sharded else p.shape),
+            )
+            for name, p in self.parameters.items()
+        ]
+
+    def manifest(self, version: int) -> WeightManifest:
+        """What the last pass over the tensors sent."""
+        return WeightManifest(version=version, tensors=tuple(self.metadata()), digests=dict(self.digests))
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self.digests = {}
+        for group in _layers(list(self.parameters)):
+            parameters = [self.parameters[name] for name in group]
+            # Per layer: gathering tensor by tensor is twice as slow, and all at once needs the whole model in memory.
+            with deepspeed.zero.GatheredParameters(parameters, enabled=self.sharded):
+                for name, parameter in zip(group, parameters, strict=True):
+                    # The gathered storage is freed on leaving; a consumer may still be copying from it then.
+                    tensor = parameter.detach().clone() if self.sharded else parameter.detach()
+                    if self.digesting:
+                        self.digests[name] = digest(tensor)
+                    yield name, tensor
+
+
+def _layers(names: list[str]) -> list[list[str]]:
+    """Consecutive names that share everything before their first number."""
+    groups: list[list[str]] = []
+    last: object = None
+    for name in names:
+        parts = name.split(".")
+        number = next((i for i, p in enumerate(parts) if p.isdigit()), None)
+        key = name if number is None else tuple(parts[: number + 1])
+        if key != last:
+            groups.append([])
+        groups[-1].append(name)
+        last = key
+    return groups
