@@ -46,6 +46,8 @@ config = Config(
     group_size=8,
     eval_every=10,
     eval_samples=3,
+    # Few laptops have bf16 units; in fp32 the engine and the trainer agree to six digits.
+    dtype="float32",
     rollout=RolloutConfig(max_tokens=12, max_model_len=128, max_num_seqs=96),
     trainer=TrainerConfig(lr=3e-5, micro_batch_tokens=2048),
 )

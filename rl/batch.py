@@ -67,29 +67,42 @@ def take(batch: Batch, rows: Tensor) -> Batch:
     return replace(batch, **picked)
 
 
-def micro_batches(row_lengths: Tensor, rows: Tensor, *, ranks: int, budget: int) -> list[list[Tensor]]:
-    """Cut rows into micro-batches of at most `budget` padded tokens, the same number of them on every rank.
+def micro_batches(
+    batch: Batch, rows: Tensor, *, ranks: int, budget: int, share_prompts: bool
+) -> list[list[Tensor]]:
+    """Cut rows into micro-batches of about `budget` tokens, the same number of them on every rank.
 
-    Rows are dealt longest first to the rank with the least work, and each rank's share is filled from short to long.
-    Returns one list of row indices per rank; a rank with less to do gets empty ones (ZeRO 2 and 3 communicate inside
-    backward, so unequal counts would hang). A row longer than the budget travels alone.
+    With `share_prompts` the rows of a group stay together and its prompt counts once. Units (groups, or rows) are
+    dealt largest first to the rank with the least work. Returns one list of row indices per rank; a rank with less to
+    do gets empty ones (ZeRO 2 and 3 communicate inside backward, so unequal counts would hang). A unit above the
+    budget travels alone.
     """
+    total = lengths(batch)
+    prompt = total - batch.mask.sum(dim=1)
+    units: dict[int, list[int]] = {}
+    for row in rows.tolist():
+        units.setdefault(int(batch.group_ids[row]) if share_prompts else row, []).append(row)
+    cost = {u: int(prompt[r[0]] + (total - prompt)[r].sum()) if share_prompts else int(total[u])
+            for u, r in units.items()}
     shares: list[list[int]] = [[] for _ in range(ranks)]
     load = [0] * ranks
-    for row in sorted(rows.tolist(), key=lambda r: (-int(row_lengths[r]), r)):
+    for unit in sorted(units, key=lambda u: (-cost[u], u)):
         rank = min(range(ranks), key=lambda r: (load[r], r))
-        shares[rank].append(row)
-        load[rank] += int(row_lengths[row])
-    cut = [_fill(row_lengths, share[::-1], budget) for share in shares]
+        shares[rank].append(unit)
+        load[rank] += cost[unit]
+    cut = [[torch.tensor([row for u in m for row in units[u]]) for m in _fill(share[::-1], cost, budget)]
+           for share in shares]
     most = max(len(c) for c in cut)
     return [c + [torch.empty(0, dtype=torch.long)] * (most - len(c)) for c in cut]
 
 
-def _fill(row_lengths: Tensor, rows: list[int], budget: int) -> list[Tensor]:
+def _fill(units: list[int], cost: dict[int, int], budget: int) -> list[list[int]]:
     out: list[list[int]] = []
-    for row in rows:
-        if out and (len(out[-1]) + 1) * int(row_lengths[row]) <= budget:
-            out[-1].append(row)
-        else:
-            out.append([row])
-    return [torch.tensor(m, dtype=torch.long) for m in out]
+    room = 0
+    for unit in units:
+        if not out or cost[unit] > room:
+            out.append([])
+            room = budget
+        out[-1].append(unit)
+        room -= cost[unit]
+    return out

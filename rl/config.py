@@ -38,8 +38,8 @@ class RolloutConfig:
     """Share of a GPU's memory for one engine: weights and KV cache."""
     kv_cache_gib: float = 1.0
     """KV cache of one engine on CPU, GiB."""
-    threads: int = 1
-    """OpenMP threads of one engine on CPU."""
+    threads: int | None = None
+    """OpenMP threads of one engine on CPU. None: all cores if it takes turns with the learner, else 1."""
     seeded: bool = True
     """Give every sample its own seed, so that its tokens do not depend on what else is in the batch."""
 
@@ -64,12 +64,14 @@ class TrainerConfig:
     minibatches: int = 1
     """Optimizer steps per pass."""
     micro_batch_tokens: int = 4096
-    """Most padded tokens of one forward pass."""
+    """Tokens of one forward pass."""
     gradient_checkpointing: bool = False
     skip_zero_advantage: bool = True
     """Leave out rows that provably have no gradient (zero advantage, no KL, no entropy bonus, no critic)."""
-    threads: int = 1
-    """OpenMP threads of one rank on CPU."""
+    share_prompts: bool | None = None
+    """Compute a group's prompt once, by a tree-shaped attention mask (dense: not for long completions). None: on CPU."""
+    threads: int | None = None
+    """OpenMP threads of one rank on CPU. None: all cores if it takes turns with the engine, else 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

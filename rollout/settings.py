@@ -46,7 +46,7 @@ def engine_args(config: Config, *, device: str, backend: str, model: str) -> dic
     return args
 
 
-def engine_env(config: Config, *, device: str, backend: str) -> dict[str, str]:
+def engine_env(*, device: str, backend: str, threads: int) -> dict[str, str]:
     """Environment of an engine's actor process; it must be set before torch and vLLM are imported."""
     env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     if backend == "ipc":
@@ -56,7 +56,7 @@ def engine_env(config: Config, *, device: str, backend: str) -> dict[str, str]:
         env |= {
             # The worker then runs inside the engine-core process: two processes an engine instead of three.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "OMP_NUM_THREADS": str(config.rollout.threads),
+            "OMP_NUM_THREADS": str(threads),
             # GNU OpenMP's spinning threads starve the other actor on a small machine.
             "OMP_WAIT_POLICY": "passive",
             "GOMP_SPINCOUNT": "0",

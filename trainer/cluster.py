@@ -23,7 +23,7 @@ from rl.protocols import SyncReport
 from rl.types import Batch, Completion, Prompt
 from rl.weights import check_complete, check_digests
 from rollout.settings import engine_env
-from trainer.placement import Placement
+from trainer.placement import Placement, default_threads
 
 PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
 """Mean |trainer - engine| in nats of the probe after a verified update; bf16 is noisy even against itself."""
@@ -140,8 +140,10 @@ class Cluster:
         self.started_ray = start_ray(p)
         options = self._actor_options()
         env = {"PYTHONPATH": os.pathsep.join([str(checkout.ROOT), os.environ.get("PYTHONPATH", "")])}
-        engine_vars = env | engine_env(c, device=p.device, backend=p.backend)
-        learner_vars = env | ({"OMP_NUM_THREADS": str(c.trainer.threads)} if p.device == "cpu" else {})
+        threads = default_threads(c, os.cpu_count() or 1)
+        engine_vars = env | engine_env(device=p.device, backend=p.backend, threads=c.rollout.threads or threads)
+        learner_threads = c.trainer.threads or threads
+        learner_vars = env | (learner_env(learner_threads) if p.device == "cpu" else {})
         for index in range(p.engines):
             engine = ray.remote(AsyncHost).options(
                 **options[index], max_concurrency=4096, runtime_env={"env_vars": engine_vars}
@@ -163,7 +165,7 @@ class Cluster:
         ] + [
             answer(
                 a.build.remote(
-                    "trainer.learner:Learner", sources, common | {"rank": i, "address": address, "port": ports[0]}
+                    "trainer.learner:Learner", sources, common | {"rank": i, "address": address, "port": ports[0], "threads": learner_threads}
                 ),
                 f"the driver waited {{s}} s for learner rank {i} to start",
                 deadline,
@@ -399,6 +401,11 @@ def log_folder() -> str:
     """Where Ray keeps the output of every actor of this session."""
     node = ray.worker.global_worker.node
     return f"{node.get_session_dir_path()}/logs" if node else "Ray's session folder"
+
+
+def learner_env(threads: int) -> dict[str, str]:
+    """Environment of a learner's process on CPU; spinning OpenMP threads would starve the engine."""
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
 def _without_functions(config: Config) -> Config:

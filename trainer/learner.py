@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rl.batch import lengths, micro_batches, take
+from rl.batch import micro_batches, take
 from rl.config import Config
 from rl.loss import finish, full_loss
 from rl.reduce import Meter, Totals, loss_weights
@@ -25,11 +25,14 @@ from trainer.weights import LearnerWeights
 class Learner:
     """Hosted by one actor per rank; every method is called on all ranks at once."""
 
-    def __init__(self, config: Config, *, rank: int, device: str, address: str, port: int, model: str) -> None:
+    def __init__(
+        self, config: Config, *, rank: int, device: str, address: str, port: int, model: str, threads: int = 1
+    ) -> None:
         self.config, self.rank, self.ranks = config, rank, config.trainer.ranks
         self.device = torch.device(device)
         if device == "cpu":
-            torch.set_num_threads(config.trainer.threads)
+            torch.set_num_threads(threads)
+        self.share_prompts = shares_prompts(config, device)
         torch.manual_seed(config.seed)
         join_group(rank, self.ranks, device, address, port, config.deadlines.start_s)
         self.engine = deepspeed_engine(config, model, device)
@@ -39,7 +42,8 @@ class Learner:
         self.send: Callable[[], None] | None = None
 
     def _reference(self, model: str) -> Policy:
-        policy = load(model, dtype=self.config.dtype, fp32_head=self.config.fp32_head).to(self.device)
+        c = self.config
+        policy = load(model, dtype=c.dtype, fp32_head=c.fp32_head, share_prompts=self.share_prompts).to(self.device)
         return policy.requires_grad_(False).eval()
 
     # -- learning ------------------------------------------------------------------------------------------------
@@ -104,7 +108,8 @@ class Learner:
         return grad_norm
 
     def _mine(self, batch: Batch, rows: Tensor) -> list[Tensor]:
-        cut = micro_batches(lengths(batch), rows, ranks=self.ranks, budget=self.config.trainer.micro_batch_tokens)
+        budget = self.config.trainer.micro_batch_tokens
+        cut = micro_batches(batch, rows, ranks=self.ranks, budget=budget, share_prompts=self.share_prompts)
         return cut[self.rank]
 
     def _merged(self, meter: Meter) -> Meter:
@@ -175,6 +180,11 @@ class Learner:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def shares_prompts(config: Config, device: str) -> bool:
+    """Whether a group's prompt is computed once; by default on CPU, where it saves most and long masks are rare."""
+    return device == "cpu" if config.trainer.share_prompts is None else config.trainer.share_prompts
+
+
 def join_group(rank: int, ranks: int, device: str, address: str, port: int, timeout_s: float) -> None:
     """Set up torch.distributed ourselves: without `device_id`, which can hang beside a second group."""
     os.environ |= {
@@ -225,6 +235,7 @@ def deepspeed_engine(config: Config, model: str, device: str) -> Any:
         model,
         dtype=config.dtype,
         fp32_head=config.fp32_head,
+        share_prompts=shares_prompts(config, device),
         with_values=config.objective.uses_values,
         checkpointing=t.gradient_checkpointing,
     )

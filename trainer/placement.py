@@ -65,6 +65,15 @@ def plan(config: Config, *, cuda: bool) -> Placement:
     )
 
 
+def default_threads(config: Config, cores: int) -> int:
+    """OpenMP threads for an actor on CPU: all cores when one engine and one rank take turns, else one.
+
+    Actors that compute at the same time with two threads each are several times slower than with one.
+    """
+    alone = config.max_staleness == 0 and config.rollout.engines == config.trainer.ranks == 1
+    return cores if alone else 1
+
+
 def check_fits(placement: Placement, *, gpus: float) -> None:
     """Raise ValueError, naming both numbers, when a run asks for more GPUs than the cluster has."""
     if placement.gpus > gpus:
