@@ -1,6 +1,6 @@
 """Quickstart: SmolLM2-135M-Instruct learns one-digit products on a laptop, with the real engine and trainer.
 
-    python recipes/quickstart.py --seed 1
+python recipes/quickstart.py --seed 1
 """
 
 import hashlib

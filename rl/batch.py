@@ -67,9 +67,7 @@ def take(batch: Batch, rows: Tensor) -> Batch:
     return replace(batch, **picked)
 
 
-def micro_batches(
-    batch: Batch, rows: Tensor, *, ranks: int, budget: int, share_prompts: bool
-) -> list[list[Tensor]]:
+def micro_batches(batch: Batch, rows: Tensor, *, ranks: int, budget: int, share_prompts: bool) -> list[list[Tensor]]:
     """Cut rows into micro-batches of about `budget` tokens, the same number of them on every rank.
 
     With `share_prompts` the rows of a group stay together and its prompt counts once. Units (groups, or rows) are
@@ -82,16 +80,19 @@ def micro_batches(
     units: dict[int, list[int]] = {}
     for row in rows.tolist():
         units.setdefault(int(batch.group_ids[row]) if share_prompts else row, []).append(row)
-    cost = {u: int(prompt[r[0]] + (total - prompt)[r].sum()) if share_prompts else int(total[u])
-            for u, r in units.items()}
+    cost = {
+        u: int(prompt[r[0]] + (total - prompt)[r].sum()) if share_prompts else int(total[u]) for u, r in units.items()
+    }
     shares: list[list[int]] = [[] for _ in range(ranks)]
     load = [0] * ranks
     for unit in sorted(units, key=lambda u: (-cost[u], u)):
         rank = min(range(ranks), key=lambda r: (load[r], r))
         shares[rank].append(unit)
         load[rank] += cost[unit]
-    cut = [[torch.tensor([row for u in m for row in units[u]]) for m in _fill(share[::-1], cost, budget)]
-           for share in shares]
+    cut = [
+        [torch.tensor([row for u in m for row in units[u]]) for m in _fill(share[::-1], cost, budget)]
+        for share in shares
+    ]
     most = max(len(c) for c in cut)
     return [c + [torch.empty(0, dtype=torch.long)] * (most - len(c)) for c in cut]
 

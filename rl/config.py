@@ -69,7 +69,7 @@ class TrainerConfig:
     skip_zero_advantage: bool = True
     """Leave out rows that provably have no gradient (zero advantage, no KL, no entropy bonus, no critic)."""
     share_prompts: bool | None = None
-    """Compute a group's prompt once, by a tree-shaped attention mask (dense: not for long completions). None: on CPU."""
+    """Compute a group's prompt once, by a dense tree-shaped attention mask. None: on CPU, where it saves most."""
     threads: int | None = None
     """OpenMP threads of one rank on CPU. None: all cores if it takes turns with the engine, else 1."""
 

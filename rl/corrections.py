@@ -1,4 +1,4 @@
-"""How to weigh tokens that another policy sampled: importance weights old / rollout, kept apart from the policy ratio."""
+"""How to weigh tokens that another policy sampled: importance weights old / rollout, apart from the policy ratio."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""How a per-token loss becomes one number that no micro-batch or rank split can change, and how metrics are averaged."""
+"""How a per-token loss becomes one number that no micro-batch or rank split can change, and how metrics average."""
 
 import math
 from collections.abc import Mapping

@@ -1,7 +1,8 @@
-"""What travels when the trainer's weights go to the engines: names, types, shapes, and the digest that proves arrival."""
+"""What travels when the trainer's weights go to the engines: names, types, shapes, and digests that prove arrival."""
 
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -26,6 +27,10 @@ class WeightManifest:
     version: int
     tensors: tuple[TensorMeta, ...]
     digests: dict[str, str]
+
+    def total_bytes(self) -> int:
+        """Bytes that one receiver gets."""
+        return sum(prod(t.shape) * getattr(torch, t.dtype).itemsize for t in self.tensors)
 
 
 @cache

@@ -63,10 +63,9 @@ class Engine:
         await self.open.wait()
         self.requests += 1
         prompt = {"prompt_token_ids": token_ids, "cache_salt": f"v{self.version}"}
-        output = None
-        async for output in self.llm.generate(prompt, params, request_id=str(self.requests)):
-            pass
-        assert output is not None and output.finished, "vLLM ended a request without its final output"
+        outputs = [o async for o in self.llm.generate(prompt, params, request_id=str(self.requests))]
+        output = outputs[-1]
+        assert output.finished, "vLLM ended a request without its final output"
         done = output.outputs[0]
         self.aborted += done.finish_reason == "abort"
         return completion(done, output.num_cached_tokens or 0)
@@ -134,8 +133,7 @@ def completion(done: CompletionOutput, cached_prompt_tokens: int) -> Completion:
     return Completion(
         token_ids=token_ids,
         logprobs=[
-            step[token].logprob if token in step else float("nan")
-            for step, token in zip(steps, token_ids, strict=True)
+            step[token].logprob if token in step else float("nan") for step, token in zip(steps, token_ids, strict=True)
         ],
         versions=versions,
         finish_reason=done.finish_reason,

@@ -1,4 +1,4 @@
-"""How vLLM V1 is set up so that its log-probabilities mean what the loss thinks: one place, each line with its reason."""
+"""How vLLM V1 is set up so that its log-probabilities mean what the loss thinks: one place, each line with a reason."""
 
 from typing import Any
 

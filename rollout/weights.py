@@ -140,7 +140,7 @@ class NCCLEngine(Digesting, NCCLWeightTransferEngine):
 
 
 class IPCEngine(Digesting, IPCWeightTransferEngine):
-    """vLLM's CUDA IPC engine, digesting. It may bring an update in several chunks, so names are checked by the sender."""
+    """vLLM's CUDA IPC engine, digesting. An update may come in several chunks, so the sender checks the names."""
 
     def receive_weights(self, update_info: Any) -> None:
         model = self.model

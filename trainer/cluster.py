@@ -1,10 +1,9 @@
-"""Everything that knows Ray: starts engines and learner ranks as actors, and speaks for them in the loop's protocols."""
+"""Everything that knows Ray: starts engines and learner ranks as actors, and speaks for them in the loop's terms."""
 
 import asyncio
 import importlib
 import os
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,17 +15,11 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rl import checkout
-from rl.batch import collate, trajectory
 from rl.config import Config
 from rl.loop import StallError
-from rl.protocols import SyncReport
-from rl.types import Batch, Completion, Prompt
-from rl.weights import check_complete, check_digests
+from rl.weights import check_complete
 from rollout.settings import engine_env
 from trainer.placement import Placement, default_threads
-
-PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
-"""Mean |trainer - engine| in nats of the probe after a verified update; bf16 is noisy even against itself."""
 
 
 class Host:
@@ -42,8 +35,11 @@ class Host:
         """This process."""
         return os.getpid()
 
-    def build(self, target: str, sources: str, kwargs: dict[str, Any]) -> None:
-        """Make the hosted object: `target` is "module:Class". Raises ImportError when this node runs other code."""
+    def build(self, target: str, sources: str, kwargs: dict[str, Any], preload: str = "") -> None:
+        """Make the hosted object: `target` is "module:Class". Raises ImportError when this node runs other code.
+
+        `preload` is a module that is needed later and slow to import; now the other actors are starting too.
+        """
         if checkout.digest() != sources:
             raise ImportError(
                 f"node {socket.gethostname()} runs other sources of unison-rl ({checkout.ROOT}) than the driver: "
@@ -51,6 +47,8 @@ class Host:
             )
         module, name = target.split(":")
         self.object = getattr(importlib.import_module(module), name)(**kwargs)
+        if preload:
+            importlib.import_module(preload)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the hosted object."""
@@ -60,13 +58,14 @@ class Host:
         """On a learner rank: open the weight channel. Here, because only this file may hand rollout to trainer."""
         from rollout.sender import open_sender
 
-        self.object.connect(lambda weights, rank: open_sender(weights=weights, rank=rank, client=client, **channel))
-        self.client = client
+        weights, rank = self.object.weights, self.object.rank
+        sender = open_sender(weights=weights, rank=rank, client=client, **channel)
 
-    def publish(self, version: int, digesting: bool) -> Any:
-        """On a learner rank: send the weights of now as `version`."""
-        self.client.version = version
-        return self.object.publish(version, digesting)
+        def send(version: int) -> None:
+            client.version = version
+            sender.send_weights()
+
+        self.object.send = send
 
 
 class AsyncHost(Host):
@@ -92,7 +91,7 @@ class EngineClient:
         try:
             ray.get(refs, timeout=self.deadline_s)
         except ray.exceptions.GetTimeoutError:
-            done, late = ray.wait(refs, num_returns=len(refs), timeout=0)
+            _, late = ray.wait(refs, num_returns=len(refs), timeout=0)
             names = [i for i, ref in enumerate(refs) if ref in late]
             raise StallError(
                 f"the learner waited {self.deadline_s:g} s for engines {names} to {what} "
@@ -125,8 +124,8 @@ class EngineClient:
 class Cluster:
     """The actors of one run."""
 
-    def __init__(self, config: Config, placement: Placement, model: str, probe: list[int]) -> None:
-        self.config, self.placement, self.model, self.probe = config, placement, model, probe
+    def __init__(self, config: Config, placement: Placement) -> None:
+        self.config, self.placement = config, placement
         self.engines: list[Any] = []
         self.learners: list[Any] = []
         self.pids: list[int] = []
@@ -154,7 +153,7 @@ class Cluster:
             self.learners.append(learner.remote())
         address, ports = await self._addresses()
         sources, deadline = checkout.digest(), c.deadlines.start_s
-        common = {"config": _without_functions(c), "model": self.model, "device": p.device}
+        common = {"config": _without_functions(c), "model": c.model, "device": p.device}
         builds = [
             answer(
                 e.build.remote("rollout.engine:Engine", sources, common | {"backend": p.backend}),
@@ -165,7 +164,10 @@ class Cluster:
         ] + [
             answer(
                 a.build.remote(
-                    "trainer.learner:Learner", sources, common | {"rank": i, "address": address, "port": ports[0], "threads": learner_threads}
+                    "trainer.learner:Learner",
+                    sources,
+                    common | {"rank": i, "address": address, "port": ports[0], "threads": learner_threads},
+                    preload="rollout.sender",
                 ),
                 f"the driver waited {{s}} s for learner rank {i} to start",
                 deadline,
@@ -234,6 +236,11 @@ class Cluster:
 
     # -- asking --------------------------------------------------------------------------------------------------
 
+    async def ask_engine(self, index: int, method: str, *args: Any, deadline_s: float) -> Any:
+        """Call one engine; StallError when it is late."""
+        late = f"the driver waited {{s}} s for engine {index} to {method}"
+        return await answer(self.engines[index].call.remote(method, *args), late, deadline_s)
+
     async def ask_engines(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
         """Call every engine; StallError names the first that is late."""
         return await gather_answers(
@@ -249,92 +256,6 @@ class Cluster:
             f"the driver waited {{s}} s for learner rank {{i}} to {method}",
             deadline_s or self.config.deadlines.step_s,
         )
-
-
-class RayRollouts:
-    """`rl.protocols.Rollouts` over the engines: each group goes to the engine with the fewest samples under way."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
-        self.load = [0] * len(cluster.engines)
-
-    async def sample(
-        self, token_ids: list[int], n: int, *, seed: int | None, temperature: float | None = None
-    ) -> list[Completion]:
-        """n completions of one prompt."""
-        index = min(range(len(self.load)), key=lambda i: self.load[i])
-        self.load[index] += n
-        try:
-            return await answer(
-                self.cluster.engines[index].call.remote("sample", token_ids, n, seed, temperature),
-                f"the driver waited {{s}} s for engine {index} to sample {n} completions",
-                self.cluster.config.deadlines.sample_s,
-            )
-        finally:
-            self.load[index] -= n
-
-
-class RayLearner:
-    """`rl.protocols.Learner` over the ranks."""
-
-    def __init__(self, cluster: Cluster, *, start_version: int = 0) -> None:
-        self.cluster = cluster
-        self.first = start_version + 1
-
-    async def step(self, batch: Batch) -> dict[str, float]:
-        """Train on one step's batch; all ranks return the same metrics."""
-        return (await self.cluster.ask_learners("step", ray.put(batch)))[0]
-
-    async def publish(self, version: int) -> SyncReport:
-        """Pause, send, commit, resume. When it fails the engines stay paused: they may hold half an update."""
-        cluster, config = self.cluster, self.cluster.config
-        every = config.verify_every
-        verify = version == self.first or bool(every and version % every == 0)
-        began = time.perf_counter()
-        if verify:
-            await cluster.ask_engines("listen_to_weights", True)
-        await cluster.ask_engines("pause")
-        manifests = await gather_answers(
-            [a.publish.remote(version, verify) for a in cluster.learners],
-            f"the driver waited {{s}} s for learner rank {{i}} to publish version {version}",
-            config.deadlines.sync_s,
-        )
-        pauses = await cluster.ask_engines("resume")
-        seconds = time.perf_counter() - began
-        if verify:
-            for index, workers in enumerate(await cluster.ask_engines("received_digests")):
-                for digests in workers:
-                    check_digests(manifests[0].digests, digests, f"engine {index}")
-            await cluster.ask_engines("listen_to_weights", False)
-            await self._probe(version)
-        sizes = {"bfloat16": 2, "float32": 4, "float16": 2}
-        size = sum(torch.Size(t.shape).numel() * sizes[t.dtype] for t in manifests[0].tensors)
-        return SyncReport(seconds=seconds, pause_seconds=max(pauses), bytes=size, verified=verify)
-
-    async def _probe(self, version: int) -> None:
-        """Do the loaded weights act like the sent ones? Digests show what arrived, not what CPU packing made of it."""
-        config = self.cluster.config
-        for index, engine in enumerate(self.cluster.engines):
-            sampled = await answer(
-                engine.call.remote("sample", self.probe_prompt.token_ids, 1, 0, None, 16),
-                f"the driver waited {{s}} s for engine {index} to sample the probe",
-                config.deadlines.sync_s,
-            )
-            batch = collate([trajectory(self.probe_prompt, sampled[0], 0.0, {})])
-            trainer = (await self.cluster.ask_learners("logprobs", batch))[0]
-            gap = float((trainer - batch.rollout_logprobs)[batch.mask].abs().mean())
-            limit = PROBE_TOLERANCE[config.dtype]
-            if not gap <= limit:
-                raise RuntimeError(
-                    f"after update {version}, engine {index} and the trainer disagree by {gap:.2e} nats on average "
-                    f"about the engine's own tokens (limit {limit:g}), although every tensor arrived: the engine "
-                    "did not load what it received"
-                )
-
-    @property
-    def probe_prompt(self) -> Prompt:
-        """The fixed prompt of the probe."""
-        return Prompt(ordinal=-1, token_ids=self.cluster.probe, task={})
 
 
 # -- waiting -----------------------------------------------------------------------------------------------------

@@ -20,10 +20,13 @@ class _TokenLogprob(torch.autograd.Function):
         logprob, lse, entropy = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
         for s in _chunks(n):
             logits = F.linear(hidden[s].to(dtype), w).float() * inv_temperature
-            lse[s] = logits.logsumexp(-1)
-            logprob[s] = logits.gather(-1, targets[s, None])[:, 0] - lse[s]
-            p = (logits - lse[s, None]).exp_()
-            entropy[s] = lse[s] - (p * logits).sum(-1)
+            chosen = logits.gather(-1, targets[s, None])[:, 0]
+            # log_softmax, as the engine does: on CPU its rounding over a large vocabulary is 1e-5 nats away from
+            # logsumexp's, more than all layers before it.
+            log_p = logits.log_softmax(-1)
+            logprob[s] = log_p.gather(-1, targets[s, None])[:, 0]
+            lse[s] = chosen - logprob[s]
+            entropy[s] = -(log_p.exp() * log_p).sum(-1)
         ctx.save_for_backward(hidden, weight, targets, lse, entropy)
         ctx.inv_temperature, ctx.dtype = inv_temperature, dtype
         ctx.set_materialize_grads(False)

@@ -100,8 +100,9 @@ def preflight(config: Config) -> tuple[Placement, Any, list[Prompt], dict[str, l
         raise ValueError("the training data is empty: `Config.data()` returned no `train` examples")
     tokenizer = load_tokenizer(config.model)
     train = encode_all(tokenizer, data.train, config, "data.train")
-    evals = {name: encode_all(tokenizer, examples, config, f"data.evals[{name!r}]") for name, examples in
-             data.evals.items()}
+    evals = {
+        name: encode_all(tokenizer, examples, config, f"data.evals[{name!r}]") for name, examples in data.evals.items()
+    }
     # An empty reply is the one every reward must be able to judge; it finds wrong signatures before anything starts.
     judge(config.reward, Reply(text="", finished=False, task=train[0].task, token_ids=[]), 0)
     return placement, tokenizer, train, evals
@@ -115,8 +116,9 @@ def looks_local(model: str) -> bool:
 async def _run(
     config: Config, placement: Placement, tokenizer: Any, train: list[Prompt], evals: dict[str, list[Prompt]]
 ) -> dict[str, Any]:
-    from trainer.cluster import Cluster, RayLearner, RayRollouts
+    from trainer.cluster import Cluster
     from trainer.evaluate import evaluate
+    from trainer.remote import RemoteLearner, RemoteRollouts
     from trainer.tracking import RunTracker
 
     folder = fresh_folder(Path(config.output_dir) / config.name)
@@ -137,14 +139,14 @@ async def _run(
     def decode(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True)
 
-    cluster = Cluster(config, placement, config.model, probe=train[0].token_ids)
+    cluster = Cluster(config, placement)
     loop: Loop | None = None
     began = time.perf_counter()
     try:
         with status(f"starting {config.rollout.engines} engine(s) and {config.trainer.ranks} learner rank(s)"):
             await cluster.start()
         summary["start_seconds"] = time.perf_counter() - began
-        rollouts = RayRollouts(cluster)
+        rollouts = RemoteRollouts(cluster)
 
         async def evaluated() -> dict[str, float]:
             return await evaluate(config, rollouts, tokenizer, evals)
@@ -152,7 +154,7 @@ async def _run(
         loop = Loop(
             config=config,
             rollouts=rollouts,
-            learner=RayLearner(cluster),
+            learner=RemoteLearner(cluster, probe=train[0].token_ids),
             prompts=stream(train, config.seed),
             decode=decode,
             tracker=tracker,
@@ -233,8 +235,11 @@ class Progress:
         self.steps = config.steps
 
     def __call__(self, step: int, m: dict[str, float]) -> None:
-        evals = "  ".join(f"{k.removeprefix('eval/')} {v:.3f}" for k, v in m.items()
-                          if k.startswith("eval/") and "/avg@" in k and not k.endswith("_se"))
+        evals = "  ".join(
+            f"{k.removeprefix('eval/')} {v:.3f}"
+            for k, v in m.items()
+            if k.startswith("eval/") and "/avg@" in k and not k.endswith("_se")
+        )
         if "reward/mean" not in m:
             console.print(f"step 0/{self.steps}  {evals}", highlight=False)
             return

@@ -39,7 +39,8 @@ class Learner:
         self.policy: Policy = self.engine.module
         self.reference = self._reference(model) if config.objective.kl_coef else None
         self.weights = LearnerWeights(self.policy.hf, sharded=config.trainer.zero_stage == 3)
-        self.send: Callable[[], None] | None = None
+        self.send: Callable[[int], None] | None = None
+        """Sends `weights` as a version; set by whoever opens the weight channel."""
 
     def _reference(self, model: str) -> Policy:
         c = self.config
@@ -77,13 +78,9 @@ class Learner:
 
     def _optimizer_step(self, batch: Batch, advantages: Tensor, rows: Tensor, meter: Meter) -> float:
         c, objective = self.config, self.config.objective
-        totals = Totals(
-            tokens=int(batch.mask[rows].sum()), sequences=len(rows), horizon=c.rollout.max_tokens
-        )
+        totals = Totals(tokens=int(batch.mask[rows].sum()), sequences=len(rows), horizon=c.rollout.max_tokens)
         live = rows
-        if c.trainer.skip_zero_advantage and not (
-            objective.kl_coef or objective.entropy_coef or objective.uses_values
-        ):
+        if c.trainer.skip_zero_advantage and not (objective.kl_coef or objective.entropy_coef or objective.uses_values):
             # Their loss still counts in the denominators, so leaving the rows out changes no gradient.
             live = rows[advantages[rows].any(dim=1)]
             live = live if len(live) else rows[:1]
@@ -146,19 +143,15 @@ class Learner:
 
     # -- weights -------------------------------------------------------------------------------------------------
 
-    def connect(self, open_sender: Callable[[LearnerWeights, int], Any]) -> None:
-        """Open the weight channel; `open_sender(weights, rank)` returns an object with `send_weights()`."""
-        self.send = open_sender(self.weights, self.rank).send_weights
-
     def names(self) -> set[str]:
         """Names that an update will bring."""
         return {m.name for m in self.weights.metadata()}
 
     def publish(self, version: int, digesting: bool) -> WeightManifest:
         """Send the weights of now to every engine."""
-        assert self.send is not None, "connect() comes first"
+        assert self.send is not None, "the weight channel is not open"
         self.weights.digesting = digesting
-        self.send()
+        self.send(version)
         return self.weights.manifest(version)
 
     def export(self, folder: str) -> None:
@@ -239,9 +232,7 @@ def deepspeed_engine(config: Config, model: str, device: str) -> Any:
         with_values=config.objective.uses_values,
         checkpointing=t.gradient_checkpointing,
     )
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=t.lr, betas=t.betas, weight_decay=t.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=t.lr, betas=t.betas, weight_decay=t.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(config, step))
     engine, *_ = deepspeed.initialize(
         model=policy, optimizer=optimizer, lr_scheduler=scheduler, config=settings, dist_init_required=False

@@ -23,9 +23,7 @@ class Policy(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
-    def forward(
-        self, input_ids: Int[Tensor, "B T+1"], mask: Bool[Tensor, "B T"], temperature: float
-    ) -> PolicyOutput:
+    def forward(self, input_ids: Int[Tensor, "B T+1"], mask: Bool[Tensor, "B T"], temperature: float) -> PolicyOutput:
         """What the policy says at every column of `mask`; 0 elsewhere, where nothing is computed."""
         picked = self._hidden(input_ids, mask)
         logprobs, entropy = self.hf.get_output_embeddings()(picked, input_ids[:, 1:][mask], temperature)

@@ -57,9 +57,7 @@ def plan(config: Config, *, cuda: bool) -> Placement:
                 f"share_gpu=True is one engine and one rank on one GPU, but rollout.engines={engines}, "
                 f"rollout.tensor_parallel={tp}, trainer.ranks={ranks}: set all to 1, or share_gpu=False"
             )
-        return Placement(
-            device="cuda", backend="ipc", engines=1, learners=1, gpus_per_engine=0.5, gpus_per_learner=0.5
-        )
+        return Placement(device="cuda", backend="ipc", engines=1, learners=1, gpus_per_engine=0.5, gpus_per_learner=0.5)
     return Placement(
         device="cuda", backend="nccl", engines=engines, learners=ranks, gpus_per_engine=tp, gpus_per_learner=1
     )
