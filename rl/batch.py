@@ -28,7 +28,7 @@ def collate(trajectories: list[Trajectory]) -> Batch:
     """Right-pad trajectories to [B, T + 1] and shift them, here and nowhere else, so that column t predicts t + 1."""
     length = max(len(t.token_ids) for t in trajectories)
 
-    def pad(rows: list[list[Any]], value: float, dtype: torch.dtype) -> Tensor:
+    def pad(rows: list[list[Any]], value: int | float, dtype: torch.dtype) -> Tensor:
         return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=dtype)
 
     return Batch(

@@ -125,8 +125,8 @@ class Config:
     fp32_head: bool = True
     """Compute logits in fp32, in the engine and in the trainer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    share_gpu: bool = False
-    """Engine and learner share one GPU; weights travel by CUDA IPC instead of NCCL."""
+    share_gpu: bool | None = None
+    """Engine and learner share one GPU; weights travel by CUDA IPC instead of NCCL. None: when there is only one."""
     eval_every: int = 0
     """Steps between evaluations on the held-out sets; 0 evaluates before and after only."""
     eval_samples: int = 1

@@ -76,13 +76,13 @@ class Trajectory:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The tensors of one optimizer step, right-padded.
+    """The tensors of one optimizer step, right-padded; S = T + 1.
 
     Column t of every [B, T] tensor belongs to the prediction of `input_ids[:, t + 1]`; nothing downstream shifts.
     `rollout_logprobs` is the behaviour policy, `old_logprobs` the proximal one, `ref_logprobs` the reference (nats).
     """
 
-    input_ids: Int[Tensor, "B T+1"]
+    input_ids: Int[Tensor, "B S"]
     mask: Bool[Tensor, "B T"]
     rollout_logprobs: Float[Tensor, "B T"]
     versions: Int[Tensor, "B T"]

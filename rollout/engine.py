@@ -120,6 +120,7 @@ class Engine:
     async def close(self) -> None:
         """End vLLM's processes."""
         self.llm.shutdown()
+        del self.llm
 
 
 def completion(done: CompletionOutput, cached_prompt_tokens: int) -> Completion:

@@ -1,11 +1,12 @@
 """The trainer's end of the weight channel: vLLM's trainer transfer engines, and gloo beside them."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, ClassVar, Protocol, Self
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from vllm.distributed.utils import stateless_init_torch_distributed_process_group
@@ -19,7 +20,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-from rl.weights import TensorMeta
+from rl.weights import TensorMeta, check_complete
 from rollout.buckets import buckets, pack
 from rollout.weights import GlooInitInfo, GlooUpdateInfo, broadcast
 
@@ -33,15 +34,15 @@ class Weights(Protocol):
 
 
 class _Source(WeightSource):
-    """The learner's weights in vLLM's terms."""
+    """The learner's weights in vLLM's terms. Each update is checked for completeness before anything is sent."""
 
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
+    def __init__(self, weights: Weights, expected: set[str]) -> None:
+        self.weights, self.expected = weights, expected
 
     def metadata(self) -> list[ParamMeta]:
-        import torch
-
-        return [ParamMeta(m.name, getattr(torch, m.dtype), m.shape) for m in self.weights.metadata()]
+        metas = self.weights.metadata()
+        check_complete({m.name for m in metas}, self.expected, "the engine")
+        return [ParamMeta(m.name, getattr(torch, m.dtype), m.shape) for m in metas]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return iter(self.weights)
@@ -106,14 +107,21 @@ class GlooTrainerEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         try:
             received = executor.submit(self.client.update_weights, asdict(info))
             for bucket in buckets((m.name, m.dtype, m.shape) for m in meta):
-                buffer = pack(bucket, tensors)
-                if received.done():
-                    received.result()
-                broadcast(self.group, buffer)
+                self._send(pack(bucket, tensors), received)
             received.result()
         finally:
             executor.shutdown(wait=False)
         self.client.finish_weight_update()
+
+
+    def _send(self, buffer: Tensor, received: Future[None]) -> None:
+        """Broadcast one bucket; when that fails, the engines' own error says more than gloo's."""
+        try:
+            broadcast(self.group, buffer)
+        except RuntimeError:
+            if received.done():
+                received.result()
+            raise
 
 
 WeightTransferTrainerFactory.register_engine("gloo", GlooTrainerEngine)
@@ -123,6 +131,7 @@ def open_sender(
     backend: str,
     *,
     weights: Weights,
+    expected: set[str],
     client: Any,
     rank: int,
     address: str,
@@ -132,7 +141,7 @@ def open_sender(
 ) -> TrainerWeightTransferEngine[Any]:
     """Meet the engines and return what sends them the learner's weights; called on every learner rank.
 
-    `client` carries vLLM's four control calls to all engines; `world_size` counts rank 0 and every engine worker.
+    `expected` are the names that every update must bring, `client` carries vLLM's four control calls to all engines; `world_size` counts rank 0 and every engine worker.
     Raises ValueError for an unknown backend, and whatever the rendezvous raises after `timeout_s` seconds.
     """
     infos = {
@@ -142,4 +151,4 @@ def open_sender(
     }
     if backend not in infos:
         raise ValueError(f"unknown weight channel {backend!r}; known: {sorted(infos)}")
-    return WeightTransferTrainerFactory.trainer_init(infos[backend](), client=client, source=_Source(weights))
+    return WeightTransferTrainerFactory.trainer_init(infos[backend](), client=client, source=_Source(weights, expected))

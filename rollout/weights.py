@@ -23,7 +23,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rl.weights import check_complete, digest
+from rl.weights import digest
 from rollout.buckets import buckets, unpack
 from rollout.head import forget_heads
 
@@ -69,16 +69,17 @@ class _Listener:
 
 
 class Digesting:
-    """Mixin for a transfer engine: refuses incomplete updates, and digests arriving tensors when told to."""
+    """Mixin for a transfer engine: digests arriving tensors when told to, and drops what was cast from old ones."""
 
     listening = False
-    digests: dict[str, str] = {}
+
+    def start_weight_update(self) -> None:
+        super().start_weight_update()
+        self.digests: dict[str, str] = {}
 
     def receive_weights(self, update_info: Any) -> None:
         model = self.model
-        check_complete(set(update_info.names), hf_names(model), "the engine")
         if self.listening:
-            self.digests = {}
             self.model = _Listener(model, self.digests)
         try:
             super().receive_weights(update_info)
@@ -140,16 +141,7 @@ class NCCLEngine(Digesting, NCCLWeightTransferEngine):
 
 
 class IPCEngine(Digesting, IPCWeightTransferEngine):
-    """vLLM's CUDA IPC engine, digesting. An update may come in several chunks, so the sender checks the names."""
-
-    def receive_weights(self, update_info: Any) -> None:
-        model = self.model
-        if self.listening:
-            self.model = _Listener(model, self.digests)
-        try:
-            IPCWeightTransferEngine.receive_weights(self, update_info)
-        finally:
-            self.model = model
+    """vLLM's CUDA IPC engine, digesting."""
 
 
 def hf_names(model: nn.Module) -> set[str]:
@@ -177,7 +169,6 @@ class WorkerExtension:
     def listen_to_weights(self, on: bool) -> None:
         """Whether the next updates are digested as they arrive."""
         self.weight_transfer_engine.listening = on
-        self.weight_transfer_engine.digests = {}
 
     def received_digests(self) -> dict[str, str]:
         """Digests of the last update by name, empty unless listening."""

@@ -204,12 +204,13 @@ class Cluster:
 
     async def _connect(self, address: str, port: int) -> None:
         c, p = self.config, self.placement
-        names = await self.ask_learners("names")
+        names = (await self.ask_learners("names"))[0]
         for index, expected in enumerate(await self.ask_engines("expected_weights")):
-            check_complete(names[0], expected, f"engine {index}")
+            check_complete(names, expected, f"engine {index}")
         client = EngineClient(self.engines, c.rollout.tensor_parallel, c.deadlines.sync_s)
         channel = {
             "backend": p.backend,
+            "expected": names,
             "address": address,
             "port": port,
             "world_size": 1 + p.engines * c.rollout.tensor_parallel,

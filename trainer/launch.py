@@ -54,7 +54,8 @@ def dry_run(config: Config) -> None:
     check(config)
     import torch
 
-    placement = plan(config, cuda=torch.cuda.is_available())
+    gpus = torch.cuda.device_count()
+    placement = plan(config, cuda=gpus > 0, gpus=gpus)
     console.print(report.plain_config(config), markup=False, highlight=False)
     table = Table("placement", "", show_header=True)
     for row in placement.table():
@@ -91,7 +92,7 @@ def preflight(config: Config) -> tuple[Placement, Any, list[Prompt], dict[str, l
     from trainer.cluster import cluster_gpus
 
     gpus = cluster_gpus() if config.device != "cpu" else 0.0
-    placement = plan(config, cuda=gpus > 0)
+    placement = plan(config, cuda=gpus > 0, gpus=gpus)
     check_fits(placement, gpus=gpus)
     from trainer.tokens import encode_all, load_tokenizer
 

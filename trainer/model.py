@@ -23,7 +23,7 @@ class Policy(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, input_ids: Int[Tensor, "B T+1"], mask: Bool[Tensor, "B T"], temperature: float) -> PolicyOutput:
+    def forward(self, input_ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B T"], temperature: float) -> PolicyOutput:
         """What the policy says at every column of `mask`; 0 elsewhere, where nothing is computed."""
         picked = self._hidden(input_ids, mask)
         logprobs, entropy = self.hf.get_output_embeddings()(picked, input_ids[:, 1:][mask], temperature)
@@ -34,7 +34,7 @@ class Policy(nn.Module):
             values=None if values is None else _scatter(values, mask),
         )
 
-    def _hidden(self, input_ids: Int[Tensor, "B T+1"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "N H"]:
+    def _hidden(self, input_ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "N H"]:
         """Last hidden states of the masked columns, in the batch's order."""
         body = self.hf.get_decoder()
         if self.share_prompts and mask.any():

@@ -1,5 +1,6 @@
 """Which actor gets which device: pure arithmetic on the config, checked against what there is."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,8 +37,8 @@ class Placement:
         ]
 
 
-def plan(config: Config, *, cuda: bool) -> Placement:
-    """The placement of a run on a cluster that has GPUs, or has none. Raises ValueError for what cannot be."""
+def plan(config: Config, *, cuda: bool, gpus: float = math.inf) -> Placement:
+    """The placement of a run on a cluster with this many GPUs. Raises ValueError for what can never be."""
     device: Device = ("cuda" if cuda else "cpu") if config.device == "auto" else config.device
     engines, tp, ranks = config.rollout.engines, config.rollout.tensor_parallel, config.trainer.ranks
     for name, value in (("rollout.engines", engines), ("rollout.tensor_parallel", tp), ("trainer.ranks", ranks)):
@@ -51,8 +52,9 @@ def plan(config: Config, *, cuda: bool) -> Placement:
         return Placement(
             device="cpu", backend="gloo", engines=engines, learners=ranks, gpus_per_engine=0, gpus_per_learner=0
         )
-    if config.share_gpu:
-        if (engines, tp, ranks) != (1, 1, 1):
+    one_each = (engines, tp, ranks) == (1, 1, 1)
+    if config.share_gpu or (config.share_gpu is None and one_each and gpus == 1):
+        if not one_each:
             raise ValueError(
                 f"share_gpu=True is one engine and one rank on one GPU, but rollout.engines={engines}, "
                 f"rollout.tensor_parallel={tp}, trainer.ranks={ranks}: set all to 1, or share_gpu=False"

@@ -13,17 +13,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """Rows [G, S], one for each distinct prompt: the prompt, then what follows it in each of its sequences."""
+    """Rows [G, W], one for each distinct prompt: the prompt, then what follows it in each of its sequences."""
 
-    input_ids: Int[Tensor, "G S"]
-    position_ids: Int[Tensor, "G S"]
-    attention: Bool[Tensor, "G 1 S S"]
+    input_ids: Int[Tensor, "G W"]
+    position_ids: Int[Tensor, "G W"]
+    attention: Bool[Tensor, "G 1 W W"]
     """True where a column (dim 2) may look (dim 3)."""
     source: Int[Tensor, " N"]
-    """Flat column (of G * S) that answers for each masked column of the batch, in the batch's own order."""
+    """Flat column (of G * W) that answers for each masked column of the batch, in the batch's own order."""
 
 
-def pack(input_ids: Int[Tensor, "B T+1"], mask: Bool[Tensor, "B T"]) -> Packed:
+def pack(input_ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B T"]) -> Packed:
     """Lay out the rows of a micro-batch by prompt. Rows without a masked column are left out."""
     groups: dict[tuple[int, ...], list[int]] = {}
     first, last = [0] * len(mask), [0] * len(mask)

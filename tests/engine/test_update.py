@@ -1,0 +1,135 @@
+"""New weights reach a sampling engine whole, and what it samples afterwards is what the trainer would say."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from live import Live, engine_config
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from rl.batch import collate, trajectory
+from rl.types import Completion, Prompt
+from rl.weights import check_digests
+from trainer.model import load
+from trainer.weights import LearnerWeights
+
+PROMPT = list(range(10, 80))
+
+
+def trainer_logprobs(model: str, completions: list[Completion], temperature: float = 1.0) -> list[torch.Tensor]:
+    policy = load(model, dtype="float32", fp32_head=True, share_prompts=False)
+    prompt = Prompt(ordinal=0, token_ids=PROMPT, task={})
+    batch = collate([trajectory(prompt, c, 0.0, {}) for c in completions])
+    with torch.no_grad():
+        out = policy(batch.input_ids, batch.mask, temperature).logprobs
+    return [row[mask] for row, mask in zip(out, batch.mask, strict=True)]
+
+
+def gap(model: str, completions: list[Completion]) -> float:
+    mine = torch.cat(trainer_logprobs(model, completions))
+    theirs = torch.tensor([x for c in completions for x in c.logprobs])
+    return float((mine - theirs).abs().mean())
+
+
+@pytest.fixture(scope="module", params=["qwen2-untied", "llama-tied"])
+def pair(request: pytest.FixtureRequest, live: Callable, tiny: Callable) -> tuple[Live, Path, Path]:
+    family, tying = request.param.split("-")
+    old, new = (tiny(family=family, tied=tying == "tied", seed=seed) for seed in (0, 1))
+    return live(engine_config(old)), old, new
+
+
+def test_an_update_under_way_keeps_every_request_and_switches_versions_inside_sequences(
+    pair: tuple[Live, Path, Path],
+) -> None:
+    engine, old, new = pair
+    assert gap(str(old), engine.sample(PROMPT, 4, seed=1)) <= 1e-5
+
+    hf = AutoModelForCausalLM.from_pretrained(new)
+    weights = LearnerWeights(hf, sharded=False)
+    weights.digesting = True
+    sender = engine.open_sender(weights)
+    assert {m.name for m in weights.metadata()} == engine.wait(engine.engine.expected_weights())
+
+    engine.wait(engine.engine.listen_to_weights(True))
+    running = engine.submit(engine.engine.sample(PROMPT, 16, 100))
+    time.sleep(1.0)
+    engine.update(sender, 1)
+    done = running.result(120)
+
+    # Every tensor arrived bit for bit.
+    check_digests(weights.digests, engine.wait(engine.engine.received_digests())[0], "the engine")
+    engine.wait(engine.engine.listen_to_weights(False))
+    # No request was lost, and some were in flight.
+    assert engine.wait(engine.engine.counters())["aborted"] == 0
+    across = [c for c in done if set(c.versions) == {0, 1}]
+    assert len(across) >= 8, [sorted(set(c.versions)) for c in done]
+    # Before the switch the old weights spoke, after it the new ones, over the old weights' KV.
+    before, after = kept_cache_gaps(old, new, across)
+    assert before <= 1e-5
+    assert after <= 1e-5
+    # What starts afterwards is the new policy's alone: no stale prefix, no stale head.
+    fresh = engine.sample(PROMPT, 8, seed=3)
+    assert all(set(c.versions) == {1} for c in fresh)
+    assert gap(str(new), fresh) <= 1e-5
+    assert gap(str(old), fresh) > 0.1
+
+
+def kept_cache_gaps(old: Path, new: Path, completions: list[Completion]) -> tuple[float, float]:
+    """Mean |trainer - engine| before and after the switch, where the trainer keeps the KV that the engine kept."""
+    models = {0: AutoModelForCausalLM.from_pretrained(old), 1: AutoModelForCausalLM.from_pretrained(new)}
+    gaps: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    for c in completions:
+        ids, cache, fed = PROMPT + c.token_ids, DynamicCache(), 0
+        switch = c.versions.index(1)
+        for version, start, end in ((0, 0, switch), (1, switch, len(c.token_ids))):
+            # The KV of a version's first input token was computed by that version.
+            upto = len(PROMPT) + end - 1
+            with torch.no_grad():
+                logits = models[version](torch.tensor([ids[fed:upto]]), past_key_values=cache, use_cache=True).logits[0]
+            offset = len(PROMPT) + start - 1 - fed
+            said = logits.log_softmax(-1)[offset : offset + end - start]
+            target = torch.tensor(c.token_ids[start:end])
+            mine = said.gather(1, target[:, None])[:, 0]
+            gaps[version].append((mine - torch.tensor(c.logprobs[start:end])).abs())
+            fed = upto
+    return float(torch.cat(gaps[0]).mean()), float(torch.cat(gaps[1]).mean())
+
+
+def test_a_prefix_is_shared_within_a_version_and_not_across_an_update(pair: tuple[Live, Path, Path]) -> None:
+    engine, _, new = pair
+    prompt = list(range(20, 90))
+    assert engine.sample(prompt, 1, seed=5)[0].cached_prompt_tokens == 0
+    assert engine.sample(prompt, 1, seed=5)[0].cached_prompt_tokens >= 32
+    sender = engine.open_sender(LearnerWeights(AutoModelForCausalLM.from_pretrained(new), sharded=False))
+    engine.update(sender, engine.version + 1)
+    assert engine.sample(prompt, 1, seed=5)[0].cached_prompt_tokens == 0
+
+
+def test_a_request_that_comes_in_during_a_pause_waits_and_runs_on_the_new_version(
+    pair: tuple[Live, Path, Path],
+) -> None:
+    engine, _, new = pair
+    sender = engine.open_sender(LearnerWeights(AutoModelForCausalLM.from_pretrained(new), sharded=False))
+    engine.wait(engine.engine.pause())
+    early = engine.submit(engine.engine.sample(PROMPT, 1, 7))
+    time.sleep(0.5)
+    assert not early.done()
+    engine.version += 1
+    sender.send_weights()
+    engine.wait(engine.engine.resume())
+    assert set(early.result(60)[0].versions) == {engine.version}
+
+
+def test_an_incomplete_update_is_refused_and_names_what_is_missing(pair: tuple[Live, Path, Path]) -> None:
+    engine, _, new = pair
+    weights = LearnerWeights(AutoModelForCausalLM.from_pretrained(new), sharded=False)
+    del weights.parameters["model.layers.1.self_attn.k_proj.weight"]
+    sender = engine.open_sender(weights)
+    engine.wait(engine.engine.pause())
+    with pytest.raises(ValueError, match=r"1 missing \(first: \['model.layers.1.self_attn.k_proj.weight'\]\)"):
+        sender.send_weights()
+    # Nothing was begun, so the engine goes on with the weights it has.
+    engine.wait(engine.engine.resume())
+    assert gap(str(new), engine.sample(PROMPT, 2, seed=9)) <= 1e-5

@@ -1,0 +1,97 @@
+"""A real vLLM engine in a thread's event loop, and the trainer's end of its weight channel, in one process."""
+
+import asyncio
+import os
+import socket
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rl.config import Config, RolloutConfig
+from rl.types import Data
+from rollout.settings import engine_env
+
+for name, value in engine_env(device="cpu", backend="gloo", threads=1).items():
+    os.environ.setdefault(name, value)
+
+
+class Live:
+    """An engine with blocking calls; it has vLLM's four control calls for a sender too."""
+
+    def __init__(self, config: Config) -> None:
+        from rollout.engine import Engine
+
+        self.config = config
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+        async def make() -> Engine:
+            engine = Engine(config, device="cpu", backend="gloo", model=config.model)
+            await engine.start()
+            return engine
+
+        self.engine = self.wait(make())
+        self.version = 0
+
+    def submit(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def wait(self, coroutine: Any) -> Any:
+        return self.submit(coroutine).result(300)
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        return self.wait(self.engine.sample(*args, **kwargs))
+
+    def init_weight_transfer_engine(self, info: dict) -> None:
+        self.wait(self.engine.init_weight_transfer_engine(info))
+
+    def start_weight_update(self) -> None:
+        self.wait(self.engine.start_weight_update())
+
+    def update_weights(self, info: dict) -> None:
+        self.wait(self.engine.update_weights(info))
+
+    def finish_weight_update(self, version: str | None = None) -> None:
+        self.wait(self.engine.finish_weight_update(self.version))
+
+    def open_sender(self, weights: Any) -> Any:
+        from rollout.sender import open_sender
+
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        return open_sender(
+            "gloo",
+            weights=weights,
+            expected=self.wait(self.engine.expected_weights()),
+            client=self,
+            rank=0,
+            address="127.0.0.1",
+            port=port,
+            world_size=2,
+            timeout_s=60,
+        )
+
+    def update(self, sender: Any, version: int) -> None:
+        self.version = version
+        self.wait(self.engine.pause())
+        sender.send_weights()
+        self.wait(self.engine.resume())
+
+    def close(self) -> None:
+        self.wait(self.engine.close())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+def engine_config(model: Path, **changes: Any) -> Config:
+    """A config for one engine; `rollout` may be among the changes."""
+    config = Config(
+        name="test",
+        model=str(model),
+        data=lambda: Data(train=[]),
+        reward=lambda reply: 0.0,
+        dtype="float32",
+        rollout=RolloutConfig(max_tokens=200, max_model_len=320, max_num_seqs=32, kv_cache_gib=0.25),
+    )
+    return replace(config, **changes)

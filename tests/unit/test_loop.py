@@ -1,0 +1,268 @@
+"""The loop, driven by fakes of its protocols: staleness, the ledger, and errors that reach the user as themselves."""
+
+import asyncio
+import math
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from rl.config import Config, Deadlines
+from rl.data import stream
+from rl.loop import Loop, StallError
+from rl.protocols import SyncReport
+from rl.rewards import RewardError
+from rl.types import Completion, Data, Prompt
+
+PROMPTS = [Prompt(ordinal=i, token_ids=[i], task={"index": i}) for i in range(5)]
+
+
+class Engines:
+    """Samples one group after the other, a token per turn of the event loop; stamps the version of that moment."""
+
+    def __init__(self, tokens=3, broken=()):
+        self.tokens, self.broken = tokens, set(broken)
+        self.version, self.learning, self.sampled_while_learning, self.calls = 0, False, 0, 0
+        self.one_at_a_time = asyncio.Lock()
+
+    async def sample(self, token_ids, n, *, seed, temperature=None):
+        call = self.calls
+        self.calls += 1
+        async with self.one_at_a_time:
+            versions = []
+            for _ in range(self.tokens):
+                versions.append(self.version)
+                self.sampled_while_learning += self.learning
+                await asyncio.sleep(0)
+        logprob = math.nan if call in self.broken else -1.0
+        logprobs = [-1.0] * (self.tokens - 1) + [logprob]
+        return [
+            Completion(token_ids=[7] * self.tokens, logprobs=logprobs, versions=versions, finish_reason="stop")
+            for _ in range(n)
+        ]
+
+
+class Trainer:
+    """Learns for some turns of the event loop; remembers the batches, and how old their oldest token was."""
+
+    def __init__(self, engines, turns=20, dies_at=None):
+        self.engines, self.turns, self.dies_at = engines, turns, dies_at
+        self.batches, self.ages, self.published = [], [], []
+
+    async def step(self, batch):
+        self.batches.append(batch)
+        self.ages.append(self.engines.version - int(batch.versions[batch.mask].min()))
+        if len(self.batches) == self.dies_at:
+            raise FloatingPointError("the gradient norm is nan")
+        self.engines.learning = True
+        for _ in range(self.turns):
+            await asyncio.sleep(0)
+        self.engines.learning = False
+        return {"actor/grad_norm": 1.0}
+
+    async def publish(self, version):
+        await asyncio.sleep(0)
+        self.engines.version = version
+        self.published.append(version)
+        return SyncReport(seconds=0.0, pause_seconds=0.0, bytes=0, verified=True)
+
+
+class Log:
+    def __init__(self):
+        self.rows = []
+
+    def log(self, step, metrics):
+        self.rows.append({"step": step, **metrics})
+
+
+class Inline(ThreadPoolExecutor):
+    """Runs a reward at once, so that groups finish in the order in which they were sampled."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        future = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def loop_of(engines, trainer, *, reward=lambda reply: 1.0, set_aside=None, evaluate=None, **settings):
+    config = Config(
+        **({"name": "t", "model": "m", "data": lambda: Data(train=[]), "reward": reward, "steps": 6} | settings),
+        prompts_per_step=2,
+        group_size=2,
+    )
+
+    def on_samples(step, trajectories):
+        if step < 0 and set_aside is not None:
+            set_aside.extend(trajectories)
+
+    async def nothing():
+        return {}
+
+    return Loop(
+        config=config,
+        rollouts=engines,
+        learner=trainer,
+        prompts=stream(PROMPTS, 0),
+        decode=lambda ids: " ".join(map(str, ids)),
+        tracker=Log(),
+        evaluate=evaluate or nothing,
+        on_samples=on_samples,
+    )
+
+
+def run(loop, *, inline=True):
+    async def main():
+        if inline:
+            asyncio.get_running_loop().set_default_executor(Inline())
+        await asyncio.wait_for(loop.run(), 20)
+
+    asyncio.run(main())
+    return loop
+
+
+def balanced(loop):
+    """Every ordinal that left the stream is in exactly one state, and the counts say the same."""
+    ledger = loop.ledger
+    assert sorted(ledger.states) == list(range(len(ledger.states)))
+    assert +ledger.counts == Counter(ledger.states.values())
+    return +ledger.counts
+
+
+def test_without_staleness_every_sample_is_from_the_policy_that_learns():
+    engines = Engines()
+    trainer = Trainer(engines)
+    loop = run(loop_of(engines, trainer, max_staleness=0))
+    assert trainer.ages == [0] * 6
+    assert [row["staleness/max"] for row in loop.tracker.rows] == [0.0] * 6
+    assert engines.sampled_while_learning == 0
+    assert trainer.published == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("bound", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 4, 30])
+def test_sampling_overlaps_learning_within_the_staleness_bound(bound, tokens):
+    engines = Engines(tokens=tokens)
+    trainer = Trainer(engines)
+    loop = run(loop_of(engines, trainer, max_staleness=bound, steps=12))
+    assert engines.sampled_while_learning > 0
+    assert 0 < max(trainer.ages) <= bound
+    assert [row["staleness/max"] for row in loop.tracker.rows] == trainer.ages
+
+
+def test_fast_engines_use_the_whole_bound():
+    engines = Engines(tokens=1)
+    trainer = Trainer(engines, turns=200)
+    run(loop_of(engines, trainer, max_staleness=3, steps=10))
+    assert max(trainer.ages) == 3
+
+
+@pytest.mark.parametrize("bound", [0, 2])
+def test_every_prompt_ends_in_exactly_one_state(bound):
+    engines = Engines()
+    trainer = Trainer(engines)
+    loop = run(loop_of(engines, trainer, max_staleness=bound))
+    assert balanced(loop) == {"trained": 12}
+    trained = [int(g) for batch in trainer.batches for g in batch.group_ids.unique()]
+    assert sorted(trained) == [o for o, state in loop.ledger.states.items() if state == "trained"]
+    assert all(len(batch.rewards) == 4 for batch in trainer.batches)
+    assert loop.trained_tokens == 12 * 2 * 3
+    assert loop.tracker.rows[-1]["ledger/trained"] == 12.0
+
+
+def test_rewards_reach_the_batch_of_their_own_prompt():
+    engines = Engines()
+    trainer = Trainer(engines)
+    run(loop_of(engines, trainer, reward=lambda reply: {"index": reply.task["index"], "bonus": 0.5}))
+    for batch in trainer.batches:
+        # Right-padded one-token prompts: the first token names the prompt.
+        assert batch.rewards.tolist() == [ids[0] + 0.5 for ids in batch.input_ids.tolist()]
+
+
+def test_a_reward_that_raises_ends_the_run_and_names_its_prompt():
+    def reward(reply):
+        if reply.task["index"] == 3:
+            raise KeyError("answer")
+        return 1.0
+
+    engines = Engines()
+    trainer = Trainer(engines)
+    loop = loop_of(engines, trainer, reward=reward)
+    with pytest.raises(RewardError, match=r"reward of prompt \d+ \(task \{'index': 3\}.*raised KeyError: 'answer'"):
+        run(loop)
+    assert all((batch.rewards == 1).all() for batch in trainer.batches), "an error must never become a reward of 0"
+    assert balanced(loop)["pending"] >= 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None, "1", {"a": 1.0, "b": math.nan}])
+def test_a_reward_that_is_no_number_ends_the_run(bad):
+    engines = Engines()
+    trainer = Trainer(engines)
+    with pytest.raises(RewardError, match=r"reward of prompt \d+ .*(return a finite float|raised)"):
+        run(loop_of(engines, trainer, reward=lambda reply: bad))
+    assert trainer.batches == []
+
+
+def test_a_slow_reward_meets_its_deadline():
+    engines = Engines()
+    loop = loop_of(engines, Trainer(engines), reward=lambda reply: time.sleep(0.4), deadlines=Deadlines(reward_s=0.05))
+    with pytest.raises(RewardError, match=r"reward of prompt \d+ took longer than 0\.05 s.*`deadlines\.reward_s`"):
+        run(loop, inline=False)
+
+
+@pytest.mark.parametrize("bound", [0, 2])
+def test_a_group_with_nan_logprobs_is_set_aside_and_replaced(bound):
+    engines = Engines(broken={1, 4})
+    trainer, set_aside = Trainer(engines), []
+    loop = run(loop_of(engines, trainer, set_aside=set_aside, max_staleness=bound))
+    assert balanced(loop) == {"trained": 12, "filtered(nonfinite_logprobs)": 2}
+    filtered = {o for o, state in loop.ledger.states.items() if state.startswith("filtered")}
+    assert {t.group for t in set_aside} == filtered
+    assert all(math.isnan(t.logprobs[-1]) for t in set_aside), "kept as it came, for inspection"
+    assert all(batch.rollout_logprobs.isfinite().all() for batch in trainer.batches)
+    assert max(trainer.ages) <= bound
+
+
+def test_engines_that_never_answer_stall_the_run_with_a_message():
+    class Silent(Engines):
+        async def sample(self, token_ids, n, *, seed, temperature=None):
+            await asyncio.Event().wait()
+
+    engines = Silent()
+    loop = loop_of(engines, Trainer(engines), deadlines=Deadlines(sample_s=0.05))
+    with pytest.raises(StallError, match=r"step 1 waited 0\.05 s for the engines: 0 of 2 groups are ready, 2 are being"):
+        run(loop)
+
+
+def test_a_dying_learner_ends_the_run_with_its_own_exception():
+    engines = Engines()
+    trainer = Trainer(engines, dies_at=3)
+    loop = loop_of(engines, trainer, max_staleness=1)
+    with pytest.raises(FloatingPointError, match="the gradient norm is nan"):
+        run(loop)
+    assert balanced(loop)["trained"] == 4, "the step that died trained nobody"
+
+
+def test_a_dying_engine_ends_the_run_with_its_own_exception():
+    class Dying(Engines):
+        async def sample(self, token_ids, n, *, seed, temperature=None):
+            if self.calls == 5:
+                raise ConnectionError("engine 1 is gone")
+            return await super().sample(token_ids, n, seed=seed)
+
+    engines = Dying()
+    with pytest.raises(ConnectionError, match="engine 1 is gone"):
+        run(loop_of(engines, Trainer(engines), max_staleness=1))
+
+
+def test_evaluation_happens_between_steps_and_is_logged_with_its_step():
+    async def evaluate():
+        return {"eval/held/avg@1": float(engines.version)}
+
+    engines = Engines()
+    loop = run(loop_of(engines, Trainer(engines), evaluate=evaluate, eval_every=2))
+    logged = {row["step"]: row["eval/held/avg@1"] for row in loop.tracker.rows if "eval/held/avg@1" in row}
+    assert logged == {2: 2.0, 4: 4.0}  # the last step's is the caller's, after the run
