@@ -18,9 +18,19 @@ from rollout.settings import engine_args
 class Engine:
     """Hosted by one actor; every method is a coroutine of the same event loop."""
 
-    def __init__(self, config: Config, *, device: str, backend: str, model: str, version: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        device: str,
+        backend: str,
+        model: str,
+        version: int = 0,
+        overrides: dict[str, Any] | None = None,
+    ) -> None:
+        """`overrides` replace engine arguments: for experiments that show what a wrong setting does."""
         self.config = config
-        args = engine_args(config, device=device, backend=backend, model=model)
+        args = engine_args(config, device=device, backend=backend, model=model) | (overrides or {})
         self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
         self.version = version
         self.requests = 0
@@ -51,6 +61,23 @@ class Engine:
         }
         seeds = [None if seed is None else seed + i for i in range(n)]
         return list(await asyncio.gather(*(self._one(token_ids, seed=s, **shared) for s in seeds)))
+
+    async def score(self, token_ids: list[int], reply: list[int], **sampling: Any) -> list[float]:
+        """Log-probabilities (nats) that this engine would have given to a reply's tokens, had it sampled them.
+
+        Each token is asked for by a request of its own, so it went through the very sampler that rollouts use
+        (`prompt_logprobs` does not: vLLM leaves temperature out of it). `sampling` may set temperature, top_p, top_k.
+        """
+
+        async def one(position: int) -> float:
+            token = reply[position]
+            params = SamplingParams(max_tokens=1, logprob_token_ids=[token], detokenize=False, **sampling)
+            self.requests += 1
+            prompt = {"prompt_token_ids": token_ids + reply[:position], "cache_salt": f"v{self.version}"}
+            outputs = [o async for o in self.llm.generate(prompt, params, request_id=str(self.requests))]
+            return outputs[-1].outputs[0].logprobs[0][token].logprob
+
+        return list(await asyncio.gather(*(one(i) for i in range(len(reply)))))
 
     async def _one(self, token_ids: list[int], **sampling: Any) -> Completion:
         params = SamplingParams(

@@ -19,7 +19,7 @@ for name, value in engine_env(device="cpu", backend="gloo", threads=1).items():
 class Live:
     """An engine with blocking calls; it has vLLM's four control calls for a sender too."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, **overrides: Any) -> None:
         from rollout.engine import Engine
 
         self.config = config
@@ -27,7 +27,7 @@ class Live:
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
         async def make() -> Engine:
-            engine = Engine(config, device="cpu", backend="gloo", model=config.model)
+            engine = Engine(config, device="cpu", backend="gloo", model=config.model, overrides=overrides)
             await engine.start()
             return engine
 

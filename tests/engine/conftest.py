@@ -17,8 +17,8 @@ def live() -> Iterator[Callable[..., Live]]:
     """Start engines that end with the module."""
     started: list[Live] = []
 
-    def start(config: Config) -> Live:
-        started.append(Live(config))
+    def start(config: Config, **overrides: Any) -> Live:
+        started.append(Live(config, **overrides))
         return started[-1]
 
     torch.set_num_threads(1)

@@ -45,9 +45,7 @@ def test_spread_gives_sampled_tokens_their_sequences_number():
 
 def test_gae_of_one_sequence_by_hand():
     # delta_1 = 1 - 0.6, delta_0 = 0.5 * 0.6 - 0.2; A_1 = delta_1, A_0 = delta_0 + 0.5 * 0.8 * delta_1.
-    got = gae(
-        torch.tensor([1.0]), torch.tensor([[0.2, 0.6]]), torch.tensor([[True, True]]), gamma=0.5, lam=0.8
-    )
+    got = gae(torch.tensor([1.0]), torch.tensor([[0.2, 0.6]]), torch.tensor([[True, True]]), gamma=0.5, lam=0.8)
     assert got[0].tolist() == pytest.approx([0.1 + 0.4 * 0.4, 0.4])
 
 

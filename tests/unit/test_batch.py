@@ -15,7 +15,12 @@ TWO_TURNS = Trajectory(
     reward=1.5,
 )
 SHORT = Trajectory(
-    group=2, token_ids=[20, 21, 22], mask=[False, False, True], logprobs=[0.0, 0.0, -2.5], versions=[-1, -1, 7], reward=-1.0
+    group=2,
+    token_ids=[20, 21, 22],
+    mask=[False, False, True],
+    logprobs=[0.0, 0.0, -2.5],
+    versions=[-1, -1, 7],
+    reward=-1.0,
 )
 
 

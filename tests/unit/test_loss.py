@@ -136,7 +136,7 @@ def test_a_reduced_loss_is_refused_with_the_name_of_its_objective():
     @dataclass(frozen=True, kw_only=True)
     class Averaged(GRPO):
         def loss(self, policy, batch, advantages):
-            return super(Averaged, self).loss(policy, batch, advantages)[0].mean(dim=1), {}
+            return super().loss(policy, batch, advantages)[0].mean(dim=1), {}
 
     with pytest.raises(ValueError, match=r"Averaged\.loss returned shape \(2,\).*\[B, T\]=\(2, 3\)"):
         full_loss(Averaged(), None, policy_of(), batch_of(), ADVANTAGES)

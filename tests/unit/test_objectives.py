@@ -99,7 +99,9 @@ def test_ppo_adds_half_the_larger_of_two_squared_value_errors():
     old_values = torch.tensor([[0.5, 0.6]])
     batch = batch_of(mask, torch.zeros(1, 2), rewards=torch.tensor([1.0]), values=old_values)
     objective = PPO(gamma=1.0, lam=1.0, value_coef=0.5, value_clip=0.2)
-    loss, metrics = objective.loss(says(torch.zeros(1, 2), torch.tensor([[0.9, 0.5]])), batch, torch.tensor([[1.0, -1.0]]))
+    loss, metrics = objective.loss(
+        says(torch.zeros(1, 2), torch.tensor([[0.9, 0.5]])), batch, torch.tensor([[1.0, -1.0]])
+    )
     # Returns are 1. Column 0 moved by 0.4, clipped to 0.7: max(0.1^2, 0.3^2). Column 1 moved by -0.1: 0.5^2.
     assert metrics["critic/vf_loss"].flatten().tolist() == pytest.approx([0.045, 0.125])
     assert metrics["critic/vf_clipfrac"].tolist() == [[1.0, 0.0]]

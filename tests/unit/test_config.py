@@ -1,0 +1,134 @@
+"""Settings that cannot work are refused with the remedy, before anything starts."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from rl.config import Config, RolloutConfig, TrainerConfig, check
+from rl.objectives import GRPO, GSPO, PPO
+from rl.types import Data
+from trainer.placement import check_fits, default_threads, memory_estimate, plan
+
+
+def config_of(**settings):
+    return Config(**({"name": "t", "model": "m", "data": lambda: Data(train=[]), "reward": lambda r: 0.0} | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"prompts_per_step": 0}, "prompts_per_step=0 must be at least 1"),
+        ({"group_size": 0}, "group_size=0 must be at least 1"),
+        ({"eval_samples": 0}, "eval_samples=0 must be at least 1"),
+        ({"max_staleness": -1}, "max_staleness=-1 must be at least 0 (0 is synchronous)"),
+        ({"temperature": 0.0}, "use a temperature above 0 (eval_temperature may be 0)"),
+        ({"temperature": -1.0}, "temperature=-1.0: greedy"),
+        ({"objective": GRPO(), "group_size": 1}, "GRPO only zero advantages, for it compares samples of one prompt"),
+        ({"objective": GSPO(), "group_size": 1}, "use group_size >= 2, or PPO"),
+        ({"rollout": RolloutConfig(top_p=0.9)}, "top_p=0.9, top_k=0, min_p=0.0: truncated sampling renormalises"),
+        ({"rollout": RolloutConfig(top_k=20)}, "Use top_p=1, top_k=0, min_p=0"),
+        ({"rollout": RolloutConfig(min_p=0.1)}, "shape the sampling with temperature instead"),
+        (
+            {"rollout": RolloutConfig(max_tokens=512, max_model_len=512)},
+            "rollout.max_tokens=512 leaves no room for a prompt in 512 tokens",
+        ),
+        (
+            {"prompts_per_step": 2, "group_size": 4, "trainer": TrainerConfig(minibatches=9)},
+            "trainer.minibatches=9 exceeds the 8 sequences of a step",
+        ),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_with_the_remedy(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(config_of(**settings))
+
+
+def test_the_defaults_and_the_limits_pass():
+    check(config_of())
+    check(config_of(objective=PPO(), group_size=1))
+    check(config_of(prompts_per_step=2, group_size=4, trainer=TrainerConfig(minibatches=8)))
+    check(config_of(rollout=RolloutConfig(max_tokens=511, max_model_len=512)))
+
+
+def placed(*, cuda=True, engines=1, tensor_parallel=1, ranks=1, **settings):
+    rollout = RolloutConfig(engines=engines, tensor_parallel=tensor_parallel)
+    return plan(config_of(rollout=rollout, trainer=TrainerConfig(ranks=ranks), **settings), cuda=cuda)
+
+
+def test_a_run_on_gpus_needs_those_of_its_engines_and_ranks():
+    got = placed(engines=2, tensor_parallel=4, ranks=3)
+    assert (got.device, got.backend, got.gpus) == ("cuda", "nccl", 11)
+
+
+def test_a_run_without_gpus_goes_over_gloo_and_asks_for_none():
+    for got in (placed(cuda=False, engines=2, ranks=2), placed(cuda=True, device="cpu")):
+        assert (got.device, got.backend, got.gpus) == ("cpu", "gloo", 0)
+
+
+def test_too_many_gpus_name_both_numbers_and_where_they_come_from():
+    placement = placed(engines=2, tensor_parallel=4, ranks=3)
+    check_fits(placement, gpus=11)
+    with pytest.raises(
+        ValueError, match=r"needs 11 GPUs \(2 engines x 4 \+ 3 learner ranks x 1\).*cluster has 8\. Lower"
+    ):
+        check_fits(placement, gpus=8)
+
+
+def test_asking_for_cuda_where_there_is_none_says_so():
+    with pytest.raises(ValueError, match=r"needs 2 GPUs.*the cluster has 0"):
+        check_fits(placed(cuda=False, device="cuda"), gpus=0)
+
+
+def test_engine_and_learner_share_one_gpu_over_ipc():
+    got = placed(share_gpu=True)
+    assert (got.backend, got.gpus, got.gpus_per_engine, got.gpus_per_learner) == ("ipc", 1, 0.5, 0.5)
+    check_fits(got, gpus=1)
+
+
+@pytest.mark.parametrize("more", [{"engines": 2}, {"tensor_parallel": 2}, {"ranks": 2}])
+def test_a_shared_gpu_holds_one_engine_and_one_rank(more):
+    ((name, value),) = more.items()
+    with pytest.raises(
+        ValueError, match=rf"share_gpu=True is one engine.*{name}={value}.*set all to 1, or share_gpu=False"
+    ):
+        placed(share_gpu=True, **more)
+
+
+def test_on_cpu_there_is_no_gpu_to_share_and_no_tensor_parallelism():
+    with pytest.raises(ValueError, match=r"share_gpu=True needs a GPU.*leave it off, or set device=cuda"):
+        placed(cuda=False, share_gpu=True)
+    with pytest.raises(ValueError, match=r"rollout\.tensor_parallel=2 needs GPUs; on CPU use rollout\.engines"):
+        placed(cuda=False, tensor_parallel=2)
+
+
+@pytest.mark.parametrize("name", ["engines", "tensor_parallel", "ranks"])
+def test_no_part_of_a_placement_can_be_empty(name):
+    with pytest.raises(ValueError, match=rf"{name}=0 must be at least 1"):
+        placed(**{name: 0})
+
+
+def test_actors_that_take_turns_get_all_cores_and_others_one():
+    alone = config_of(max_staleness=0)
+    assert default_threads(alone, 8) == 8
+    assert default_threads(replace(alone, max_staleness=1), 8) == 1
+    assert default_threads(replace(alone, rollout=RolloutConfig(engines=2)), 8) == 1
+    assert default_threads(replace(alone, trainer=TrainerConfig(ranks=2)), 8) == 1
+
+
+@pytest.mark.parametrize(("stage", "weights", "gradients", "optimizer"), [(1, 2, 4, 3), (2, 2, 1, 3), (3, 0.5, 1, 3)])
+def test_memory_of_a_billion_parameters_by_zero_stage(stage, weights, gradients, optimizer):
+    # 2^30 parameters over 4 ranks: 2 + 4 + 12 GiB, divided where the stage shards.
+    config = config_of(trainer=TrainerConfig(ranks=4, zero_stage=stage), rollout=RolloutConfig(tensor_parallel=2))
+    assert memory_estimate(config, 2**30) == {
+        "learner rank: weights": weights,
+        "learner rank: gradients": gradients,
+        "learner rank: fp32 masters and Adam": optimizer,
+        "engine: weights, each GPU": 1.0,
+    }
+
+
+def test_a_kl_term_costs_the_memory_of_a_reference_model():
+    config = config_of(objective=GRPO(kl_coef=0.01), dtype="float32")
+    assert memory_estimate(config, 2**30)["learner rank: reference model"] == 4.0

@@ -1,0 +1,171 @@
+"""What a run writes down: W&B's mode, rows, samples, summary, plot, and the folder it all goes to."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from rl.config import Config, RolloutConfig, TrackingConfig
+from rl.objectives import GRPO, GSPO
+from rl.types import Data, Trajectory
+from trainer import report
+from trainer.launch import fresh_folder
+from trainer.tracking import RunTracker, wandb_mode
+
+
+@pytest.fixture(autouse=True)
+def _nobody_is_logged_in(monkeypatch, tmp_path):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+
+
+def test_auto_is_offline_without_a_key_and_online_with_one(monkeypatch, tmp_path):
+    auto = TrackingConfig()
+    assert wandb_mode(auto) == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    assert wandb_mode(auto) == "online"
+    monkeypatch.delenv("WANDB_API_KEY")
+    netrc = tmp_path / "home" / ".netrc"
+    netrc.write_text("machine example.org login a password b\n")
+    netrc.chmod(0o600)
+    assert wandb_mode(auto) == "offline"
+    netrc.write_text("machine api.wandb.ai login user password k\n")
+    assert wandb_mode(auto) == "online"
+
+
+def test_the_environment_decides_auto_and_a_setting_decides_over_the_environment(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    assert wandb_mode(TrackingConfig()) == "disabled"
+    assert wandb_mode(TrackingConfig(wandb="online")) == "online"
+    assert wandb_mode(TrackingConfig(wandb="offline")) == "offline"
+    assert wandb_mode(TrackingConfig(wandb="off")) == "disabled"
+
+
+def tracker_of(folder, **settings):
+    config = TrackingConfig(wandb="off", **settings)
+    return RunTracker(folder=folder, config=config, name="t", settings={})
+
+
+def lines(path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_each_step_is_a_row_of_json_at_once_with_null_for_nan(tmp_path):
+    tracker = tracker_of(tmp_path)
+    tracker.log(1, {"reward/mean": 0.5, "actor/entropy": math.nan})
+    tracker.log(2, {"reward/mean": 0.75, "actor/entropy": math.inf})
+    # Not closed yet: a killed run must leave its rows.
+    assert lines(tmp_path / "metrics.jsonl") == [
+        {"step": 1.0, "reward/mean": 0.5, "actor/entropy": None},
+        {"step": 2.0, "reward/mean": 0.75, "actor/entropy": None},
+    ]
+    assert math.isnan(tracker.history[0]["actor/entropy"]), "memory keeps what the file cannot hold"
+    tracker.close({"status": "finished"})
+
+
+def trajectory(group, logprob=-1.0):
+    return Trajectory(
+        group=group,
+        token_ids=[1, 2, 3, 4, 5],
+        mask=[False, True, False, True, True],
+        logprobs=[0.0, -0.5, 0.0, -0.25, logprob],
+        versions=[-1, 3, -1, 4, 4],
+        reward=0.5,
+        finish_reason="length",
+    )
+
+
+def test_a_few_samples_of_each_step_are_kept_as_text(tmp_path):
+    tracker = tracker_of(tmp_path, samples_per_step=2)
+    tracker.samples(7, [trajectory(g) for g in (10, 11, 12)], lambda ids: "".join(map(str, ids)))
+    rows = lines(tmp_path / "samples.jsonl")
+    assert [row["prompt_ordinal"] for row in rows] == [10, 11]
+    assert rows[0] == {
+        "step": 7,
+        "prompt_ordinal": 10,
+        "prompt": "13",
+        "reply": "245",
+        "reward": 0.5,
+        "finish_reason": "length",
+        "versions": [3, 4],
+    }
+    tracker.close({})
+
+
+def test_every_broken_sample_is_kept_with_its_numbers(tmp_path):
+    tracker = tracker_of(tmp_path, samples_per_step=1)
+    tracker.samples(-1, [trajectory(10), trajectory(10, math.nan)], lambda ids: "")
+    rows = lines(tmp_path / "samples.jsonl")
+    assert [row["logprobs"][-1] for row in rows] == ["-1.0", "nan"]
+    assert rows[0]["token_ids"] == [2, 4, 5]
+    tracker.close({})
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "summary.json"
+    report.write_json(path, {"status": "failed"})
+    with pytest.raises(TypeError):
+        report.write_json(path, {"status": "finished", "bad": object()})
+    assert json.loads(path.read_text()) == {"status": "failed"}
+    report.write_json(path, {"status": "finished"})
+    assert json.loads(path.read_text()) == {"status": "finished"}
+    assert [p.name for p in tmp_path.glob("summary*")] == ["summary.json"]
+
+
+def test_the_curves_of_a_run_become_a_png(tmp_path):
+    history = [{"step": 0.0, "eval/held/avg@1": 0.2, "eval/held/avg@1_se": 0.05}]
+    history += [{"step": float(s), "reward/mean": 0.1 * s, "actor/entropy": math.nan} for s in (1, 2, 3)]
+    report.plot(history, tmp_path / "curves.png", "title")
+    drawn = (tmp_path / "curves.png").read_bytes()
+    assert drawn[:8] == b"\x89PNG\r\n\x1a\n"
+    report.plot([{"step": 0.0}], tmp_path / "empty.png", "title")
+    assert len(drawn) > len((tmp_path / "empty.png").read_bytes()) > 1000, "there are curves in it"
+
+
+def config_of(**settings):
+    return Config(name="t", model="m", data=make_data, reward=len, **settings)
+
+
+def make_data():
+    return Data(train=[])
+
+
+def test_the_config_digest_differs_when_any_setting_does():
+    base = config_of()
+    variants = [
+        base,
+        replace(base, seed=1),
+        replace(base, reward=sum),
+        replace(base, objective=GRPO()),
+        replace(base, objective=GSPO(kl_coef=0.1)),
+        replace(base, rollout=RolloutConfig(max_tokens=255)),
+    ]
+    digests = [report.config_digest(report.resolved(c)) for c in variants]
+    assert len(set(digests)) == len(variants)
+    assert report.config_digest(report.resolved(config_of())) == digests[0]
+
+
+def test_a_resolved_config_is_plain_json_with_functions_by_name():
+    settings = report.resolved(config_of(objective=GSPO(clip_high=5e-4)))
+    assert json.loads(json.dumps(settings)) == settings
+    assert settings["reward"] == "builtins.len"
+    assert settings["data"].endswith(".make_data")
+    assert settings["objective"]["type"] == "GSPO"
+    assert settings["objective"]["clip_high"] == 5e-4
+
+
+def test_a_run_never_writes_into_the_folder_of_another(tmp_path):
+    wanted, got = tmp_path / "runs" / "quick.start", []
+    for _ in range(3):
+        got.append(fresh_folder(wanted))
+        got[-1].mkdir(parents=True)
+    assert [p.name for p in got] == ["quick.start", "quick.start-2", "quick.start-3"]
+    assert {p.parent for p in got} == {tmp_path / "runs"}
