@@ -37,8 +37,11 @@ class Loop:
     version: int = 0
     trained_tokens: int = 0
     ledger: Ledger = field(default_factory=Ledger)
-    _ready: list[list[Trajectory]] = field(default_factory=list)
+    _born: dict[int, int] = field(default_factory=dict)
+    """Version at which each pending group was admitted: none of its tokens is older."""
     _sampling: dict[int, float] = field(default_factory=dict)
+    """When each group began that is being sampled or judged."""
+    _ready: list[list[Trajectory]] = field(default_factory=list)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def run(self) -> None:
@@ -59,6 +62,7 @@ class Loop:
                 await self._changed.wait_for(lambda: self._admitted() < self._allowed())
             prompt = next(self.prompts)
             self.ledger.admit(prompt.ordinal)
+            self._born[prompt.ordinal] = self.version
             self._sampling[prompt.ordinal] = time.monotonic()
             tasks.create_task(self._group(prompt), name=f"sample prompt {prompt.ordinal}")
 
@@ -67,7 +71,7 @@ class Loop:
         return self.ledger.counts["pending"] + self.ledger.counts["trained"]
 
     def _allowed(self) -> int:
-        """Groups that may be under way so that none can be older than `max_staleness` when its step begins."""
+        """Groups that may have been admitted by now, so that those at the staleness bound always fit one step."""
         steps = min(self.version + self.config.max_staleness + 1, self.config.steps)
         return steps * self.config.prompts_per_step
 
@@ -92,6 +96,7 @@ class Loop:
             else:
                 # Never replaced by a number that looks right: the group is set aside, counted, and another admitted.
                 self.ledger.settle(prompt.ordinal, "filtered(nonfinite_logprobs)")
+                del self._born[prompt.ordinal]
                 self.on_samples(-1, group)
             self._changed.notify_all()
 
@@ -111,6 +116,7 @@ class Loop:
             self.version += 1
             for group in groups:
                 self.ledger.settle(group[0].group, "trained")
+                del self._born[group[0].group]
             self._changed.notify_all()
 
         tokens = sum(sum(t.mask) for t in trajectories)
@@ -134,12 +140,22 @@ class Loop:
             metrics |= await self.evaluate()
         self.tracker.log(step, metrics)
 
+    def _enough(self) -> bool:
+        """Whether a step can begin: it has its groups, and none that would be too old for the next is missing.
+
+        A straggler does not hold up a step until its oldest token is `max_staleness` versions old.
+        """
+        due = self.version - self.config.max_staleness
+        late = any(self._born[ordinal] <= due for ordinal in self._sampling)
+        return len(self._ready) >= self.config.prompts_per_step and not late
+
     async def _next_groups(self, step: int) -> list[list[Trajectory]]:
         """The oldest finished groups of one step; StallError when they do not come in time."""
         need, deadline = self.config.prompts_per_step, self.config.deadlines.sample_s
         try:
             async with asyncio.timeout(deadline), self._changed:
-                await self._changed.wait_for(lambda: len(self._ready) >= need)
+                await self._changed.wait_for(self._enough)
+                self._ready.sort(key=lambda group: self._born[group[0].group])
                 groups, self._ready = self._ready[:need], self._ready[need:]
                 return groups
         except TimeoutError:

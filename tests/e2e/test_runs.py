@@ -1,0 +1,114 @@
+"""Whole runs with real Ray actors, vLLM V1 engines and DeepSpeed ranks, on a tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+from models import make_model
+
+RECIPE = Path(__file__).parent / "recipes" / "echo.py"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("echo"), peak=1.0)
+
+
+def start(model: Path, folder: Path, *flags: str) -> tuple[subprocess.Popen, str]:
+    """A recipe in a process group of its own, and a mark that its environment hands to every process it starts."""
+    mark = uuid.uuid4().hex
+    command = [sys.executable, "-W", "ignore", str(RECIPE), "--model", str(model), "--output-dir", str(folder), *flags]
+    env = os.environ | {"UNISON_TEST_MARK": mark}
+    log = (folder / "terminal.log").open("w")
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True), mark
+
+
+def finish(process: subprocess.Popen, folder: Path, seconds: float = 280) -> tuple[int, dict, list[dict]]:
+    code = process.wait(seconds)
+    run = folder / "echo"
+    text = (folder / "terminal.log").read_text()
+    assert (run / "summary.json").exists(), text[-3000:]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return code, json.loads((run / "summary.json").read_text()), [row for row in rows if "reward/mean" in row]
+
+
+def left_behind(mark: str) -> list[str]:
+    """Processes that carry the mark and live on."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("UNISON_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline())[:120])
+        except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def test_a_users_objective_learns_and_every_step_agrees_with_the_engine(model: Path, tmp_path: Path) -> None:
+    process, mark = start(model, tmp_path)
+    code, summary, rows = finish(process, tmp_path)
+    assert code == 0, (tmp_path / "terminal.log").read_text()[-3000:]
+    assert summary["status"] == "finished"
+    assert len(rows) == 40
+    assert sum(row["reward/mean"] for row in rows[:3]) / 3 < 0.4
+    assert sum(row["reward/mean"] for row in rows[-5:]) / 5 > 0.8
+    assert summary["eval_after"]["eval/digits/avg@4"] - summary["eval_before"]["eval/digits/avg@4"] > 0.4
+    # The engine had each step's new weights, and both sides say the same, at every step.
+    assert max(row["rollout_corr/logprob_abs_diff_mean"] for row in rows) <= 1e-5
+    assert [row["weight_sync/version"] for row in rows] == list(range(1, 41))
+    assert rows[0]["weight_sync/verified"] == 1.0
+    assert all(row["staleness/max"] == 0 for row in rows)
+    assert rows[3]["actor/move"] == 0.0  # one step per batch: the policy of now is the old one
+    assert summary["ledger"] == {"pending": 0, "trained": 320}
+    run = tmp_path / "echo"
+    for name in ("config.json", "samples.jsonl", "curves.png", "model/model.safetensors", "model/tokenizer.json"):
+        assert (run / name).stat().st_size > 0, name
+    assert list(run.glob("wandb/offline-run-*")), "W&B must have recorded the run offline"
+    assert left_behind(mark) == []
+
+
+def test_two_engines_and_two_ranks_overlap_sampling_with_updates_and_lose_no_request(
+    model: Path, tmp_path: Path
+) -> None:
+    flags = "--steps 5 --prompts-per-step 4 --group-size 4 --max-staleness 1 --verify-every 2 --tracking.wandb off"
+    long = "--rollout.max-tokens 200 --rollout.engines 2 --trainer.ranks 2 --trainer.zero-stage 2 --no-save-final"
+    process, _ = start(model, tmp_path, *flags.split(), *long.split())
+    code, summary, rows = finish(process, tmp_path)
+    assert code == 0, (tmp_path / "terminal.log").read_text()[-3000:]
+    assert [engine["aborted"] for engine in summary["engines"]] == [0, 0]
+    assert all(engine["requests"] > 10 for engine in summary["engines"])
+    assert {engine["version"] for engine in summary["engines"]} == {5}
+    assert max(row["staleness/max"] for row in rows) == 1
+    # Some sequences were under way when new weights came, and say so token by token.
+    assert max(row["staleness/versions_per_sample"] for row in rows) > 1
+    assert summary["ledger"]["trained"] == 20
+    assert [row["weight_sync/verified"] for row in rows] == [1, 1, 0, 1, 0]
+
+
+def test_ctrl_c_leaves_no_process_and_a_readable_folder(model: Path, tmp_path: Path) -> None:
+    process, mark = start(model, tmp_path, "--steps", "100000", "--tracking.wandb", "off")
+    metrics = tmp_path / "echo" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        assert process.poll() is None, (tmp_path / "terminal.log").read_text()[-3000:]
+        assert time.monotonic() < deadline, "no step within 200 s"
+        time.sleep(0.5)
+    # As a terminal does: to every process of the foreground group.
+    os.killpg(process.pid, signal.SIGINT)
+    code, summary, rows = finish(process, tmp_path, seconds=60)
+    assert code == 130
+    assert summary["status"] == "interrupted"
+    assert summary["steps"] == len(rows) >= 2
+    assert summary["ledger"]["trained"] == 8 * len(rows)
+    assert (tmp_path / "echo" / "curves.png").stat().st_size > 0
+    deadline = time.monotonic() + 15
+    while left_behind(mark) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert left_behind(mark) == []
