@@ -41,10 +41,10 @@ config = Config(
     data=products,
     reward=last_integer_is_right,
     objective=GSPO(),
-    steps=20,
+    steps=12,
     prompts_per_step=8,
     group_size=8,
-    eval_every=10,
+    eval_every=6,
     eval_samples=3,
     # Few laptops have bf16 units; in fp32 the engine and the trainer agree to six digits.
     dtype="float32",

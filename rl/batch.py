@@ -76,7 +76,7 @@ def micro_batches(batch: Batch, rows: Tensor, *, ranks: int, budget: int, share_
     budget travels alone.
     """
     total = lengths(batch)
-    prompt = total - batch.mask.sum(dim=1)
+    prompt = batch.mask.int().argmax(dim=1) + 1
     units: dict[int, list[int]] = {}
     for row in rows.tolist():
         units.setdefault(int(batch.group_ids[row]) if share_prompts else row, []).append(row)

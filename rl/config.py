@@ -148,9 +148,19 @@ class Config:
 
 def check(config: Config) -> None:
     """Raise ValueError, with the remedy, for settings that cannot work together. Starts and loads nothing."""
-    for name in ("steps", "prompts_per_step", "group_size", "eval_samples"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    r, t = config.rollout, config.trainer
+    at_least_one = {
+        "": (config, ("steps", "prompts_per_step", "group_size", "eval_samples")),
+        "rollout.": (r, ("max_tokens", "max_num_seqs")),
+        "trainer.": (t, ("epochs", "minibatches", "micro_batch_tokens")),
+    }
+    for prefix, (part, names) in at_least_one.items():
+        for name in names:
+            if getattr(part, name) < 1:
+                raise ValueError(f"{prefix}{name}={getattr(part, name)} must be at least 1")
+    for name in ("lr", "warmup_steps", "weight_decay"):
+        if getattr(t, name) < 0:
+            raise ValueError(f"trainer.{name}={getattr(t, name)} must not be negative")
     if config.max_staleness < 0:
         raise ValueError(f"max_staleness={config.max_staleness} must be at least 0 (0 is synchronous)")
     if config.temperature <= 0:
@@ -163,7 +173,6 @@ def check(config: Config) -> None:
             f"group_size=1 gives {type(config.objective).__name__} only zero advantages, for it compares samples of "
             "one prompt: use group_size >= 2, or PPO, whose critic is the baseline"
         )
-    r = config.rollout
     if (r.top_p, r.top_k, r.min_p) != (1.0, 0, 0.0):
         raise ValueError(
             f"top_p={r.top_p}, top_k={r.top_k}, min_p={r.min_p}: truncated sampling renormalises the engine's "
@@ -172,7 +181,6 @@ def check(config: Config) -> None:
         )
     if r.max_tokens >= r.max_model_len:
         raise ValueError(f"rollout.max_tokens={r.max_tokens} leaves no room for a prompt in {r.max_model_len} tokens")
-    t = config.trainer
     rows = config.prompts_per_step * config.group_size
     if t.minibatches > rows:
         raise ValueError(f"trainer.minibatches={t.minibatches} exceeds the {rows} sequences of a step")

@@ -136,7 +136,7 @@ class Loop:
             "perf/trainer_idle_frac": waited / seconds,
         }
         self.on_samples(step, trajectories)
-        if c.eval_every and step % c.eval_every == 0 and step < c.steps:
+        if step == c.steps or (c.eval_every and step % c.eval_every == 0):
             metrics |= await self.evaluate()
         self.tracker.log(step, metrics)
 

@@ -1,7 +1,7 @@
 """All that the loop sees of the engines, the trainer and the tokenizer. Fakes of these drive its unit tests."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rl.types import Batch, Completion
 
@@ -17,6 +17,7 @@ class SyncReport:
     """Whether every engine's digests were compared with the sender's."""
 
 
+@runtime_checkable
 class Rollouts(Protocol):
     """The engines as one."""
 
@@ -27,6 +28,7 @@ class Rollouts(Protocol):
         ...
 
 
+@runtime_checkable
 class Learner(Protocol):
     """The trainer's ranks as one."""
 
@@ -39,6 +41,7 @@ class Learner(Protocol):
         ...
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Where the numbers go."""
 

@@ -67,7 +67,7 @@ class Meter:
             if picked.numel():
                 self.merge_one(name, float(picked.max() if name.endswith("_max") else picked.sum()), picked.numel())
 
-    def merge_one(self, name: str, value: float, count: float) -> None:
+    def merge_one(self, name: str, value: float, count: float | int) -> None:
         """Count in a sum (or a maximum) over `count` entries."""
         if name.endswith("_max"):
             # A plain max() would drop a NaN, and a NaN is what must be seen.

@@ -2,7 +2,9 @@
 
 import asyncio
 import math
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from rl.types import Reply
 
@@ -31,9 +33,33 @@ def judge(reward: Reward, reply: Reply, ordinal: int) -> tuple[float, dict[str, 
 async def judge_in_time(
     reward: Reward, reply: Reply, ordinal: int, deadline_s: float
 ) -> tuple[float, dict[str, float]]:
-    """`judge` in a thread. Raises RewardError after `deadline_s` seconds."""
+    """`judge` in a thread. Raises RewardError after `deadline_s` seconds.
+
+    The thread is a daemon: Python would wait for any other kind at exit, and a reward that hangs would hang the run.
+    """
+    loop = asyncio.get_running_loop()
+    judged: asyncio.Future[tuple[float, dict[str, float]]] = loop.create_future()
+
+    def settle(result: tuple[float, dict[str, float]] | None, error: BaseException | None) -> None:
+        if judged.done():
+            return
+        if error is None:
+            judged.set_result(result)
+        else:
+            judged.set_exception(error)
+
+    def work() -> None:
+        result, error = None, None
+        try:
+            result = judge(reward, reply, ordinal)
+        except BaseException as raised:
+            error = raised
+        with suppress(RuntimeError):  # the run has ended, and its event loop is closed
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=work, daemon=True, name=f"reward of prompt {ordinal}").start()
     try:
-        return await asyncio.wait_for(asyncio.to_thread(judge, reward, reply, ordinal), deadline_s)
+        return await asyncio.wait_for(judged, deadline_s)
     except TimeoutError:
         raise RewardError(
             f"the reward of prompt {ordinal} took longer than {deadline_s:g} s (task {dict(reply.task)}, reply "

@@ -45,10 +45,11 @@ def digest(tensor: Tensor) -> str:
     """64-bit digest of a tensor's dtype, shape and exact bits, equal on CPU and GPU.
 
     sum_i bits_i * mix(i) in wrapping 64-bit integers, mix(i) a pseudo-random odd multiplier of the position: a
-    changed, lost, swapped or shifted value changes it. It guards against faults, not against forgery.
+    changed, lost, swapped or shifted value changes it. It guards against faults, not against forgery. Values of 8
+    bytes count as two of 4: an odd multiplier could not tell the top bit of one 64-bit value from that of another.
     """
     flat = tensor.detach().contiguous().view(-1)
-    bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}[flat.element_size()])
     weights, total = _weights(flat.device), 0
     for part in bits.split(_CHUNK):
         total = (total * _HORNER + int((part * weights[: part.numel()]).sum())) % 2**64

@@ -38,7 +38,7 @@ def pack(bucket: Bucket, tensors: Iterator[tuple[str, Tensor]]) -> Tensor:
     items, size = bucket
     buffer = torch.empty(size, dtype=torch.uint8)
     for (name, dtype, shape), offset in items:
-        got_name, tensor = next(tensors)
+        got_name, tensor = next(tensors, ("nothing more", torch.empty(0)))
         got = (got_name, tensor.dtype, tuple(tensor.shape))
         if got != (name, dtype, shape):
             raise ValueError(f"the weight source announced {(name, dtype, shape)} but yields {got}")

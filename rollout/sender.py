@@ -113,7 +113,6 @@ class GlooTrainerEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
             executor.shutdown(wait=False)
         self.client.finish_weight_update()
 
-
     def _send(self, buffer: Tensor, received: Future[None]) -> None:
         """Broadcast one bucket; when that fails, the engines' own error says more than gloo's."""
         try:
@@ -141,8 +140,9 @@ def open_sender(
 ) -> TrainerWeightTransferEngine[Any]:
     """Meet the engines and return what sends them the learner's weights; called on every learner rank.
 
-    `expected` are the names that every update must bring, `client` carries vLLM's four control calls to all engines; `world_size` counts rank 0 and every engine worker.
-    Raises ValueError for an unknown backend, and whatever the rendezvous raises after `timeout_s` seconds.
+    `expected` are the names that every update must bring, `client` carries vLLM's four control calls to all engines,
+    `world_size` counts rank 0 and every engine worker. Raises ValueError for an unknown backend, and whatever the
+    rendezvous raises after `timeout_s` seconds.
     """
     infos = {
         "gloo": lambda: GlooTrainerInitInfo(address, port, world_size, timeout_s, rank=rank),

@@ -11,24 +11,37 @@ import asyncio
 import json
 import math
 import os
-import platform
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from rl.batch import collate, take, trajectory
+from rl.config import Config, Deadlines, RolloutConfig, TrackingConfig, TrainerConfig
+from rl.objectives import GRPO
+from rl.types import Data, Example, Prompt, Reply
+from rollout.settings import engine_env
+from trainer.model import load
+from trainer.placement import plan
+from trainer.report import stack_versions
+from trainer.tokens import load_tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT_S = 470
-"""Of the whole script; together the phases' own limits are longer, for not all of them will hang."""
-PARITY_LIMIT, CONTROL_LIMIT = 0.05, 0.1
-"""Nats of mean |d|: most that fp32 heads on both sides may show in bf16, least that the negative control must show."""
-CHARACTERS = "0123456789="
+LIMIT_S = 470  # of the whole script; the phases' own limits add up to more, for not all of them will hang
+PARITY_LIMIT = 0.1  # nats of mean |d| that fp32 heads on both sides may show over a bf16 body
+CONTROL_FACTOR = 3  # how many times worse than the honest row the negative control must be
+ENGINES = (("fp32", "processed", (1.0, 0.7)), ("bf16", "processed", (1.0,)), ("fp32", "raw", (0.7,)))
 REPLY_TOKENS = 8
 
 
@@ -36,15 +49,14 @@ def agreement(rollout: list[list[float]], trainer: list[list[float]]) -> dict[st
     """How far the trainer's log-probabilities are from the engine's about the same tokens, by sequence, in nats.
 
     With d = trainer - rollout: mean |d|, max |d|, k1 = mean of -d, k3 = mean of e^d - d - 1 (both estimate
-    KL(rollout || trainer)), `ess` = (mean of e^d)^2 / mean of e^2d. Standard errors (`_se`) are between sequences,
+    KL(rollout || trainer)), ess = (mean of e^d)^2 / mean of e^2d. Standard errors (`_se`) are between sequences,
     for the tokens of one are not independent: sqrt(S / (S - 1) sum_s (sum of s - mean * length of s)^2) / tokens.
     """
     gaps = [[b - a for a, b in zip(r, t, strict=True)] for r, t in zip(rollout, trainer, strict=True)]
     flat = [d for row in gaps for d in row]
     tokens, sequences = len(flat), len(gaps)
     out = {"tokens": tokens, "sequences": sequences, "nll": -sum(map(sum, rollout)) / tokens}
-    measures = {"abs_mean": abs, "k1": lambda d: -d, "k3": lambda d: math.expm1(d) - d}
-    for name, measure in measures.items():
+    for name, measure in {"abs_mean": abs, "k1": lambda d: -d, "k3": lambda d: math.expm1(d) - d}.items():
         mean = sum(map(measure, flat)) / tokens
         spread = sum((sum(map(measure, row)) - mean * len(row)) ** 2 for row in gaps)
         out |= {name: mean, f"{name}_se": math.sqrt(spread * sequences / max(sequences - 1, 1)) / tokens}
@@ -53,72 +65,54 @@ def agreement(rollout: list[list[float]], trainer: list[list[float]]) -> dict[st
     return out | {"abs_max": max(map(abs, flat)), "ess": ess}
 
 
-def make_model(folder: Path, *, nats: float | None = None, device: str = "cpu", **shape: int) -> str:
-    """Save a random bf16 Qwen2 with a character tokenizer and tied embeddings.
+def middle(values: list[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": median(values), "min": min(values), "max": max(values)}
 
-    With `nats`, the final norm (which scales a tied head's logits) is set so that the mean entropy is about that.
+
+def make_model(folder: Path, *, hidden: int, inner: int, layers: int, vocabulary: int = 14, nats: float = 0.0) -> str:
+    """Save a random bf16 Qwen2 (tied embeddings, heads of 64) with a character tokenizer of ten digits and "=".
+
+    With `nats`, the final norm, which scales a tied head's logits, is set for that mean entropy after random tokens.
     """
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-    vocabulary = {c: i for i, c in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    words = {c: i for i, c in enumerate(["<pad>", "<eos>", "<unk>", *"0123456789="])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
     special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    shape = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": vocabulary}
+    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    ids = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "max_position_embeddings": 1024}
     torch.manual_seed(0)
-    ids = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
-    settings = {"vocab_size": len(vocabulary), "max_position_embeddings": 1024, "tie_word_embeddings": True} | ids
-    with torch.device(device):
-        model = Qwen2ForCausalLM(Qwen2Config(**settings | shape))
-    if nats is not None:
-        with torch.no_grad():
-            hidden = model.model(torch.randint(model.config.vocab_size, (4, 64), device=device)).last_hidden_state
-            logits = model.lm_head(hidden)
-            low, high = 0.01, 1000.0
-            for _ in range(30):
-                scale = math.sqrt(low * high)
-                log_p = (logits * scale).log_softmax(-1)
-                entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
-                low, high = (scale, high) if entropy > nats else (low, scale)
-            model.model.norm.weight.mul_(scale)
+    # The wide initialisation of `nats` keeps samples from falling into repetition, where every token is certain.
+    config = Qwen2Config(**shape, **heads, **ids, initializer_range=0.05 if nats else 0.02)
+    with torch.no_grad():
+        model, scale, entropy = Qwen2ForCausalLM(config), 1.0, math.inf
+        logits = model(torch.randint(vocabulary, (4, 32))).logits if nats else None
+        while nats and entropy > nats:
+            scale *= 1.05
+            log_p = (logits * scale).log_softmax(-1)
+            entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
+        model.model.norm.weight.mul_(scale)
     model.to(torch.bfloat16).save_pretrained(folder)
     return str(folder)
 
 
-def base_config(args: argparse.Namespace, model: str, **settings: Any) -> Any:
-    """What all phases share."""
-    from rl.config import Config, Deadlines, TrackingConfig
-
-    cuda = args.device == "cuda"
-    return Config(
-        model=model,
-        device=args.device,
-        share_gpu=cuda,
-        save_final=False,
-        output_dir=str(Path(args.work) / "runs"),
-        tracking=TrackingConfig(wandb="off"),
-        deadlines=Deadlines(start_s=150, sample_s=60, step_s=60, sync_s=60),
-        **settings,
-    )
-
-
-# -- phases ------------------------------------------------------------------------------------------------------
+def base_config(args: argparse.Namespace, name: str, model: str, **rollout: int) -> Config:
+    """What all phases share; data and reward are for those that have none."""
+    rollouts = RolloutConfig(gpu_memory_utilization=0.3, kv_cache_gib=0.25, **rollout)
+    deadlines = Deadlines(start_s=150, sample_s=60, step_s=60, sync_s=60)
+    where = {"device": args.device, "share_gpu": args.device == "cuda", "output_dir": f"{args.work}/runs"}
+    config = Config(name=name, model=model, data=digits, reward=share_of_echoes, rollout=rollouts, **where)
+    return replace(config, tracking=TrackingConfig(wandb="off"), save_final=False, deadlines=deadlines)
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
     """What this machine is."""
-    import torch
-
-    from trainer.report import stack_versions
-
-    found: dict[str, Any] = {"host": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    found: dict[str, Any] = {"cores": os.cpu_count()}
     if args.device == "cuda":
         p = torch.cuda.get_device_properties(0)
-        capability = f"sm_{p.major}{p.minor}"
-        found |= {"gpu": p.name, "memory_gib": p.total_memory / 2**30, "capability": capability}
+        found |= {"gpu": p.name, "memory_gib": p.total_memory / 2**30, "capability": f"{p.major}.{p.minor}"}
         found["cuda"] = torch.version.cuda
     return found | stack_versions()
 
@@ -126,185 +120,115 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
 def parity(args: argparse.Namespace) -> dict[str, Any]:
     """Engine against trainer, fp32 head on and off on either side, and raw log-probabilities as negative control."""
     cpu = args.device == "cpu"
-    from rl.config import RolloutConfig
-    from rollout.settings import engine_env
-
-    os.environ |= engine_env(device=args.device, backend="gloo" if cpu else "ipc", threads=os.cpu_count() or 1)
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 2048}
-    if not cpu:
-        shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "vocab_size": 32768}
-    heads = {"num_attention_heads": shape["hidden_size"] // 64, "num_key_value_heads": 2}
-    model = args.model or make_model(Path(args.work) / "peaky", nats=1.5, **shape, **heads)
-    prompts = parity_prompts(args.model, shape["vocab_size"], 4 if cpu else 16)
-    rollout = RolloutConfig(max_tokens=24 if cpu else 128, max_model_len=256, gpu_memory_utilization=0.3)
-    result: dict[str, Any] = {"model": args.model or shape, "rows": [], "problems": []}
+    shape = {"hidden": 512, "inner": 1408, "layers": 12, "vocabulary": 32768}
+    shape = {"hidden": 128, "inner": 256, "layers": 4, "vocabulary": 2048} if cpu else shape
+    model = args.model or make_model(Path(args.work) / "peaky", nats=3.0, **shape)
+    encode = load_tokenizer(model).encode  # most of it is <unk> to the random model's tokenizer, but not the numbers
+    prompts = [encode(f"Question: what is {i} times {i + 3}? Answer:") for i in range(2, 6 if cpu else 18)]
+    config = base_config(args, "parity", model, max_tokens=24 if cpu else 128, max_model_len=256)
     sampled: dict[tuple[str, str, float], Any] = {}
-    for fp32, mode, temperatures in (
-        (True, "processed", (1.0, 0.7)),
-        (False, "processed", (1.0,)),
-        (True, "raw", (0.7,)),
-    ):
-        config = base_config(args, model, name="parity", data=list, reward=float, fp32_head=fp32, rollout=rollout)
+    rows, problems = [], []
+    for head, kind, temperatures in ENGINES:
         try:
-            batches = asyncio.run(sample(config, args.device, mode, prompts, temperatures))
-            sampled |= {("fp32" if fp32 else "bf16", mode, t): b for t, b in batches.items()}
+            batches = asyncio.run(sample(replace(config, fp32_head=head == "fp32"), kind, prompts, temperatures))
+            sampled |= {(head, kind, t): batch for t, batch in batches.items()}
         except Exception as error:
             traceback.print_exc()
-            result["problems"].append(f"engine fp32_head={fp32} {mode}: {type(error).__name__}: {error}")
+            problems.append(f"engine with {head} head, {kind}: {type(error).__name__}: {error}")
     for trainer in ("fp32", "bf16"):
-        scores = trainer_scores(model, trainer, args.device, sampled)
-        for (engine, mode, temperature), (ours, theirs) in scores.items():
-            if trainer == "fp32" or temperature == 1.0:
-                row = {"engine": engine, "trainer": trainer, "logprobs": mode, "temperature": temperature}
-                result["rows"].append(row | agreement(theirs, ours))
-    for row in result["rows"]:
-        control = row["logprobs"] == "raw"
-        if control and not row["abs_mean"] > CONTROL_LIMIT:
-            result["problems"].append(
-                f"the negative control shows only {row['abs_mean']:.2g} nats: this check is blind"
-            )
-        if not control and row["engine"] == row["trainer"] == "fp32" and not row["abs_mean"] < PARITY_LIMIT:
-            result["problems"].append(f"fp32 heads at T={row['temperature']} differ by {row['abs_mean']:.2g} nats")
-    return result
+        for (engine, kind, t), (theirs, ours) in trainer_scores(model, trainer, args.device, sampled).items():
+            if trainer == "fp32" or t == 1.0:
+                row = {"engine": engine, "trainer": trainer, "kind": kind, "temperature": t}
+                rows.append(row | agreement(theirs, ours))
+    gaps = {(r["kind"], r["temperature"]): r["abs_mean"] for r in rows if r["engine"] == r["trainer"] == "fp32"}
+    raw, honest = gaps.pop(("raw", 0.7), math.nan), gaps.get(("processed", 0.7), math.nan)
+    problems += [
+        f"fp32 heads at T={t} differ by {gap:.2g} nats" for (_, t), gap in gaps.items() if not gap < PARITY_LIMIT
+    ]
+    if not raw > CONTROL_FACTOR * honest:
+        problems.append(f"raw log-probabilities differ by {raw:.2g} nats, honest ones by {honest:.2g}: a blind check")
+    return {"model": args.model or shape, "rows": rows, "problems": problems}
 
 
-def parity_prompts(model: str, vocabulary: int, count: int) -> list[list[int]]:
-    """Random tokens for a random model, questions for a real one."""
-    if not model:
-        import torch
-
-        ids = torch.randint(3, vocabulary, (count, 16), generator=torch.Generator().manual_seed(1))
-        return ids.tolist()
-    from trainer.tokens import load_tokenizer
-
-    tokenizer = load_tokenizer(model)
-    return [list(tokenizer.encode(f"Question: what is {i} times {i + 3}? Answer:")) for i in range(2, count + 2)]
-
-
-async def sample(config: Any, device: str, mode: str, prompts: list[list[int]], temperatures: Any) -> dict[float, Any]:
-    """One engine's trajectories of eight samples a prompt, by temperature, as batches."""
+async def sample(config: Config, kind: str, prompts: list[list[int]], temperatures: list[float]) -> dict[float, Any]:
+    """What one engine says about its own samples, eight of each prompt: one batch for each temperature."""
     import rollout.engine
-    from rl.batch import collate, trajectory
-    from rl.types import Prompt
 
-    def args_of(*a: Any, **k: Any) -> dict[str, Any]:
-        return original(*a, **k) | {"logprobs_mode": f"{mode}_logprobs"}
-
-    original = rollout.engine.engine_args
-    with patch.object(rollout.engine, "engine_args", args_of):
-        backend = "gloo" if device == "cpu" else "ipc"
-        engine = rollout.engine.Engine(config, device=device, backend=backend, model=config.model)
+    settings, mode = rollout.engine.engine_args, {"logprobs_mode": f"{kind}_logprobs"}
+    place = {"device": config.device, "backend": "gloo" if config.device == "cpu" else "ipc"}
+    with patch.object(rollout.engine, "engine_args", lambda *a, **k: settings(*a, **k) | mode):
+        engine = rollout.engine.Engine(config, model=config.model, **place)
     try:
         await engine.start()
-        out = {}
+        batches = {}
         for t in temperatures:
             asked = (engine.sample(ids, 8, seed=1000 * i, temperature=t) for i, ids in enumerate(prompts))
-            pairs = [
-                trajectory(Prompt(ordinal=i, token_ids=prompts[i], task={}), completion, 0.0, {})
-                for i, group in enumerate(await asyncio.gather(*asked))
-                for completion in group
-            ]
-            out[t] = collate(pairs)
-        return out
+            groups = enumerate(await asyncio.gather(*asked))
+            pairs = [(Prompt(ordinal=i, token_ids=prompts[i], task={}), c) for i, group in groups for c in group]
+            batches[t] = collate([trajectory(prompt, c, 0.0, {}) for prompt, c in pairs])
+        return batches
     finally:
         await engine.close()
 
 
 def trainer_scores(model: str, head: str, device: str, batches: dict[Any, Any]) -> dict[Any, Any]:
-    """By key of `batches`: the trainer's log-probabilities and the engine's, as lists by sequence."""
-    import torch
-
-    from rl.batch import take
-    from trainer.model import load
-
+    """For each batch: the engine's log-probabilities and the trainer's, as lists by sequence."""
     policy = load(model, dtype="bfloat16", fp32_head=head == "fp32", share_prompts=False).to(device).eval()
-    out = {}
+    scores: dict[Any, Any] = {key: ([], []) for key in batches}
     for key, batch in batches.items():
-        ours, theirs = [], []
         for rows in torch.arange(len(batch.rewards)).split(16):
             part = take(batch, rows)
             with torch.no_grad():
-                logprobs = policy(part.input_ids.to(device), part.mask.to(device), key[2]).logprobs.cpu()
-            ours += [r[m].tolist() for r, m in zip(logprobs, part.mask, strict=True)]
-            theirs += [r[m].tolist() for r, m in zip(part.rollout_logprobs, part.mask, strict=True)]
-        out[key] = (ours, theirs)
-    return out
+                ours = policy(part.input_ids.to(device), part.mask.to(device), key[2]).logprobs.cpu()
+            for side, logprobs in zip(scores[key], (part.rollout_logprobs, ours), strict=True):
+                side += [r[m].tolist() for r, m in zip(logprobs, part.mask, strict=True)]
+    return scores
 
 
-def digits() -> Any:
+def digits() -> Data:
     """Ten prompts: "7=" asks for "77777777"."""
-    from rl.types import Data, Example
-
     return Data(train=[Example(prompt=f"{d}=", task={"digit": str(d)}) for d in range(10)])
 
 
-def share_of_echoes(reply: Any) -> float:
+def share_of_echoes(reply: Reply) -> float:
     """Share of the reply's places that hold the digit."""
     return reply.text.count(reply.task["digit"]) / REPLY_TOKENS
 
 
 def loop(args: argparse.Namespace) -> dict[str, Any]:
     """A whole run through the launcher: a random model learns to echo a digit."""
-    from rl.config import RolloutConfig, TrainerConfig
-    from rl.objectives import GRPO
     from trainer.launch import run
 
-    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
-    model = make_model(Path(args.work) / "echo", num_attention_heads=4, num_key_value_heads=2, **shape)
-    config = base_config(
-        args,
-        model,
-        name="loop",
-        data=digits,
-        reward=share_of_echoes,
-        objective=GRPO(),
-        steps=30,
-        prompts_per_step=16,
-        group_size=8,
-        dtype="bfloat16" if args.device == "cuda" else "float32",
-        verify_every=10,
-        rollout=RolloutConfig(
-            max_tokens=REPLY_TOKENS, max_model_len=64, max_num_seqs=128, gpu_memory_utilization=0.3, kv_cache_gib=0.25
-        ),
-        trainer=TrainerConfig(lr=3e-3),
-    )
+    model = make_model(Path(args.work) / "echo", hidden=256, inner=512, layers=2)
+    config = base_config(args, "loop", model, max_tokens=REPLY_TOKENS, max_model_len=64, max_num_seqs=128)
+    config = replace(config, objective=GRPO(), steps=30, prompts_per_step=16, trainer=TrainerConfig(lr=3e-3))
+    config = replace(config, verify_every=10, dtype="bfloat16" if args.device == "cuda" else "float32")
     summary = run(config)
-    rows = [json.loads(line) for line in (Path(config.output_dir) / "loop" / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "reward/mean" in row]
+    lines = Path(config.output_dir, "loop", "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "reward/mean" in row]
+    first, last = summary["reward_first"], summary["reward_last"]
     result = {k: summary[k] for k in ("reward_first", "reward_last", "start_seconds", "train_seconds", "tokens")}
-    result["rewards"] = [row["reward/mean"] for row in rows]
     for name in ("logprob_abs_diff_mean", "logprob_abs_diff_max", "k3_kl"):
         result[f"worst_{name}"] = max(row[f"rollout_corr/{name}"] for row in rows)
-    result["worst_ess"] = min(row["rollout_corr/ess"] for row in rows)
-    result["sync_bytes"] = rows[-1]["weight_sync/bytes"]
-    # Step 1 pays for warm-up and compilation.
-    tokens = [row["response_length/mean"] * config.prompts_per_step * config.group_size for row in rows[1:]]
+    result |= {"worst_ess": min(row["rollout_corr/ess"] for row in rows), "sync_bytes": rows[-1]["weight_sync/bytes"]}
+    rows = rows[1:]  # the first step pays for warming up
     for name, key in (("sync_seconds", "weight_sync/seconds"), ("pause_seconds", "weight_sync/pause_seconds")):
-        result[name] = middle([row[key] for row in rows[1:]])
+        result[name] = middle([row[key] for row in rows])
     for name, key in (("rollout_tokens_per_s", "wait_for_samples"), ("trainer_tokens_per_s", "learn")):
-        result[name] = middle([n / row[f"timing_s/{key}"] for n, row in zip(tokens, rows[1:], strict=True)])
-    result["problems"] = []
-    if not result["reward_last"] > result["reward_first"] + 0.3:
-        result["problems"].append(
-            f"the reward went from {result['reward_first']:.2f} to {result['reward_last']:.2f} only"
-        )
-    return result
+        result[name] = middle([row["response_length/mean"] * 128 / row[f"timing_s/{key}"] for row in rows])
+    problems = [] if last > first + 0.3 else [f"the reward went from {first:.2f} to {last:.2f} only"]
+    return result | {"problems": problems}
 
 
 def weight_sync(args: argparse.Namespace) -> dict[str, Any]:
     """Seven updates of a model with Qwen2.5-0.5B's shape through the run's own cluster; the first is verified."""
-    from rl.config import RolloutConfig
     from trainer.cluster import Cluster
-    from trainer.placement import plan
     from trainer.remote import RemoteLearner
 
-    shape = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "vocab_size": 151936}
-    if args.device == "cpu":
-        shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 8192}
-    heads = {"num_attention_heads": shape["hidden_size"] // 64, "num_key_value_heads": 2}
-    model = make_model(Path(args.work) / "large", device=args.device, **shape, **heads)
-    rollout = RolloutConfig(max_tokens=32, max_model_len=256, gpu_memory_utilization=0.3, kv_cache_gib=0.25)
-    config = base_config(args, model, name="sync", data=list, reward=float, rollout=rollout)
+    shape = {"hidden": 896, "inner": 4864, "layers": 24, "vocabulary": 151936}
+    shape = {"hidden": 256, "inner": 1024, "layers": 4, "vocabulary": 8192} if args.device == "cpu" else shape
+    model = make_model(Path(args.work) / "large", **shape)
+    config = base_config(args, "sync", model, max_tokens=32, max_model_len=256)
     placement = plan(config, cuda=args.device == "cuda")
 
     async def updates() -> list[Any]:
@@ -317,23 +241,11 @@ def weight_sync(args: argparse.Namespace) -> dict[str, Any]:
             await cluster.close()
 
     first, *rest = asyncio.run(updates())
-    return {
-        "backend": placement.backend,
-        "bytes": first.bytes,
-        "updates": len(rest),
-        "verified_seconds": first.seconds,
-        "seconds": middle([r.seconds for r in rest]),
-        "pause_seconds": middle([r.pause_seconds for r in rest]),
-        "gb_per_s": middle([r.bytes / 1e9 / r.seconds for r in rest]),
-    }
+    seconds, pauses = [r.seconds for r in rest], [r.pause_seconds for r in rest]
+    speeds = {"gb_per_s": middle([first.bytes / 1e9 / s for s in seconds])}
+    result = {"backend": placement.backend, "bytes": first.bytes, "updates": len(rest), "verified_s": first.seconds}
+    return result | speeds | {"seconds": middle(seconds), "pause_seconds": middle(pauses)}
 
-
-def middle(values: list[float]) -> dict[str, float]:
-    """Median and range."""
-    return {"median": median(values), "min": min(values), "max": max(values)}
-
-
-# -- running them ------------------------------------------------------------------------------------------------
 
 PHASES = {
     "environment": (environment, 60),
@@ -341,7 +253,6 @@ PHASES = {
     "loop": (loop, 180),
     "weight_sync": (weight_sync, 150),
 }
-"""By name: the function and its limit in seconds."""
 
 
 def run_phase(args: argparse.Namespace) -> None:
@@ -349,7 +260,7 @@ def run_phase(args: argparse.Namespace) -> None:
     try:
         result = PHASES[args.phase][0](args)
         problems = result.pop("problems", [])
-        found = {"ok": not problems, "error": "; ".join(problems) or None, "result": result}
+        found = {"ok": not problems, "error": "; ".join(problems), "result": result}
     except BaseException as error:
         traceback.print_exc()
         found = {"ok": False, "error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
@@ -358,57 +269,52 @@ def run_phase(args: argparse.Namespace) -> None:
 
 
 def supervise(name: str, arguments: list[str], work: str, limit: float) -> dict[str, Any]:
-    """Run one phase in a process group of its own; it ends, with all that it started, at its limit."""
+    """Run one phase in a process group of its own; at its limit it ends, with all that it started."""
     result = Path(work) / f"{name}.json"
     environ = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    if name == "parity":  # the others' engines get it from the cluster
+        cpu = "cpu" in arguments
+        environ |= engine_env(
+            device="cpu" if cpu else "cuda", backend="gloo" if cpu else "ipc", threads=os.cpu_count() or 1
+        )
+    environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     command = [sys.executable, __file__, *arguments, "--phase", name, "--result", str(result), "--work", work]
     print(f"== {name} (at most {limit:.0f} s)", flush=True)
     began = time.perf_counter()
     child = subprocess.Popen(command, env=environ, cwd=work, start_new_session=True)
+    found: dict[str, Any] = {"ok": False}
     try:
         child.wait(timeout=limit)
-        late = False
+        found["error"] = f"exit status {child.returncode} and no result"
+        found = json.loads(result.read_text()) if result.exists() else found
     except subprocess.TimeoutExpired:
-        late = True
-        for number in (signal.SIGTERM, signal.SIGKILL):  # Ray and vLLM clean up after the first
-            try:
-                os.killpg(child.pid, number)
-                child.wait(timeout=10)
-            except (subprocess.TimeoutExpired, ProcessLookupError) as error:
-                print(f"   {signal.Signals(number).name}: {type(error).__name__}", flush=True)
-    found = {"ok": False, "error": f"exit status {child.returncode}, no result"}
-    if late:
         found["error"] = f"still running after {limit:.0f} s"
-    elif result.exists():
-        found = json.loads(result.read_text())
-    found = {"seconds": time.perf_counter() - began} | found
+        for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 0)):  # Ray and vLLM clean up after the first
+            if child.poll() is None:
+                os.killpg(child.pid, number)
+                time.sleep(patience)
+    found["seconds"] = time.perf_counter() - began
     print(f"== {name}: {'ok' if found['ok'] else 'FAILED'} in {found['seconds']:.1f} s", flush=True)
     return found
 
 
-def table(phases: dict[str, Any]) -> str:
+def closing_table(phases: dict[str, Any]) -> str:
     """Everything measured, as text."""
     lines = []
     for name, found in phases.items():
-        lines.append(
-            f"{name:14s} {'ok' if found['ok'] else 'FAILED':7s}{found['seconds']:6.1f} s  {found['error'] or ''}"
-        )
+        lines.append(f"{name:13s}{'ok' if found['ok'] else 'FAILED':8s}{found['seconds']:.1f} s  {found['error']}")
         for key, value in found.get("result", {}).items():
-            if key == "rows":
-                lines.append(
-                    "  engine trainer logprobs     T   mean|d| ±se        max|d|   k1 ±se             k3 ±se            ESS     NLL"
-                )
-                lines += [
-                    f"  {r['engine']:6s} {r['trainer']:7s} {r['logprobs']:10s} {r['temperature']:4.1f}  "
-                    f"{r['abs_mean']:.2e} ±{r['abs_mean_se']:.0e}  {r['abs_max']:.2e}  {r['k1']:+.2e} ±{r['k1_se']:.0e}  "
-                    f"{r['k3']:.2e} ±{r['k3_se']:.0e}  {r['ess']:.4f}  {r['nll']:.2f}"
-                    for r in value
+            if key == "rows" and value:
+                table = [
+                    list(value[0]),
+                    *([x if isinstance(x, str) else f"{x:.3g}" for x in r.values()] for r in value),
                 ]
-            elif isinstance(value, dict) and "median" in value:
-                lines.append(f"  {key}: {value['median']:.4g} ({value['min']:.4g} to {value['max']:.4g})")
-            elif key != "rewards":
-                lines.append(f"  {key}: {value:.4g}" if isinstance(value, float) else f"  {key}: {value}")
+                lines += ["  " + "".join(f"{x:>12s}" for x in row) for row in table]
+            else:
+                spread = isinstance(value, dict) and "median" in value
+                lines.append(
+                    f"  {key}: " + ("{median:.4g} ({min:.4g} to {max:.4g})".format(**value) if spread else f"{value}")
+                )
     return "\n".join(lines)
 
 
@@ -419,22 +325,20 @@ def main() -> None:
     parser.add_argument("--model", default="", help="folder of a model for the parity table (default: a random one)")
     parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES), help="run these phases alone")
     parser.add_argument("--output", default=str(Path(os.environ.get("OUT", ".")) / "gpu_check.json"))
-    for hidden in ("--phase", "--result", "--work"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    for internal in ("--phase", "--result", "--work"):
+        parser.add_argument(internal, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.phase:
         run_phase(args)
-    args.model = str(Path(args.model).resolve()) if args.model else ""
+    arguments = ["--device", args.device, "--model", str(Path(args.model).resolve()) if args.model else ""]
     began, phases = time.perf_counter(), {}
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as work:
         for name in args.only:
             left = LIMIT_S - (time.perf_counter() - began)
-            arguments = ["--device", args.device, "--model", args.model]
             phases[name] = supervise(name, arguments, work, max(5.0, min(PHASES[name][1], left)))
             report = {"device": args.device, "seconds": time.perf_counter() - began, "phases": phases}
             Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
-    print(table(phases))
-    print(f"{time.perf_counter() - began:.0f} s in all; {args.output}")
+    print(closing_table(phases), f"{report['seconds']:.0f} s in all; {args.output}", sep="\n")
     sys.exit(0 if all(found["ok"] for found in phases.values()) else 1)
 
 

@@ -1,6 +1,7 @@
 """The driver: reads the command line, checks everything that can be checked cheaply, runs the loop, reports."""
 
 import asyncio
+import math
 import os
 import sys
 import time
@@ -99,6 +100,9 @@ def preflight(config: Config) -> tuple[Placement, Any, list[Prompt], dict[str, l
     data: Data = config.data()
     if not data.train:
         raise ValueError("the training data is empty: `Config.data()` returned no `train` examples")
+    for name, examples in data.evals.items():
+        if not examples:
+            raise ValueError(f"the evaluation set {name!r} is empty: fill it, or leave it out of `Data.evals`")
     tokenizer = load_tokenizer(config.model)
     train = encode_all(tokenizer, data.train, config, "data.train")
     evals = {
@@ -168,9 +172,7 @@ async def _run(
         training = time.perf_counter()
         await loop.run()
         summary["train_seconds"] = time.perf_counter() - training
-        with status("evaluating the trained model"):
-            summary["eval_after"] = await evaluated()
-        tracker.history[-1] |= summary["eval_after"]
+        summary["eval_after"] = {k: v for k, v in tracker.history[-1].items() if k.startswith("eval/")}
         summary["engines"] = await cluster.ask_engines("counters")
         summary["learner_peak_gib"] = await cluster.ask_learners("peak_memory_gib")
         if config.save_final:
@@ -202,7 +204,7 @@ def finish_report(folder: Path, tracker: Any, summary: dict[str, Any], loop: Loo
         "ledger": dict(loop.ledger.counts) if loop else {},
         "reward_first": rows[0]["reward/mean"] if rows else None,
         "reward_last": rows[-1]["reward/mean"] if rows else None,
-        "worst_logprob_gap": max(gaps) if gaps else None,
+        "worst_logprob_gap": max(gaps, key=lambda gap: (math.isnan(gap), gap), default=None),
     }
     report.write_json(folder / "summary.json", summary)
     if rows:

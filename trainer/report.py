@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import sys
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -33,7 +34,7 @@ def resolved(config: Config) -> dict[str, Any]:
             fields = {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
             return {"type": type(value).__name__, **fields}
         if callable(value):
-            return f"{value.__module__}.{value.__qualname__}"
+            return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
         return list(value) if isinstance(value, tuple) else value
@@ -60,8 +61,17 @@ def stack_versions() -> dict[str, str]:
 def write_json(path: Path, value: Any) -> None:
     """Write whole or not at all: a reader never sees half a file."""
     partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.write_text(json.dumps(without_nan(value), indent=2) + "\n")
     partial.replace(path)
+
+
+def without_nan(value: Any) -> Any:
+    """The same value with null for every NaN and infinity, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plot(history: list[dict[str, float]], path: Path, title: str) -> None:

@@ -1,7 +1,6 @@
 """Where the numbers go: Weights & Biases, metrics.jsonl and the terminal, all under the same names."""
 
 import json
-import math
 import netrc
 import os
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 from rl.config import TrackingConfig
 from rl.types import Trajectory
+from trainer.report import without_nan
 
 
 def wandb_mode(config: TrackingConfig) -> str:
@@ -59,8 +59,7 @@ class RunTracker:
         """Record one step everywhere. A NaN is written as null, which JSON can hold."""
         row = {"step": float(step), **metrics}
         self.history.append(row)
-        clean = {k: (v if math.isfinite(v) else None) for k, v in row.items()}
-        self.metrics_file.write(json.dumps(clean) + "\n")
+        self.metrics_file.write(json.dumps(without_nan(row)) + "\n")
         self.metrics_file.flush()
         if self.wandb is not None:
             self.wandb.log(metrics, step=step)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from models import make_model
 
 RECIPE = Path(__file__).parent / "recipes" / "echo.py"

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from live import Live
 from models import make_model
-
 from rl.config import Config
 
 

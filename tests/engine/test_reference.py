@@ -1,4 +1,4 @@
-"""V1 with our settings says what vLLM V0 0.8.5 said (the engine that the seed's story calls right), and raw V1 does not.
+"""V1 with our settings says what vLLM V0 0.8.5 said, the engine that the seed's story calls right; raw V1 does not.
 
 The reference is a file of V0's own tokens and log-probabilities; `tests/data/vllm_v0_fp32.json` is a subset of it.
 """
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from live import Live, engine_config
 
+from live import Live, engine_config
 from rl.batch import collate, trajectory
 from rl.config import RolloutConfig
 from rl.types import Completion, Prompt

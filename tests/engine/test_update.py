@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from live import Live, engine_config
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from live import Live, engine_config
 from rl.batch import collate, trajectory
 from rl.types import Completion, Prompt
 from rl.weights import check_digests

@@ -4,7 +4,6 @@ import asyncio
 import math
 import time
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -76,18 +75,6 @@ class Log:
         self.rows.append({"step": step, **metrics})
 
 
-class Inline(ThreadPoolExecutor):
-    """Runs a reward at once, so that groups finish in the order in which they were sampled."""
-
-    def submit(self, fn, /, *args, **kwargs):
-        future = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
 def loop_of(engines, trainer, *, reward=lambda reply: 1.0, set_aside=None, evaluate=None, **settings):
     config = Config(
         **({"name": "t", "model": "m", "data": lambda: Data(train=[]), "reward": reward, "steps": 6} | settings),
@@ -114,13 +101,8 @@ def loop_of(engines, trainer, *, reward=lambda reply: 1.0, set_aside=None, evalu
     )
 
 
-def run(loop, *, inline=True):
-    async def main():
-        if inline:
-            asyncio.get_running_loop().set_default_executor(Inline())
-        await asyncio.wait_for(loop.run(), 20)
-
-    asyncio.run(main())
+def run(loop):
+    asyncio.run(asyncio.wait_for(loop.run(), 20))
     return loop
 
 
@@ -210,7 +192,7 @@ def test_a_slow_reward_meets_its_deadline():
     engines = Engines()
     loop = loop_of(engines, Trainer(engines), reward=lambda reply: time.sleep(0.4), deadlines=Deadlines(reward_s=0.05))
     with pytest.raises(RewardError, match=r"reward of prompt \d+ took longer than 0\.05 s.*`deadlines\.reward_s`"):
-        run(loop, inline=False)
+        run(loop)
 
 
 @pytest.mark.parametrize("bound", [0, 2])
@@ -267,4 +249,27 @@ def test_evaluation_happens_between_steps_and_is_logged_with_its_step():
     engines = Engines()
     loop = run(loop_of(engines, Trainer(engines), evaluate=evaluate, eval_every=2))
     logged = {row["step"]: row["eval/held/avg@1"] for row in loop.tracker.rows if "eval/held/avg@1" in row}
-    assert logged == {2: 2.0, 4: 4.0}  # the last step's is the caller's, after the run
+    assert logged == {2: 2.0, 4: 4.0, 6: 6.0}
+
+
+def test_a_straggler_delays_no_step_until_it_is_as_old_as_the_bound_allows():
+    class OneSlow(Engines):
+        """The first group answers only when the engines hold version 1, and all others have long answered."""
+
+        async def sample(self, token_ids, n, *, seed, temperature=None):
+            first = self.calls == 0
+            completions = await super().sample(token_ids, n, seed=seed, temperature=temperature)
+            while first and self.version < 1:
+                await asyncio.sleep(0)
+            for _ in range(300 if first else 0):
+                await asyncio.sleep(0)
+            return completions
+
+    engines = OneSlow()
+    trainer = Trainer(engines, turns=3)
+    loop = run(loop_of(engines, trainer, max_staleness=1, steps=8))
+    # Step 1 went on without it, and step 2 waited for it: one version old, never two.
+    assert 0 not in trainer.batches[0].group_ids
+    assert 0 in trainer.batches[1].group_ids
+    assert max(trainer.ages) == 1
+    assert balanced(loop) == {"trained": 16}
