@@ -42,10 +42,16 @@ class Learner:
         self.send: Callable[[int], None] | None = None
         """Sends `weights` as a version; set by whoever opens the weight channel."""
 
-    def _reference(self, model: str) -> Policy:
+    def _reference(self, model: str) -> Any:
         c = self.config
-        policy = load(model, dtype=c.dtype, fp32_head=c.fp32_head, share_prompts=self.share_prompts).to(self.device)
-        return policy.requires_grad_(False).eval()
+        policy = load(model, dtype=c.dtype, fp32_head=c.fp32_head, share_prompts=self.share_prompts)
+        policy = policy.requires_grad_(False).eval()
+        if c.trainer.zero_stage == 3:
+            import deepspeed
+
+            # It was loaded in shards, like the policy; an engine without optimizer gathers them layer by layer.
+            return deepspeed.initialize(model=policy, config=deepspeed_settings(c), dist_init_required=False)[0]
+        return policy.to(self.device)
 
     # -- learning ------------------------------------------------------------------------------------------------
 
@@ -94,7 +100,10 @@ class Learner:
             # A bare product would carry an infinity from outside the mask as 0 * inf. DeepSpeed averages over ranks.
             total = torch.where(part.mask, loss * weights, 0.0).sum() * self.ranks
             self.engine.backward(total)
-            meter.add(metrics | {"actor/loss_max": loss}, part.mask)
+            meter.add(metrics, part.mask)
+            # Each rank holds a part of the step's loss: the parts add up, and all ranks together count once.
+            meter.merge_one("actor/loss", float(total.detach()) / self.ranks, 0.0)
+        meter.merge_one("actor/loss", 0.0, 1.0 / self.ranks)
         self.engine.step()
         grad_norm = float(self.engine.get_global_grad_norm())
         if not math.isfinite(grad_norm):
@@ -200,7 +209,7 @@ def join_group(rank: int, ranks: int, device: str, address: str, port: int, time
 
 
 def deepspeed_engine(config: Config, model: str, device: str) -> Any:
-    """DeepSpeed around the policy, with the settings that agree with plain torch (docs/training.md gives reasons)."""
+    """DeepSpeed around the policy, with the settings that agree with plain torch (stage 0 does not)."""
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -209,20 +218,7 @@ def deepspeed_engine(config: Config, model: str, device: str) -> Any:
         # hangs every later run. (`import deepspeed.comm.torch` would bind the real torch.)
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     t = config.trainer
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": t.max_grad_norm,
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": t.zero_stage},
-        "steps_per_print": 10**9,
-    }
-    if config.dtype == "bfloat16":
-        settings["bf16"] = {"enabled": True}
-    if t.zero_stage == 3:
-        # zero.Init would round the rotary embedding's inverse frequencies to bf16, without a word.
-        settings["data_types"]["keep_in_fp32_modules"] = ["inv_freq"]
+    settings = deepspeed_settings(config)
     sharding = HfDeepSpeedConfig(settings) if t.zero_stage == 3 else None
     policy = load(
         model,
@@ -239,6 +235,26 @@ def deepspeed_engine(config: Config, model: str, device: str) -> Any:
     )
     engine.hf_deepspeed_config = sharding  # transformers keeps only a weak reference
     return engine
+
+
+def deepspeed_settings(config: Config) -> dict[str, Any]:
+    """DeepSpeed's own configuration."""
+    t = config.trainer
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": t.max_grad_norm,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": t.zero_stage},
+        "steps_per_print": 10**9,
+    }
+    if config.dtype == "bfloat16":
+        settings["bf16"] = {"enabled": True}
+    if t.zero_stage == 3:
+        # zero.Init would round the rotary embedding's inverse frequencies to bf16, without a word.
+        settings["data_types"]["keep_in_fp32_modules"] = ["inv_freq"]
+    return settings
 
 
 def lr_factor(config: Config, step: int) -> float:

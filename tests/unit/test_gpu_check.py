@@ -58,16 +58,14 @@ def test_a_made_model_has_about_the_asked_entropy_and_a_tied_head(gpu_check, tmp
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
-    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
-    folder = gpu_check.make_model(tmp_path / "model", nats=1.5, **shape, **heads)
+    folder = gpu_check.make_model(tmp_path / "model", hidden=128, inner=256, layers=2, vocabulary=512, nats=3.0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     torch.manual_seed(3)
     with torch.no_grad():
         log_p = model(torch.randint(512, (4, 64))).logits.log_softmax(-1)
     entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
-    assert entropy == pytest.approx(1.5, abs=0.3)
+    assert entropy == pytest.approx(3.0, abs=0.3)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(tokenizer.encode("7=")) == "7="
 
