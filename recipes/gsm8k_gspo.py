@@ -30,7 +30,7 @@ def gold(question: str, solution: str) -> sympy.Rational:
     found = GOLD.search(solution)
     if not found:
         raise ValueError(f"the solution to {question!r} has no number after '####': it ends {solution[-80:]!r}")
-    return sympy.Rational(found[1].replace(",", ""))
+    return sympy.Rational(found[1].replace(",", ""))  # pyright: ignore[reportReturnType]
 
 
 def gsm8k() -> Data:

