@@ -56,6 +56,7 @@ class TrainerConfig:
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """From the peak to 0 over the run's steps."""
     warmup_steps: int = 0
+    """Optimizer steps (epochs x minibatches of them in each step of the loop) up to the peak."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0

@@ -235,7 +235,6 @@ def weight_sync(args: argparse.Namespace) -> dict[str, Any]:
         cluster = Cluster(config, placement)
         try:
             cluster.boot()
-            cluster.boot()
             await cluster.start()
             learner = RemoteLearner(cluster, probe=list(range(3, 11)))
             return [await learner.publish(version) for version in range(1, 8)]

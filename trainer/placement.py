@@ -28,8 +28,11 @@ class Placement:
 
     def table(self) -> list[tuple[str, str]]:
         """Rows for the terminal."""
-        place = f"{{}} GPU{'s' if self.gpus != 1 else ''}" if self.device == "cuda" else "1 CPU process"
-        engine, learner = place.format(f"{self.gpus_per_engine:g}"), place.format(f"{self.gpus_per_learner:g}")
+
+        def place(gpus: float) -> str:
+            return "1 CPU process" if self.device == "cpu" else f"{gpus:g} GPU{'s' if gpus > 1 else ''}"
+
+        engine, learner = place(self.gpus_per_engine), place(self.gpus_per_learner)
         return [
             ("engines", f"{self.engines} x {engine}"),
             ("learner ranks", f"{self.learners} x {learner}"),
