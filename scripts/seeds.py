@@ -1,8 +1,10 @@
-"""Run the quickstart once for each seed, and print the table that README shows.
+"""Run a recipe once for each seed, and print the table that README shows.
 
-python scripts/seeds.py 0 1 2          # about 6 minutes a seed on two CPU cores
+python scripts/seeds.py 0 1 2                               # the quickstart; about 6 minutes a seed on two cores
+python scripts/seeds.py --recipe quickstart_grpo 0          # the same run with GRPO
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,16 +14,17 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "runs" / "seeds"
 
 
-def main(seeds: list[str]) -> None:
+def main(recipe: str, seeds: list[int]) -> None:
     """Run what has no summary yet, then print one row per seed."""
-    print("| seed | held-out before | held-out after | train seconds | worst gap (nats) | tokens |")
-    print("|---|---|---|---|---|---|", flush=True)
+    print("| recipe | seed | held-out before | held-out after | train seconds | worst gap (nats) | tokens |")
+    print("|---|---|---|---|---|---|---|", flush=True)
     for seed in seeds:
-        summary = OUT / f"seed{seed}" / "summary.json"
+        name = f"{recipe}-seed{seed}"
+        summary = OUT / name / "summary.json"
         if not summary.exists():
-            flags = ["--seed", seed, "--name", f"seed{seed}", "--output-dir", str(OUT)]
-            with (OUT.parent / f"seed{seed}.log").open("w") as log:
-                command = [sys.executable, "-W", "ignore", "recipes/quickstart.py", *flags]
+            flags = ["--seed", str(seed), "--name", name, "--output-dir", str(OUT)]
+            with (OUT / f"{name}.log").open("w") as log:
+                command = [sys.executable, "-W", "ignore", f"recipes/{recipe}.py", *flags]
                 subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=True)
         s = json.loads(summary.read_text())
 
@@ -29,13 +32,14 @@ def main(seeds: list[str]) -> None:
             mean, error = (s[when][f"eval/held_out/avg@3{suffix}"] for suffix in ("", "_se"))
             return f"{mean:.3f} ± {error:.3f}"
 
-        print(
-            f"| {seed} | {accuracy('eval_before')} | {accuracy('eval_after')} | {s['train_seconds']:.0f} | "
-            f"{s['worst_logprob_gap']:.1e} | {s['tokens']} |",
-            flush=True,
-        )
+        cells = [recipe, str(seed), accuracy("eval_before"), accuracy("eval_after"), f"{s['train_seconds']:.0f}"]
+        print("| " + " | ".join([*cells, f"{s['worst_logprob_gap']:.1e}", str(s["tokens"])]) + " |", flush=True)
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="quickstart")
+    parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2])
     OUT.mkdir(parents=True, exist_ok=True)
-    main(sys.argv[1:] or ["0", "1", "2"])
+    arguments = parser.parse_args()
+    main(arguments.recipe, arguments.seeds)

@@ -24,30 +24,35 @@ def status(message: str) -> Iterator[None]:
     console.print(f"[dim]... {time.perf_counter() - began:.1f} s[/]")
 
 
+COLUMNS = [
+    ("reward", "reward/mean", ".3f"),
+    ("entropy", "actor/entropy", ".2f"),
+    ("clip", "actor/clip_frac", ".3f"),
+    ("kl", "actor/ppo_kl", ".1e"),
+    ("gap", "rollout_corr/logprob_abs_diff_mean", ".1e"),
+    ("stale", "staleness/max", ".0f"),
+    ("len", "response_length/mean", ".1f"),
+    ("sec", "timing_s/step", ".1f"),
+    ("wait", "timing_s/wait_for_samples", ".1f"),
+    ("learn", "timing_s/learn", ".1f"),
+    ("sync", "weight_sync/seconds", ".1f"),
+]
+
+
 class Progress:
-    """One line per step."""
+    """One line per step, of those columns that the run's objective has."""
 
     def __init__(self, config: Config) -> None:
         self.steps = config.steps
 
-    def __call__(self, step: int, m: dict[str, float]) -> None:
-        evals = "  ".join(
-            f"{k.removeprefix('eval/')} {v:.3f}"
-            for k, v in m.items()
-            if k.startswith("eval/") and "/avg@" in k and not k.endswith("_se")
-        )
-        if "reward/mean" not in m:
-            console.print(f"step 0/{self.steps}  {evals}", highlight=False)
-            return
-        console.print(
-            f"step {step}/{self.steps}  reward {m['reward/mean']:.3f}  entropy {m['actor/entropy']:.2f}  "
-            f"clip {m['actor/clip_frac']:.3f}  kl {m['actor/ppo_kl']:.1e}  "
-            f"gap {m['rollout_corr/logprob_abs_diff_mean']:.1e}  stale {m['staleness/max']:.0f}  "
-            f"len {m['response_length/mean']:.1f}  {m['timing_s/step']:.1f} s"
-            f" (wait {m['timing_s/wait_for_samples']:.1f} learn {m['timing_s/learn']:.1f} "
-            f"sync {m['weight_sync/seconds']:.1f})  {evals}",
-            highlight=False,
-        )
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        cells = [f"{label} {metrics[name]:{form}}" for label, name, form in COLUMNS if name in metrics]
+        cells += [
+            f"{name.removeprefix('eval/')} {value:.3f}"
+            for name, value in metrics.items()
+            if name.startswith("eval/") and "/avg@" in name and not name.endswith("_se")
+        ]
+        console.print(f"step {step}/{self.steps}  " + "  ".join(cells), highlight=False)
 
 
 def closing_table(summary: dict[str, Any], folder: Path) -> None:

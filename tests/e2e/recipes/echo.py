@@ -26,7 +26,7 @@ class BestOfGroup(Objective):
     ) -> tuple[Float[Tensor, "B T"], Metrics]:
         move = policy.logprobs - batch.old_logprobs
         loss = -advantages * policy.logprobs + self.penalty * move**2
-        return loss, {"actor/clip_frac": 0.0 * move, "actor/move": move.abs()}
+        return loss, {"actor/move": move.abs()}
 
 
 def digits() -> Data:
