@@ -38,9 +38,9 @@ def engine_args(config: Config, *, device: str, backend: str, model: str) -> dic
     if cpu:
         # CPU's default of 128 tokens per block is longer than most prompts, which then never hit the prefix cache.
         args |= {"block_size": 32, "kv_cache_memory_bytes": int(r.kv_cache_gib * 2**30)}
-        # vLLM rewinds the generator of a seeded request whose prompt is split, which CPU generators cannot do: it
-        # kills the engine. Unsplit prompts have nothing to rewind.
-        args |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(2048, r.max_model_len)}
+        # vLLM rewinds the generator of a seeded request whose prompt was split between steps, which CPU generators
+        # cannot do: it kills the engine. With room for every sequence at its longest, no prompt is ever split.
+        args |= {"max_num_batched_tokens": r.max_num_seqs * r.max_model_len}
     else:
         args |= {"gpu_memory_utilization": r.gpu_memory_utilization}
     return args

@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -136,7 +137,8 @@ class Cluster:
         self.started_ray = start_ray(p)
         self.logs = log_folder()
         options = self._actor_options()
-        env = {"PYTHONPATH": os.pathsep.join([str(checkout.ROOT), os.environ.get("PYTHONPATH", "")])}
+        # sys.path[0] is the recipe's folder: an objective may live in a file beside it.
+        env = {"PYTHONPATH": os.pathsep.join([str(checkout.ROOT), sys.path[0], os.environ.get("PYTHONPATH", "")])}
         threads = default_threads(c, os.cpu_count() or 1)
         engine_vars = env | engine_env(device=p.device, backend=p.backend, threads=c.rollout.threads or threads)
         self.learner_threads = c.trainer.threads or threads
