@@ -305,7 +305,7 @@ def ray_environment() -> Iterator[None]:
 def start_ray(placement: Placement) -> bool:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine; returns whether it was started."""
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="warning")
+        join_ray()
         return False
     with ray_environment():
         ray.init(
@@ -318,10 +318,15 @@ def start_ray(placement: Placement) -> bool:
     return True
 
 
+def join_ray() -> None:
+    """Connect to the cluster that RAY_ADDRESS names; again is no error, for counting its GPUs comes first."""
+    ray.init(log_to_driver=False, logging_level="warning", ignore_reinit_error=True)
+
+
 def cluster_gpus() -> float:
     """GPUs of the cluster that RAY_ADDRESS names, else of this machine."""
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="warning", ignore_reinit_error=True)
+        join_ray()
         return ray.cluster_resources().get("GPU", 0.0)
     return float(torch.cuda.device_count())
 
