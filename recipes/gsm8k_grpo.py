@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from gsm8k_gspo import config as gspo
 
-from rl.corrections import TruncatedIS
+from rl.corrections import TokenTIS
 from rl.objectives import GRPO
 from trainer.launch import launch
 
@@ -19,7 +19,7 @@ config = replace(
     name="gsm8k_grpo",
     # The higher upper bound keeps rare tokens alive (DAPO, arXiv 2503.14476).
     objective=GRPO(clip_low=0.2, clip_high=0.28),
-    correction=TruncatedIS(level="token", cap=2.0),
+    correction=TokenTIS(cap=2.0),
 )
 
 if __name__ == "__main__":

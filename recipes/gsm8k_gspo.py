@@ -12,7 +12,7 @@ import sympy
 from math_verify import LatexExtractionConfig, parse, verify
 
 from rl.config import Config, RolloutConfig, TrainerConfig
-from rl.corrections import TruncatedIS
+from rl.corrections import GeometricMask
 from rl.objectives import GSPO
 from rl.types import Data, Example, Reply
 from trainer.launch import launch
@@ -75,8 +75,9 @@ config = Config(
     prompts_per_step=64,
     group_size=8,
     max_staleness=1,
-    # One weight for a sequence, as GSPO has one ratio for a sequence.
-    correction=TruncatedIS(level="sequence", cap=2.0),
+    # Judges a sequence by its geometric mean, as GSPO's own ratio does; a product over hundreds of tokens would be
+    # mostly bf16 noise.
+    correction=GeometricMask(low=0.99, high=1.01),
     eval_every=25,
     eval_temperature=0.0,
     rollout=RolloutConfig(engines=4, max_tokens=1024, max_model_len=1536, max_num_seqs=256),

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from gsm8k_gspo import config as gspo
 
+from rl.corrections import Uncorrected
 from trainer.launch import launch
 
 config = replace(
@@ -18,7 +19,7 @@ config = replace(
     share_gpu=True,
     # Engine and learner take turns on the one GPU: nothing to overlap, so every sample is of the newest weights.
     max_staleness=0,
-    correction=None,
+    correction=Uncorrected(),
     steps=230,  # one epoch
     prompts_per_step=32,
     rollout=replace(gspo.rollout, engines=1, max_tokens=512, max_model_len=1024, gpu_memory_utilization=0.4),

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from gsm8k_gspo import config as gspo
 
-from rl.corrections import TruncatedIS
+from rl.corrections import TokenTIS
 from rl.objectives import PPO
 from trainer.launch import launch
 
@@ -19,7 +19,7 @@ config = replace(
     name="gsm8k_ppo",
     # lam=1: the only reward is at the end, and 0.95 would fade it to nothing within a hundred tokens.
     objective=PPO(lam=1.0),
-    correction=TruncatedIS(level="token", cap=2.0),
+    correction=TokenTIS(cap=2.0),
     steps=150,  # ten epochs
     prompts_per_step=512,
     group_size=1,

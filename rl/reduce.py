@@ -47,7 +47,7 @@ class Meter:
     """Sums and counts of metrics over micro-batches; merged over ranks before the division.
 
     A [B, T] metric is averaged over sampled tokens, a [B] metric over sequences. A name that ends in `_max` is
-    reduced by maximum.
+    reduced by maximum, one that ends in `_count` by sum.
     """
 
     sums: dict[str, float] = field(default_factory=dict)
@@ -83,5 +83,5 @@ class Meter:
             self.merge_one(name, value, other.counts[name])
 
     def means(self) -> dict[str, float]:
-        """The averages (or maxima) by name."""
-        return {n: s if n.endswith("_max") else s / self.counts[n] for n, s in self.sums.items()}
+        """The averages (or maxima, or sums) by name."""
+        return {n: s if n.endswith(("_max", "_count")) else s / self.counts[n] for n, s in self.sums.items()}

@@ -55,6 +55,11 @@ class Progress:
         console.print(f"step {step}/{self.steps}  " + "  ".join(cells), highlight=False)
 
 
+def alert_line(step: int, title: str, text: str) -> None:
+    """One line that stands out, in red what and in yellow why and what to do."""
+    console.print(Text.assemble((f"alert at step {step}: {title}. ", "bold red"), (text, "yellow")))
+
+
 def closing_table(summary: dict[str, Any], folder: Path) -> None:
     """The run in a dozen lines, and where to look."""
     table = Table(title=f"{summary['name']}: {summary['status']}", show_header=False, title_justify="left")
@@ -63,7 +68,7 @@ def closing_table(summary: dict[str, Any], folder: Path) -> None:
             if not name.endswith("_se"):
                 error = summary[key].get(f"{name}_se")
                 table.add_row(f"{key} {name}", f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
-    for key in ("steps", "tokens", "train_seconds", "reward_first", "reward_last", "worst_logprob_gap"):
+    for key in ("steps", "tokens", "train_seconds", "reward_first", "reward_last", "worst_logprob_gap", "alerts"):
         if summary.get(key) is not None:
             value = summary[key]
             table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
@@ -71,7 +76,8 @@ def closing_table(summary: dict[str, Any], folder: Path) -> None:
         table.add_row("error", Text(summary["error"].splitlines()[0]))
         table.add_row("actors' logs", summary["logs"])
     table.add_row("ledger", ", ".join(f"{n} {state}" for state, n in summary["ledger"].items() if n))
-    for file in ("metrics.jsonl", "summary.json", "samples.jsonl", "curves.png", "config.json", "model"):
+    files = ("alerts.jsonl", "metrics.jsonl", "summary.json", "samples.jsonl", "curves.png", "config.json", "model")
+    for file in files:
         if (folder / file).exists():
             table.add_row("look at", str(folder / file))
     console.print(table)

@@ -10,7 +10,9 @@ from typing import Any
 
 from rl.config import TrackingConfig
 from rl.types import Trajectory
+from rl.watch import Alert
 from trainer.report import without_nan
+from trainer.terminal import alert_line
 
 
 def wandb_mode(config: TrackingConfig) -> str:
@@ -35,6 +37,9 @@ class RunTracker:
     name: str
     settings: dict[str, Any]
     show: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
+    watch: Callable[[dict[str, float]], list[Alert]] = lambda metrics: []
+    """Asked at each step what to alert the user to."""
+    alerts: list[dict[str, Any]] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -64,6 +69,18 @@ class RunTracker:
         if self.wandb is not None:
             self.wandb.log(metrics, step=step)
         self.show(step, metrics)
+        for alert in self.watch(metrics):
+            self.alert(step, alert.title, alert.text)
+
+    def alert(self, step: int, title: str, text: str) -> None:
+        """Tell the user what needs a look: W&B sends it on when online; also alerts.jsonl and the terminal."""
+        row = {"step": step, "title": title, "text": text}
+        self.alerts.append(row)
+        with (self.folder / "alerts.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        alert_line(step, title, text)
+        if self.wandb is not None:
+            self.wandb.alert(title=title, text=f"Step {step}: {text}", level="WARN")
 
     def samples(self, step: int, trajectories: list[Trajectory], decode: Callable[[list[int]], str]) -> None:
         """Keep a few trajectories as text; all of them when step is -1 (set aside as broken)."""

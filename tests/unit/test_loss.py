@@ -2,14 +2,15 @@
 
 import math
 from dataclasses import dataclass, replace
-from math import exp, log
+from math import log
 
 import pytest
 import torch
 
-from rl.corrections import TruncatedIS
+from rl.corrections import IcePop, TokenTIS, Uncorrected
 from rl.loss import finish, full_loss, mismatch
 from rl.objectives import GRPO, GSPO, PPO
+from rl.reduce import Meter
 from rl.types import Batch, PolicyOutput
 
 OBJECTIVES = pytest.mark.parametrize("objective", [GRPO(), GSPO(), PPO()], ids=["GRPO", "GSPO", "PPO"])
@@ -39,9 +40,9 @@ def policy_of(logprobs=NOW):
 def test_kl_and_entropy_are_added_to_every_objective(objective):
     ref = NOW - torch.tensor([[0.3, -0.2, 0.0], [0.1, 0.1, 0.5]])
     batch = batch_of(ref=ref)
-    plain, _ = full_loss(objective, None, policy_of(), batch, ADVANTAGES)
+    plain, _ = full_loss(objective, Uncorrected(), policy_of(), batch, ADVANTAGES)
     extended = replace(objective, kl_coef=0.1, kl_estimator="k1", entropy_coef=0.01)
-    got, metrics = full_loss(extended, None, policy_of(), batch, ADVANTAGES)
+    got, metrics = full_loss(extended, Uncorrected(), policy_of(), batch, ADVANTAGES)
     # k1 = log pi - log ref; the bonus is subtracted, for the loss is minimised.
     assert torch.allclose(got - plain, 0.1 * (NOW - ref) - 0.01 * 1.5, atol=1e-6)
     assert torch.allclose(metrics["actor/kl_loss"], NOW - ref)
@@ -51,7 +52,7 @@ def test_kl_and_entropy_are_added_to_every_objective(objective):
 def test_the_entropy_bonus_pushes_entropy_up():
     entropy = torch.full((2, 3), 1.5, requires_grad=True)
     policy = PolicyOutput(logprobs=NOW, entropy=entropy)
-    full_loss(GRPO(entropy_coef=0.01), None, policy, batch_of(), ADVANTAGES)[0].sum().backward()
+    full_loss(GRPO(entropy_coef=0.01), Uncorrected(), policy, batch_of(), ADVANTAGES)[0].sum().backward()
     assert entropy.grad.flatten().tolist() == pytest.approx([-0.01] * 6)
 
 
@@ -59,7 +60,7 @@ def test_the_entropy_bonus_pushes_entropy_up():
 def test_without_old_logprobs_the_ratio_is_exactly_1(objective):
     now = NOW.clone().requires_grad_()
     objective = replace(objective, value_coef=0.0) if isinstance(objective, PPO) else objective
-    loss, metrics = full_loss(objective, None, policy_of(now), batch_of(old=None), ADVANTAGES)
+    loss, metrics = full_loss(objective, Uncorrected(), policy_of(now), batch_of(old=None), ADVANTAGES)
     assert torch.equal(loss.detach(), -ADVANTAGES)
     assert metrics["actor/ppo_kl"].abs().max() == 0
     assert metrics["actor/clip_frac"].max() == 0
@@ -67,26 +68,12 @@ def test_without_old_logprobs_the_ratio_is_exactly_1(objective):
     assert torch.allclose(now.grad, -ADVANTAGES, atol=1e-6)  # not zero: only the old side is detached
 
 
-def test_token_weights_are_capped_ratios_of_old_to_rollout():
-    old = NOW + torch.tensor([[log(1.5), log(4.0), 0.0], [log(0.5), 0.0, log(2.5)]])
-    got = TruncatedIS(level="token", cap=2.0).weights(batch_of(old=old))
-    assert got.flatten().tolist() == pytest.approx([1.5, 2.0, 1.0, 0.5, 1.0, 2.0])
-
-
-def test_sequence_weights_are_the_geometric_mean_over_sampled_tokens():
-    old = NOW + torch.tensor([[0.3, 0.6, 99.0], [-0.2, -0.4, -0.6]])
-    batch = replace(batch_of(old=old), mask=torch.tensor([[True, True, False], [True, True, True]]))
-    got = TruncatedIS(level="sequence", cap=1.5).weights(batch)
-    assert got[0, :2].tolist() == pytest.approx([1.5, 1.5])  # exp(0.45) = 1.57 is capped
-    assert got[1].tolist() == pytest.approx([exp(-0.4)] * 3)
-
-
 def test_correction_weights_scale_the_policy_loss_and_its_gradient():
     rollout = NOW - torch.tensor([[log(1.5), log(0.5), 0.0], [0.0, log(8.0), log(1.2)]])
     w = torch.tensor([[1.5, 0.5, 1.0], [1.0, 2.0, 1.2]])
     now = NOW.clone().requires_grad_()
     batch = batch_of(old=None, rollout=rollout)
-    loss, metrics = full_loss(GRPO(), TruncatedIS(cap=2.0), policy_of(now), batch, ADVANTAGES)
+    loss, metrics = full_loss(GRPO(), TokenTIS(cap=2.0), policy_of(now), batch, ADVANTAGES)
     assert torch.allclose(loss, -w * ADVANTAGES, atol=1e-6)
     assert torch.allclose(metrics["rollout_corr/weight"], w, atol=1e-6)
     loss.sum().backward()
@@ -95,29 +82,110 @@ def test_correction_weights_scale_the_policy_loss_and_its_gradient():
 
 def test_correction_weights_leave_the_value_loss_alone():
     batch = batch_of(old=NOW, rollout=NOW - log(1.8))
-    plain, _ = full_loss(PPO(), None, policy_of(), batch, ADVANTAGES)
-    got, metrics = full_loss(PPO(), TruncatedIS(cap=2.0), policy_of(), batch, ADVANTAGES)
+    plain, _ = full_loss(PPO(), Uncorrected(), policy_of(), batch, ADVANTAGES)
+    got, metrics = full_loss(PPO(), TokenTIS(cap=2.0), policy_of(), batch, ADVANTAGES)
     assert metrics["critic/vf_loss"].min() > 0
     assert torch.allclose(got - plain, -0.8 * ADVANTAGES, atol=1e-6)
 
 
-def test_mismatch_numbers_of_two_tokens_by_hand():
-    # The trainer says twice, and a quarter, of what the engine said.
-    d = torch.tensor([[log(2.0), log(0.25), 0.0]]).repeat(2, 1)
-    got = {k.removeprefix("rollout_corr/"): v[0].tolist() for k, v in mismatch(batch_of(old=NOW + d)).items()}
-    assert got["kl"] == pytest.approx([-log(2), log(4), 0], abs=1e-6)
-    assert got["k3_kl"] == pytest.approx([1 - log(2), 0.25 + log(4) - 1, 0], abs=1e-6)
-    assert got["logprob_abs_diff_mean"] == pytest.approx([log(2), log(4), 0], abs=1e-6)
-    assert got["logprob_abs_diff_max"] == got["logprob_abs_diff_mean"]
-    assert got["rollout_is_mean"] == pytest.approx([2, 0.25, 1])
-    assert got["rollout_is_max"] == got["rollout_is_mean"]
-    assert got["rollout_is_sq"] == pytest.approx([4, 0.0625, 1])
+def test_only_a_correction_reports_weights_and_what_it_rejected():
+    rollout = NOW - torch.tensor([[log(1.5), log(0.5), 0.0], [0.0, log(8.0), log(1.2)]])
+    _, plain = full_loss(GRPO(), Uncorrected(), policy_of(), batch_of(old=NOW, rollout=rollout), ADVANTAGES)
+    assert not {name for name in plain if "weight" in name or "rejected" in name}
+    loss, metrics = full_loss(GRPO(), IcePop(high=5.0), policy_of(), batch_of(old=NOW, rollout=rollout), ADVANTAGES)
+    w = torch.tensor([[1.5, 0.5, 1.0], [1.0, 0.0, 1.2]])
+    assert torch.allclose(loss, -w * ADVANTAGES, atol=1e-6)
+    assert torch.allclose(metrics["rollout_corr/weight"], w, atol=1e-6)
+    assert metrics["rollout_corr/rejected_frac"].tolist() == [[0, 0, 0], [0, 1, 0]]
+    assert metrics["rollout_corr/rollout_is_max"].max() == pytest.approx(8.0), "raw beside what was applied"
 
 
-def test_the_effective_sample_size_of_weights_1_2_3_is_six_sevenths():
-    # (1 + 2 + 3)^2 / (3 * (1 + 4 + 9)) = 36 / 42.
-    out = finish({"rollout_corr/rollout_is_mean": 2.0, "rollout_corr/rollout_is_sq": 14 / 3})
-    assert out == {"rollout_corr/rollout_is_mean": 2.0, "rollout_corr/ess": pytest.approx(6 / 7)}
+def step_of(d, correction):
+    """What `finish` makes of a step of one micro-batch per row of d = old - rollout, NOW's rollout, all tokens live."""
+    meter = Meter()
+    for row in d:
+        batch = batch_of(old=NOW + row)
+        _, metrics = full_loss(GRPO(), correction, policy_of(), batch, ADVANTAGES)
+        one = {n: v[:1] for n, v in metrics.items() if n.startswith("rollout_corr/")}
+        meter.add(one, torch.ones(1, 3, dtype=torch.bool))
+    return {k.removeprefix("rollout_corr/"): v for k, v in finish(meter.means()).items()}
+
+
+def test_the_mismatch_of_a_step_by_hand():
+    # The trainer says 2, 1/4, 1 and 1, 1, 4 times what the engine said; the capped weights are 2, 1/4, 1 and 1, 1, 2.
+    got = step_of(torch.tensor([[log(2.0), log(0.25), 0.0], [0.0, 0.0, log(4.0)]]), TokenTIS(cap=2.0))
+    k3 = [1 - log(2), 0.25 - 1 + log(4), 0, 0, 0, 3 - log(4)]
+    d = [log(2), log(0.25), 0, 0, 0, log(4)]
+    want = {
+        "kl": -log(2) / 6,
+        "kl_se": sd(d) / 6**0.5,
+        "k3_kl": sum(k3) / 6,
+        "k3_kl_se": sd(k3) / 6**0.5,
+        "logprob_abs_diff_mean": 5 * log(2) / 6,
+        "logprob_abs_diff_mean_se": sd([abs(x) for x in d]) / 6**0.5,
+        "logprob_abs_diff_max": log(4),
+        "rollout_is_mean": 9.25 / 6,
+        "rollout_is_max": 4.0,
+        "ess": 9.25**2 / (6 * 23.0625),
+        "chi2": 23.0625 / 6 - 1,
+        "mult_error": (2 + 4 + 1 + 1 + 1 + 4) / 6,
+        "mult_error_se": sd([2, 4, 1, 1, 1, 4]) / 6**0.5,
+        "outside_frac": 2 / 6,  # 1/4 and 4; 2 is the bound and inside
+        "seq_ess": (0.5 + 4) ** 2 / (2 * (0.25 + 16)),
+        "weight": 7.25 / 6,
+        "weight_ess": 7.25**2 / (6 * 11.0625),
+        "rejected_frac": 0.0,
+    }
+    assert got == {name: pytest.approx(value, abs=1e-6) for name, value in want.items()}
+
+
+def sd(values):
+    mean = sum(values) / len(values)
+    return (sum((x - mean) ** 2 for x in values) / len(values)) ** 0.5
+
+
+def test_in_fp32_the_rounding_of_two_sides_that_agree_is_not_lost_in_that_of_exp():
+    # k3 is about d^2 / 2 = 1.25e-11, where e^d - d - 1 in float32 gives multiples of 1e-7 of either sign.
+    batch = batch_of(old=torch.full((2, 3), 5e-6), rollout=torch.zeros(2, 3))
+    k3 = mismatch(batch)["rollout_corr/k3_kl"]
+    assert k3.flatten().tolist() == pytest.approx([1.25e-11] * 6, rel=0.05)
+
+
+def test_extreme_gaps_are_shown_as_they_are_and_overflow_nothing():
+    for d in (200.0, -200.0):
+        batch = batch_of(old=torch.full((2, 3), d), rollout=torch.zeros(2, 3))
+        metrics = mismatch(batch)
+        assert all(v.isfinite().all() for v in metrics.values())
+        assert metrics["rollout_corr/logprob_abs_diff_max"].max() == 200
+        assert metrics["rollout_corr/rollout_is_max"].max() == pytest.approx(math.exp(math.copysign(20, d)))
+
+
+def test_a_gap_that_is_not_a_number_is_not_hidden():
+    got = step_of(torch.tensor([[0.0, math.nan, 0.0]]), TokenTIS())
+    shown = ("kl", "k3_kl", "mult_error", "logprob_abs_diff_mean", "ess", "seq_ess", "rollout_is_mean", "kl_se")
+    assert all(math.isnan(got[name]) for name in shown)
+    assert got["outside_frac"] == pytest.approx(1 / 3)
+
+
+def test_the_gap_to_the_engine_shows_also_where_the_engine_s_own_numbers_are_the_old_ones():
+    batch = batch_of(old=NOW - 0.5, rollout=NOW - 0.5)
+    _, hidden = full_loss(GRPO(), Uncorrected(), policy_of(), batch, ADVANTAGES)
+    _, shown = full_loss(GRPO(), Uncorrected(), policy_of(), batch, ADVANTAGES, engine_is_old=True)
+    assert hidden["rollout_corr/kl"].abs().max() == 0
+    assert torch.allclose(shown["rollout_corr/kl"], torch.tensor(-0.5))
+    assert torch.equal(hidden["actor/ppo_kl"], shown["actor/ppo_kl"])
+
+
+def test_no_gradient_flows_through_the_mismatch():
+    now = NOW.clone().requires_grad_()
+    metrics = full_loss(GRPO(), TokenTIS(), policy_of(now), batch_of(), ADVANTAGES, engine_is_old=True)[1]
+    assert not [n for n, v in metrics.items() if n.startswith("rollout_corr/") and v.requires_grad]
+
+
+def test_where_every_weight_is_0_nothing_counts():
+    got = step_of(torch.full((2, 3), log(8.0)), IcePop(high=5.0))
+    assert (got["weight"], got["weight_ess"], got["rejected_frac"]) == (0.0, 0.0, 1.0)
+    assert got["ess"] == pytest.approx(1.0)
 
 
 def test_explained_variance_compares_variances_of_residual_and_returns():
@@ -139,4 +207,4 @@ def test_a_reduced_loss_is_refused_with_the_name_of_its_objective():
             return super().loss(policy, batch, advantages)[0].mean(dim=1), {}
 
     with pytest.raises(ValueError, match=r"Averaged\.loss returned shape \(2,\).*\[B, T\]=\(2, 3\)"):
-        full_loss(Averaged(), None, policy_of(), batch_of(), ADVANTAGES)
+        full_loss(Averaged(), Uncorrected(), policy_of(), batch_of(), ADVANTAGES)

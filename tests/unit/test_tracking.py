@@ -9,6 +9,7 @@ import pytest
 from rl.config import Config, RolloutConfig, TrackingConfig
 from rl.objectives import GRPO, GSPO
 from rl.types import Data, Trajectory
+from rl.watch import Watch
 from trainer import report
 from trainer.run import fresh_folder
 from trainer.tracking import RunTracker, wandb_mode
@@ -69,6 +70,56 @@ def test_each_step_is_a_row_of_json_at_once_with_null_for_nan(tmp_path):
     ]
     assert math.isnan(tracker.history[0]["actor/entropy"]), "memory keeps what the file cannot hold"
     tracker.close({"status": "finished"})
+
+
+GAP = "rollout_corr/logprob_abs_diff_mean"
+
+
+class Wandb:
+    """Takes what W&B's run takes."""
+
+    def __init__(self):
+        self.rows, self.alerts = [], []
+
+    def log(self, metrics, step):
+        self.rows.append((step, metrics))
+
+    def alert(self, *, title, text, level):
+        self.alerts.append((title, text, level))
+
+
+def test_an_alert_reaches_the_file_the_terminal_and_wandb(tmp_path, capsys):
+    tracker = tracker_of(tmp_path)
+    tracker.watch, tracker.wandb = Watch(config_of(dtype="float32")), Wandb()
+    tracker.log(1, {GAP: 5e-6})
+    assert not (tmp_path / "alerts.jsonl").exists()
+    for step, gap in ((2, 0.25), (3, math.nan), (4, 0.0), (5, math.nan)):
+        tracker.log(step, {GAP: gap})
+    rows = lines(tmp_path / "alerts.jsonl")
+    assert rows == tracker.alerts
+    assert [row["step"] for row in rows] == [2, 5]
+    assert rows[0]["title"] == f"{GAP} left its range"
+    assert rows[0]["text"].startswith("It is 0.25, above 1e-05.")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"alert at step {row['step']}: {row['title']}. {row['text']}" for row in rows]
+    assert tracker.wandb.alerts == [(r["title"], f"Step {r['step']}: {r['text']}", "WARN") for r in rows]
+    assert all(len(title) < 64 for title, _, _ in tracker.wandb.alerts), "W&B's limit"
+
+
+def test_a_tracker_without_a_watch_raises_no_alert(tmp_path, capsys):
+    tracker = tracker_of(tmp_path)
+    tracker.log(1, {GAP: math.nan})
+    assert tracker.alerts == []
+    assert capsys.readouterr().out == ""
+
+
+def test_wandb_takes_an_alert_offline(tmp_path):
+    tracker = RunTracker(folder=tmp_path, config=TrackingConfig(wandb="offline"), name="t", settings={})
+    tracker.alert(1, "rollout_corr/kl left its range", "It is nan, in no range.")
+    tracker.close({"status": "finished"})
+    assert len(lines(tmp_path / "alerts.jsonl")) == 1
+    recorded = b"".join(p.read_bytes() for p in (tmp_path / "wandb").rglob("*.wandb"))
+    assert b"rollout_corr/kl left its range" in recorded
 
 
 def trajectory(group, logprob=-1.0):

@@ -1,0 +1,131 @@
+"""Do a running step's numbers still say that engine and trainer agree, and if not, what does that most likely mean?"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rl.config import Config
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """The ranges (ends included) in which a metric is healthy."""
+
+    metric: str
+    tight: Range
+    """In float32, where the samples' policy is the trainer's: rounding noise alone."""
+    loose: Range
+    """In bfloat16, or where d also holds what the policy moved."""
+    advice: str
+    """What leaving them most likely means, and what to do."""
+
+
+STALE = "If it is staleness, lower `max_staleness` or `trainer.lr`, or set a `correction`."
+
+THRESHOLDS = [
+    Threshold(
+        metric="rollout_corr/logprob_abs_diff_mean",
+        tight=(0.0, 1e-5),
+        loose=(0.0, 0.05),
+        advice="Engine and trainer compute different numbers: stale weights, other dtypes, a bf16 head on one side.",
+    ),
+    Threshold(
+        metric="rollout_corr/logprob_abs_diff_max",
+        tight=(0.0, 1e-3),
+        loose=(0.0, math.inf),
+        advice="Few tokens are far off while the rest agree: a wrong support (top_p, top_k) or a stale cache.",
+    ),
+    Threshold(
+        metric="rollout_corr/kl",
+        tight=(-5e-6, 5e-6),
+        loose=(-0.02, 0.02),
+        advice="The gap has a sign, which rounding has not. Above 0: truncated sampling that the trainer does not "
+        "replay. Below: raw log-probabilities, or another temperature.",
+    ),
+    Threshold(
+        metric="rollout_corr/k3_kl",
+        tight=(-math.inf, 1e-9),
+        loose=(-math.inf, 3e-3),
+        advice="Growing over steps: the weights that sample are not the ones that learn. Set `verify_every=1`, look at "
+        "weight_sync/*.",
+    ),
+    Threshold(
+        metric="rollout_corr/mult_error",
+        tight=(0.0, 1.00001),
+        loose=(0.0, 1.05),
+        advice="NeMo-RL's bar for looking into it: at 1.05 a token's probability is 5 % off. Keep `fp32_head=True`.",
+    ),
+    Threshold(
+        metric="rollout_corr/rollout_is_mean",
+        tight=(0.99999, 1.00001),
+        loose=(0.95, 1.05),
+        advice=f"The ratios' mean is 1 when both sides mean the same distribution. {STALE}",
+    ),
+    Threshold(
+        metric="rollout_corr/ess",
+        tight=(0.9999, math.inf),
+        loose=(0.9, math.inf),
+        advice=f"Few tokens carry most of the weight. {STALE}",
+    ),
+    Threshold(
+        metric="rollout_corr/outside_frac",
+        tight=(0.0, 0.0),
+        loose=(0.0, 0.01),
+        advice=f"Tokens are more than twice, or less than half, as likely to the trainer as to the engine. {STALE}",
+    ),
+    Threshold(
+        metric="rollout_corr/rejected_frac",
+        tight=(0.0, 0.01),
+        loose=(0.0, 0.3),
+        advice="The correction throws much of the batch away: find the gap's cause, then widen its range.",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alert:
+    """A metric that has just left its range."""
+
+    metric: str
+    value: float
+    bounds: Range
+    advice: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.metric} left its range"
+
+    @property
+    def text(self) -> str:
+        low, high = self.bounds
+        side = f"above {high:g}" if self.value > high else f"below {low:g}" if self.value < low else "in no range"
+        return f"It is {self.value:.6g}, {side}. {self.advice} `unison doctor` names the cause."
+
+
+class Watch:
+    """Called with each step's metrics; returns an alert for each that was in its range before and now is not."""
+
+    def __init__(self, config: Config) -> None:
+        t = config.trainer
+        moving = t.epochs * t.minibatches > 1 and config.old_logprobs != "recompute"
+        self.tight = config.dtype == "float32" and config.max_staleness == 0 and not moving
+        self.outside: set[str] = set()
+
+    def __call__(self, metrics: Mapping[str, float]) -> list[Alert]:
+        alerts = []
+        for threshold in THRESHOLDS:
+            name = threshold.metric
+            if name not in metrics:
+                continue
+            low, high = bounds = threshold.tight if self.tight else threshold.loose
+            # A step with few live rows has few tokens: what its sampling noise alone explains is no alert.
+            noise = 3.0 * metrics.get(f"{name}_se", 0.0)
+            if low - noise <= metrics[name] <= high + noise:
+                self.outside.discard(name)
+            elif name not in self.outside:
+                # Reached by a NaN too, which is in no range.
+                self.outside.add(name)
+                alerts.append(Alert(metric=name, value=metrics[name], bounds=bounds, advice=threshold.advice))
+        return alerts
