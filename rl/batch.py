@@ -1,6 +1,7 @@
 """How trajectories become the tensors of one step, and how a step is cut into micro-batches and ranks."""
 
 from dataclasses import fields, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ def trajectory(prompt: Prompt, completion: Completion, reward: float, parts: dic
         reward=reward,
         reward_parts=parts,
         finish_reason=completion.finish_reason,
+        support=None if completion.support is None else [[] for _ in range(p)] + completion.support,
     )
 
 
@@ -31,6 +33,7 @@ def collate(trajectories: list[Trajectory]) -> Batch:
     def pad(rows: list[list[Any]], value: int | float, dtype: torch.dtype) -> Tensor:
         return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=dtype)
 
+    support = _support(trajectories, length)
     return Batch(
         input_ids=pad([t.token_ids for t in trajectories], 0, torch.long),
         mask=pad([t.mask for t in trajectories], False, torch.bool)[:, 1:],
@@ -38,7 +41,22 @@ def collate(trajectories: list[Trajectory]) -> Batch:
         versions=pad([t.versions for t in trajectories], -1, torch.long)[:, 1:],
         rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float32),
         group_ids=torch.tensor([t.group for t in trajectories], dtype=torch.long),
+        support=None if support is None else support[:, 1:],
     )
+
+
+def _support(trajectories: list[Trajectory], length: int) -> Tensor | None:
+    """The kept ids of every token [B, length, K], padded with -1. In int32, for K is up to hundreds."""
+    known = [t.support for t in trajectories if t.support is not None]
+    if not known:
+        return None
+    assert len(known) == len(trajectories), "some trajectories tell what truncation kept, and some do not"
+    counts = torch.tensor([[*map(len, kept), *[0] * (length - len(kept))] for kept in known])
+    for t, kept in zip(trajectories, known, strict=True):
+        assert [bool(ids) for ids in kept] == t.mask, f"group {t.group}: kept ids belong to sampled tokens, and to each"
+    filled = torch.arange(int(counts.max())) < counts[..., None]
+    ids = torch.tensor(list(chain.from_iterable(chain.from_iterable(known))), dtype=torch.int32)
+    return torch.full(filled.shape, -1, dtype=torch.int32).masked_scatter_(filled, ids)
 
 
 def lengths(batch: Batch) -> Tensor:
@@ -59,7 +77,7 @@ def take(batch: Batch, rows: Tensor) -> Batch:
         value = getattr(batch, f.name)
         if value is not None:
             value = value[chosen]
-            if value.dim() == 2:
+            if value.dim() > 1:
                 value = value[:, : width + (f.name == "input_ids")]
         picked[f.name] = value
     if not len(rows):

@@ -38,13 +38,17 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What the engine sampled: `logprobs[i]` (nats) and `versions[i]` belong to `token_ids[i]`."""
+    """What the engine sampled: `logprobs[i]` (nats) and `versions[i]` belong to `token_ids[i]`.
+
+    `support[i]` are the vocabulary ids that truncation kept when token i was sampled, where the engine reports them.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
     versions: list[int]
     finish_reason: FinishReason
     cached_prompt_tokens: int = 0
+    support: list[list[int]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,8 @@ class Reply:
 class Trajectory:
     """A judged sequence. All lists have the length of `token_ids`; entry i speaks about token i.
 
-    `mask[i]` is True where the policy sampled token i. Outside the mask `logprobs` is 0 and `versions` is -1.
+    `mask[i]` is True where the policy sampled token i. Outside the mask `logprobs` is 0, `versions` is -1,
+    and `support` (the ids kept by truncation, where the engine reports them) is empty.
     """
 
     group: int
@@ -72,14 +77,16 @@ class Trajectory:
     reward: float
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     finish_reason: FinishReason = "stop"
+    support: list[list[int]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """The tensors of one optimizer step, right-padded; S = T + 1.
 
-    Column t of every [B, T] tensor belongs to the prediction of `input_ids[:, t + 1]`; nothing downstream shifts.
+    Column t of every [B, T, ...] tensor belongs to the prediction of `input_ids[:, t + 1]`; nothing downstream shifts.
     `rollout_logprobs` is the behaviour policy, `old_logprobs` the proximal one, `ref_logprobs` the reference (nats).
+    `support` holds the vocabulary ids that a token was sampled from, padded with -1; None: the engine reports none.
     """
 
     input_ids: Int[Tensor, "B S"]
@@ -91,6 +98,7 @@ class Batch:
     old_logprobs: Float[Tensor, "B T"] | None = None
     ref_logprobs: Float[Tensor, "B T"] | None = None
     values: Float[Tensor, "B T"] | None = None
+    support: Int[Tensor, "B T K"] | None = None
 
     def to_device(self, device: torch.device) -> "Batch":
         """The same batch with every tensor on `device`."""

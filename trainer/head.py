@@ -2,8 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from rl.truncation import Truncation, keep
 
 CHUNK = 1024
 """Tokens whose logits exist at a time."""
@@ -11,37 +13,47 @@ CHUNK = 1024
 
 class _TokenLogprob(torch.autograd.Function):
     """Saves only logsumexp and entropy per token and computes the logits again in backward; exact for any upstream
-    gradient of either output."""
+    gradient of either output. Which tokens were kept is a constant of the gradient, and is found again too."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, inv_temperature, dtype):
+    def forward(ctx, hidden, weight, targets, inv_temperature, dtype, truncation, support):
         w = weight.to(dtype)
         n = hidden.shape[0]
         logprob, lse, entropy = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
         for s in _chunks(n):
             logits = F.linear(hidden[s].to(dtype), w).float() * inv_temperature
             chosen = logits.gather(-1, targets[s, None])[:, 0]
+            kept = _kept(logits, s, targets, truncation, support)
+            if kept is not None:
+                logits.masked_fill_(~kept, -torch.inf)
             # log_softmax, as the engine does: on CPU its rounding over a large vocabulary is 1e-5 nats away from
             # logsumexp's, more than all layers before it.
             log_p = logits.log_softmax(-1)
             logprob[s] = log_p.gather(-1, targets[s, None])[:, 0]
             lse[s] = chosen - logprob[s]
-            entropy[s] = -(log_p.exp() * log_p).sum(-1)
-        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
-        ctx.inv_temperature, ctx.dtype = inv_temperature, dtype
+            p = log_p.exp()
+            if kept is not None:
+                log_p = log_p.masked_fill(~kept, 0.0)  # where p is 0, -inf would make NaN of it
+            entropy[s] = -(p * log_p).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy, support)
+        ctx.inv_temperature, ctx.dtype, ctx.truncation = inv_temperature, dtype, truncation
         ctx.set_materialize_grads(False)
         return logprob, entropy
 
     @staticmethod
     def backward(ctx, grad_logprob, grad_entropy):
-        hidden, weight, targets, lse, entropy = ctx.saved_tensors
+        hidden, weight, targets, lse, entropy, support = ctx.saved_tensors
         w = weight.to(ctx.dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for s in _chunks(hidden.shape[0]):
             h = hidden[s].to(ctx.dtype)
-            log_p = F.linear(h, w).float().mul_(ctx.inv_temperature).sub_(lse[s, None])
+            logits = F.linear(h, w).float().mul_(ctx.inv_temperature)
+            kept = _kept(logits, s, targets, ctx.truncation, support)
+            log_p = logits.sub_(lse[s, None])
             p = log_p.exp()
+            if kept is not None:
+                p.masked_fill_(~kept, 0.0)
             grad = torch.zeros_like(p)
             if grad_logprob is not None:
                 grad -= p * grad_logprob[s, None]
@@ -51,7 +63,28 @@ class _TokenLogprob(torch.autograd.Function):
             grad.mul_(ctx.inv_temperature)
             grad_hidden[s] = grad.to(ctx.dtype).matmul(w).to(hidden.dtype)
             grad_weight.addmm_(grad.t(), h.float())
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+
+
+def _kept(
+    logits: Float[Tensor, "C V"],
+    s: slice,
+    targets: Int[Tensor, " N"],
+    truncation: Truncation | None,
+    support: Int[Tensor, "N K"] | None,
+) -> Bool[Tensor, "C V"] | None:
+    """What a chunk's tokens were sampled from, None for the whole vocabulary."""
+    if support is not None:
+        ids = support[s].long()
+        # Padding goes to a column behind the vocabulary.
+        wide = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
+        kept = wide.scatter_(1, ids.where(ids >= 0, logits.shape[1]), True)[:, :-1]
+    elif truncation is not None:
+        kept = keep(logits, truncation)
+    else:
+        return None
+    # The engine sampled the target, so it had kept it, whatever a last digit at the boundary says here.
+    return kept.scatter_(1, targets[s, None], True)
 
 
 def _chunks(n: int) -> list[slice]:
@@ -72,8 +105,17 @@ class LogprobHead(nn.Module):
         self.fp32 = fp32
 
     def forward(
-        self, hidden: Float[Tensor, "N H"], targets: Int[Tensor, " N"], temperature: float
+        self,
+        hidden: Float[Tensor, "N H"],
+        targets: Int[Tensor, " N"],
+        temperature: float,
+        truncation: Truncation | None = None,
+        support: Int[Tensor, "N K"] | None = None,
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """Log-probability of each target and entropy (nats) of softmax(logits / temperature), in fp32."""
+        """Log-probability of each target and entropy (nats) of softmax(logits / temperature), in fp32.
+
+        `support` (kept ids, padded with -1), else `truncation`, restricts the softmax to the tokens kept; each target
+        is one of them.
+        """
         dtype = torch.float32 if self.fp32 else self.weight.dtype
-        return _TokenLogprob.apply(hidden, self.weight, targets, 1.0 / temperature, dtype)
+        return _TokenLogprob.apply(hidden, self.weight, targets, 1.0 / temperature, dtype, truncation, support)

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from rl.truncation import Truncation
 from rl.types import PolicyOutput
 from trainer.head import LogprobHead
 from trainer.shared_prompts import pack
@@ -23,10 +24,23 @@ class Policy(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, input_ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B T"], temperature: float) -> PolicyOutput:
-        """What the policy says at every column of `mask`; 0 elsewhere, where nothing is computed."""
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B S"],
+        mask: Bool[Tensor, "B T"],
+        temperature: float,
+        truncation: Truncation | None = None,
+        support: Int[Tensor, "B T K"] | None = None,
+    ) -> PolicyOutput:
+        """What the policy says at every column of `mask`; 0 elsewhere, where nothing is computed.
+
+        With truncated sampling, over the tokens kept: those that the engine reports in `support` (padded with -1),
+        else those that `truncation` keeps of the policy's own logits.
+        """
         picked = self._hidden(input_ids, mask)
-        logprobs, entropy = self.hf.get_output_embeddings()(picked, input_ids[:, 1:][mask], temperature)
+        logprobs, entropy = self.hf.get_output_embeddings()(
+            picked, input_ids[:, 1:][mask], temperature, truncation, None if support is None else support[mask]
+        )
         values = None if self.value_head is None else self.value_head(picked)[:, 0].float()
         return PolicyOutput(
             logprobs=_scatter(logprobs, mask),

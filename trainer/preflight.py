@@ -10,7 +10,7 @@ from rl.config import Config, check
 from rl.rewards import judge
 from rl.types import Data, Prompt, Reply
 from trainer.cluster import cluster_gpus
-from trainer.placement import Placement, check_fits, plan
+from trainer.placement import Device, Placement, check_fits, plan
 from trainer.tokens import encode_all, load_tokenizer
 
 
@@ -19,6 +19,8 @@ class Prepared:
     """The data of a run as tokens."""
 
     tokenizer: PreTrainedTokenizerBase
+    first_prompt: str | list[dict[str, str]]
+    """The first training prompt before it became tokens."""
     train: list[Prompt]
     evals: Mapping[str, list[Prompt]]
 
@@ -37,8 +39,36 @@ def place(config: Config) -> Placement:
         )
     gpus = cluster_gpus() if config.device != "cpu" else 0.0
     placement = plan(config, cuda=gpus > 0, gpus=gpus)
+    check_truncation(config, placement.device)
     check_fits(placement, gpus=gpus)
     return placement
+
+
+def check_truncation(config: Config, device: Device) -> None:
+    """Raise ValueError, with the remedy, where the trainer could not know which tokens truncated sampling kept."""
+    r = config.rollout
+    if r.truncation is None:
+        return
+    wanted = f"truncated sampling (rollout.top_p={r.top_p:g}, top_k={r.top_k}, min_p={r.min_p:g}) on {device}"
+    if device == "cuda":
+        if not r.top_k:
+            raise ValueError(
+                f"{wanted}: the trainer replays the tokens that the engine kept, and vLLM reports them only where "
+                "top_k bounds their number; set rollout.top_k (e.g. 200, which top_p and min_p then narrow)"
+            )
+        return
+    # The CPU engine reports no support, so the learner finds it from its own logits.
+    reason = "the trainer finds the tokens that the engine kept from its own logits, which must be the engine's"
+    if config.dtype != "float32" or not config.fp32_head:
+        raise ValueError(
+            f"{wanted}: {reason}, but dtype={config.dtype}, fp32_head={config.fp32_head} round them; set "
+            "dtype=float32 and fp32_head=True, or sample without truncation"
+        )
+    if config.doctor == "off":
+        raise ValueError(
+            f"{wanted}: {reason}, and only the doctor shows that they are; set doctor=short, or sample without "
+            "truncation"
+        )
 
 
 def prepare(config: Config) -> Prepared:
@@ -56,7 +86,7 @@ def prepare(config: Config) -> Prepared:
     }
     # An empty reply is the one every reward must be able to judge; it finds wrong signatures before anything starts.
     judge(config.reward, Reply(text="", finished=False, task=train[0].task, token_ids=[]), 0)
-    return Prepared(tokenizer=tokenizer, train=train, evals=evals)
+    return Prepared(tokenizer=tokenizer, first_prompt=data.train[0].prompt, train=train, evals=evals)
 
 
 def looks_local(model: str) -> bool:

@@ -14,13 +14,16 @@ import torch
 from live import Live, engine_config
 from rl.batch import collate, trajectory
 from rl.config import RolloutConfig
-from rl.types import Completion, Prompt
-from trainer.model import load
+from rl.truncation import Truncation
+from rl.types import Batch, Completion, Prompt
+from trainer.model import Policy, load
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "smollm2-135m"
 ITEMS = json.loads((ROOT / "tests" / "data" / "vllm_v0_fp32.json").read_text())["items"]
+SETTINGS = sorted({item["setting"] for item in ITEMS})
 CONFIG = engine_config(MODEL, rollout=RolloutConfig(max_tokens=48, max_model_len=192, kv_cache_gib=0.5))
+TRUNCATED = replace(CONFIG, rollout=replace(CONFIG.rollout, top_p=0.95, top_k=40, min_p=0.01))
 
 
 def v1_gap(engine: Live, items: list[dict]) -> float:
@@ -34,10 +37,11 @@ def v1_gap(engine: Live, items: list[dict]) -> float:
 
 @pytest.fixture(scope="module")
 def processed(live: Callable) -> Live:
-    return live(CONFIG)
+    # `score` states its own sampling; the truncation is for `sample`.
+    return live(TRUNCATED)
 
 
-@pytest.mark.parametrize("setting", sorted({item["setting"] for item in ITEMS}))
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_v1_with_our_settings_agrees_with_v0_in_fp32(processed: Live, setting: str) -> None:
     items = [item for item in ITEMS if item["setting"] == setting]
     assert len(items) >= 4
@@ -49,10 +53,9 @@ def test_v1_in_its_default_raw_mode_does_not_agree_with_v0(live: Callable) -> No
     assert v1_gap(raw, [item for item in ITEMS if item["temperature"] == 0.7]) > 0.1
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_trainer_agrees_with_v0_in_fp32(temperature: float) -> None:
-    policy = load(str(MODEL), dtype="float32", fp32_head=True, share_prompts=True)
-    items = [i for i in ITEMS if i["temperature"] == temperature and not i.get("top_p") and not i.get("top_k")]
+def reference(setting: str) -> tuple[Batch, float, Truncation]:
+    """V0's sequences of one setting with its log-probabilities as the rollout's, the temperature and the truncation."""
+    items = [i for i in ITEMS if i["setting"] == setting]
     assert len(items) >= 4
     rows = [
         trajectory(
@@ -68,10 +71,51 @@ def test_the_trainer_agrees_with_v0_in_fp32(temperature: float) -> None:
         )
         for n, item in enumerate(items)
     ]
-    batch = collate(rows)
+    truncation = Truncation(top_p=items[0].get("top_p") or 1.0, top_k=items[0].get("top_k") or 0)
+    return collate(rows), items[0]["temperature"], truncation
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return load(str(MODEL), dtype="float32", fp32_head=True, share_prompts=True)
+
+
+def gap(policy: Policy, batch: Batch, temperature: float, truncation: Truncation | None) -> float:
     with torch.no_grad():
-        said = policy(batch.input_ids, batch.mask, temperature).logprobs
-    assert float((said - batch.rollout_logprobs)[batch.mask].abs().mean()) <= 1e-5
+        said = policy(batch.input_ids, batch.mask, temperature, truncation).logprobs
+    return float((said - batch.rollout_logprobs)[batch.mask].abs().mean())
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_trainer_agrees_with_v0_in_fp32(policy: Policy, setting: str) -> None:
+    batch, temperature, truncation = reference(setting)
+    assert gap(policy, batch, temperature, None if truncation == Truncation() else truncation) <= 1e-5
+    if truncation != Truncation():
+        assert gap(policy, batch, temperature, None) > 0.01, "the whole vocabulary is not what V0 sampled from"
+
+
+def test_under_truncation_the_trainer_agrees_with_what_the_engine_sampled(processed: Live, policy: Policy) -> None:
+    rows = []
+    for n, item in enumerate(ITEMS[:5]):
+        prompt = Prompt(ordinal=n, token_ids=item["prompt_token_ids"], task={})
+        rows += [trajectory(prompt, c, 0.0, {}) for c in processed.sample(prompt.token_ids, 2, seed=n)]
+    batch = collate(rows)
+    assert batch.support is None, "the CPU engine reports no support"
+    assert batch.mask.sum() > 200
+    cut = TRUNCATED.rollout.truncation
+    assert gap(policy, batch, 1.0, cut) <= 1e-5
+    # None of the three settings can be left out.
+    for less in (replace(cut, top_p=1.0), replace(cut, top_k=0), replace(cut, min_p=0.0)):
+        assert gap(policy, batch, 1.0, less) > 1e-4
+
+
+def test_a_greedy_evaluation_of_a_truncated_run_takes_the_best_token(processed: Live, policy: Policy) -> None:
+    item = ITEMS[0]
+    prompt = Prompt(ordinal=0, token_ids=item["prompt_token_ids"], task={})
+    said = processed.sample(prompt.token_ids, 2, seed=3, temperature=0.0, max_tokens=16)
+    assert said[0].token_ids == said[1].token_ids
+    batch = collate([trajectory(prompt, said[0], 0.0, {})])
+    assert gap(policy, batch, 1.0, Truncation(top_k=1)) == 0.0
 
 
 def test_in_bf16_with_fp32_heads_on_both_sides_k3_stays_small(live: Callable) -> None:

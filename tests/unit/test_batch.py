@@ -1,5 +1,7 @@
 """Trajectories to tensors, and a step cut into micro-batches: on literal tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,6 +48,55 @@ def test_column_t_speaks_about_the_prediction_of_token_t_plus_1():
     # Reading it as the trainer does gives back the sampled tokens with their own log-probabilities.
     assert batch.input_ids[:, 1:][batch.mask].tolist() == [12, 14, 15, 22]
     assert batch.rollout_logprobs[batch.mask].tolist() == pytest.approx([-0.2, -0.4, -0.5, -2.5])
+
+
+# What truncation kept when 12, 14 and 15 were sampled, and 22.
+KEPT = [
+    replace(TWO_TURNS, support=[[], [], [12, 40], [], [14], [7, 15, 3]]),
+    replace(SHORT, support=[[], [], [22, 50]]),
+]
+
+
+def test_a_trajectory_keeps_what_truncation_kept_for_its_sampled_tokens():
+    prompt = Prompt(ordinal=9, token_ids=[1, 2], task={})
+    completion = Completion(
+        token_ids=[3, 4], logprobs=[-0.3, -0.4], versions=[0, 1], finish_reason="stop", support=[[3, 8], [4]]
+    )
+    assert trajectory(prompt, completion, 0.5, {}).support == [[], [], [3, 8], [4]]
+    assert trajectory(prompt, replace(completion, support=None), 0.5, {}).support is None
+
+
+def test_column_t_holds_what_token_t_plus_1_was_sampled_from():
+    batch = collate(KEPT)
+    nothing = [-1, -1, -1]
+    assert batch.support.tolist() == [
+        [nothing, [12, 40, -1], nothing, [14, -1, -1], [7, 15, 3]],
+        [nothing, [22, 50, -1], nothing, nothing, nothing],
+    ]
+    # Read as the trainer reads it, every sampled token is among its own.
+    sampled, kept = batch.input_ids[:, 1:][batch.mask], batch.support[batch.mask]
+    assert (kept == sampled[:, None]).any(1).all()
+    assert collate([TWO_TURNS, SHORT]).support is None
+
+
+def test_taking_rows_takes_what_truncation_kept_along():
+    batch = collate(KEPT)
+    assert take(batch, torch.tensor([1])).support.tolist() == [[[-1, -1, -1], [22, 50, -1]]]
+    assert take(batch, torch.tensor([1, 0])).support.tolist() == batch.support[[1, 0]].tolist()
+    assert take(batch, torch.empty(0, dtype=torch.long)).support.shape[0] == 1
+    assert take(collate([SHORT]), torch.tensor([0])).support is None
+    moved = batch.to_device(torch.device("meta")).support
+    assert moved.is_meta
+    assert moved.shape == batch.support.shape
+
+
+def test_kept_ids_for_some_rows_or_some_tokens_only_are_an_error():
+    with pytest.raises(AssertionError, match="some trajectories tell"):
+        collate([KEPT[0], SHORT])
+    with pytest.raises(AssertionError, match="group 2: kept ids belong to sampled tokens"):
+        collate([KEPT[0], replace(SHORT, support=[[], [], []])])
+    with pytest.raises(AssertionError, match="group 2: kept ids belong to sampled tokens"):
+        collate([KEPT[0], replace(SHORT, support=[[], [21], [22]])])
 
 
 def test_taking_short_rows_cuts_the_columns_they_do_not_need():

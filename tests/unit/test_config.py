@@ -7,8 +7,10 @@ import pytest
 
 from rl.config import Config, RolloutConfig, TrainerConfig, check
 from rl.objectives import GRPO, GSPO, PPO
+from rl.truncation import Truncation
 from rl.types import Data
 from trainer.placement import check_fits, default_threads, memory_estimate, plan
+from trainer.preflight import check_truncation, place
 
 
 def config_of(**settings):
@@ -27,9 +29,9 @@ def config_of(**settings):
         ({"temperature": -1.0}, "temperature=-1.0: greedy"),
         ({"objective": GRPO(), "group_size": 1}, "GRPO only zero advantages, for it compares samples of one prompt"),
         ({"objective": GSPO(), "group_size": 1}, "use group_size >= 2, or PPO"),
-        ({"rollout": RolloutConfig(top_p=0.9)}, "top_p=0.9, top_k=0, min_p=0.0: truncated sampling renormalises"),
-        ({"rollout": RolloutConfig(top_k=20)}, "Use top_p=1, top_k=0, min_p=0"),
-        ({"rollout": RolloutConfig(min_p=0.1)}, "shape the sampling with temperature instead"),
+        ({"rollout": RolloutConfig(top_p=0.0)}, "rollout.top_p=0.0 must be above 0 and at most 1 (1 is off)"),
+        ({"rollout": RolloutConfig(top_k=-1)}, "rollout.top_k=-1 must be at least 1, or 0 (which is off)"),
+        ({"rollout": RolloutConfig(min_p=2.0)}, "rollout.min_p=2.0 must be between 0 (which is off) and 1"),
         (
             {"rollout": RolloutConfig(max_tokens=512, max_model_len=512)},
             "rollout.max_tokens=512 leaves no room for a prompt in 512 tokens",
@@ -50,6 +52,51 @@ def test_the_defaults_and_the_limits_pass():
     check(config_of(objective=PPO(), group_size=1))
     check(config_of(prompts_per_step=2, group_size=4, trainer=TrainerConfig(minibatches=8)))
     check(config_of(rollout=RolloutConfig(max_tokens=511, max_model_len=512)))
+    check(config_of(rollout=RolloutConfig(top_p=0.9, top_k=20, min_p=0.1)))
+
+
+def test_what_keeps_the_whole_vocabulary_is_no_truncation():
+    assert RolloutConfig().truncation is None
+    assert RolloutConfig(top_p=0.9, top_k=20, min_p=0.1).truncation == Truncation(top_p=0.9, top_k=20, min_p=0.1)
+
+
+CUTS = [{"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 20}, {"top_p": 0.9, "top_k": 20, "min_p": 0.1}]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_truncation_on_a_gpu_needs_a_top_k(cut):
+    config = config_of(rollout=RolloutConfig(**cut), doctor="off")
+    if "top_k" in cut:
+        check_truncation(config, "cuda")
+    else:
+        with pytest.raises(ValueError, match=r"on cuda: the trainer replays .* set rollout\.top_k"):
+            check_truncation(config, "cuda")
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_truncation_on_cpu_needs_fp32_on_both_sides_and_the_doctor(cut):
+    def refused(message, **settings):
+        with pytest.raises(ValueError, match=message):
+            check_truncation(config_of(rollout=RolloutConfig(**cut), **settings), "cpu")
+
+    check_truncation(config_of(rollout=RolloutConfig(**cut), dtype="float32"), "cpu")
+    refused("dtype=bfloat16, fp32_head=True round them; set dtype=float32", dtype="bfloat16")
+    refused("dtype=float32, fp32_head=False round them; set dtype=float32", dtype="float32", fp32_head=False)
+    refused("only the doctor shows that they are; set doctor=short", dtype="float32", doctor="off")
+
+
+def test_without_truncation_none_of_this_is_asked_for():
+    for device in ("cpu", "cuda"):
+        check_truncation(config_of(doctor="off", fp32_head=False), device)
+
+
+def test_truncation_is_refused_before_anything_starts():
+    settings = {"model": "owner/name", "rollout": RolloutConfig(top_p=0.9)}
+    with pytest.raises(ValueError, match=r"top_p=0\.9, top_k=0, min_p=0\) on cuda"):
+        place(config_of(device="cuda", **settings))
+    with pytest.raises(ValueError, match=r"on cpu: .* dtype=bfloat16"):
+        place(config_of(device="cpu", **settings))
+    assert place(config_of(device="cpu", dtype="float32", **settings)).device == "cpu"
 
 
 def placed(*, cuda=True, engines=1, tensor_parallel=1, ranks=1, **settings):
