@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import rl.truncation
+from rl.config import Config, RolloutConfig
 from rl.truncation import Truncation, keep
+from rl.types import Data
 
 
 def kept(probabilities, **truncation):
@@ -161,3 +163,48 @@ def test_a_value_out_of_range_is_refused_with_the_range(values, message):
 def test_values_at_their_limits_pass():
     Truncation(top_p=1.0, top_k=0, min_p=0.0).check()
     Truncation(top_p=1e-3, top_k=1, min_p=1.0).check()
+
+
+def config_of(**rollout):
+    rollout = RolloutConfig(**rollout)
+    return Config(name="t", model="m", data=lambda: Data(train=[]), reward=lambda r: 0.0, rollout=rollout)
+
+
+def test_engines_on_gpus_report_what_they_kept_when_something_is_cut_off():
+    from rollout.settings import engine_args
+
+    def asked(device, **rollout):
+        return engine_args(config_of(**rollout), device=device, backend="nccl", model="m")["return_sampling_mask"]
+
+    assert asked("cuda", top_k=20)
+    assert not asked("cuda")
+    # Model Runner V2 alone can do it, and vLLM on CPU has none: it would refuse to start.
+    assert not asked("cpu", top_k=20)
+
+
+def said(support):
+    """vLLM's own output of the tokens 7 and 9, with what it kept for each."""
+    from vllm.logprobs import Logprob
+    from vllm.outputs import CompletionOutput, SamplingMask, WeightVersionSpan
+
+    return CompletionOutput(
+        index=0,
+        text="",
+        token_ids=[7, 9],
+        cumulative_logprob=None,
+        logprobs=[{7: Logprob(-0.5)}, {9: Logprob(0.0)}],
+        finish_reason="stop",
+        weight_versions=[WeightVersionSpan(start=0, end=2, version="3")],
+        sampling_mask=None if support is None else SamplingMask(support),
+    )
+
+
+def test_what_the_engine_kept_arrives_with_its_tokens():
+    from rollout.engine import completion
+
+    assert completion(said([[4, 7], [9]]), 0).support == [[4, 7], [9]]
+    assert completion(said(None), 0).support is None
+    with pytest.raises(AssertionError, match="sampled a token that it reports as cut off"):
+        completion(said([[4, 7], [8]]), 0)
+    with pytest.raises(ValueError, match="shorter"):
+        completion(said([[4, 7]]), 0)
