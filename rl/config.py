@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rl.corrections import TruncatedIS
+from rl.corrections import Correction, Uncorrected
 from rl.objectives import GSPO, Objective
 from rl.rewards import Reward
+from rl.truncation import Truncation
 from rl.types import Data
 
 
@@ -25,6 +26,7 @@ class RolloutConfig:
     max_num_seqs: int = 64
     """Most sequences that one engine decodes at a time."""
     top_p: float = 1.0
+    """Below 1, or top_k or min_p above 0: the trainer renormalises over the tokens that the engine kept."""
     top_k: int = 0
     """0 is off."""
     min_p: float = 0.0
@@ -42,6 +44,12 @@ class RolloutConfig:
     """OpenMP threads of one engine on CPU. None: all cores if it takes turns with the learner, else 1."""
     seeded: bool = True
     """Give every sample its own seed, so that its tokens do not depend on what else is in the batch."""
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """What top_p, top_k and min_p cut off; None when they keep the whole vocabulary."""
+        wanted = Truncation(top_p=self.top_p, top_k=self.top_k, min_p=self.min_p)
+        return None if wanted == Truncation() else wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +123,14 @@ class Config:
     """Completions of each prompt."""
     max_staleness: int = 0
     """Weight versions that a sample may be behind when its step begins. 0 is synchronous and on-policy."""
-    old_logprobs: Literal["recompute", "rollout"] = "recompute"
-    """The proximal policy: the trainer's own log-probabilities at the start of the step, or the engine's."""
-    correction: TruncatedIS | None = None
-    """Importance weight old / rollout on the policy loss. None, or e.g. TruncatedIS(level="token", cap=2.0)."""
+    old_logprobs: Literal["auto", "recompute", "rollout"] = "auto"
+    """The proximal policy: the trainer's own log-probabilities at the start of the step, or the engine's. auto: the
+    engine's where the doctor finds that noise alone would not clip them, else the trainer's."""
+    correction: Correction = field(default_factory=Uncorrected)
+    """Importance weight old / rollout on the policy loss, e.g. `TokenTIS(cap=2.0)` of rl/corrections.py."""
+    doctor: Literal["short", "full", "off"] = "short"
+    """Before the first step, check that the engines' log-probabilities mean what the loss thinks, and end the run with
+    the cause and the remedy when not. full: with the ladder of `unison doctor`, which takes minutes."""
     temperature: float = 1.0
     """Of sampling, and of the trainer's log-probabilities."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -174,12 +186,8 @@ def check(config: Config) -> None:
             f"group_size=1 gives {type(config.objective).__name__} only zero advantages, for it compares samples of "
             "one prompt: use group_size >= 2, or PPO, whose critic is the baseline"
         )
-    if (r.top_p, r.top_k, r.min_p) != (1.0, 0, 0.0):
-        raise ValueError(
-            f"top_p={r.top_p}, top_k={r.top_k}, min_p={r.min_p}: truncated sampling renormalises the engine's "
-            "log-probabilities over the kept tokens, and the trainer does not replay that support yet, so every "
-            "ratio would be biased. Use top_p=1, top_k=0, min_p=0; shape the sampling with temperature instead"
-        )
+    if r.truncation:
+        r.truncation.check()
     if r.max_tokens >= r.max_model_len:
         raise ValueError(f"rollout.max_tokens={r.max_tokens} leaves no room for a prompt in {r.max_model_len} tokens")
     rows = config.prompts_per_step * config.group_size

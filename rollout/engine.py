@@ -11,8 +11,13 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from rl.config import Config
+from rl.tokens import encode
 from rl.types import Completion
 from rollout.settings import engine_args
+
+UNSENT = -100
+"""Version of an engine that has had no weights from the learner yet. It holds random ones, and serves only the doctor,
+who may send versions below 0 of his own."""
 
 
 class Engine:
@@ -25,7 +30,7 @@ class Engine:
         device: str,
         backend: str,
         model: str,
-        version: int = 0,
+        version: int = UNSENT,
         overrides: dict[str, Any] | None = None,
     ) -> None:
         """`overrides` replace engine arguments: for experiments that show what a wrong setting does."""
@@ -50,17 +55,30 @@ class Engine:
         seed: int | None,
         temperature: float | None = None,
         max_tokens: int | None = None,
+        fresh: bool = False,
     ) -> list[Completion]:
         """n completions of one prompt, with the log-probabilities (nats) that they were sampled with.
 
-        `temperature` and `max_tokens` of None mean the run's; sample i has the seed `seed + i`.
+        `temperature` and `max_tokens` of None mean the run's; sample i has the seed `seed + i`. `fresh` ignores cached
+        prefixes.
         """
-        shared = {
-            "temperature": self.config.temperature if temperature is None else temperature,
-            "max_tokens": max_tokens or self.config.rollout.max_tokens,
-        }
+        sampling = self._sampling(temperature, max_tokens) | {"skip_reading_prefix_cache": fresh}
         seeds = [None if seed is None else seed + i for i in range(n)]
-        return list(await asyncio.gather(*(self._one(token_ids, seed=s, **shared) for s in seeds)))
+        return list(await asyncio.gather(*(self._one(token_ids, seed=s, **sampling) for s in seeds)))
+
+    def _sampling(self, temperature: float | None, max_tokens: int | None) -> dict[str, Any]:
+        c = self.config
+        sampling = {
+            "temperature": c.temperature if temperature is None else temperature,
+            "max_tokens": max_tokens or c.rollout.max_tokens,
+            "top_p": c.rollout.top_p,
+            "top_k": c.rollout.top_k,
+            "min_p": c.rollout.min_p,
+        }
+        if c.rollout.truncation and sampling["temperature"] == 0:
+            # An engine that reports the kept tokens refuses greedy requests; to keep the best token alone is the same.
+            sampling |= {"temperature": 1.0, "top_p": 1.0, "top_k": 1, "min_p": 0.0}
+        return sampling
 
     async def score(self, token_ids: list[int], reply: list[int], **sampling: Any) -> list[float]:
         """Log-probabilities (nats) that this engine would have given to a reply's tokens, had it sampled them.
@@ -72,30 +90,33 @@ class Engine:
         async def one(position: int) -> float:
             token = reply[position]
             params = SamplingParams(max_tokens=1, logprob_token_ids=[token], detokenize=False, **sampling)
-            self.requests += 1
-            prompt = {"prompt_token_ids": token_ids + reply[:position], "cache_salt": f"v{self.version}"}
-            outputs = [o async for o in self.llm.generate(prompt, params, request_id=str(self.requests))]
-            return outputs[-1].outputs[0].logprobs[0][token].logprob
+            output = await self._final(token_ids + reply[:position], params)
+            return output.outputs[0].logprobs[0][token].logprob
 
         return list(await asyncio.gather(*(one(i) for i in range(len(reply)))))
 
+    async def prefill(self, token_ids: list[int], reply: list[int]) -> list[float]:
+        """Log-probabilities (nats) of a reply's tokens at T = 1 from one forward pass over all of them."""
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        output = await self._final(token_ids + reply, params)
+        steps = output.prompt_logprobs[len(token_ids) :]
+        return [step[token].logprob for step, token in zip(steps, reply, strict=True)]
+
     async def _one(self, token_ids: list[int], **sampling: Any) -> Completion:
-        params = SamplingParams(
-            **sampling,
-            logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        # A request that came in while paused would run on the new weights under the old version's salt.
-        await self.open.wait()
-        self.requests += 1
-        prompt = {"prompt_token_ids": token_ids, "cache_salt": f"v{self.version}"}
-        outputs = [o async for o in self.llm.generate(prompt, params, request_id=str(self.requests))]
-        output = outputs[-1]
+        params = SamplingParams(**sampling, logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+        output = await self._final(token_ids, params)
         assert output.finished, "vLLM ended a request without its final output"
         done = output.outputs[0]
         self.aborted += done.finish_reason == "abort"
         return completion(done, output.num_cached_tokens or 0)
+
+    async def _final(self, token_ids: list[int], params: SamplingParams) -> Any:
+        """The last output of one request, which sees cached prefixes of the weights of now only."""
+        # A request that came in while paused would run on the new weights under the old version's salt.
+        await self.open.wait()
+        self.requests += 1
+        prompt = {"prompt_token_ids": token_ids, "cache_salt": f"v{self.version}"}
+        return [o async for o in self.llm.generate(prompt, params, request_id=str(self.requests))][-1]
 
     async def pause(self) -> None:
         """Freeze running requests where they are, with their KV (vLLM's defaults would abort them and clear it)."""
@@ -140,6 +161,40 @@ class Engine:
         await self.llm.finish_weight_update(weight_version=str(version))
         self.version = version
 
+    async def describe(self, messages: Any, template: dict[str, Any]) -> dict[str, Any]:
+        """What this engine really runs with, and how its own tokenizer writes one prompt (`messages` or plain text)."""
+        c = self.llm.vllm_config
+        model, tokenizer = c.model_config, self.llm.get_tokenizer()
+        params = SamplingParams(**self._sampling(None, None))
+        return {
+            "logprobs_mode": model.logprobs_mode,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "head_dtype": str(model.head_dtype).removeprefix("torch."),
+            "tied": bool(getattr(model.hf_text_config, "tie_word_embeddings", False)),
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": max(params.top_k, 0),
+            "min_p": params.min_p,
+            "penalties": [params.presence_penalty, params.frequency_penalty, params.repetition_penalty - 1.0],
+            "async_scheduling": bool(c.scheduler_config.async_scheduling),
+            "prefix_caching": bool(c.cache_config.enable_prefix_caching),
+            "eager": bool(model.enforce_eager),
+            "sampling_mask": bool(model.return_sampling_mask),
+            "generation_config": model.generation_config,
+            "generation_eos": model.try_get_generation_config().get("eos_token_id"),
+            "eos": tokenizer.eos_token_id,
+            "vocabulary": len(tokenizer),
+            "chat_template": tokenizer.chat_template,
+            "prompt": encode(tokenizer, messages, template),
+        }
+
+    async def trace(self, token_ids: list[int]) -> list[dict[str, Any]]:
+        """Inputs and outputs of every layer that holds weights for one prompt, by worker. No cached prefix is used."""
+        await self.llm.collective_rpc("begin_trace")
+        params = SamplingParams(max_tokens=1, detokenize=False, skip_reading_prefix_cache=True)
+        await self._final(token_ids, params)
+        return await self.llm.collective_rpc("end_trace")
+
     async def counters(self) -> dict[str, int]:
         """Requests served and requests aborted since the start, and the weight version."""
         return {"requests": self.requests, "aborted": self.aborted, "version": self.version}
@@ -154,10 +209,14 @@ def completion(done: CompletionOutput, cached_prompt_tokens: int) -> Completion:
     """vLLM's output in our terms. A missing log-probability becomes NaN, which the loop sets aside."""
     token_ids = list(done.token_ids)
     steps = done.logprobs or [{}] * len(token_ids)
-    versions = [-1] * len(token_ids)
+    versions: list[int | None] = [None] * len(token_ids)
     for span in done.weight_versions or []:
         versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
-    assert -1 not in versions, f"vLLM gave no weight version for some tokens: {done.weight_versions}"
+    assert None not in versions, f"vLLM gave no weight version for some tokens: {done.weight_versions}"
+    support = done.sampling_mask.token_ids if done.sampling_mask else None
+    if support is not None:
+        kept = all(token in ids for token, ids in zip(token_ids, support, strict=True))
+        assert kept, "vLLM sampled a token that it reports as cut off"
     return Completion(
         token_ids=token_ids,
         logprobs=[
@@ -166,4 +225,5 @@ def completion(done: CompletionOutput, cached_prompt_tokens: int) -> Completion:
         versions=versions,
         finish_reason=done.finish_reason,
         cached_prompt_tokens=cached_prompt_tokens,
+        support=support,
     )

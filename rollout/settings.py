@@ -13,6 +13,8 @@ def engine_args(config: Config, *, device: str, backend: str, model: str) -> dic
     cpu = device == "cpu"
     args: dict[str, Any] = {
         "model": model,
+        # Random weights: what an engine says can then only come from weights that the learner sent.
+        "load_format": "dummy",
         "dtype": config.dtype,
         "seed": config.seed,
         "max_model_len": r.max_model_len,
@@ -21,6 +23,8 @@ def engine_args(config: Config, *, device: str, backend: str, model: str) -> dic
         # V1 returns log-probabilities from before temperature and penalties unless told otherwise; the loss needs
         # those of the distribution that was sampled from.
         "logprobs_mode": "processed_logprobs",
+        # The tokens that truncation kept, for the trainer to replay; only vLLM's Model Runner V2 (GPU) can tell them.
+        "return_sampling_mask": r.truncation is not None and not cpu,
         # Logits in fp32 on both sides: bf16 rounds them on a grid coarser than GSPO's clip range.
         "hf_overrides": {"head_dtype": "float32" if config.fp32_head else config.dtype},
         # A hit on KV from older weights would undo the update; `cache_salt` in engine.py keeps versions apart, and

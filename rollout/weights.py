@@ -26,6 +26,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from rl.weights import digest
 from rollout.buckets import buckets, unpack
 from rollout.head import forget_heads
+from rollout.trace import Tracer
 
 
 def broadcast(group: ProcessGroup, tensor: Tensor) -> None:
@@ -173,6 +174,14 @@ class WorkerExtension:
     def received_digests(self) -> dict[str, str]:
         """Digests of the last update by name, empty unless listening."""
         return self.weight_transfer_engine.digests
+
+    def begin_trace(self) -> None:
+        """Record the layers of the next forward pass."""
+        self.tracer = Tracer(self.weight_transfer_engine.model)
+
+    def end_trace(self) -> dict[str, Any]:
+        """What the layers took in and gave out: see `rollout.trace.Tracer.stop`."""
+        return self.tracer.stop(getattr(self.weight_transfer_engine.model, "packed_modules_mapping", {}))
 
 
 for _name, _engine in {"unison_gloo": GlooEngine, "unison_nccl": NCCLEngine, "unison_ipc": IPCEngine}.items():

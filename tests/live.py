@@ -17,9 +17,9 @@ for name, value in engine_env(device="cpu", backend="gloo", threads=1).items():
 
 
 class Live:
-    """An engine with blocking calls; it has vLLM's four control calls for a sender too."""
+    """An engine with blocking calls, its weights read from disk as version 0; it has a sender's four calls too."""
 
-    def __init__(self, config: Config, **overrides: Any) -> None:
+    def __init__(self, config: Config, version: int = 0, **overrides: Any) -> None:
         from rollout.engine import Engine
 
         self.config = config
@@ -27,12 +27,15 @@ class Live:
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
         async def make() -> Engine:
-            engine = Engine(config, device="cpu", backend="gloo", model=config.model, overrides=overrides)
+            options = {"load_format": "auto", **overrides}
+            engine = Engine(
+                config, device="cpu", backend="gloo", model=config.model, version=version, overrides=options
+            )
             await engine.start()
             return engine
 
         self.engine = self.wait(make())
-        self.version = 0
+        self.version = version
 
     def submit(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)

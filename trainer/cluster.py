@@ -121,6 +121,9 @@ class EngineClient:
 class Cluster:
     """The actors of one run."""
 
+    engine = "rollout.engine:Engine"
+    """Class of the hosted engines. An experiment may name its own, in a file beside its script."""
+
     def __init__(self, config: Config, placement: Placement) -> None:
         self.config, self.placement = config, placement
         self.engines: list[Any] = []
@@ -164,7 +167,7 @@ class Cluster:
         common = {"config": _without_functions(c), "model": c.model, "device": p.device}
         builds = [
             answer(
-                e.build.remote("rollout.engine:Engine", sources, common | {"backend": p.backend}),
+                e.build.remote(self.engine, sources, common | {"backend": p.backend}),
                 f"the driver waited {{s}} s for engine {i} to start",
                 deadline,
             )

@@ -2,34 +2,47 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import tyro
 from rich.table import Table
 
 from rl.config import Config, check
+from rl.diagnosis import ParityError
 from rl.rewards import RewardError
 from trainer import report
 from trainer.placement import memory_estimate, plan
 from trainer.terminal import console
 
-USER_ERRORS = (ValueError, OSError, ImportError, RewardError)
+USER_ERRORS = (ValueError, OSError, ImportError, RewardError, ParityError)
 """What a user can mend: shown as one message. UNISON_TRACEBACK=1 shows where it came from."""
 
 
 def launch(config: Config) -> None:
     """Run a recipe from the command line: `--help`, typed overrides of every field, `--dry-run`."""
     arguments = sys.argv[1:]
-    dry = "--dry-run" in arguments
-    arguments = [a for a in arguments if a != "--dry-run"]
-    description = "All settings of the run. --dry-run prints config, placement and memory, and starts nothing."
-    config = tyro.cli(Config, default=config, args=arguments, description=description)
-    try:
-        if dry:
+    config = override(config, [a for a in arguments if a != "--dry-run"])
+    with readable_errors():
+        if "--dry-run" in arguments:
             dry_run(config)
         else:
             from trainer.run import run
 
             run(config)
+
+
+def override(config: Config, arguments: list[str]) -> Config:
+    """The config with the fields that the command line names; exits with a message for one that does not exist."""
+    description = "All settings of the run. --dry-run prints config, placement and memory, and starts nothing."
+    return tyro.cli(Config, default=config, args=arguments, description=description)
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """End the process with one message for what a user can mend, and quietly at Ctrl-C."""
+    try:
+        yield
     except USER_ERRORS as error:
         if os.environ.get("UNISON_TRACEBACK"):
             raise

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,11 +14,16 @@ from torch import Tensor
 
 from rl.batch import micro_batches, take
 from rl.config import Config
+from rl.evidence import LayerError
+from rl.hypotheses import Hypothesis
 from rl.loss import finish, full_loss
 from rl.reduce import Meter, Totals, loss_weights
 from rl.types import Batch, PolicyOutput
-from rl.weights import WeightManifest
+from rl.weights import WeightManifest, digest
+from trainer.explain import explain_batch
+from trainer.head import LogprobHead
 from trainer.model import Policy, load
+from trainer.trace import layer_errors
 from trainer.weights import LearnerWeights
 
 
@@ -39,6 +44,8 @@ class Learner:
         self.policy: Policy = self.engine.module
         self.reference = self._reference(model) if config.objective.kl_coef else None
         self.weights = LearnerWeights(self.policy.hf, sharded=config.trainer.zero_stage == 3)
+        self.head: LogprobHead = self.policy.hf.get_output_embeddings()
+        self.old_logprobs = "recompute" if config.old_logprobs == "auto" else config.old_logprobs
         self.send: Callable[[int], None] | None = None
         """Sends `weights` as a version; set by whoever opens the weight channel."""
 
@@ -60,11 +67,11 @@ class Learner:
         c, objective = self.config, self.config.objective
         rows = torch.arange(len(batch.rewards))
         several = c.trainer.epochs * c.trainer.minibatches > 1
-        if c.old_logprobs == "rollout":
+        if self.old_logprobs == "rollout":
             batch = replace(batch, old_logprobs=batch.rollout_logprobs)
-        if objective.uses_values or (several and c.old_logprobs == "recompute"):
+        if objective.uses_values or (several and self.old_logprobs == "recompute"):
             before = self._forward_all(self.engine, batch, rows)
-            if c.old_logprobs == "recompute":
+            if self.old_logprobs == "recompute":
                 batch = replace(batch, old_logprobs=before.logprobs)
             batch = replace(batch, values=before.values)
         if self.reference is not None:
@@ -92,10 +99,13 @@ class Learner:
             live = live if len(live) else rows[:1]
         for micro in self._mine(batch, live):
             part = take(batch, micro).to_device(self.device)
-            policy = self.engine(part.input_ids, part.mask, c.temperature)
+            policy = self.engine(part.input_ids, part.mask, c.temperature, c.rollout.truncation, part.support)
             part_advantages = torch.zeros_like(policy.logprobs)
             part_advantages[: len(micro)] = advantages[micro, : part.mask.shape[1]].to(self.device)
-            loss, metrics = full_loss(objective, c.correction, policy, part, part_advantages)
+            engine_is_old = self.old_logprobs == "rollout"
+            loss, metrics = full_loss(
+                objective, c.correction, policy, part, part_advantages, engine_is_old=engine_is_old
+            )
             weights = loss_weights(part.mask, objective.average_over, totals)
             # A bare product would carry an infinity from outside the mask as 0 * inf. DeepSpeed averages over ranks.
             total = torch.where(part.mask, loss * weights, 0.0).sum() * self.ranks
@@ -134,7 +144,9 @@ class Learner:
         out = {name: torch.zeros(batch.mask.shape) for name in ("logprobs", "entropy", "values")}
         for micro in self._mine(batch, rows):
             part = take(batch, micro).to_device(self.device)
-            answer: PolicyOutput = model(part.input_ids, part.mask, self.config.temperature)
+            answer: PolicyOutput = model(
+                part.input_ids, part.mask, self.config.temperature, self.config.rollout.truncation, part.support
+            )
             for name, full in out.items():
                 value = getattr(answer, name)
                 if value is not None and len(micro):
@@ -149,6 +161,55 @@ class Learner:
     def logprobs(self, batch: Batch) -> Tensor:
         """What the trainer says now about a batch's tokens: [B, T] in nats, on CPU."""
         return self._forward_all(self.engine, batch, torch.arange(len(batch.rewards))).logprobs
+
+    # -- examining -----------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """What this learner really runs with."""
+        hf = self.policy.hf
+        return {
+            "dtype": str(next(hf.get_decoder().parameters()).dtype).removeprefix("torch."),
+            "head_dtype": "float32" if self.head.fp32 else str(self.head.weight.dtype).removeprefix("torch."),
+            "tied": bool(hf.config.get_text_config().tie_word_embeddings),
+            "temperature": self.config.temperature,
+            "truncation": self.config.rollout.truncation,
+        }
+
+    def digests(self) -> dict[str, str]:
+        """Digest of every weight as it is now, by name."""
+        return {name: digest(tensor) for name, tensor in self.weights}
+
+    def layer_errors(self, trace: dict[str, Any]) -> tuple[list[LayerError], list[str]]:
+        """How far every layer of an engine is from ours: see `trainer.trace`."""
+        with torch.no_grad():
+            return layer_errors(self.policy.hf, self.head, trace, sharded=self.weights.sharded)
+
+    @torch.no_grad()
+    def explain(self, batch: Batch) -> tuple[list[Hypothesis], float]:
+        """Guesses about an engine's sampler from what it said about a batch, best first, and its surprise."""
+        return explain_batch(self.engine, self.head, batch.to_device(self.device), self.config, self.weights.sharded)
+
+    @torch.no_grad()
+    def disturb(self, by: float) -> None:
+        """Change every weight by a random factor in 1 - by to 1 + by, until `restore`: for an update that shows."""
+        sharded = self.weights.sharded
+        generator = torch.Generator(self.device).manual_seed(self.rank if sharded else 0)
+        self.undisturbed = {}
+        for name, parameter in self.weights.parameters.items():
+            mine = parameter.ds_tensor if sharded else parameter.data
+            self.undisturbed[name] = mine.clone()
+            mine.mul_(1 + by * (2 * torch.rand(mine.shape, generator=generator, device=mine.device) - 1).to(mine.dtype))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undo `disturb`, bit for bit."""
+        for name, parameter in self.weights.parameters.items():
+            mine = parameter.ds_tensor if self.weights.sharded else parameter.data
+            mine.copy_(self.undisturbed.pop(name))
+
+    def use_old_logprobs(self, source: Literal["recompute", "rollout"]) -> None:
+        """Settle `Config.old_logprobs="auto"`."""
+        self.old_logprobs = source
 
     # -- weights -------------------------------------------------------------------------------------------------
 

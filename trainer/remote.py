@@ -38,30 +38,36 @@ class RemoteRollouts:
 class RemoteLearner:
     """`rl.protocols.Learner` over the ranks. `probe` is a prompt for checking engines after a verified update."""
 
-    def __init__(self, cluster: Cluster, *, probe: list[int], start_version: int = 0) -> None:
+    def __init__(self, cluster: Cluster, *, probe: list[int]) -> None:
         self.cluster = cluster
         self.probe = Prompt(ordinal=-1, token_ids=probe, task={})
-        self.first = start_version + 1
 
     async def step(self, batch: Batch) -> dict[str, float]:
         """Train on one step's batch; all ranks return the same metrics."""
         return (await self.cluster.ask_learners("step", batch))[0]
 
     async def publish(self, version: int) -> SyncReport:
-        """Pause, send, commit, resume. When it fails the engines stay paused: they may hold half an update."""
-        cluster, config = self.cluster, self.cluster.config
-        every = config.verify_every
-        verify = version == self.first or bool(every and version % every == 0)
+        """Pause, send, commit, resume; verified for the start weights, the first update, and each `verify_every`."""
+        every = self.cluster.config.verify_every
+        verify = version <= 1 or bool(every and version % every == 0)
         began = time.perf_counter()
-        if verify:
-            await cluster.ask_engines("listen_to_weights", True)
-        await cluster.ask_engines("pause")
-        manifests = await cluster.ask_learners("publish", version, verify, deadline_s=config.deadlines.sync_s)
-        pauses = await cluster.ask_engines("resume")
+        manifest, pause_seconds = await self.send(version, digesting=verify)
         seconds = time.perf_counter() - began
         if verify:
-            await self._verify(manifests[0])
-        return SyncReport(seconds=seconds, pause_seconds=max(pauses), bytes=manifests[0].total_bytes(), verified=verify)
+            await self._verify(manifest)
+        return SyncReport(seconds=seconds, pause_seconds=pause_seconds, bytes=manifest.total_bytes(), verified=verify)
+
+    async def send(self, version: int, *, digesting: bool) -> tuple[WeightManifest, float]:
+        """Give every engine the weights of now; returns what was sent and the longest pause in seconds.
+
+        When it fails the engines stay paused: they may hold half an update.
+        """
+        cluster = self.cluster
+        await cluster.ask_engines("listen_to_weights", digesting)
+        await cluster.ask_engines("pause")
+        deadline = cluster.config.deadlines.sync_s
+        manifests = await cluster.ask_learners("publish", version, digesting, deadline_s=deadline)
+        return manifests[0], max(await cluster.ask_engines("resume"))
 
     async def _verify(self, manifest: WeightManifest) -> None:
         """Did every tensor arrive, bit for bit, and does each engine act like the trainer?
@@ -72,7 +78,6 @@ class RemoteLearner:
         for index, workers in enumerate(await cluster.ask_engines("received_digests")):
             for digests in workers:
                 check_digests(manifest.digests, digests, f"engine {index}")
-        await cluster.ask_engines("listen_to_weights", False)
         for index in range(len(cluster.engines)):
             question = (self.probe.token_ids, 1, 0, None, PROBE_TOKENS)
             sampled = await cluster.ask_engine(index, "sample", *question, deadline_s=config.deadlines.sync_s)

@@ -1,0 +1,121 @@
+"""The doctor names what is wrong with a real engine, and nothing where nothing is."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+
+from faults import Stale, in_completions, in_sampling, in_worker, shifted, with_template, without_eos, without_salt
+from live import Live, engine_config
+from pair import Pair, make_learner, patient
+from rl.config import RolloutConfig
+from trainer.doctor import Examination
+
+TEMPLATE = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}>"
+PROMPTS = [[{"role": "user", "content": f"{a} plus {7 * a % 10} is"}] for a in range(16)]
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module", params=["qwen2-untied", "llama-tied"])
+def pair(request: pytest.FixtureRequest, live: Callable, tiny: Callable) -> Pair:
+    """An engine and a learner at T = 0.8, in fp32."""
+    family, tying = request.param.split("-")
+    model = tiny(family=family, tied=tying == "tied", chat_template=TEMPLATE)
+    rollout = RolloutConfig(max_tokens=32, max_model_len=320, max_num_seqs=64, kv_cache_gib=0.25)
+    config = engine_config(model, temperature=0.8, rollout=rollout)
+    engine = live(config, version=-1, load_format="dummy", worker_extension_cls="faults.FaultyExtension")
+    return Pair(config, engine, make_learner(config))
+
+
+def examine(pair: Pair, seed: int = 0) -> Examination:
+    """Publish the next version and examine."""
+    pair.version += 1
+    start = seed % len(PROMPTS)
+    return asyncio.run(patient(pair, PROMPTS[start:] + PROMPTS[:start], seed=seed).examine(pair.version))
+
+
+@contextmanager
+def changed_weights(pair: Pair, by: float = 0.3) -> Iterator[None]:
+    """The learner's weights differ from those that the engine has, until they are back."""
+    pair.learner.disturb(by)
+    try:
+        yield
+    finally:
+        pair.learner.restore()
+
+
+@contextmanager
+def stale_by_one_step(pair: Pair) -> Iterator[None]:
+    """The learner has moved on by a step of 1e-4 of each weight, and the old weights are sent."""
+    send, old = pair.send, Stale(pair.learner.weights)
+    pair.send = Pair(pair.config, pair.live, pair.learner, sent=old).send
+    with changed_weights(pair, by=1e-4):
+        yield
+    pair.send = send
+    reopened = Pair(pair.config, pair.live, pair.learner)
+    pair.send = reopened.send
+
+
+@contextmanager
+def both(one: AbstractContextManager, other: AbstractContextManager) -> Iterator[None]:
+    with one, other:
+        yield
+
+
+FAULTS: dict[str, tuple[Callable[[Pair], AbstractContextManager], str, str]] = {
+    "raw mode": (lambda p: in_worker(p.live, "raw"), "raw_logprobs", "raw log-probabilities"),
+    "wrong temperature": (lambda p: in_sampling(p.live, temperature=0.9), "temperature", "samples at temperature 0.9"),
+    "top-p on one side": (lambda p: in_sampling(p.live, top_p=0.9), "truncation", "top_p=0.9"),
+    "fp32 head on one side": (lambda p: in_worker(p.live, "bf16 head"), "head_dtype", "every layer agrees but the lm_head"),
+    "stale by one step": (stale_by_one_step, "stale_weights", "are not the trainer's of now"),
+    "one tensor not synced": (
+        lambda p: both(changed_weights(p), in_worker(p.live, "not synced", DOWN)),
+        "tensor_not_synced",
+        DOWN.removesuffix(".weight"),
+    ),
+    "one tensor scaled 2 %": (
+        lambda p: in_worker(p.live, "scaled", DOWN),
+        "tensor_differs",
+        "the trainer's times 1.02",
+    ),
+    "off by one": (lambda p: in_completions(p.live, shifted), "shift", "belongs to the token before"),
+    "EOS dropped": (lambda p: in_completions(p.live, without_eos), "eos", "lack the token that ended them"),
+    "chat template": (lambda p: with_template(p.live, "changed" + TEMPLATE), "template", "is not the one"),
+    "prefix cache without salt": (lambda p: without_salt(p.live), "stale_prefix", "KV of older weights"),
+    "norm in bf16": (
+        lambda p: both(changed_weights(p), in_worker(p.live, "norm in bf16")),
+        "norm_dtype",
+        "agrees once its weight is rounded to bf16",
+    ),
+    "wrong tied head": (
+        lambda p: both(changed_weights(p), in_worker(p.live, "stale head")),
+        "tied_head",
+        "every layer agrees but the lm_head",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(FAULTS))
+def test_a_planted_fault_is_named_first_with_its_evidence(pair: Pair, name: str) -> None:
+    plant, cause, shows = FAULTS[name]
+    if name == "one tensor not synced":
+        examine(pair)  # the engine must hold the old tensor, not random start weights
+    with plant(pair):
+        faults = examine(pair).faults
+    assert faults, f"{name} was not noticed"
+    assert faults[0].cause == cause, [str(f) for f in faults]
+    assert shows in faults[0].evidence
+    # Mended: the same pair is well again.
+    assert examine(pair).faults == []
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_clean_run_has_no_fault_and_agrees_to_six_digits(pair: Pair, seed: int) -> None:
+    examination = examine(pair, seed)
+    assert examination.findings == []
+    sample = examination.evidence.samples[0]
+    assert sample.gap.tokens > 300
+    assert sample.gap.mean_abs <= 1e-5
+    assert sample.gap.k3 <= 1e-9
+    assert max(layer.error for layer in examination.evidence.weights[0].layers) < 1e-5

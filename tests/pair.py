@@ -1,0 +1,66 @@
+"""One real engine and one real learner rank in this process, answering as `trainer.cluster.Cluster` does."""
+
+import asyncio
+import socket
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch.distributed as dist
+
+from live import Live
+from rl.config import Config
+from rl.types import Data, Example
+from trainer.doctor import Patient
+from trainer.learner import Learner
+from trainer.preflight import Prepared, prepare
+from trainer.remote import RemoteLearner
+
+
+def make_learner(config: Config) -> Learner:
+    """A rank alone in its group; all learners of a process share that group, for DeepSpeed knows only one."""
+    if dist.is_initialized():
+        with patch("trainer.learner.join_group"):
+            return Learner(config, rank=0, device="cpu", address="", port=0, model=config.model)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return Learner(config, rank=0, device="cpu", address="127.0.0.1", port=port, model=config.model)
+
+
+class Pair:
+    """A stand-in for the cluster. `sent` may replace the tensors that travel, `learner` may serve several pairs."""
+
+    def __init__(self, config: Config, engine: Live, learner: Learner, sent: Any = None) -> None:
+        self.config, self.live, self.learner = config, engine, learner
+        self.engines = [engine]
+        self.version = -1
+        sender = engine.open_sender(learner.weights if sent is None else sent)
+
+        def send(version: int) -> None:
+            engine.version = version
+            sender.send_weights()
+
+        self.send = send
+
+    async def ask_engine(self, index: int, method: str, *args: Any, deadline_s: float = 0.0) -> Any:
+        return await asyncio.wrap_future(self.live.submit(getattr(self.live.engine, method)(*args)))
+
+    async def ask_engines(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
+        return [await self.ask_engine(0, method, *args)]
+
+    async def ask_learners(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
+        self.learner.send = self.send
+        return [await asyncio.to_thread(getattr(self.learner, method), *args)]
+
+
+def patient(pair: Pair, prompts: list[str | list[dict[str, str]]], seed: int = 0) -> Patient:
+    """The pair as the doctor sees it, with these prompts."""
+    examples = [Example(prompt=p) for p in prompts]
+    prepared: Prepared = prepare_data(pair.config, examples)
+    learner = RemoteLearner(pair, probe=prepared.train[0].token_ids)
+    return Patient(pair, learner, prepared, seed=seed)
+
+
+def prepare_data(config: Config, examples: list[Example]) -> Prepared:
+    return prepare(replace(config, data=lambda: Data(train=examples)))

@@ -1,0 +1,205 @@
+"""Do the engines' log-probabilities mean what the loss thinks? Asks both sides; `rl.diagnosis` judges."""
+
+import asyncio
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from rl.batch import collate, trajectory
+from rl.config import Config
+from rl.diagnosis import Finding, diagnose
+from rl.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
+from rl.parity import clipped_by_noise, gap
+from rl.types import Batch, Completion
+from trainer.cluster import Cluster
+from trainer.preflight import Prepared
+from trainer.remote import RemoteLearner
+
+PROMPTS = 8
+TOKENS = 400
+"""About how many sampled tokens an examination looks at."""
+TRACED_TOKENS = 6
+CLIPPED = 0.01
+"""Share of sequences clipped by noise from which on `old_logprobs="auto"` recomputes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """One engine-and-learner pair, examined."""
+
+    config: Config
+    evidence: Evidence
+    findings: list[Finding]
+    batches: list[Batch]
+    """What each engine sampled."""
+    trainer: list[torch.Tensor]
+    """What the trainer says about it: [B, T] in nats, by engine."""
+    seconds: float
+
+    @property
+    def faults(self) -> list[Finding]:
+        """What must be mended before a run may start."""
+        return [f for f in self.findings if f.severity == "fault"]
+
+    def old_logprobs(self) -> tuple[str, str]:
+        """What `old_logprobs="auto"` means for this run, and why."""
+        config, clip = self.config, self.evidence.clip
+        name = type(config.objective).__name__
+        if config.old_logprobs != "auto":
+            return config.old_logprobs, "as configured"
+        if config.max_staleness:
+            return "recompute", f"max_staleness={config.max_staleness}: a sample's age must not use up the clip range"
+        if clip is None:
+            return "recompute", f"{name} reports no clip range to hold against the noise"
+        if clip.sequences > CLIPPED:
+            return "recompute", f"noise alone would clip {clip.sequences:.0%} of {name}'s sequences"
+        return "rollout", f"noise alone clips {clip.sequences:.1%} of {name}'s sequences"
+
+
+class Patient:
+    """A cluster whose engines hold no weights yet, and the prompts of its run."""
+
+    def __init__(self, cluster: Cluster, learner: RemoteLearner, prepared: Prepared, seed: int = 0) -> None:
+        self.cluster, self.learner, self.prepared, self.seed = cluster, learner, prepared, seed
+        self.config = cluster.config
+        train = prepared.train
+        self.prompts = [
+            replace(train[i * len(train) // PROMPTS], ordinal=i) for i in range(PROMPTS) if i < max(1, len(train))
+        ]
+        self.max_tokens = min(self.config.rollout.max_tokens, 48)
+        self.per_prompt = max(4, min(32, math.ceil(TOKENS / (len(self.prompts) * self.max_tokens))))
+
+    async def examine(self, version: int) -> Examination:
+        """Publish the learner's weights as `version`, and check what the engines then are, hold and say."""
+        began = time.perf_counter()
+        facts, mine, driver = await self._facts()
+        weights, notes = await self._weights(version)
+        examined = [await self._samples(i, version) for i in range(len(self.cluster.engines))]
+        samples = [s for s, _, _ in examined]
+        batches, trainer = [b for _, b, _ in examined], [t for _, _, t in examined]
+        if not any(s.ended for s in samples):
+            notes.append("EOS: no reply ended by itself, so nothing was seen of how the end of a reply is counted")
+        evidence = Evidence(
+            dtype=self.config.dtype,
+            engine_facts=facts,
+            learner_facts=mine,
+            driver_facts=driver,
+            weights=weights,
+            samples=samples,
+            clip=clipped_by_noise(self.config.objective, batches[0], trainer[0]),
+            notes=notes,
+        )
+        return Examination(
+            config=self.config,
+            evidence=evidence,
+            findings=diagnose(evidence),
+            batches=batches,
+            trainer=trainer,
+            seconds=time.perf_counter() - began,
+        )
+
+    async def _facts(self) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+        prepared, template = self.prepared, self.config.chat_template_kwargs
+        engines = await self.cluster.ask_engines("describe", prepared.first_prompt, template)
+        driver = {
+            "chat_template": prepared.tokenizer.chat_template,
+            "prompt": prepared.train[0].token_ids,
+            "eos": prepared.tokenizer.eos_token_id,
+            "vocabulary": len(prepared.tokenizer),
+        }
+        return engines, (await self.cluster.ask_learners("describe"))[0], driver
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    async def _weights(self, version: int) -> tuple[list[WeightEvidence], list[str]]:
+        cluster, probe = self.cluster, self.long_prompt()
+        # Fills the prefix cache under the weights of before: nothing of it may be used afterwards.
+        await cluster.ask_engines("sample", probe, 1, self.seed, None, 1)
+        manifest, _ = await self.learner.send(version, digesting=True)
+        received = await cluster.ask_engines("received_digests")
+        live = (await cluster.ask_learners("digests"))[0]
+        again = await cluster.ask_engines("sample", probe, 1, self.seed, None, 1)
+        traces = await cluster.ask_engines("trace", self.prompts[0].token_ids[:TRACED_TOKENS])
+        found, notes = [], []
+        for index, trace in enumerate(traces):
+            layers, note = await self._layers(trace)
+            if note:
+                notes.append(f"layers of engine {index}: {note}")
+            found.append(
+                WeightEvidence(
+                    engine=index,
+                    version=version,
+                    sent=manifest.digests,
+                    live=live,
+                    received=received[index],
+                    layers=layers,
+                    uncovered=note,
+                    cached_after_update=again[index][0].cached_prompt_tokens,
+                )
+            )
+        return found, notes
+
+    async def _layers(self, trace: list[dict[str, Any]]) -> tuple[list[LayerError], str]:
+        if len(trace) > 1:
+            return [], "not compared, for each worker of a tensor-parallel engine has a shard of them"
+        if not trace[0]:
+            return [], "not seen in a compiled forward pass; --rollout.enforce-eager shows them"
+        layers, unknown = (await self.cluster.ask_learners("layer_errors", trace[0]))[0]
+        return layers, f"not compared, the trainer has none of that name: {', '.join(unknown[:3])}" if unknown else ""
+
+    def long_prompt(self) -> list[int]:
+        """A prompt of several blocks of the prefix cache, as far as the context has room."""
+        r = self.config.rollout
+        ids = self.prompts[-1].token_ids
+        return (ids * 200)[: min(max(len(ids), 160), r.max_model_len - r.max_tokens)]
+
+    # -- samples ---------------------------------------------------------------------------------------------------
+
+    async def _samples(self, engine: int, version: int) -> tuple[SampleEvidence, Batch, torch.Tensor]:
+        cluster, prompts = self.cluster, self.prompts
+        deadline = self.config.deadlines.sample_s
+        groups: list[list[Completion]] = await asyncio.gather(
+            *(
+                cluster.ask_engine(
+                    engine,
+                    "sample",
+                    p.token_ids,
+                    self.per_prompt,
+                    self.seed * 7919 + engine * 101 + 1000 * p.ordinal,
+                    None,
+                    self.max_tokens,
+                    deadline_s=deadline,
+                )
+                for p in prompts
+            )
+        )
+        rows = [trajectory(p, c, 0.0, {}) for p, group in zip(prompts, groups, strict=True) for c in group]
+        batch = collate(rows)
+        trainer: torch.Tensor = (await cluster.ask_learners("logprobs", batch))[0]
+        finite = batch.mask & batch.rollout_logprobs.isfinite()
+        nonfinite = int(batch.mask.sum() - finite.sum())
+        # A token without a number is counted, and then left out of the averages: one NaN would hide all the others.
+        clean = replace(batch, mask=finite, rollout_logprobs=batch.rollout_logprobs.nan_to_num(0.0, 0.0, 0.0))
+        hypotheses, surprise = (await cluster.ask_learners("explain", clean))[0]
+        eos = self.prepared.tokenizer.eos_token_id
+        ended = [(row, t) for row, t in zip(batch.mask, rows, strict=True) if t.finish_reason == "stop"]
+        evidence = SampleEvidence(
+            engine=engine,
+            gap=gap(trainer, clean.rollout_logprobs, clean.mask),
+            hypotheses=hypotheses,
+            surprise=surprise,
+            nonfinite=nonfinite,
+            ended=len(ended),
+            ended_without_stop_token=sum(_last_trained(row, t.token_ids) != eos for row, t in ended),
+            wrong_version=int((batch.versions[batch.mask] != version).sum()),
+        )
+        return evidence, clean, trainer
+
+
+def _last_trained(mask: torch.Tensor, token_ids: list[int]) -> int:
+    """The last token that a row trains on."""
+    columns = mask.nonzero()[:, 0]
+    return token_ids[int(columns[-1]) + 1] if len(columns) else -1

@@ -1,0 +1,69 @@
+"""Logits of an engine's samples, and which sampler would have said what the engine said about them."""
+
+from typing import Any
+
+import deepspeed
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rl.batch import take
+from rl.config import Config
+from rl.hypotheses import Hypothesis, explain, shifts
+from rl.truncation import keep
+from rl.types import Batch
+from trainer.head import LogprobHead
+
+TOKENS = 256
+"""Most sampled tokens whose whole logits are looked at: [256, 150,000] in fp32 are 150 MB."""
+
+
+def explain_batch(
+    model: Any, head: LogprobHead, batch: Batch, config: Config, sharded: bool
+) -> tuple[list[Hypothesis], float]:
+    """Guesses, best first, and the surprise of the sampled tokens in standard deviations; see `surprise`.
+
+    `model` is what takes a forward pass (a `Policy`, or DeepSpeed's engine around one). A collective under ZeRO-3.
+    """
+    counts = batch.mask.sum(dim=1).cumsum(dim=0)
+    rows = torch.arange(max(1, int((counts <= TOKENS).sum())))
+    part = take(batch, rows)
+    truncation = config.rollout.truncation
+    seen: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    trainer = model(part.input_ids, part.mask, config.temperature, truncation, part.support).logprobs
+    hook.remove()
+    with deepspeed.zero.GatheredParameters([head.weight], enabled=sharded):
+        logits, other = _logits(seen[0], head.weight, head.fp32), _logits(seen[0], head.weight, not head.fp32)
+    targets, rollout = part.input_ids[:, 1:][part.mask], part.rollout_logprobs[part.mask]
+    guesses = explain(logits, targets, rollout, temperature=config.temperature, truncation=truncation)
+    said = (other / config.temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    name = "bf16" if head.fp32 else "fp32"
+    guesses.append(
+        Hypothesis(cause="head_dtype", says=f"its lm_head is in {name}", residual=float((said - rollout).abs().mean()))
+    )
+    guesses += shifts(trainer, part.rollout_logprobs, part.mask)
+    scaled = logits / config.temperature
+    if truncation:
+        scaled = scaled.masked_fill(~keep(scaled, truncation), -torch.inf)
+    return sorted(guesses, key=lambda g: g.residual), surprise(scaled, targets)
+
+
+def _logits(hidden: Tensor, weight: Tensor, fp32: bool) -> Tensor:
+    dtype = torch.float32 if fp32 else torch.bfloat16
+    return F.linear(hidden.to(dtype), weight.to(dtype)).float()
+
+
+def surprise(logits: Tensor, targets: Tensor) -> float:
+    """How much less likely the targets [N] are than draws from softmax(logits [N, V]), in standard deviations.
+
+    z = sum(-log p(target) - H) / sqrt(sum Var(-log p)): about N(0, 1) for tokens drawn from that distribution, whatever
+    was said about their log-probabilities.
+    """
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    cost = torch.where(p > 0, -log_p, 0.0)
+    mean = (p * cost).sum(-1)
+    variance = (p * cost**2).sum(-1) - mean**2
+    given = -log_p.gather(1, targets[:, None])[:, 0]
+    return float((given - mean).double().sum() / variance.double().sum().clamp(min=1e-12).sqrt())
