@@ -97,7 +97,7 @@ class Engine:
 
     async def prefill(self, token_ids: list[int], reply: list[int]) -> list[float]:
         """Log-probabilities (nats) of a reply's tokens at T = 1 from one forward pass over all of them."""
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        params = SamplingParams(max_tokens=1, top_k=1, prompt_logprobs=0, detokenize=False)
         output = await self._final(token_ids + reply, params)
         steps = output.prompt_logprobs[len(token_ids) :]
         return [step[token].logprob for step, token in zip(steps, reply, strict=True)]
@@ -108,6 +108,11 @@ class Engine:
         assert output.finished, "vLLM ended a request without its final output"
         done = output.outputs[0]
         self.aborted += done.finish_reason == "abort"
+        if self.llm.model_config.return_sampling_mask and done.token_ids and done.sampling_mask is None:
+            raise RuntimeError(
+                "vLLM cut the vocabulary and did not report which tokens it kept, so no trainer can replay it: sample "
+                "with top_p=1, top_k=0, min_p=0"
+            )
         return completion(done, output.num_cached_tokens or 0)
 
     async def _final(self, token_ids: list[int], params: SamplingParams) -> Any:
@@ -191,7 +196,7 @@ class Engine:
     async def trace(self, token_ids: list[int]) -> list[dict[str, Any]]:
         """Inputs and outputs of every layer that holds weights for one prompt, by worker. No cached prefix is used."""
         await self.llm.collective_rpc("begin_trace")
-        params = SamplingParams(max_tokens=1, detokenize=False, skip_reading_prefix_cache=True)
+        params = SamplingParams(max_tokens=1, top_k=1, detokenize=False, skip_reading_prefix_cache=True)
         await self._final(token_ids, params)
         return await self.llm.collective_rpc("end_trace")
 

@@ -17,9 +17,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rl import checkout
 from rl.config import Config
-from rl.loop import StallError
+from rl.loop import StallError, first_error
 from rl.weights import check_complete
 from rollout.settings import engine_env
+from trainer.blame import StartError, root_cause
 from trainer.placement import Placement, default_threads
 
 
@@ -140,8 +141,8 @@ class Cluster:
         self.started_ray = start_ray(p)
         self.logs = log_folder()
         options = self._actor_options()
-        # sys.path[0] is the recipe's folder: an objective may live in a file beside it.
-        env = {"PYTHONPATH": os.pathsep.join([str(checkout.ROOT), sys.path[0], os.environ.get("PYTHONPATH", "")])}
+        # What the driver can import, the actors can: an objective may live in a file beside its recipe.
+        env = {"PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *filter(None, sys.path)])}
         threads = default_threads(c, os.cpu_count() or 1)
         engine_vars = env | engine_env(device=p.device, backend=p.backend, threads=c.rollout.threads or threads)
         self.learner_threads = c.trainer.threads or threads
@@ -165,26 +166,17 @@ class Cluster:
         address, ports = await self._addresses()
         sources, deadline = checkout.digest(), c.deadlines.start_s
         common = {"config": _without_functions(c), "model": c.model, "device": p.device}
-        builds = [
-            answer(
-                e.build.remote(self.engine, sources, common | {"backend": p.backend}),
-                f"the driver waited {{s}} s for engine {i} to start",
-                deadline,
-            )
-            for i, e in enumerate(self.engines)
-        ] + [
-            answer(
-                a.build.remote(
-                    "trainer.learner:Learner",
-                    sources,
-                    common | {"rank": i, "address": address, "port": ports[0], "threads": self.learner_threads},
-                ),
-                f"the driver waited {{s}} s for learner rank {i} to start",
-                deadline,
-            )
-            for i, a in enumerate(self.learners)
-        ]
-        await asyncio.gather(*builds)
+        rank = common | {"address": address, "port": ports[0], "threads": self.learner_threads}
+        try:
+            async with asyncio.TaskGroup() as building:
+                for i, engine in enumerate(self.engines):
+                    ref = engine.build.remote(self.engine, sources, common | {"backend": p.backend})
+                    building.create_task(started(f"engine {i}", ref, deadline))
+                for i, learner in enumerate(self.learners):
+                    ref = learner.build.remote("trainer.learner:Learner", sources, rank | {"rank": i})
+                    building.create_task(started(f"learner rank {i}", ref, deadline))
+        except BaseExceptionGroup as group:
+            raise first_error(group) from None
         await self.ask_engines("start")
         await self._connect(address, ports[1])
 
@@ -277,6 +269,15 @@ async def answer(ref: Any, late: str, deadline_s: float) -> Any:
         return await asyncio.wait_for(_unwrapped(ref), deadline_s)
     except TimeoutError:
         raise StallError(late.replace("{s}", f"{deadline_s:g}") + f". Logs of all actors: {log_folder()}") from None
+
+
+async def started(who: str, ref: Any, deadline_s: float) -> None:
+    """Await an actor's object; StartError with the root cause when it cannot be built."""
+    try:
+        await answer(ref, f"the driver waited {{s}} s for {who} to start", deadline_s)
+    except ray.exceptions.RayError as error:
+        cause = root_cause(str(error), log_folder())
+        raise StartError(f"{who} did not start. {cause}\nOutput of all actors: {log_folder()}") from None
 
 
 async def gather_answers(refs: list[Any], late: str, deadline_s: float) -> list[Any]:

@@ -9,10 +9,10 @@ import time
 import uuid
 from pathlib import Path
 
-import psutil
 import pytest
 
 from models import make_model
+from processes import left_behind
 
 RECIPE = Path(__file__).parent / "recipes" / "echo.py"
 
@@ -38,18 +38,6 @@ def finish(process: subprocess.Popen, folder: Path, seconds: float = 280) -> tup
     assert (run / "summary.json").exists(), text[-3000:]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return code, json.loads((run / "summary.json").read_text()), [row for row in rows if "reward/mean" in row]
-
-
-def left_behind(mark: str) -> list[str]:
-    """Processes that carry the mark and live on."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("UNISON_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline())[:120])
-        except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-    return found
 
 
 def test_a_users_objective_learns_and_every_step_agrees_with_the_engine(model: Path, tmp_path: Path) -> None:

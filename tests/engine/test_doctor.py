@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 
 from faults import Stale, in_completions, in_sampling, in_worker, shifted, with_template, without_eos, without_salt
-from live import Live, engine_config
+from live import engine_config
 from pair import Pair, make_learner, patient
 from rl.config import RolloutConfig
 from trainer.doctor import Examination
@@ -67,7 +67,11 @@ FAULTS: dict[str, tuple[Callable[[Pair], AbstractContextManager], str, str]] = {
     "raw mode": (lambda p: in_worker(p.live, "raw"), "raw_logprobs", "raw log-probabilities"),
     "wrong temperature": (lambda p: in_sampling(p.live, temperature=0.9), "temperature", "samples at temperature 0.9"),
     "top-p on one side": (lambda p: in_sampling(p.live, top_p=0.9), "truncation", "top_p=0.9"),
-    "fp32 head on one side": (lambda p: in_worker(p.live, "bf16 head"), "head_dtype", "every layer agrees but the lm_head"),
+    "fp32 head on one side": (
+        lambda p: in_worker(p.live, "bf16 head"),
+        "head_dtype",
+        "every layer agrees but the lm_head",
+    ),
     "stale by one step": (stale_by_one_step, "stale_weights", "are not the trainer's of now"),
     "one tensor not synced": (
         lambda p: both(changed_weights(p), in_worker(p.live, "not synced", DOWN)),

@@ -1,0 +1,37 @@
+"""Why an actor did not start: the one line of its traceback, or of its children's output, that a user can act on."""
+
+import re
+from pathlib import Path
+
+ERROR = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt)): (.+(?:\n  +\S.*)*)", re.MULTILINE)
+CHILD = "Engine core initialization failed"
+"""vLLM's message when the cause is in the output of its core process."""
+
+
+class StartError(RuntimeError):
+    """An actor could not be built; the message holds its cause and where its whole output is."""
+
+
+def root_cause(traceback: str, logs: str) -> str:
+    """The last error named in an actor's traceback, at most 600 characters.
+
+    Where that only points at vLLM's core process, the last one in the actor's output (files in `logs`, by pid).
+    """
+    found = ERROR.findall(traceback)
+    if found and CHILD in found[-1][1] and (pid := re.search(r"pid=(\d+)", traceback)):
+        for file in Path(logs).glob(f"worker-*-{pid[1]}.*"):
+            found += [e for e in ERROR.findall(_plain(file.read_text(errors="replace"))) if CHILD not in e[1]]
+    if not found:
+        return traceback.strip().splitlines()[-1][:600]
+    kind, message = found[-1]
+    return f"{kind}: {' '.join(message.split())}"[:600]
+
+
+def _plain(output: str) -> str:
+    """Output without vLLM's prefix of process, level and place on each line, and without colours."""
+    return re.sub(
+        r"^(?:\x1b\[[\d;]*m)?\(\w+ pid=\d+\)(?:\x1b\[[\d;]*m)? (?:[A-Z]+ [\d-]+ [\d:]+ \[\S+\] )?",
+        "",
+        output,
+        flags=re.M,
+    )
