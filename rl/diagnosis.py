@@ -186,19 +186,18 @@ def _structure(s: SampleEvidence) -> Iterator[Finding]:
 
 
 def _numbers(s: SampleEvidence, dtype: str, *, explained: bool) -> Iterator[Finding]:
-    where, g = f"engine {s.engine}", s.gap
+    where, g, limit = f"engine {s.engine}", s.gap, MEAN_GAP[dtype]
     size = f"mean |d| {g.mean_abs:.1e} nats, k1 {g.k1:+.1e} ± {g.k1_se:.0e}, k3 {g.k3:.1e}"
-    one_signed = abs(g.k1) > max(GAP_SIGMAS * g.k1_se, 0.3 * MEAN_GAP[dtype])
     best = s.hypotheses[0] if s.hypotheses else None
     named = best is not None and best.residual < EXPLAINED * g.mean_abs
-    if g.mean_abs > MEAN_GAP[dtype] or one_signed or (named and g.mean_abs > MEAN_GAP[dtype] / 2):
-        if named:
-            text = f"{size}; were it that {best.says}, {best.residual:.1e} would be left"
-            yield Finding(cause=best.cause, severity="fault", where=where, evidence=text)
-        elif not explained:
-            yield Finding(
-                cause="unexplained", severity="fault", where=where, evidence=f"{size} (limit {MEAN_GAP[dtype]:g})"
-            )
-    elif abs(s.surprise) > SURPRISE:
+    one_signed = abs(g.k1) > max(GAP_SIGMAS * g.k1_se, 0.3 * limit)
+    # Written so that a NaN is a fault.
+    agrees = g.mean_abs <= limit and not one_signed and not (named and g.mean_abs > limit / 2)
+    if not agrees and named:
+        text = f"{size}; were it that {best.says}, {best.residual:.1e} would be left"
+        yield Finding(cause=best.cause, severity="fault", where=where, evidence=text)
+    elif not agrees and not explained:
+        yield Finding(cause="unexplained", severity="fault", where=where, evidence=f"{size} (limit {limit:g})")
+    elif agrees and not abs(s.surprise) <= SURPRISE:
         text = f"log-probabilities agree, but the tokens are {s.surprise:+.1f} sigmas less likely than draws"
         yield Finding(cause="not_drawn", severity="fault", where=where, evidence=text)

@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -30,6 +29,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from rl.batch import collate, take, trajectory
 from rl.config import Config, Deadlines, RolloutConfig, TrackingConfig, TrainerConfig
 from rl.objectives import GRPO
+from rl.parity import Gap, gap
 from rl.types import Data, Example, Prompt, Reply
 from rollout.settings import engine_env
 from trainer.model import load
@@ -43,26 +43,6 @@ PARITY_LIMIT = 0.05  # nats of mean |d| that fp32 heads on both sides may show o
 CONTROL_FACTOR = 3  # how many times worse than the honest row the negative control must be
 ENGINES = (("fp32", "processed", (1.0, 0.7)), ("bf16", "processed", (1.0,)), ("fp32", "raw", (0.7,)))
 REPLY_TOKENS = 8
-
-
-def agreement(rollout: list[list[float]], trainer: list[list[float]]) -> dict[str, float]:
-    """How far the trainer's log-probabilities are from the engine's about the same tokens, by sequence, in nats.
-
-    With d = trainer - rollout: mean |d|, max |d|, k1 = mean of -d, k3 = mean of e^d - d - 1 (both estimate
-    KL(rollout || trainer)), ess = (mean of e^d)^2 / mean of e^2d. Standard errors (`_se`) are between sequences,
-    for the tokens of one are not independent: sqrt(S / (S - 1) sum_s (sum of s - mean * length of s)^2) / tokens.
-    """
-    gaps = [[b - a for a, b in zip(r, t, strict=True)] for r, t in zip(rollout, trainer, strict=True)]
-    flat = [d for row in gaps for d in row]
-    tokens, sequences = len(flat), len(gaps)
-    out = {"tokens": tokens, "sequences": sequences, "nll": -sum(map(sum, rollout)) / tokens}
-    for name, measure in {"abs_mean": abs, "k1": lambda d: -d, "k3": lambda d: math.expm1(d) - d}.items():
-        mean = sum(map(measure, flat)) / tokens
-        spread = sum((sum(map(measure, row)) - mean * len(row)) ** 2 for row in gaps)
-        out |= {name: mean, f"{name}_se": math.sqrt(spread * sequences / max(sequences - 1, 1)) / tokens}
-    ratios = [math.exp(d) for d in flat]
-    ess = sum(ratios) ** 2 / (tokens * sum(r * r for r in ratios))
-    return out | {"abs_max": max(map(abs, flat)), "ess": ess}
 
 
 def middle(values: list[float]) -> dict[str, float]:
@@ -136,11 +116,11 @@ def parity(args: argparse.Namespace) -> dict[str, Any]:
             traceback.print_exc()
             problems.append(f"engine with {head} head, {kind}: {type(error).__name__}: {error}")
     for trainer in ("fp32", "bf16"):
-        for (engine, kind, t), (theirs, ours) in trainer_scores(model, trainer, args.device, sampled).items():
+        for (engine, kind, t), found in trainer_gaps(model, trainer, args.device, sampled).items():
             if trainer == "fp32" or t == 1.0:
                 row = {"engine": engine, "trainer": trainer, "kind": kind, "temperature": t}
-                rows.append(row | agreement(theirs, ours))
-    gaps = {(r["kind"], r["temperature"]): r["abs_mean"] for r in rows if r["engine"] == r["trainer"] == "fp32"}
+                rows.append(row | {k: v for k, v in found.plain().items() if k != "worst"})
+    gaps = {(r["kind"], r["temperature"]): r["mean_abs"] for r in rows if r["engine"] == r["trainer"] == "fp32"}
     raw, honest = gaps.pop(("raw", 0.7), math.nan), gaps.get(("processed", 0.7), math.nan)
     problems += [
         f"fp32 heads at T={t} differ by {gap:.2g} nats" for (_, t), gap in gaps.items() if not gap < PARITY_LIMIT
@@ -152,12 +132,11 @@ def parity(args: argparse.Namespace) -> dict[str, Any]:
 
 async def sample(config: Config, kind: str, prompts: list[list[int]], temperatures: list[float]) -> dict[float, Any]:
     """What one engine says about its own samples, eight of each prompt: one batch for each temperature."""
-    import rollout.engine
+    from rollout.engine import Engine
 
-    settings, mode = rollout.engine.engine_args, {"logprobs_mode": f"{kind}_logprobs"}
-    place = {"device": config.device, "backend": "gloo" if config.device == "cpu" else "ipc"}
-    with patch.object(rollout.engine, "engine_args", lambda *a, **k: settings(*a, **k) | mode):
-        engine = rollout.engine.Engine(config, model=config.model, **place)
+    overrides = {"logprobs_mode": f"{kind}_logprobs", "load_format": "auto"}
+    backend = "gloo" if config.device == "cpu" else "ipc"
+    engine = Engine(config, device=config.device, backend=backend, model=config.model, version=0, overrides=overrides)
     try:
         await engine.start()
         batches = {}
@@ -171,18 +150,19 @@ async def sample(config: Config, kind: str, prompts: list[list[int]], temperatur
         await engine.close()
 
 
-def trainer_scores(model: str, head: str, device: str, batches: dict[Any, Any]) -> dict[Any, Any]:
-    """For each batch: the engine's log-probabilities and the trainer's, as lists by sequence."""
+def trainer_gaps(model: str, head: str, device: str, batches: dict[Any, Any]) -> dict[Any, Gap]:
+    """For each batch: how far the trainer is from the engine."""
     policy = load(model, dtype="bfloat16", fp32_head=head == "fp32", share_prompts=False).to(device).eval()
-    scores: dict[Any, Any] = {key: ([], []) for key in batches}
+    gaps = {}
     for key, batch in batches.items():
+        trainer = torch.zeros(batch.mask.shape)
         for rows in torch.arange(len(batch.rewards)).split(16):
             part = take(batch, rows)
             with torch.no_grad():
-                ours = policy(part.input_ids.to(device), part.mask.to(device), key[2]).logprobs.cpu()
-            for side, logprobs in zip(scores[key], (part.rollout_logprobs, ours), strict=True):
-                side += [r[m].tolist() for r, m in zip(logprobs, part.mask, strict=True)]
-    return scores
+                said = policy(part.input_ids.to(device), part.mask.to(device), key[2]).logprobs.cpu()
+            trainer[rows, : said.shape[1]] = said
+        gaps[key] = gap(trainer, batch.rollout_logprobs, batch.mask)
+    return gaps
 
 
 def digits() -> Data:
@@ -237,7 +217,7 @@ def weight_sync(args: argparse.Namespace) -> dict[str, Any]:
             cluster.boot()
             await cluster.start()
             learner = RemoteLearner(cluster, probe=list(range(3, 11)))
-            return [await learner.publish(version) for version in range(1, 8)]
+            return [await learner.publish(version) for version in range(7)]
         finally:
             await cluster.close()
 

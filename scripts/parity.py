@@ -15,8 +15,10 @@ import torch
 
 from rl.batch import collate, trajectory
 from rl.config import Config, RolloutConfig
+from rl.parity import Gap, gap
 from rl.types import Batch, Data, Prompt
 from rollout.settings import engine_env
+from trainer.model import load
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = str(ROOT / "models" / "smollm2-135m")
@@ -31,28 +33,13 @@ CONFIG = Config(
 )
 
 
-def statistics(d: torch.Tensor) -> dict[str, float]:
-    """Of d = trainer - rollout [N] in nats: sizes, KL estimators with standard errors, effective sample size."""
-    n = d.numel()
-    k3 = d.exp() - d - 1
-    ratio = d.exp()
-    return {
-        "tokens": n,
-        "mean_abs": float(d.abs().mean()),
-        "max_abs": float(d.abs().max()),
-        "k1": float(-d.mean()),
-        "k1_se": float(d.std() / n**0.5),
-        "k3": float(k3.mean()),
-        "k3_se": float(k3.std() / n**0.5),
-        "ess": float(ratio.mean() ** 2 / (ratio**2).mean()),
-    }
-
-
 async def engine_says(config: Config, ask: Any, **overrides: Any) -> Any:
     """Start one engine, ask it, end it."""
     from rollout.engine import Engine
 
-    engine = Engine(config, device="cpu", backend="gloo", model=MODEL, overrides=overrides)
+    # The weights are read from disk, by vLLM itself: what it then says owes nothing to our weight channel.
+    overrides = {"load_format": "auto", **overrides}
+    engine = Engine(config, device="cpu", backend="gloo", model=MODEL, version=0, overrides=overrides)
     await engine.start()
     try:
         return await ask(engine)
@@ -60,45 +47,60 @@ async def engine_says(config: Config, ask: Any, **overrides: Any) -> Any:
         await engine.close()
 
 
-async def against_v0(engine: Any) -> dict[str, dict[str, float]]:
+async def against_v0(engine: Any) -> dict[str, Gap]:
     """V1's log-probabilities of V0's own tokens, by V0's setting."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[list[float], list[float]]]] = {}
     for item in ITEMS:
         sampling = {k: item[k] for k in ("temperature", "top_p", "top_k") if item.get(k) is not None}
         said = await engine.score(item["prompt_token_ids"], item["token_ids"], **sampling)
-        found.setdefault(item["setting"], []).extend(a - b for a, b in zip(said, item["logprobs"], strict=True))
-    return {setting: statistics(torch.tensor(d, dtype=torch.float64)) for setting, d in found.items()}
+        found.setdefault(item["setting"], []).append((said, item["logprobs"]))
+    return {setting: ragged_gap(pairs) for setting, pairs in found.items()}
 
 
-async def sampled(engine: Any) -> dict[float, Batch]:
-    """Sequences that the engine samples, by temperature."""
-    batches = {}
+def ragged_gap(pairs: list[tuple[list[float], list[float]]]) -> Gap:
+    """The gap of one side from the other over sequences of different lengths."""
+    width = max(len(one) for one, _ in pairs)
+    mask = torch.tensor([[t < len(one) for t in range(width)] for one, _ in pairs])
+    one, other = (
+        torch.tensor([[*pair[side], *[0.0] * (width - len(pair[side]))] for pair in pairs]) for side in (0, 1)
+    )
+    return gap(one, other, mask)
+
+
+async def sampled(engine: Any) -> tuple[dict[float, Batch], Gap]:
+    """Sequences that the engine samples, by temperature; and, at T = 1, how far its own prefill is from its decode."""
+    batches, noise = {}, []
     for temperature in (1.0, 0.7):
-        prompts = [Prompt(ordinal=n, token_ids=item["prompt_token_ids"], task={}) for n, item in enumerate(ITEMS[:8])]
+        prompts = [Prompt(ordinal=n, token_ids=item["prompt_token_ids"], task={}) for n, item in enumerate(ITEMS[:12])]
         groups = await asyncio.gather(
-            *(engine.sample(p.token_ids, 4, p.ordinal * 10, temperature=temperature) for p in prompts)
+            *(engine.sample(p.token_ids, 8, p.ordinal * 10, temperature=temperature) for p in prompts)
         )
-        rows = [trajectory(p, c, 0.0, {}) for p, group in zip(prompts, groups, strict=True) for c in group]
-        batches[temperature] = collate(rows)
-    return batches
+        pairs = [(p, c) for p, group in zip(prompts, groups, strict=True) for c in group]
+        batches[temperature] = collate([trajectory(p, c, 0.0, {}) for p, c in pairs])
+        if temperature == 1.0:
+            noise = [(await engine.prefill(p.token_ids, c.token_ids), c.logprobs) for p, c in pairs[::2]]
+    return batches, ragged_gap(noise)
 
 
-def trainer_gap(batches: dict[float, Batch], dtype: str, fp32_head: bool) -> dict[float, dict[str, float]]:
+def trainer_gap(batches: dict[float, Batch], dtype: str, fp32_head: bool) -> dict[float, Gap]:
     """The trainer's view of the engine's samples."""
-    from trainer.model import load
-
     policy = load(MODEL, dtype=dtype, fp32_head=fp32_head, share_prompts=False)
-    out = {}
     with torch.no_grad():
-        for temperature, batch in batches.items():
-            said = policy(batch.input_ids, batch.mask, temperature).logprobs
-            out[temperature] = statistics((said - batch.rollout_logprobs)[batch.mask].double())
-    return out
+        return {
+            temperature: gap(policy(b.input_ids, b.mask, temperature).logprobs, b.rollout_logprobs, b.mask)
+            for temperature, b in batches.items()
+        }
 
 
 def row(*cells: Any) -> str:
     """One line of a markdown table."""
     return "| " + " | ".join(f"{c:.1e}" if isinstance(c, float) else str(c) for c in cells) + " |"
+
+
+def cells(g: Gap) -> tuple[Any, ...]:
+    """A gap as cells of the second table."""
+    ks = [f"{k:.1e} ± {se:.0e}" for k, se in ((g.k1, g.k1_se), (g.k3, g.k3_se))]
+    return (g.tokens, g.mean_abs, g.max_abs, *ks, f"{g.ess_token:.4f}")
 
 
 def main(out: Path) -> None:
@@ -109,26 +111,30 @@ def main(out: Path) -> None:
     print("| V1 mode | setting | tokens | mean abs d | max abs d |\n|---|---|---|---|---|", flush=True)
     for mode in ("processed_logprobs", "raw_logprobs"):
         found = asyncio.run(engine_says(CONFIG, against_v0, logprobs_mode=mode))
-        result["against_v0"][mode] = found
-        for setting, s in found.items():
-            print(row(mode, setting, s["tokens"], s["mean_abs"], s["max_abs"]), flush=True)
+        result["against_v0"][mode] = {setting: g.plain() for setting, g in found.items()}
+        for setting, g in found.items():
+            print(row(mode, setting, g.tokens, g.mean_abs, g.max_abs), flush=True)
 
-    print("\n| body | engine head | trainer head | T | tokens | mean abs d | max abs d | k1 ± se | k3 ± se | ESS |")
+    print("\n| body | engine head | other side | T | tokens | mean abs d | max abs d | k1 ± se | k3 ± se | ESS |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+
+    def show(body: str, engine_head: str, other: str, temperature: float, g: Gap) -> None:
+        result["against_trainer"].append(
+            {"body": body, "engine_head": engine_head, "other": other, "temperature": temperature, **g.plain()}
+        )
+        print(row(body, engine_head, other, str(temperature), *cells(g)), flush=True)
+
     for dtype, engine_fp32, trainer_heads in (
         ("float32", True, [True]),
         ("bfloat16", True, [True, False]),
         ("bfloat16", False, [True, False]),
     ):
-        config = replace(CONFIG, dtype=dtype, fp32_head=engine_fp32)
-        batches = asyncio.run(engine_says(config, sampled))
+        batches, noise = asyncio.run(engine_says(replace(CONFIG, dtype=dtype, fp32_head=engine_fp32), sampled))
+        head = "fp32" if engine_fp32 else "bf16"
+        show(dtype, head, "its own prefill", 1.0, noise)
         for trainer_fp32 in trainer_heads:
-            heads = ["fp32" if fp32 else "bf16" for fp32 in (engine_fp32, trainer_fp32)]
-            for temperature, s in trainer_gap(batches, dtype, trainer_fp32).items():
-                result["against_trainer"].append({"body": dtype, "heads": heads, "temperature": temperature, **s})
-                ks = [f"{s[k]:.1e} ± {s[f'{k}_se']:.0e}" for k in ("k1", "k3")]
-                numbers = (s["tokens"], s["mean_abs"], s["max_abs"], *ks, f"{s['ess']:.4f}")
-                print(row(dtype, *heads, str(temperature), *numbers), flush=True)
+            for temperature, g in trainer_gap(batches, dtype, trainer_fp32).items():
+                show(dtype, head, f"trainer, {'fp32' if trainer_fp32 else 'bf16'} head", temperature, g)
     out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -42,7 +42,7 @@ def doctor(recipe: str, flags: list[str]) -> None:
     place(config)
     prepared = prepare(config)
     result = asyncio.run((short_checkup if short else full_checkup)(config, prepared))
-    show(result)
+    show(result, prepared.tokenizer.decode)
     folder = fresh_folder(Path(config.output_dir) / f"{config.name}-doctor")
     tracker = RunTracker(
         folder=folder, config=config.tracking, name=f"{config.name}-doctor", settings=report.resolved(config)

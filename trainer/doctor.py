@@ -10,7 +10,7 @@ import torch
 
 from rl.batch import collate, trajectory
 from rl.config import Config
-from rl.diagnosis import Finding, diagnose
+from rl.diagnosis import Finding, ParityError, diagnose
 from rl.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
 from rl.parity import clipped_by_noise, gap
 from rl.types import Batch, Completion
@@ -145,9 +145,12 @@ class Patient:
     async def _layers(self, trace: list[dict[str, Any]]) -> tuple[list[LayerError], str]:
         if len(trace) > 1:
             return [], "not compared, for each worker of a tensor-parallel engine has a shard of them"
-        if not trace[0]:
-            return [], "not seen in a compiled forward pass; --rollout.enforce-eager shows them"
         layers, unknown = (await self.cluster.ask_learners("layer_errors", trace[0]))[0]
+        if len(trace[0]) <= 1:
+            return (
+                layers,
+                "not seen in a compiled forward pass, but for the lm_head; --rollout.enforce-eager shows them",
+            )
         return layers, f"not compared, the trainer has none of that name: {', '.join(unknown[:3])}" if unknown else ""
 
     def long_prompt(self) -> list[int]:
@@ -179,8 +182,10 @@ class Patient:
         rows = [trajectory(p, c, 0.0, {}) for p, group in zip(prompts, groups, strict=True) for c in group]
         batch = collate(rows)
         trainer: torch.Tensor = (await cluster.ask_learners("logprobs", batch))[0]
-        finite = batch.mask & batch.rollout_logprobs.isfinite()
+        finite = batch.mask & batch.rollout_logprobs.isfinite() & trainer.isfinite()
         nonfinite = int(batch.mask.sum() - finite.sum())
+        if not finite.any():
+            raise ParityError(f"none of {nonfinite} tokens that engine {engine} sampled has a finite log-probability")
         # A token without a number is counted, and then left out of the averages: one NaN would hide all the others.
         clean = replace(batch, mask=finite, rollout_logprobs=batch.rollout_logprobs.nan_to_num(0.0, 0.0, 0.0))
         hypotheses, surprise = (await cluster.ask_learners("explain", clean))[0]

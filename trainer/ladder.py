@@ -43,7 +43,7 @@ class Ladder:
         rungs += await self._in_flight(version)
         limit = MEAN_GAP[self.patient.config.dtype]
         for rung in rungs:
-            if rung.held and rung.gap and rung.gap.mean_abs > limit:
+            if rung.held and rung.gap and not rung.gap.mean_abs <= limit:
                 text = f"mean |d| {rung.gap.mean_abs:.1e} nats (limit {limit:g}), max {rung.gap.max_abs:.1e}"
                 self.findings.append(Finding(cause="circumstance", severity="fault", where=rung.name, evidence=text))
         return rungs

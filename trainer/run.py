@@ -8,9 +8,13 @@ from typing import Any
 
 from rl.config import Config
 from rl.data import stream
+from rl.diagnosis import ParityError
 from rl.loop import Loop
+from rl.watch import Watch
 from trainer import report
+from trainer.checkup import checkup
 from trainer.cluster import Cluster
+from trainer.doctor_report import save, show, token_table
 from trainer.evaluate import evaluate
 from trainer.placement import Placement
 from trainer.preflight import Prepared, place, prepare
@@ -53,7 +57,12 @@ class Run:
         self.folder.mkdir(parents=True)
         report.write_json(self.folder / "config.json", settings)
         self.tracker = RunTracker(
-            folder=self.folder, config=config.tracking, name=config.name, settings=settings, show=Progress(config)
+            folder=self.folder,
+            config=config.tracking,
+            name=config.name,
+            settings=settings,
+            show=Progress(config),
+            watch=Watch(config),
         )
         self.loop: Loop | None = None
         self.summary: dict[str, Any] = {
@@ -68,6 +77,8 @@ class Run:
         """Evaluate, train, evaluate, export."""
         config, cluster, summary, tokenizer = self.config, self.cluster, self.summary, self.prepared.tokenizer
         rollouts = RemoteRollouts(cluster)
+        learner = RemoteLearner(cluster, probe=self.prepared.train[0].token_ids)
+        await self._check(learner)
 
         async def evaluated() -> dict[str, float]:
             return await evaluate(config, rollouts, self.prepared.decode, self.prepared.evals)
@@ -75,7 +86,7 @@ class Run:
         self.loop = Loop(
             config=config,
             rollouts=rollouts,
-            learner=RemoteLearner(cluster, probe=self.prepared.train[0].token_ids),
+            learner=learner,
             prompts=stream(self.prepared.train, config.seed),
             decode=self.prepared.decode,
             tracker=self.tracker,
@@ -97,6 +108,24 @@ class Run:
                 tokenizer.save_pretrained(self.folder / "model")
         summary["status"] = "finished"
 
+    async def _check(self, learner: RemoteLearner) -> None:
+        """Give the engines their first weights, and see that both sides mean the same. Raises ParityError."""
+        config, cluster = self.config, self.cluster
+        if config.doctor == "off":
+            await learner.publish(0)
+            return
+        with status("checking that engines and trainer agree"):
+            report = await checkup(cluster, learner, self.prepared)
+        show(report, self.prepared.tokenizer.decode)
+        save(report, self.folder, self.prepared.tokenizer.decode)
+        self.tracker.table("doctor", token_table(report, self.prepared.tokenizer.decode))
+        self.summary["doctor"] = report.verdict
+        if report.faults:
+            raise ParityError(report.message())
+        source, _ = report.old_logprobs
+        self.summary["old_logprobs"] = source
+        await cluster.ask_learners("use_old_logprobs", source)
+
     def __enter__(self) -> "Run":
         return self
 
@@ -115,6 +144,7 @@ class Run:
             "ledger": dict(loop.ledger.counts) if loop else {},
             "reward_first": rows[0]["reward/mean"] if rows else None,
             "reward_last": rows[-1]["reward/mean"] if rows else None,
+            "alerts": len(self.tracker.alerts),
             "worst_logprob_gap": max(gaps, key=lambda gap: (math.isnan(gap), gap), default=None),
         }
         report.write_json(self.folder / "summary.json", summary)

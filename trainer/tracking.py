@@ -82,6 +82,16 @@ class RunTracker:
         if self.wandb is not None:
             self.wandb.alert(title=title, text=f"Step {step}: {text}", level="WARN")
 
+    def table(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Show rows, which have the same keys, as a table of the W&B run; without W&B nothing."""
+        if self.wandb is None or not rows:
+            return
+        import wandb
+
+        table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        # W&B drops what comes under an earlier step than the last, and without a step it would begin the next one.
+        self.wandb.log({name: table}, step=int(self.history[-1]["step"]) if self.history else 0)
+
     def samples(self, step: int, trajectories: list[Trajectory], decode: Callable[[list[int]], str]) -> None:
         """Keep a few trajectories as text; all of them when step is -1 (set aside as broken)."""
         kept = trajectories if step < 0 else trajectories[: self.config.samples_per_step]

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,9 @@ from faults import Stale, in_completions, in_sampling, in_worker, shifted, with_
 from live import engine_config
 from pair import Pair, make_learner, patient
 from rl.config import RolloutConfig
+from rl.types import Completion
 from trainer.doctor import Examination
+from trainer.ladder import Ladder
 
 TEMPLATE = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}>"
 PROMPTS = [[{"role": "user", "content": f"{a} plus {7 * a % 10} is"}] for a in range(16)]
@@ -123,3 +126,51 @@ def test_a_clean_run_has_no_fault_and_agrees_to_six_digits(pair: Pair, seed: int
     assert sample.gap.mean_abs <= 1e-5
     assert sample.gap.k3 <= 1e-9
     assert max(layer.error for layer in examination.evidence.weights[0].layers) < 1e-5
+
+
+def test_every_rung_of_the_ladder_agrees_and_an_update_in_flight_loses_nothing(pair: Pair) -> None:
+    one = patient(pair, PROMPTS, seed=5)
+    pair.version += 1
+    asyncio.run(one.examine(pair.version))
+    ladder = Ladder(one)
+    rungs = {rung.name: rung for rung in asyncio.run(ladder.climb(pair.version))}
+    pair.version += 1
+    assert ladder.findings == []
+    for name, rung in rungs.items():
+        assert rung.gap is not None, (name, rung.note)
+        assert rung.gap.tokens > 50, name
+        if rung.held:
+            assert rung.gap.mean_abs <= 1e-5, name
+            assert rung.gap.k3 <= 1e-9, name
+    # The old KV under new weights is no longer the policy of either: the rung shows it, and does not hold it.
+    kept = rungs["in flight: after it, over the KV that was kept | new weights"]
+    assert not kept.held
+    assert kept.gap is not None
+    assert kept.gap.mean_abs > 1e-5
+    assert int(rungs["prefix cache hit | miss"].note.split()[0]) >= 64
+
+
+def test_an_update_that_aborts_requests_is_a_finding(pair: Pair) -> None:
+    one = patient(pair, PROMPTS, seed=6)
+    pair.version += 1
+    asyncio.run(one.examine(pair.version))
+    llm = pair.live.engine.llm
+    pause = llm.pause_generation
+    llm.pause_generation = lambda **kwargs: pause(mode="abort", clear_cache=True)
+    try:
+        ladder = Ladder(one)
+        asyncio.run(ladder.climb(pair.version))
+    finally:
+        del llm.pause_generation
+        pair.version += 1
+    assert [f.cause for f in ladder.findings] == ["aborted"]
+
+
+def test_log_probabilities_that_are_not_there_are_counted_and_a_token_lost_to_nan_hides_no_other(pair: Pair) -> None:
+    def holes(c: Completion) -> Completion:
+        return replace(c, logprobs=[float("nan"), *c.logprobs[1:]])
+
+    with in_completions(pair.live, holes):
+        examination = examine(pair)
+    assert [f.cause for f in examination.faults] == ["nonfinite"]
+    assert examination.evidence.samples[0].gap.mean_abs <= 1e-5

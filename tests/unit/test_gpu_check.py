@@ -1,6 +1,5 @@
 import importlib.util
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,33 +15,6 @@ def gpu_check():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def test_agreement_of_literal_numbers(gpu_check):
-    # d = trainer - rollout: [0.1, -0.1] and [0.2]
-    got = gpu_check.agreement(rollout=[[-1.0, -2.0], [-3.0]], trainer=[[-0.9, -2.1], [-2.8]])
-    assert (got["tokens"], got["sequences"]) == (3, 2)
-    assert got["nll"] == pytest.approx(6.0 / 3)
-    assert got["abs_mean"] == pytest.approx(0.4 / 3)
-    assert got["abs_max"] == pytest.approx(0.2)
-    assert got["k1"] == pytest.approx(-0.2 / 3)
-    e = [math.exp(d) for d in (0.1, -0.1, 0.2)]
-    assert got["k3"] == pytest.approx((sum(e) - 0.2 - 3) / 3)
-    assert got["ess"] == pytest.approx(sum(e) ** 2 / (3 * sum(x * x for x in e)))
-    # Between sequences: sums of |d| 0.2 and 0.2, lengths 2 and 1, mean 0.4 / 3.
-    left, right = 0.2 - 2 * 0.4 / 3, 0.2 - 0.4 / 3
-    assert got["abs_mean_se"] == pytest.approx(math.sqrt(2 * (left**2 + right**2)) / 3)
-
-
-def test_engines_that_agree_have_no_gap_and_a_full_sample_size(gpu_check):
-    got = gpu_check.agreement(rollout=[[-1.0, -0.5], [-2.0]], trainer=[[-1.0, -0.5], [-2.0]])
-    assert [got[k] for k in ("abs_mean", "abs_mean_se", "abs_max", "k1", "k3", "k3_se")] == [0.0] * 6
-    assert got["ess"] == pytest.approx(1.0)
-
-
-def test_agreement_refuses_sequences_of_different_lengths(gpu_check):
-    with pytest.raises(ValueError, match="shorter"):
-        gpu_check.agreement(rollout=[[-1.0, -2.0]], trainer=[[-1.0]])
 
 
 def test_the_echo_reward_is_the_share_of_right_places(gpu_check):

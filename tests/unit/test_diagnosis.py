@@ -1,0 +1,188 @@
+"""Facts, digests and layers that differ lead to the cause that they show; what agrees leads to none."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from rl.diagnosis import diagnose
+from rl.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
+from rl.hypotheses import Hypothesis
+from rl.parity import Gap, NoiseClip, gap
+from rl.remedies import REMEDIES
+from rl.truncation import Truncation
+
+ENGINE = {
+    "logprobs_mode": "processed_logprobs",
+    "dtype": "float32",
+    "head_dtype": "float32",
+    "tied": True,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "penalties": [0.0, 0.0, 0.0],
+    "generation_config": "vllm",
+    "generation_eos": 1,
+    "eos": 1,
+    "vocabulary": 100,
+    "chat_template": "t",
+    "prompt": [5, 6],
+}
+LEARNER = {"dtype": "float32", "head_dtype": "float32", "tied": True, "temperature": 1.0, "truncation": None}
+DRIVER = {"chat_template": "t", "prompt": [5, 6], "eos": 1, "vocabulary": 100}
+DIGESTS = {f"w{i}": f"d{i}" for i in range(6)}
+LAYER = LayerError(name="w0", kind="linear", error=1e-6, scale=1.0, scaled_error=1e-6, bf16_error=1e-3)
+
+
+def gap_of(d: float, noise: float = 1e-6) -> Gap:
+    generator = torch.Generator().manual_seed(0)
+    x = d + noise * torch.randn(8, 10, generator=generator, dtype=torch.float64)
+    return gap(x, torch.zeros_like(x), torch.ones(8, 10, dtype=torch.bool))
+
+
+def weights(**changes: Any) -> WeightEvidence:
+    layers = [replace(LAYER, name=f"w{i}") for i in range(6)]
+    clean = WeightEvidence(engine=0, version=3, sent=DIGESTS, live=DIGESTS, received=[DIGESTS], layers=layers)
+    return replace(clean, **changes)
+
+
+def sample(**changes: Any) -> SampleEvidence:
+    clean = SampleEvidence(
+        engine=0,
+        gap=gap_of(0.0),
+        hypotheses=[],
+        surprise=0.3,
+        nonfinite=0,
+        ended=4,
+        ended_without_stop_token=0,
+        wrong_version=0,
+    )
+    return replace(clean, **changes)
+
+
+def evidence(**changes: Any) -> Evidence:
+    clean = Evidence(
+        dtype="float32",
+        engine_facts=[ENGINE],
+        learner_facts=LEARNER,
+        driver_facts=DRIVER,
+        weights=[weights()],
+        samples=[sample()],
+        clip=NoiseClip(tokens=0.0, sequences=0.0),
+    )
+    return replace(clean, **changes)
+
+
+def test_agreement_leads_to_no_finding() -> None:
+    assert diagnose(evidence()) == []
+    assert diagnose(evidence(dtype="bfloat16", samples=[sample(gap=gap_of(0.0, noise=0.04))])) == []
+
+
+@pytest.mark.parametrize(
+    ("fact", "value", "cause"),
+    [
+        ("logprobs_mode", "raw_logprobs", "raw_logprobs"),
+        ("temperature", 0.9, "temperature"),
+        ("top_p", 0.9, "truncation"),
+        ("top_k", 20, "truncation"),
+        ("penalties", [0.0, 0.0, 0.1], "penalties"),
+        ("dtype", "bfloat16", "dtype"),
+        ("head_dtype", "bfloat16", "head_dtype"),
+        ("tied", False, "tied_head"),
+        ("generation_config", "auto", "generation_config"),
+        ("chat_template", "u", "template"),
+        ("prompt", [5, 7], "tokenizer"),
+        ("eos", 2, "tokenizer"),
+        ("vocabulary", 99, "tokenizer"),
+    ],
+)
+def test_a_fact_that_differs_is_named_with_a_remedy(fact: str, value: Any, cause: str) -> None:
+    found = [f for f in diagnose(evidence(engine_facts=[ENGINE, ENGINE | {fact: value}])) if f.severity == "fault"]
+    assert [(f.cause, f.where) for f in found] == [(cause, "engine 1")]
+    assert found[0].remedy == REMEDIES[cause]
+
+
+def test_a_cut_that_both_sides_make_is_no_fault_and_one_that_differs_is() -> None:
+    both = ENGINE | {"top_p": 0.9, "top_k": 20}
+    mine = LEARNER | {"truncation": Truncation(top_p=0.9, top_k=20)}
+    assert diagnose(evidence(engine_facts=[both], learner_facts=mine)) == []
+    assert diagnose(evidence(engine_facts=[both | {"top_p": 0.95}], learner_facts=mine))[0].cause == "truncation"
+
+
+def test_stop_tokens_that_the_engine_does_not_know_are_a_warning() -> None:
+    found = diagnose(evidence(engine_facts=[ENGINE | {"generation_eos": [1, 7]}]))
+    assert [(f.cause, f.severity) for f in found] == [("unused_stop_tokens", "warning")]
+    assert "[7]" in found[0].evidence
+
+
+def only(index: int, **changes: Any) -> list[LayerError]:
+    layers = weights().layers
+    return [replace(layer, **changes) if i == index else layer for i, layer in enumerate(layers)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause", "shows"),
+    [
+        ({"live": dict.fromkeys(DIGESTS, "new")}, "stale_weights", "6 of 6 tensors"),
+        ({"live": DIGESTS | {"w2": "new"}}, "tensor_differs", "'w2' was sent"),
+        ({"received": [{k: v for k, v in DIGESTS.items() if k != "w4"}]}, "tensor_not_synced", "'w4' never arrived"),
+        ({"received": [DIGESTS, DIGESTS | {"w1": "x"}]}, "tensor_differs", "'w1' arrived"),
+        ({"cached_after_update": 64}, "stale_prefix", "64 prompt tokens"),
+        ({"layers": only(3, error=0.02, scale=1.02)}, "tensor_differs", "times 1.02"),
+        ({"layers": only(3, error=0.7, scaled_error=0.6)}, "tensor_not_synced", "'w3'"),
+        ({"layers": only(3, error=float("nan"))}, "tensor_not_synced", "'w3'"),
+        ({"layers": only(5, kind="norm", error=2e-3, bf16_error=1e-6)}, "norm_dtype", "rounded to bf16"),
+        ({"layers": only(5, kind="head", error=0.3, bf16_error=0.3)}, "tied_head", "but the lm_head"),
+        ({"layers": only(5, kind="head", error=3e-3, bf16_error=1e-4)}, "head_dtype", "in bf16 1.0e-04"),
+        ({"layers": [replace(LAYER, error=1e-3)] * 6}, "stale_weights", "6 of 6 layers"),
+    ],
+)
+def test_weights_that_differ_lead_to_the_cause_they_show(changes: dict, cause: str, shows: str) -> None:
+    found = diagnose(evidence(weights=[weights(**changes)]))
+    assert [f.cause for f in found] == [cause]
+    assert shows in found[0].evidence
+
+
+def test_a_gap_is_given_the_guess_that_leaves_least_of_it() -> None:
+    guess = Hypothesis(cause="temperature", says="it samples at temperature 0.9", residual=1e-6)
+    found = diagnose(evidence(samples=[sample(gap=gap_of(0.1), hypotheses=[guess])]))
+    assert [f.cause for f in found] == ["temperature"]
+    assert "1.0e-06 would be left" in found[0].evidence
+    poor = replace(guess, residual=0.09)
+    assert [f.cause for f in diagnose(evidence(samples=[sample(gap=gap_of(0.1), hypotheses=[poor])]))] == [
+        "unexplained"
+    ]
+
+
+def test_a_gap_that_is_no_number_is_a_fault() -> None:
+    found = diagnose(evidence(samples=[sample(gap=replace(gap_of(0.0), mean_abs=float("nan")))]))
+    assert [f.cause for f in found] == ["unexplained"]
+    assert [f.cause for f in diagnose(evidence(samples=[sample(surprise=float("nan"))]))] == ["not_drawn"]
+
+
+def test_a_gap_whose_cause_is_known_is_not_called_unexplained() -> None:
+    bad = weights(layers=only(3, error=0.7, scaled_error=0.6))
+    assert [f.cause for f in diagnose(evidence(weights=[bad], samples=[sample(gap=gap_of(0.1))]))] == [
+        "tensor_not_synced"
+    ]
+
+
+def test_a_sign_below_the_limit_is_still_a_fault_and_noise_of_that_size_is_not() -> None:
+    assert [f.cause for f in diagnose(evidence(samples=[sample(gap=gap_of(1.5e-5, noise=1e-7))]))] == ["unexplained"]
+    assert diagnose(evidence(samples=[sample(gap=gap_of(0.0, noise=1.5e-5))])) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"nonfinite": 2}, "nonfinite"),
+        ({"wrong_version": 1}, "versions"),
+        ({"ended_without_stop_token": 3}, "eos"),
+        ({"surprise": 5.0}, "not_drawn"),
+        ({"surprise": -5.0}, "not_drawn"),
+    ],
+)
+def test_what_samples_must_hold_is_held(changes: dict, cause: str) -> None:
+    assert [f.cause for f in diagnose(evidence(samples=[sample(**changes)]))] == [cause]
