@@ -84,8 +84,8 @@ class GSPO(GRPO):
     """Group sequence policy optimisation (arXiv 2507.18071, eq. 5 to 7): one ratio per sequence.
 
     The ratio is the geometric mean of the token ratios, s = exp(mean_t(log pi_t - log old_t)). Its clip range is two
-    orders of magnitude tighter than GRPO's; bf16 noise between engine and trainer alone exceeds it, so train it with
-    `Config.old_logprobs="recompute"`.
+    orders of magnitude tighter than GRPO's; bf16 noise between engine and trainer alone exceeds it. With
+    `Config.old_logprobs="auto"` the doctor finds that out and has the trainer recompute the old log-probabilities.
     """
 
     clip_low: float = 3e-4

@@ -12,8 +12,8 @@ from rl.parity import Gap, gap
 from rl.types import Batch, Completion
 from trainer.doctor import Patient
 
-DISTURBANCE = 0.02
-"""Relative size of the random change that an in-flight update brings: it must show, and must not make garbage."""
+DISTURBED_BIT = 6
+"""An in-flight update brings changes of 2^-6 of half the weights: it must show, and must not make garbage."""
 LONG = 96
 """Tokens that a sequence may have in the rung of the in-flight update, as far as the context has room."""
 
@@ -110,12 +110,12 @@ class Ladder:
         room = r.max_model_len - max(len(p.token_ids) for p in self.prompts)
         running = asyncio.create_task(self._sample(max_tokens=min(LONG, room)))
         await asyncio.sleep(0.5)
-        await self.cluster.ask_learners("disturb", DISTURBANCE)
+        await self.cluster.ask_learners("disturb", DISTURBED_BIT)
         await self.patient.learner.send(new, digesting=False)
         batch = self._batch(await running)
         fresh = self._batch(await self._sample())
         after, afresh = await self._trainer(batch), await self._trainer(fresh)
-        await self.cluster.ask_learners("restore")
+        await self.cluster.ask_learners("disturb", DISTURBED_BIT)
         before = await self._trainer(batch)
         across = ((batch.versions == version).any(1) & (batch.versions == new).any(1))[:, None]
         aborted = sum(c["aborted"] for c in await self.cluster.ask_engines("counters"))

@@ -189,23 +189,9 @@ class Learner:
         """Guesses about an engine's sampler from what it said about a batch, best first, and its surprise."""
         return explain_batch(self.engine, self.head, batch.to_device(self.device), self.config, self.weights.sharded)
 
-    @torch.no_grad()
-    def disturb(self, by: float) -> None:
-        """Change every weight by a random factor in 1 - by to 1 + by, until `restore`: for an update that shows."""
-        sharded = self.weights.sharded
-        generator = torch.Generator(self.device).manual_seed(self.rank if sharded else 0)
-        self.undisturbed = {}
-        for name, parameter in self.weights.parameters.items():
-            mine = parameter.ds_tensor if sharded else parameter.data
-            self.undisturbed[name] = mine.clone()
-            mine.mul_(1 + by * (2 * torch.rand(mine.shape, generator=generator, device=mine.device) - 1).to(mine.dtype))
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Undo `disturb`, bit for bit."""
-        for name, parameter in self.weights.parameters.items():
-            mine = parameter.ds_tensor if self.weights.sharded else parameter.data
-            mine.copy_(self.undisturbed.pop(name))
+    def disturb(self, bit: int) -> None:
+        """Change a random half of all weights by 2^-bit of their size, for an update that shows; again undoes it."""
+        self.weights.flip(bit)
 
     def use_old_logprobs(self, source: Literal["recompute", "rollout"]) -> None:
         """Settle `Config.old_logprobs="auto"`."""

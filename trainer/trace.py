@@ -1,5 +1,6 @@
 """The learner's side of `rollout/trace.py`: what its own layers make of the inputs that an engine's layers had."""
 
+from copy import copy
 from typing import Any
 
 import deepspeed
@@ -46,7 +47,10 @@ def _apply(module: nn.Module, given: Tensor, rounded: bool = False) -> Tensor:
     elif isinstance(module, nn.Embedding):
         out = F.embedding(given, weight)
     else:
-        out = torch.func.functional_call(module, {"weight": weight}, (given.to(weight.dtype),))
+        # Not called but its forward taken, on a copy: DeepSpeed's hooks on the module want its own parameters.
+        stand_in = copy(module)
+        stand_in._parameters = dict(module._parameters) | {"weight": nn.Parameter(weight, requires_grad=False)}
+        out = stand_in.forward(given.to(weight.dtype))
     return out.float()
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import deepspeed
+import torch
 from torch import Tensor, nn
 
 from rl.weights import TensorMeta, WeightManifest, digest
@@ -47,6 +48,18 @@ class LearnerWeights:
                     if self.digesting:
                         self.digests[name] = digest(tensor)
                     yield name, tensor
+
+
+    @torch.no_grad()
+    def flip(self, bit: int) -> None:
+        """Flip the mantissa bit worth 2^-bit (1 to 7) of a value in a random half of every tensor; the same call again
+        restores every bit, without a copy of the weights. A collective over all ranks under ZeRO-3."""
+        for index, parameter in enumerate(self.parameters.values()):
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.sharded):
+                integer, mantissa = {2: (torch.int16, 7), 4: (torch.int32, 23)}[parameter.element_size()]
+                generator = torch.Generator(parameter.device).manual_seed(index)
+                half = torch.randint(0, 2, parameter.shape, generator=generator, device=parameter.device, dtype=integer)
+                parameter.data.view(integer).bitwise_xor_(half << (mantissa - bit))
 
 
 def _layers(names: list[str]) -> list[list[str]]:

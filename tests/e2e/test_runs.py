@@ -67,8 +67,8 @@ def test_two_engines_and_two_ranks_overlap_sampling_with_updates_and_lose_no_req
     model: Path, tmp_path: Path
 ) -> None:
     flags = "--steps 5 --prompts-per-step 4 --group-size 4 --max-staleness 1 --verify-every 2 --tracking.wandb off"
-    long = "--rollout.max-tokens 200 --rollout.engines 2 --trainer.ranks 2 --trainer.zero-stage 2 --no-save-final"
-    process, _ = start(model, tmp_path, *flags.split(), *long.split())
+    long = "--rollout.max-tokens 200 --rollout.engines 2 --trainer.ranks 2 --trainer.zero-stage 3 --no-save-final"
+    process, _ = start(model, tmp_path, *flags.split(), *long.split(), "--doctor", "full")
     code, summary, rows = finish(process, tmp_path)
     assert code == 0, (tmp_path / "terminal.log").read_text()[-3000:]
     assert [engine["aborted"] for engine in summary["engines"]] == [0, 0]
@@ -79,6 +79,10 @@ def test_two_engines_and_two_ranks_overlap_sampling_with_updates_and_lose_no_req
     assert max(row["staleness/versions_per_sample"] for row in rows) > 1
     assert summary["ledger"]["trained"] == 20
     assert [row["weight_sync/verified"] for row in rows] == [1, 1, 0, 1, 0]
+    # The doctor found nothing on two engines and sharded weights, and left the weights as they were.
+    report = json.loads((tmp_path / "echo" / "doctor.json").read_text())
+    assert (report["verdict"], len(report["evidence"]["samples"])) == ("well", 2)
+    assert rows[0]["rollout_corr/logprob_abs_diff_mean"] <= 1e-5
 
 
 def test_ctrl_c_leaves_no_process_and_a_readable_folder(model: Path, tmp_path: Path) -> None:

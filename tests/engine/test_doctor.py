@@ -25,7 +25,7 @@ def pair(request: pytest.FixtureRequest, live: Callable, tiny: Callable) -> Pair
     """An engine and a learner at T = 0.8, in fp32."""
     family, tying = request.param.split("-")
     model = tiny(family=family, tied=tying == "tied", chat_template=TEMPLATE)
-    rollout = RolloutConfig(max_tokens=32, max_model_len=320, max_num_seqs=64, kv_cache_gib=0.25)
+    rollout = RolloutConfig(max_tokens=48, max_model_len=320, max_num_seqs=64, kv_cache_gib=0.25)
     config = engine_config(model, temperature=0.8, rollout=rollout)
     engine = live(config, version=-1, load_format="dummy", worker_extension_cls="faults.FaultyExtension")
     return Pair(config, engine, make_learner(config))
@@ -39,21 +39,21 @@ def examine(pair: Pair, seed: int = 0) -> Examination:
 
 
 @contextmanager
-def changed_weights(pair: Pair, by: float = 0.3) -> Iterator[None]:
+def changed_weights(pair: Pair, bit: int = 10) -> Iterator[None]:
     """The learner's weights differ from those that the engine has, until they are back."""
-    pair.learner.disturb(by)
+    pair.learner.disturb(bit)
     try:
         yield
     finally:
-        pair.learner.restore()
+        pair.learner.disturb(bit)
 
 
 @contextmanager
 def stale_by_one_step(pair: Pair) -> Iterator[None]:
-    """The learner has moved on by a step of 1e-4 of each weight, and the old weights are sent."""
+    """The learner has moved on by 2^-14 of its weights, and the old weights are sent."""
     send, old = pair.send, Stale(pair.learner.weights)
     pair.send = Pair(pair.config, pair.live, pair.learner, sent=old).send
-    with changed_weights(pair, by=1e-4):
+    with changed_weights(pair, bit=14):
         yield
     pair.send = send
     reopened = Pair(pair.config, pair.live, pair.learner)
@@ -77,7 +77,7 @@ FAULTS: dict[str, tuple[Callable[[Pair], AbstractContextManager], str, str]] = {
     ),
     "stale by one step": (stale_by_one_step, "stale_weights", "are not the trainer's of now"),
     "one tensor not synced": (
-        lambda p: both(changed_weights(p), in_worker(p.live, "not synced", DOWN)),
+        lambda p: both(changed_weights(p, bit=4), in_worker(p.live, "not synced", DOWN)),
         "tensor_not_synced",
         DOWN.removesuffix(".weight"),
     ),
@@ -96,7 +96,7 @@ FAULTS: dict[str, tuple[Callable[[Pair], AbstractContextManager], str, str]] = {
         "agrees once its weight is rounded to bf16",
     ),
     "wrong tied head": (
-        lambda p: both(changed_weights(p), in_worker(p.live, "stale head")),
+        lambda p: both(changed_weights(p, bit=4), in_worker(p.live, "stale head")),
         "tied_head",
         "every layer agrees but the lm_head",
     ),
@@ -111,6 +111,7 @@ def test_a_planted_fault_is_named_first_with_its_evidence(pair: Pair, name: str)
     with plant(pair):
         faults = examine(pair).faults
     assert faults, f"{name} was not noticed"
+    print(f"\n{name}: {faults[0]}")  # pytest -s shows what a user would read
     assert faults[0].cause == cause, [str(f) for f in faults]
     assert shows in faults[0].evidence
     # Mended: the same pair is well again.

@@ -141,3 +141,21 @@ def test_a_tensor_that_was_not_announced_is_refused(yields):
     (bucket,) = buckets([("w", torch.float32, (3,))])
     with pytest.raises(ValueError, match=r"announced \('w', torch.float32, \(3,\)\) but yields \('(w|other)'"):
         pack(bucket, iter([yields]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flipping_a_bit_moves_half_the_weights_by_its_worth_and_again_restores_every_bit(dtype: torch.dtype) -> None:
+    from trainer.weights import LearnerWeights
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(200, 50, dtype=dtype)
+    before = [p.detach().clone() for p in model.parameters()]
+    weights = LearnerWeights(model, sharded=False)
+    weights.flip(6)
+    moved = (model.weight / before[0] - 1).detach().float().abs()
+    assert 0.45 < float((moved > 0).float().mean()) < 0.55
+    # A mantissa in [1, 2) that changes by 2^-6 moves its value by half to all of that.
+    assert float(moved[moved > 0].min()) > 2**-7.1
+    assert float(moved.max()) < 2**-5.9
+    weights.flip(6)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
