@@ -1,10 +1,10 @@
 """A checkup from start to report: the short form before every run, and the full one of `unison doctor`."""
 
 import asyncio
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from rl.config import Config
 from rl.diagnosis import Finding
@@ -55,16 +55,17 @@ class Checkup:
         e = self.examination.evidence
         tensors = sum(len(w.sent) for w in e.weights)
         layers = [layer.error for w in e.weights for layer in w.layers]
-        g = e.samples[0].gap
+        g = max((s.gap for s in e.samples), key=lambda g: (math.isnan(g.mean_abs), g.mean_abs))
+        stale, surprise = sum(w.cached_after_update for w in e.weights), max((s.surprise for s in e.samples), key=abs)
         seen = f"{max(layers):.1e} at worst in {len(layers)} layers" if layers else "; ".join(e.notes)
         ended = sum(s.ended for s in e.samples)
         return [
             ("facts", "sampler's settings, dtypes, tokenizer, template", "compared exactly"),
             ("digests", "every tensor arrived, bit for bit", f"{tensors} tensors of {len(e.weights)} engine(s)"),
             ("layers", "every tensor was loaded, and acts like the trainer's", seen),
-            ("prefix cache", "nothing of older weights is used", f"{e.weights[0].cached_after_update} stale tokens"),
+            ("prefix cache", "nothing of older weights is used", f"{stale} stale tokens"),
             ("ends of replies", "the token that ends a reply is trained on", f"{ended} replies ended by themselves"),
-            ("draws", "tokens come from the distribution that is reported", f"{e.samples[0].surprise:+.1f} sigmas"),
+            ("draws", "tokens come from the distribution that is reported", f"{surprise:+.1f} sigmas"),
             (
                 "log-probabilities",
                 f"both sides mean the same; a k3 above {g.k3 + g.detectable_k3:.0e} would have shown"
@@ -79,18 +80,27 @@ async def checkup(cluster: Cluster, learner: RemoteLearner, prepared: Prepared) 
     began, config = time.perf_counter(), cluster.config
     patient = Patient(cluster, learner, prepared, config.seed)
     if config.doctor != "full":
-        examination = await patient.examine(0)
-        return _report(config, examination, [], examination.findings, began)
+        return _result(config, await patient.examine(0), began)
     examination = await patient.examine(-2)
+    if any(f.severity == "fault" for f in examination.findings):
+        return _result(config, examination, began)
     ladder = Ladder(patient)
     rungs = [first_rung(examination), *await ladder.climb(-2)]
-    await learner.publish(0)
-    return _report(config, examination, rungs, [*examination.findings, *ladder.findings], began)
+    if not ladder.findings:
+        await learner.publish(0)
+    return _result(config, examination, began, rungs, ladder.findings)
 
 
-def _report(config: Config, examination: Examination, rungs: list[Rung], findings: Any, began: float) -> Checkup:
-    seconds = time.perf_counter() - began
-    return Checkup(config=config, examination=examination, rungs=rungs, findings=list(findings), seconds=seconds)
+def _result(
+    config: Config, examination: Examination, began: float, rungs: Sequence[Rung] = (), more: Sequence[Finding] = ()
+) -> Checkup:
+    return Checkup(
+        config=config,
+        examination=examination,
+        rungs=list(rungs),
+        findings=[*examination.findings, *more],
+        seconds=time.perf_counter() - began,
+    )
 
 
 def first_rung(examination: Examination, name: str = "rollout | trainer, as configured") -> Rung:

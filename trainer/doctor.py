@@ -65,10 +65,8 @@ class Patient:
     def __init__(self, cluster: Cluster, learner: RemoteLearner, prepared: Prepared, seed: int = 0) -> None:
         self.cluster, self.learner, self.prepared, self.seed = cluster, learner, prepared, seed
         self.config = cluster.config
-        train = prepared.train
-        self.prompts = [
-            replace(train[i * len(train) // PROMPTS], ordinal=i) for i in range(PROMPTS) if i < max(1, len(train))
-        ]
+        train, count = prepared.train, min(PROMPTS, len(prepared.train))
+        self.prompts = [replace(train[i * len(train) // count], ordinal=i) for i in range(count)]
         self.max_tokens = min(self.config.rollout.max_tokens, 48)
         self.per_prompt = max(4, min(32, math.ceil(TOKENS / (len(self.prompts) * self.max_tokens))))
 
