@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rl.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
+from rl.parity import Gap
 from rl.remedies import REMEDIES
 
 MEAN_GAP = {"float32": 3e-5, "bfloat16": 6e-2}
@@ -185,19 +186,26 @@ def _structure(s: SampleEvidence) -> Iterator[Finding]:
         yield Finding(cause="eos", severity="fault", where=where, evidence=text)
 
 
+def agrees(gap: Gap, dtype: str) -> bool:
+    """Whether a gap is so far inside its limit, and without a sign, that nothing about it asks for an explanation."""
+    return gap.mean_abs <= MEAN_GAP[dtype] / 2 and not one_signed(gap, dtype)
+
+
+def one_signed(gap: Gap, dtype: str) -> bool:
+    """Whether one side gives the tokens more than the other throughout, as rounding does not."""
+    return abs(gap.k1) > max(0.3 * MEAN_GAP[dtype], GAP_SIGMAS * gap.k1_se)
+
+
 def _numbers(s: SampleEvidence, dtype: str, *, explained: bool) -> Iterator[Finding]:
     where, g, limit = f"engine {s.engine}", s.gap, MEAN_GAP[dtype]
     size = f"mean |d| {g.mean_abs:.1e} nats, k1 {g.k1:+.1e} ± {g.k1_se:.0e}, k3 {g.k3:.1e}"
     best = s.hypotheses[0] if s.hypotheses else None
-    named = best is not None and best.residual < EXPLAINED * g.mean_abs
-    one_signed = abs(g.k1) > max(GAP_SIGMAS * g.k1_se, 0.3 * limit)
-    # Written so that a NaN is a fault.
-    agrees = g.mean_abs <= limit and not one_signed and not (named and g.mean_abs > limit / 2)
-    if not agrees and named:
+    if best is not None and best.residual < EXPLAINED * g.mean_abs and not agrees(g, dtype):
         text = f"{size}; were it that {best.says}, {best.residual:.1e} would be left"
         yield Finding(cause=best.cause, severity="fault", where=where, evidence=text)
-    elif not agrees and not explained:
-        yield Finding(cause="unexplained", severity="fault", where=where, evidence=f"{size} (limit {limit:g})")
-    elif agrees and not abs(s.surprise) <= SURPRISE:
+    elif not g.mean_abs <= limit or one_signed(g, dtype):  # written so that a NaN is a fault
+        if not explained:
+            yield Finding(cause="unexplained", severity="fault", where=where, evidence=f"{size} (limit {limit:g})")
+    elif not abs(s.surprise) <= SURPRISE:
         text = f"log-probabilities agree, but the tokens are {s.surprise:+.1f} sigmas less likely than draws"
         yield Finding(cause="not_drawn", severity="fault", where=where, evidence=text)

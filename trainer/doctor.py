@@ -10,7 +10,7 @@ import torch
 
 from rl.batch import collate, trajectory
 from rl.config import Config
-from rl.diagnosis import Finding, ParityError, diagnose
+from rl.diagnosis import Finding, ParityError, agrees, diagnose
 from rl.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
 from rl.parity import clipped_by_noise, gap
 from rl.types import Batch, Completion
@@ -19,7 +19,7 @@ from trainer.preflight import Prepared
 from trainer.remote import RemoteLearner
 
 PROMPTS = 8
-TOKENS = 400
+TOKENS = 300
 """About how many sampled tokens an examination looks at."""
 TRACED_TOKENS = 6
 CLIPPED = 0.01
@@ -68,7 +68,7 @@ class Patient:
         train, count = prepared.train, min(PROMPTS, len(prepared.train))
         self.prompts = [replace(train[i * len(train) // count], ordinal=i) for i in range(count)]
         self.max_tokens = min(self.config.rollout.max_tokens, 48)
-        self.per_prompt = max(4, min(32, math.ceil(TOKENS / (len(self.prompts) * self.max_tokens))))
+        self.per_prompt = max(3, min(32, math.ceil(TOKENS / (len(self.prompts) * self.max_tokens))))
 
     async def examine(self, version: int) -> Examination:
         """Publish the learner's weights as `version`, and check what the engines then are, hold and say."""
@@ -186,12 +186,13 @@ class Patient:
             raise ParityError(f"none of {nonfinite} tokens that engine {engine} sampled has a finite log-probability")
         # A token without a number is counted, and then left out of the averages: one NaN would hide all the others.
         clean = replace(batch, mask=finite, rollout_logprobs=batch.rollout_logprobs.nan_to_num(0.0, 0.0, 0.0))
-        hypotheses, surprise = (await cluster.ask_learners("explain", clean))[0]
+        g = gap(trainer, clean.rollout_logprobs, clean.mask)
+        hypotheses, surprise = (await cluster.ask_learners("explain", clean, not agrees(g, self.config.dtype)))[0]
         eos = self.prepared.tokenizer.eos_token_id
         ended = [(row, t) for row, t in zip(batch.mask, rows, strict=True) if t.finish_reason == "stop"]
         evidence = SampleEvidence(
             engine=engine,
-            gap=gap(trainer, clean.rollout_logprobs, clean.mask),
+            gap=g,
             hypotheses=hypotheses,
             surprise=surprise,
             nonfinite=nonfinite,

@@ -19,10 +19,11 @@ TOKENS = 256
 
 
 def explain_batch(
-    model: Any, head: LogprobHead, batch: Batch, config: Config, sharded: bool
+    model: Any, head: LogprobHead, batch: Batch, config: Config, sharded: bool, *, guess: bool
 ) -> tuple[list[Hypothesis], float]:
     """Guesses, best first, and the surprise of the sampled tokens in standard deviations; see `surprise`.
 
+    Without `guess` there is no guess: trying them takes several times as long as the forward pass.
     `model` is what takes a forward pass (a `Policy`, or DeepSpeed's engine around one). A collective under ZeRO-3.
     """
     counts = batch.mask.sum(dim=1).cumsum(dim=0)
@@ -34,15 +35,16 @@ def explain_batch(
     trainer = model(part.input_ids, part.mask, config.temperature, truncation, part.support).logprobs
     hook.remove()
     with deepspeed.zero.GatheredParameters([head.weight], enabled=sharded):
-        logits, other = _logits(seen[0], head.weight, head.fp32), _logits(seen[0], head.weight, not head.fp32)
+        logits = _logits(seen[0], head.weight, head.fp32)
+        other = _logits(seen[0], head.weight, not head.fp32) if guess else None
     targets, rollout = part.input_ids[:, 1:][part.mask], part.rollout_logprobs[part.mask]
-    guesses = explain(logits, targets, rollout, temperature=config.temperature, truncation=truncation)
-    said = (other / config.temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    name = "bf16" if head.fp32 else "fp32"
-    guesses.append(
-        Hypothesis(cause="head_dtype", says=f"its lm_head is in {name}", residual=float((said - rollout).abs().mean()))
-    )
-    guesses += shifts(trainer, part.rollout_logprobs, part.mask)
+    guesses: list[Hypothesis] = []
+    if other is not None:
+        guesses = explain(logits, targets, rollout, temperature=config.temperature, truncation=truncation)
+        said = (other / config.temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        says = f"its lm_head is in {'bf16' if head.fp32 else 'fp32'}"
+        guesses.append(Hypothesis(cause="head_dtype", says=says, residual=float((said - rollout).abs().mean())))
+        guesses += shifts(trainer, part.rollout_logprobs, part.mask)
     scaled = logits / config.temperature
     if truncation:
         scaled = scaled.masked_fill(~keep(scaled, truncation), -torch.inf)

@@ -185,9 +185,11 @@ class Learner:
             return layer_errors(self.policy.hf, self.head, trace, sharded=self.weights.sharded)
 
     @torch.no_grad()
-    def explain(self, batch: Batch) -> tuple[list[Hypothesis], float]:
-        """Guesses about an engine's sampler from what it said about a batch, best first, and its surprise."""
-        return explain_batch(self.engine, self.head, batch.to_device(self.device), self.config, self.weights.sharded)
+    def explain(self, batch: Batch, guess: bool) -> tuple[list[Hypothesis], float]:
+        """Guesses about an engine's sampler from what it said about a batch, best first (none unless `guess`), and how
+        surprising its tokens are: see `trainer.explain`."""
+        batch, sharded = batch.to_device(self.device), self.weights.sharded
+        return explain_batch(self.engine, self.head, batch, self.config, sharded, guess=guess)
 
     def disturb(self, bit: int) -> None:
         """Change a random half of all weights by 2^-bit of their size, for an update that shows; again undoes it."""

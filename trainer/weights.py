@@ -49,7 +49,6 @@ class LearnerWeights:
                         self.digests[name] = digest(tensor)
                     yield name, tensor
 
-
     @torch.no_grad()
     def flip(self, bit: int) -> None:
         """Flip the mantissa bit worth 2^-bit (1 to 7) of a value in a random half of every tensor; the same call again
