@@ -1,6 +1,8 @@
 """The numerics ladder: how far an engine is from itself and from the trainer, one circumstance at a time."""
 
 import asyncio
+import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +16,10 @@ from trainer.doctor import Patient
 
 DISTURBED_BIT = 6
 """An in-flight update brings changes of 2^-6 of half the weights: it must show, and must not make garbage."""
-LONG = 96
-"""Tokens that a sequence may have in the rung of the in-flight update, as far as the context has room."""
+LONG_S = 1.5
+"""About how long, in seconds, sequences run for an update to meet them; at least 48 tokens, at most the context."""
+SAMPLES = 2
+"""Of each prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +40,23 @@ class Ladder:
         self.patient, self.cluster = patient, patient.cluster
         self.prompts = patient.prompts
         self.findings: list[Finding] = []
+        self.token_s = 0.0
+        """Seconds that the engine takes for one token of each sequence."""
 
     async def climb(self, version: int) -> list[Rung]:
         """All rungs; the engines hold `version` before, and a disturbed `version + 1` after."""
-        rungs = [await self._twice(), await self._alone(), await self._cached(), await self._prefill()]
-        rungs += await self._in_flight(version)
+        began = time.perf_counter()
+        first = await self._sample()
+        longest = max(len(c.token_ids) for group in first for c in group)
+        self.token_s = (time.perf_counter() - began) / longest
+        again, alone = await self._sample(), await self._sample(alone=True)
+        rungs = [
+            between("the same engine, asked twice", first, again),
+            between("one prompt at a time | all at once", alone, first),
+            await self._cached(),
+            await self._prefill(),
+            *await self._in_flight(version),
+        ]
         limit = MEAN_GAP[self.patient.config.dtype]
         for rung in rungs:
             if rung.held and rung.gap and not rung.gap.mean_abs <= limit:
@@ -49,8 +65,8 @@ class Ladder:
         return rungs
 
     async def _sample(self, *, alone: bool = False, **options: Any) -> list[list[Completion]]:
-        """Four samples of each prompt, all at once or one prompt after the other; the same seeds at every call."""
-        asked = (self._ask(p.token_ids, 4, 17 + 1000 * p.ordinal, **options) for p in self.prompts)
+        """A few samples of each prompt, all at once or one prompt after the other; the same seeds at every call."""
+        asked = (self._ask(p.token_ids, SAMPLES, 17 + 1000 * p.ordinal, **options) for p in self.prompts)
         return [await one for one in asked] if alone else list(await asyncio.gather(*asked))
 
     async def _ask(
@@ -67,19 +83,13 @@ class Ladder:
         question = (token_ids, n, seed, temperature, limit, fresh)
         return await self.cluster.ask_engine(0, "sample", *question, deadline_s=deadline)
 
-    async def _twice(self) -> Rung:
-        return between("the same engine, asked twice", await self._sample(), await self._sample())
-
-    async def _alone(self) -> Rung:
-        return between("one prompt at a time | all at once", await self._sample(alone=True), await self._sample())
-
     async def _cached(self) -> Rung:
         name = "prefix cache hit | miss"
         if not self.patient.config.rollout.prefix_cache:
             return Rung(name=name, gap=None, note="the prefix cache is off")
         prompt = self.patient.long_prompt()
-        missed = await self._ask(prompt, 8, 23, fresh=True)
-        hit = await self._ask(prompt, 8, 23)
+        missed = await self._ask(prompt, 4, 23, fresh=True)
+        hit = await self._ask(prompt, 4, 23)
         cached = min(c.cached_prompt_tokens for c in hit)
         rung = between(name, [hit], [missed])
         return Rung(
@@ -106,11 +116,11 @@ class Ladder:
 
     async def _in_flight(self, version: int) -> list[Rung]:
         """New weights reach the engine while it samples: what was said before, after, and over the old KV."""
-        r, new = self.patient.config.rollout, version + 1
-        room = r.max_model_len - max(len(p.token_ids) for p in self.prompts)
-        running = asyncio.create_task(self._sample(max_tokens=min(LONG, room)))
-        await asyncio.sleep(0.5)
+        new, room = version + 1, self.patient.config.rollout.max_model_len - max(len(p.token_ids) for p in self.prompts)
+        length = min(max(48, math.ceil(LONG_S / self.token_s)), room)
         await self.cluster.ask_learners("disturb", DISTURBED_BIT)
+        running = asyncio.create_task(self._sample(max_tokens=length))
+        await asyncio.sleep(0.3 * length * self.token_s)
         await self.patient.learner.send(new, digesting=False)
         batch = self._batch(await running)
         fresh = self._batch(await self._sample())
