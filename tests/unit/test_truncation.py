@@ -208,3 +208,26 @@ def test_what_the_engine_kept_arrives_with_its_tokens():
         completion(said([[4, 7], [8]]), 0)
     with pytest.raises(ValueError, match="shorter"):
         completion(said([[4, 7]]), 0)
+
+
+def test_a_mask_that_the_engine_owes_and_does_not_give_ends_the_run_with_the_remedy():
+    import asyncio
+    from types import SimpleNamespace
+
+    from rollout.engine import Engine
+
+    async def answer(token_ids, params):
+        return SimpleNamespace(finished=True, outputs=[said(None)], num_cached_tokens=0)
+
+    def engine(owes):
+        made = object.__new__(Engine)
+        made.llm, made.aborted, made._final = (
+            SimpleNamespace(model_config=SimpleNamespace(return_sampling_mask=owes)),
+            0,
+            answer,
+        )
+        return made
+
+    assert asyncio.run(engine(False)._one([1], temperature=1.0)).support is None
+    with pytest.raises(RuntimeError, match="did not report which tokens it kept"):
+        asyncio.run(engine(True)._one([1], temperature=1.0))
