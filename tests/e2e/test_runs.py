@@ -28,7 +28,13 @@ def start(model: Path, folder: Path, *flags: str) -> tuple[subprocess.Popen, str
     command = [sys.executable, "-W", "ignore", str(RECIPE), "--model", str(model), "--output-dir", str(folder), *flags]
     env = os.environ | {"UNISON_TEST_MARK": mark}
     log = (folder / "terminal.log").open("w")
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True), mark
+
+    def hear_ctrl_c() -> None:
+        # A test run in the background of a shell inherits that SIGINT is ignored, and would hand it on.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    options: dict = {"env": env, "start_new_session": True, "preexec_fn": hear_ctrl_c}
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options), mark
 
 
 def finish(process: subprocess.Popen, folder: Path, seconds: float = 280) -> tuple[int, dict, list[dict]]:
