@@ -110,24 +110,28 @@ def first_rung(examination: Examination, name: str = "rollout | trainer, as conf
     return Rung(name=name, gap=gap, note=f"noise would clip {clip.sequences:.0%} of sequences" if clip else "")
 
 
-async def short_checkup(config: Config, prepared: Prepared) -> Checkup:
+Reading = asyncio.Task[Prepared]
+"""The data, which is read while the actors start."""
+
+
+async def short_checkup(config: Config, reading: Reading) -> Checkup:
     """The checkup that every run begins with, on engines that live only for it."""
     with status("starting the recipe's engines and learner"):
-        return await _visit(replace(config, doctor="short"), prepared)
+        return await _visit(replace(config, doctor="short"), reading)
 
 
-async def full_checkup(config: Config, prepared: Prepared) -> Checkup:
+async def full_checkup(config: Config, reading: Reading) -> Checkup:
     """The whole ladder, with engines of its own in other precisions and modes, one after the other."""
     began = time.perf_counter()
     with status("starting the recipe's engines and learner"):
-        main = await _visit(replace(config, doctor="full"), prepared)
+        main = await _visit(replace(config, doctor="full"), reading)
     rungs, findings = list(main.rungs), list(main.findings)
     for name, other in variations(config):
         if isinstance(other, str):
             rungs.append(Rung(name=name, gap=None, note=other))
             continue
         with status(f"starting others: {name}"):
-            visit = await _visit(other, prepared)
+            visit = await _visit(other, reading)
         rungs.append(first_rung(visit.examination, name))
         # What fp32 shows, the run's own precision only hides; what the others show is their noise.
         findings += [replace(f, where=f"{f.where}, {name}") for f in visit.findings if other.dtype == "float32"]
@@ -151,11 +155,12 @@ def variations(config: Config) -> Iterator[tuple[str, Config | str]]:
     yield name, "compiling for a CPU takes minutes" if cpu else other
 
 
-async def _visit(config: Config, prepared: Prepared) -> Checkup:
+async def _visit(config: Config, reading: Reading) -> Checkup:
     """A checkup of engines that live only for it."""
     cluster = Cluster(config, place(config))
     try:
         cluster.boot()
+        prepared = await reading
         await cluster.start()
         learner = RemoteLearner(cluster, probe=prepared.train[0].token_ids)
         return await checkup(cluster, learner, prepared)

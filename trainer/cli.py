@@ -33,23 +33,28 @@ def doctor(recipe: str, flags: list[str]) -> None:
     config = override(load_recipe(recipe), [f for f in flags if f != "--short"])
 
     from trainer import report
-    from trainer.checkup import full_checkup, short_checkup
+    from trainer.checkup import Checkup, full_checkup, short_checkup
     from trainer.doctor_report import save, show, token_table
     from trainer.preflight import place, prepare
     from trainer.run import fresh_folder
     from trainer.tracking import RunTracker
 
     place(config)
-    prepared = prepare(config)
-    result = asyncio.run((short_checkup if short else full_checkup)(config, prepared))
-    show(result, prepared.tokenizer.decode)
-    folder = fresh_folder(Path(config.output_dir) / f"{config.name}-doctor")
-    tracker = RunTracker(
-        folder=folder, config=config.tracking, name=f"{config.name}-doctor", settings=report.resolved(config)
-    )
-    save(result, folder, prepared.tokenizer.decode)
-    tracker.table("doctor", token_table(result, prepared.tokenizer.decode))
-    tracker.close({"status": "finished", "doctor": result.verdict})
+    name = f"{config.name}-doctor"
+    folder = fresh_folder(Path(config.output_dir) / name)
+
+    async def examined() -> Checkup:
+        reading = asyncio.create_task(asyncio.to_thread(prepare, config))
+        result = await (short_checkup if short else full_checkup)(config, reading)
+        decode = (await reading).tokenizer.decode
+        show(result, decode)
+        tracker = RunTracker(folder=folder, config=config.tracking, name=name, settings=report.resolved(config))
+        save(result, folder, decode)
+        tracker.table("doctor", token_table(result, decode))
+        tracker.close({"status": "finished", "doctor": result.verdict})
+        return result
+
+    result = asyncio.run(examined())
     console.print(f"look at {folder / 'doctor.html'} and {folder / 'doctor.json'}", highlight=False)
     sys.exit(1 if result.faults else 0)
 

@@ -33,10 +33,9 @@ class Host:
             s.bind(("", 0))
             return ray.util.get_node_ip_address(), s.getsockname()[1]
 
-    def preload(self, *modules: str) -> None:
-        """Import what will be needed, while the driver still reads its data."""
-        for module in modules:
-            importlib.import_module(module)
+    def preload(self, module: str) -> None:
+        """Import what will be needed, while there is time."""
+        importlib.import_module(module)
 
     def build(self, target: str, sources: str, kwargs: dict[str, Any]) -> None:
         """Make the hosted object: `target` is "module:Class". Raises ImportError when this node runs other code."""
@@ -128,6 +127,7 @@ class Cluster:
     def __init__(self, config: Config, placement: Placement) -> None:
         self.config, self.placement = config, placement
         self.engines: list[Any] = []
+        self.building: list[Any] = []
         self.learners: list[Any] = []
         self.started_ray = False
         self.logs = ""
@@ -136,7 +136,7 @@ class Cluster:
     # -- life ----------------------------------------------------------------------------------------------------
 
     def boot(self) -> None:
-        """Start Ray and the actors' processes, which then import what they need; does not wait for them."""
+        """Start Ray, the actors' processes, and in theirs the engines, which take longest; waits for none of them."""
         c, p = self.config, self.placement
         self.started_ray = start_ray(p)
         self.logs = log_folder()
@@ -147,34 +147,36 @@ class Cluster:
         engine_vars = env | engine_env(device=p.device, backend=p.backend, threads=c.rollout.threads or threads)
         self.learner_threads = c.trainer.threads or threads
         learner_vars = env | (learner_env(self.learner_threads) if p.device == "cpu" else {})
+        common = self._common()
         for index in range(p.engines):
             engine = ray.remote(AsyncHost).options(
                 **options[index], max_concurrency=4096, runtime_env={"env_vars": engine_vars}
             )
             self.engines.append(engine.remote())
+            build = self.engines[index].build.remote(self.engine, checkout.digest(), common | {"backend": p.backend})
+            self.building.append(build)
         for index in range(p.learners):
             learner = ray.remote(Host).options(**options[p.engines + index], runtime_env={"env_vars": learner_vars})
             self.learners.append(learner.remote())
-        for engine in self.engines:
-            engine.preload.remote("rollout.engine")
-        for learner in self.learners:
-            learner.preload.remote("trainer.learner", "rollout.sender")
+
+    def _common(self) -> dict[str, Any]:
+        """What engines and ranks are built from alike."""
+        return {"config": _without_functions(self.config), "model": self.config.model, "device": self.placement.device}
 
     async def start(self) -> None:
-        """Build every engine and rank, in parallel, and open the weight channel between them."""
-        c, p = self.config, self.placement
+        """Build every rank, wait for the engines, and open the weight channel between them."""
         address, ports = await self._addresses()
-        sources, deadline = checkout.digest(), c.deadlines.start_s
-        common = {"config": _without_functions(c), "model": c.model, "device": p.device}
-        rank = common | {"address": address, "port": ports[0], "threads": self.learner_threads}
+        sources, deadline = checkout.digest(), self.config.deadlines.start_s
+        rank = self._common() | {"address": address, "port": ports[0], "threads": self.learner_threads}
         try:
             async with asyncio.TaskGroup() as building:
-                for i, engine in enumerate(self.engines):
-                    ref = engine.build.remote(self.engine, sources, common | {"backend": p.backend})
+                for i, ref in enumerate(self.building):
                     building.create_task(started(f"engine {i}", ref, deadline))
                 for i, learner in enumerate(self.learners):
                     ref = learner.build.remote("trainer.learner:Learner", sources, rank | {"rank": i})
                     building.create_task(started(f"learner rank {i}", ref, deadline))
+                    # The channel's side of a rank imports vLLM, for which there is time while the engines start.
+                    learner.preload.remote("rollout.sender")
         except BaseExceptionGroup as group:
             raise first_error(group) from None
         await self.ask_engines("start")
@@ -294,9 +296,10 @@ async def _unwrapped(ref: Any) -> Any:
 
 @contextmanager
 def ray_environment() -> Iterator[None]:
-    """What Ray should do otherwise while it starts: no warnings about defaults that change, no usage reports, and
-    workers at normal priority (its default of nice 15 starves them beside any other process)."""
+    """What Ray should do otherwise while it starts: no warnings about defaults that change, no usage reports, workers
+    at normal priority (its default of nice 15 starves them beside any other process), and none started for tasks."""
     wanted = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    wanted["RAY_prestart_worker_first_driver"] = "0"
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -22,6 +22,8 @@ PROMPTS = 8
 TOKENS = 300
 """About how many sampled tokens an examination looks at."""
 TRACED_TOKENS = 6
+Trace = list[dict[str, Any]]
+"""What one engine's workers traced."""
 CLIPPED = 0.01
 """Share of sequences clipped by noise from which on `old_logprobs="auto"` recomputes."""
 
@@ -74,8 +76,15 @@ class Patient:
         """Publish the learner's weights as `version`, and check what the engines then are, hold and say."""
         began = time.perf_counter()
         facts, mine, driver = await self._facts()
-        weights, notes = await self._weights(version)
-        examined = [await self._samples(i, version) for i in range(len(self.cluster.engines))]
+        weights, traces = await self._weights(version)
+        # The engines sample while the learner runs its layers on what they traced.
+        sampling = [asyncio.ensure_future(self._sample(i)) for i in range(len(self.cluster.engines))]
+        try:
+            weights, notes = await self._layers(weights, traces)
+            examined = [await self._samples(i, version, await groups) for i, groups in enumerate(sampling)]
+        finally:
+            for task in sampling:
+                task.cancel()
         samples = [s for s, _, _ in examined]
         batches, trainer = [b for _, b, _ in examined], [t for _, _, t in examined]
         if not any(s.ended for s in samples):
@@ -112,35 +121,43 @@ class Patient:
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
-    async def _weights(self, version: int) -> tuple[list[WeightEvidence], list[str]]:
+    async def _weights(self, version: int) -> tuple[list[WeightEvidence], list[Trace]]:
+        """Digests on every side after an update, and what the engines' layers then do."""
         cluster, probe = self.cluster, self.long_prompt()
         # Fills the prefix cache under the weights of before: nothing of it may be used afterwards.
         await cluster.ask_engines("sample", probe, 1, self.seed, None, 1)
         manifest, _ = await self.learner.send(version, digesting=True)
         received = await cluster.ask_engines("received_digests")
-        live = (await cluster.ask_learners("digests"))[0]
+        counting = asyncio.ensure_future(cluster.ask_learners("digests"))
         again = await cluster.ask_engines("sample", probe, 1, self.seed, None, 1)
         traces = await cluster.ask_engines("trace", self.prompts[0].token_ids[:TRACED_TOKENS])
-        found, notes = [], []
-        for index, trace in enumerate(traces):
-            layers, note = await self._layers(trace)
-            if note:
-                notes.append(f"layers of engine {index}: {note}")
-            found.append(
-                WeightEvidence(
-                    engine=index,
-                    version=version,
-                    sent=manifest.digests,
-                    live=live,
-                    received=received[index],
-                    layers=layers,
-                    uncovered=note,
-                    cached_after_update=again[index][0].cached_prompt_tokens,
-                )
+        live = (await counting)[0]
+        weights = [
+            WeightEvidence(
+                engine=index,
+                version=version,
+                sent=manifest.digests,
+                live=live,
+                received=received[index],
+                layers=[],
+                cached_after_update=again[index][0].cached_prompt_tokens,
             )
+            for index in range(len(traces))
+        ]
+        return weights, traces
+
+    async def _layers(
+        self, weights: list[WeightEvidence], traces: list[Trace]
+    ) -> tuple[list[WeightEvidence], list[str]]:
+        found, notes = [], []
+        for evidence, trace in zip(weights, traces, strict=True):
+            layers, note = await self._layer_errors(trace)
+            if note:
+                notes.append(f"layers of engine {evidence.engine}: {note}")
+            found.append(replace(evidence, layers=layers, uncovered=note))
         return found, notes
 
-    async def _layers(self, trace: list[dict[str, Any]]) -> tuple[list[LayerError], str]:
+    async def _layer_errors(self, trace: Trace) -> tuple[list[LayerError], str]:
         if len(trace) > 1:
             return [], "not compared, for each worker of a tensor-parallel engine has a shard of them"
         layers, unknown = (await self.cluster.ask_learners("layer_errors", trace[0]))[0]
@@ -159,12 +176,11 @@ class Patient:
 
     # -- samples ---------------------------------------------------------------------------------------------------
 
-    async def _samples(self, engine: int, version: int) -> tuple[SampleEvidence, Batch, torch.Tensor]:
-        cluster, prompts = self.cluster, self.prompts
+    async def _sample(self, engine: int) -> list[list[Completion]]:
         deadline = self.config.deadlines.sample_s
-        groups: list[list[Completion]] = await asyncio.gather(
+        return await asyncio.gather(
             *(
-                cluster.ask_engine(
+                self.cluster.ask_engine(
                     engine,
                     "sample",
                     p.token_ids,
@@ -174,9 +190,14 @@ class Patient:
                     self.max_tokens,
                     deadline_s=deadline,
                 )
-                for p in prompts
+                for p in self.prompts
             )
         )
+
+    async def _samples(
+        self, engine: int, version: int, groups: list[list[Completion]]
+    ) -> tuple[SampleEvidence, Batch, torch.Tensor]:
+        cluster, prompts = self.cluster, self.prompts
         rows = [trajectory(p, c, 0.0, {}) for p, group in zip(prompts, groups, strict=True) for c in group]
         batch = collate(rows)
         trainer: torch.Tensor = (await cluster.ask_learners("logprobs", batch))[0]

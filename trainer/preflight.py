@@ -1,10 +1,11 @@
 """What can be known to be wrong before anything expensive: settings, GPUs, model folder, data, reward, lengths."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from rl.config import Config, check
 from rl.rewards import judge
@@ -12,6 +13,9 @@ from rl.types import Data, Prompt, Reply
 from trainer.cluster import cluster_gpus
 from trainer.placement import Device, Placement, check_fits, plan
 from trainer.tokens import encode_all, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)

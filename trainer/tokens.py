@@ -1,14 +1,22 @@
 """Text to tokens and back: chat template, prompt length, and the tokenizer's own files for the export."""
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from rl.config import Config
 from rl.tokens import encode
 from rl.types import Example, Prompt
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, from a folder or the hub."""
+    # Imported late: this takes seconds, in which the actors can start already.
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(path)
 
 
