@@ -44,6 +44,8 @@ class RolloutConfig:
     """OpenMP threads of one engine on CPU. None: all cores if it takes turns with the learner, else 1."""
     seeded: bool = True
     """Give every sample its own seed, so that its tokens do not depend on what else is in the batch."""
+    retries: int = 3
+    """How often a group is sampled again whose engine was lost, before it counts as failed."""
 
     @property
     def truncation(self) -> Truncation | None:
@@ -123,6 +125,9 @@ class Config:
     """Completions of each prompt."""
     max_staleness: int = 0
     """Weight versions that a sample may be behind when its step begins. 0 is synchronous and on-policy."""
+    late_groups: Literal["drop", "wait"] = "drop"
+    """A group that is still being sampled when the next version makes it too old: drop it, count it and admit another,
+    or let the step wait for it. Dropping never holds up a step, but where it happens often, long replies are lost."""
     old_logprobs: Literal["auto", "recompute", "rollout"] = "auto"
     """The proximal policy: the trainer's own log-probabilities at the start of the step, or the engine's. auto: the
     engine's where the doctor finds that noise alone would not clip them, else the trainer's."""

@@ -17,6 +17,10 @@ class SyncReport:
     """Whether every engine's digests were compared with the sender's."""
 
 
+class EngineLost(RuntimeError):
+    """The engine that sampled a group is gone; the group may be sampled again, by another or by its successor."""
+
+
 @runtime_checkable
 class Rollouts(Protocol):
     """The engines as one."""
@@ -24,7 +28,7 @@ class Rollouts(Protocol):
     async def sample(
         self, token_ids: list[int], n: int, *, seed: int | None, temperature: float | None = None
     ) -> list[Completion]:
-        """n completions of one prompt; `temperature=None` means the run's."""
+        """n completions of one prompt; `temperature=None` means the run's. Raises EngineLost."""
         ...
 
 

@@ -81,6 +81,13 @@ THRESHOLDS = [
         loose=(0.0, 0.3),
         advice="The correction throws much of the batch away: find the gap's cause, then widen its range.",
     ),
+    Threshold(
+        metric="staleness/dropped_frac",
+        tight=(0.0, 0.0),
+        loose=(0.0, 0.05),
+        advice="Groups became too old while they were sampled, and those are the long ones. Raise `max_staleness`, or "
+        "set `late_groups=wait`.",
+    ),
 ]
 
 

@@ -242,8 +242,13 @@ class Cluster:
 
     async def ask_engine(self, index: int, method: str, *args: Any, deadline_s: float) -> Any:
         """Call one engine; StallError when it is late."""
-        late = f"the driver waited {{s}} s for engine {index} to {method}"
-        return await answer(self.engines[index].call.remote(method, *args), late, deadline_s)
+        ref = self.engines[index].call.remote(method, *args)
+        try:
+            return await answer(ref, f"the driver waited {{s}} s for engine {index} to {method}", deadline_s)
+        except asyncio.CancelledError:
+            # The engine has other work: vLLM ends the requests of a cancelled call.
+            ray.cancel(ref)
+            raise
 
     async def ask_engines(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
         """Call every engine; StallError names the first that is late."""

@@ -140,8 +140,8 @@ class Run:
         summary |= {
             "steps": len(rows),
             "tokens": loop.trained_tokens if loop else 0,
-            "weight_version": loop.version if loop else 0,
-            "ledger": dict(loop.ledger.counts) if loop else {},
+            "weight_version": loop.flow.version if loop else 0,
+            "ledger": loop.flow.ledger.summary() if loop else {},
             "reward_first": rows[0]["reward/mean"] if rows else None,
             "reward_last": rows[-1]["reward/mean"] if rows else None,
             "alerts": len(self.tracker.alerts),

@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 
-from rl.config import Config, Deadlines
+from rl.config import Config, Deadlines, RolloutConfig
 from rl.data import stream
 from rl.loop import Loop, StallError
-from rl.protocols import SyncReport
+from rl.protocols import EngineLost, SyncReport
 from rl.rewards import RewardError
 from rl.types import Completion, Data, Prompt
 
@@ -108,10 +108,10 @@ def run(loop):
 
 def balanced(loop):
     """Every ordinal that left the stream is in exactly one state, and the counts say the same."""
-    ledger = loop.ledger
+    ledger = loop.flow.ledger
     assert sorted(ledger.states) == list(range(len(ledger.states)))
     assert +ledger.counts == Counter(ledger.states.values())
-    return +ledger.counts
+    return {state: n for state, n in ledger.summary().items() if n}
 
 
 def test_without_staleness_every_sample_is_from_the_policy_that_learns():
@@ -149,7 +149,7 @@ def test_every_prompt_ends_in_exactly_one_state(bound):
     loop = run(loop_of(engines, trainer, max_staleness=bound))
     assert balanced(loop) == {"trained": 12}
     trained = [int(g) for batch in trainer.batches for g in batch.group_ids.unique()]
-    assert sorted(trained) == [o for o, state in loop.ledger.states.items() if state == "trained"]
+    assert sorted(trained) == [o for o, state in loop.flow.ledger.states.items() if state == "trained"]
     assert all(len(batch.rewards) == 4 for batch in trainer.batches)
     assert loop.trained_tokens == 12 * 2 * 3
     assert loop.tracker.rows[-1]["ledger/trained"] == 12.0
@@ -201,7 +201,7 @@ def test_a_group_with_nan_logprobs_is_set_aside_and_replaced(bound):
     trainer, set_aside = Trainer(engines), []
     loop = run(loop_of(engines, trainer, set_aside=set_aside, max_staleness=bound))
     assert balanced(loop) == {"trained": 12, "filtered(nonfinite_logprobs)": 2}
-    filtered = {o for o, state in loop.ledger.states.items() if state.startswith("filtered")}
+    filtered = {o for o, state in loop.flow.ledger.states.items() if state.startswith("filtered")}
     assert {t.group for t in set_aside} == filtered
     assert all(math.isnan(t.logprobs[-1]) for t in set_aside), "kept as it came, for inspection"
     assert all(batch.rollout_logprobs.isfinite().all() for batch in trainer.batches)
@@ -252,22 +252,69 @@ def test_evaluation_happens_between_steps_and_is_logged_with_its_step():
     assert logged == {2: 2.0, 4: 4.0, 6: 6.0}
 
 
-def test_a_straggler_delays_no_step_until_it_is_as_old_as_the_bound_allows():
-    class OneSlow(Engines):
-        """The first group answers only when the engines hold version 1, and all others have long answered."""
+class OneSlow(Engines):
+    """The first group answers only when the engines hold version 1, and all others have long answered."""
 
-        async def sample(self, token_ids, n, *, seed, temperature=None):
-            first = self.calls == 0
-            completions = await super().sample(token_ids, n, seed=seed, temperature=temperature)
+    def __init__(self, turns):
+        super().__init__()
+        self.turns, self.cancelled = turns, False
+
+    async def sample(self, token_ids, n, *, seed, temperature=None):
+        first = self.calls == 0
+        completions = await super().sample(token_ids, n, seed=seed, temperature=temperature)
+        try:
             while first and self.version < 1:
                 await asyncio.sleep(0)
-            for _ in range(300 if first else 0):
+            for _ in range(self.turns if first else 0):
                 await asyncio.sleep(0)
-            return completions
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        return completions
 
-    engines = OneSlow()
+
+def test_a_straggler_that_became_too_old_is_dropped_and_counted_and_no_step_waits():
+    engines = OneSlow(turns=100_000)
     trainer = Trainer(engines, turns=3)
     loop = run(loop_of(engines, trainer, max_staleness=1, steps=8))
+    assert balanced(loop) == {"trained": 16, "filtered(too_old)": 1}
+    assert loop.flow.ledger.states[0] == "filtered(too_old)"
+    assert engines.cancelled, "the engines go on with other work"
+    assert max(trainer.ages) <= 1
+
+
+def test_a_group_whose_engine_was_lost_is_sampled_again():
+    class Flaky(Engines):
+        async def sample(self, token_ids, n, *, seed, temperature=None):
+            if self.calls in (1, 2, 5):
+                self.calls += 1
+                raise EngineLost("engine 0 is gone")
+            return await super().sample(token_ids, n, seed=seed)
+
+    engines = Flaky()
+    trainer = Trainer(engines)
+    assert balanced(run(loop_of(engines, trainer, max_staleness=1))) == {"trained": 12}
+    assert max(trainer.ages) <= 1
+
+
+def test_a_group_whose_engines_are_lost_too_often_counts_as_failed():
+    class Cursed(Engines):
+        async def sample(self, token_ids, n, *, seed, temperature=None):
+            if token_ids == PROMPTS[3].token_ids:
+                raise EngineLost("engine 0 is gone")
+            return await super().sample(token_ids, n, seed=seed)
+
+    engines = Cursed()
+    loop = run(loop_of(engines, Trainer(engines), rollout=RolloutConfig(retries=2)))
+    states = balanced(loop)
+    assert states["trained"] == 12
+    assert states["failed(engine_lost)"] >= 2
+
+
+def test_a_step_may_wait_for_a_straggler_and_then_waits_until_it_is_as_old_as_the_bound_allows():
+    engines = OneSlow(turns=300)
+    trainer = Trainer(engines, turns=3)
+    loop = run(loop_of(engines, trainer, max_staleness=1, steps=8, late_groups="wait"))
     # Step 1 went on without it, and step 2 waited for it: one version old, never two.
     assert 0 not in trainer.batches[0].group_ids
     assert 0 in trainer.batches[1].group_ids

@@ -27,6 +27,7 @@ CLEAN = {
         "rollout_corr/rollout_is_mean": 1.0000018,
         "rollout_corr/ess": 0.9999998,
         "rollout_corr/outside_frac": 0.0,
+        "staleness/dropped_frac": 0.0,
     },
     "bfloat16": {
         "rollout_corr/logprob_abs_diff_mean": 3.6e-2,
@@ -37,6 +38,7 @@ CLEAN = {
         "rollout_corr/rollout_is_mean": 1.001,
         "rollout_corr/ess": 0.9962,
         "rollout_corr/outside_frac": 0.0,
+        "staleness/dropped_frac": 0.0,
     },
 }
 
