@@ -46,6 +46,8 @@ class RolloutConfig:
     """Give every sample its own seed, so that its tokens do not depend on what else is in the batch."""
     retries: int = 3
     """How often a group is sampled again whose engine was lost, before it counts as failed."""
+    restarts: int = 3
+    """How often engines that were lost are started again in one run, before it ends."""
 
     @property
     def truncation(self) -> Truncation | None:

@@ -2,19 +2,23 @@
 
 import asyncio
 import time
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from rl.config import Config
+from rl.protocols import EngineLost
 from rl.tokens import encode
 from rl.types import Completion
 from rollout.settings import engine_args
 
+T = TypeVar("T")
 UNSENT = -100
 """Version of an engine that has had no weights from the learner yet. It holds random ones, and serves only the doctor,
 who may send versions below 0 of his own."""
@@ -45,7 +49,8 @@ class Engine:
 
     async def start(self) -> None:
         """Label the start weights and open for requests."""
-        await self.llm.update_weight_version(str(self.version))
+        await self._or_lost(self.llm.collective_rpc("end_with_parent"))
+        await self._or_lost(self.llm.update_weight_version(str(self.version)))
         self.open.set()
 
     async def sample(
@@ -121,49 +126,66 @@ class Engine:
         await self.open.wait()
         self.requests += 1
         prompt = {"prompt_token_ids": token_ids, "cache_salt": f"v{self.version}"}
-        return [o async for o in self.llm.generate(prompt, params, request_id=str(self.requests))][-1]
+        try:
+            return [o async for o in self.llm.generate(prompt, params, request_id=str(self.requests))][-1]
+        except EngineDeadError:
+            raise EngineLost("vLLM's own process is gone") from None
+
+    async def _or_lost(self, call: Awaitable[T]) -> T:
+        """vLLM's answer. EngineLost when its process dies, of which vLLM does not tell those that already wait."""
+        asked = asyncio.ensure_future(call)
+        while not asked.done():
+            await asyncio.wait([asked], timeout=1.0)
+            if not asked.done() and self.llm.errored:
+                asked.cancel()
+                raise EngineLost("vLLM's own process is gone")
+        try:
+            return await asked
+        except EngineDeadError:
+            raise EngineLost("vLLM's own process is gone") from None
 
     async def pause(self) -> None:
         """Freeze running requests where they are, with their KV (vLLM's defaults would abort them and clear it)."""
         self.open.clear()
         self.paused_at = time.perf_counter()
-        await self.llm.pause_generation(mode="keep", clear_cache=False)
+        await self._or_lost(self.llm.pause_generation(mode="keep", clear_cache=False))
 
     async def resume(self) -> float:
         """Go on sampling; returns the seconds of the pause."""
-        await self.llm.resume_generation()
+        await self._or_lost(self.llm.resume_generation())
         self.open.set()
         return time.perf_counter() - self.paused_at
 
     async def expected_weights(self) -> set[str]:
         """Checkpoint names that an update must bring."""
-        return set().union(*await self.llm.collective_rpc("expected_weights"))
+        return set().union(*await self._or_lost(self.llm.collective_rpc("expected_weights")))
 
     async def listen_to_weights(self, on: bool) -> None:
         """Whether the next updates are digested as they arrive."""
-        await self.llm.collective_rpc("listen_to_weights", args=(on,))
+        await self._or_lost(self.llm.collective_rpc("listen_to_weights", args=(on,)))
 
     async def received_digests(self) -> list[dict[str, str]]:
         """Digests of the last update by name, one dictionary for each of this engine's workers."""
-        return await self.llm.collective_rpc("received_digests")
+        return await self._or_lost(self.llm.collective_rpc("received_digests"))
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Join the weight channel."""
-        await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+        await self._or_lost(self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info)))
 
     async def start_weight_update(self) -> None:
         """Begin an update. The engine must be paused: a step between begin and commit kills vLLM."""
         assert not self.open.is_set(), "an update needs a paused engine"
-        await self.llm.start_weight_update()
+        await self._or_lost(self.llm.start_weight_update())
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive the tensors of an update (or of a part of it)."""
-        await self.llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        await self._or_lost(self.llm.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
 
     async def finish_weight_update(self, version: int) -> None:
         """Commit the update: tokens sampled from now on carry `version`."""
-        assert version > self.version, f"versions only grow: {self.version} -> {version}"
-        await self.llm.finish_weight_update(weight_version=str(version))
+        # The same version again is how an engine that came back gets the weights that the others hold.
+        assert version >= self.version, f"versions never fall: {self.version} -> {version}"
+        await self._or_lost(self.llm.finish_weight_update(weight_version=str(version)))
         self.version = version
 
     async def describe(self, messages: Any, template: dict[str, Any]) -> dict[str, Any]:
@@ -195,10 +217,14 @@ class Engine:
 
     async def trace(self, token_ids: list[int]) -> list[dict[str, Any]]:
         """Inputs and outputs of every layer that holds weights for one prompt, by worker. No cached prefix is used."""
-        await self.llm.collective_rpc("begin_trace")
+        await self._or_lost(self.llm.collective_rpc("begin_trace"))
         params = SamplingParams(max_tokens=1, top_k=1, detokenize=False, skip_reading_prefix_cache=True)
         await self._final(token_ids, params)
-        return await self.llm.collective_rpc("end_trace")
+        return await self._or_lost(self.llm.collective_rpc("end_trace"))
+
+    async def alive(self) -> None:
+        """Raise EngineLost when vLLM's processes are gone."""
+        await self._or_lost(self.llm.check_health())
 
     async def counters(self) -> dict[str, int]:
         """Requests served and requests aborted since the start, and the weight version."""

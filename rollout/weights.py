@@ -4,6 +4,9 @@ vLLM imports this module in its worker process (`worker_extension_cls`), before 
 gloo backend, the digesting variants of vLLM's own NCCL and IPC engines, and the cached fp32 head.
 """
 
+import os
+import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -162,6 +165,18 @@ def hf_names(model: nn.Module) -> set[str]:
 
 class WorkerExtension:
     """Methods that vLLM mixes into its worker, to be called by `collective_rpc`."""
+
+    def end_with_parent(self) -> None:
+        """From now on this process ends when the one that started it is gone, however that ended: vLLM's own processes
+        live on after a kill, and keep their memory."""
+        parent = os.getppid()
+
+        def watch() -> None:
+            while os.getppid() == parent:
+                time.sleep(1.0)
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True, name="end with parent").start()
 
     def expected_weights(self) -> list[str]:
         """Checkpoint names that an update must bring."""

@@ -1,15 +1,25 @@
-"""Which processes a run has left behind."""
+"""The processes of a run: which are left behind, and a way to kill one."""
+
+from collections.abc import Iterator
 
 import psutil
 
 
-def left_behind(mark: str) -> list[str]:
-    """Processes that carry the mark and live on."""
-    found = []
+def marked(mark: str) -> Iterator[tuple[psutil.Process, str]]:
+    """Live processes that carry the mark, and their command lines."""
     for process in psutil.process_iter():
         try:
             if process.environ().get("UNISON_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline())[:120])
+                yield process, " ".join(process.cmdline())[:120]
         except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
-    return found
+
+
+def left_behind(mark: str) -> list[str]:
+    """Processes that carry the mark and live on."""
+    return [command for _, command in marked(mark)]
+
+
+def kill_one(mark: str, name: str) -> None:
+    """Kill -9 a process whose command line begins with `name`."""
+    next(process for process, command in marked(mark) if command.startswith(name)).kill()

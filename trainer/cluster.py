@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rl import checkout
 from rl.config import Config
 from rl.loop import StallError, first_error
+from rl.protocols import EngineLost
 from rl.weights import check_complete
 from rollout.settings import engine_env
 from trainer.blame import StartError, root_cause
@@ -147,17 +148,29 @@ class Cluster:
         engine_vars = env | engine_env(device=p.device, backend=p.backend, threads=c.rollout.threads or threads)
         self.learner_threads = c.trainer.threads or threads
         learner_vars = env | (learner_env(self.learner_threads) if p.device == "cpu" else {})
-        common = self._common()
+        self.engine_options = [
+            options[index] | {"max_concurrency": 4096, "runtime_env": {"env_vars": engine_vars}}
+            for index in range(p.engines)
+        ]
         for index in range(p.engines):
-            engine = ray.remote(AsyncHost).options(
-                **options[index], max_concurrency=4096, runtime_env={"env_vars": engine_vars}
-            )
-            self.engines.append(engine.remote())
-            build = self.engines[index].build.remote(self.engine, checkout.digest(), common | {"backend": p.backend})
-            self.building.append(build)
+            engine, building = self._boot_engine(index)
+            self.engines.append(engine)
+            self.building.append(building)
         for index in range(p.learners):
             learner = ray.remote(Host).options(**options[p.engines + index], runtime_env={"env_vars": learner_vars})
             self.learners.append(learner.remote())
+
+    def _boot_engine(self, index: int) -> tuple[Any, Any]:
+        engine = ray.remote(AsyncHost).options(**self.engine_options[index]).remote()
+        more = {"backend": self.placement.backend}
+        return engine, engine.build.remote(self.engine, checkout.digest(), self._common() | more)
+
+    async def restart_engine(self, index: int) -> None:
+        """Put a new process in the place of an engine; it holds no weights, and no channel leads to it yet."""
+        ray.kill(self.engines[index])
+        self.engines[index], building = self._boot_engine(index)
+        await started(f"engine {index}", building, self.config.deadlines.start_s)
+        await self.ask_engine(index, "start", deadline_s=self.config.deadlines.sync_s)
 
     def _common(self) -> dict[str, Any]:
         """What engines and ranks are built from alike."""
@@ -180,7 +193,7 @@ class Cluster:
         except BaseExceptionGroup as group:
             raise first_error(group) from None
         await self.ask_engines("start")
-        await self._connect(address, ports[1])
+        await self.open_channel()
 
     def _actor_options(self) -> list[dict[str, Any]]:
         p = self.placement
@@ -206,8 +219,10 @@ class Cluster:
         found = [await answer(self.learners[0].address.remote(), late, 300) for _ in range(2)]
         return ("127.0.0.1" if self.started_ray else found[0][0]), [port for _, port in found]
 
-    async def _connect(self, address: str, port: int) -> None:
+    async def open_channel(self) -> None:
+        """Open the weight channel from the ranks to all engines; a second one replaces the first."""
         c, p = self.config, self.placement
+        address, (port, _) = await self._addresses()
         names = (await self.ask_learners("names"))[0]
         for index, expected in enumerate(await self.ask_engines("expected_weights")):
             check_complete(names, expected, f"engine {index}")
@@ -241,22 +256,22 @@ class Cluster:
     # -- asking --------------------------------------------------------------------------------------------------
 
     async def ask_engine(self, index: int, method: str, *args: Any, deadline_s: float) -> Any:
-        """Call one engine; StallError when it is late."""
+        """Call one engine; StallError when it is late, EngineLost when its process is gone."""
         ref = self.engines[index].call.remote(method, *args)
         try:
             return await answer(ref, f"the driver waited {{s}} s for engine {index} to {method}", deadline_s)
+        except ray.exceptions.RayActorError as error:
+            raise EngineLost(f"the process of engine {index} is gone ({str(error).splitlines()[0]})") from None
         except asyncio.CancelledError:
             # The engine has other work: vLLM ends the requests of a cancelled call.
             ray.cancel(ref)
             raise
 
     async def ask_engines(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
-        """Call every engine; StallError names the first that is late."""
-        return await gather_answers(
-            [e.call.remote(method, *args) for e in self.engines],
-            f"the driver waited {{s}} s for engine {{i}} to {method}",
-            deadline_s or self.config.deadlines.sync_s,
-        )
+        """Call every engine; StallError names the first that is late, EngineLost one that is gone."""
+        deadline_s = deadline_s or self.config.deadlines.sync_s
+        asking = [self.ask_engine(i, method, *args, deadline_s=deadline_s) for i in range(len(self.engines))]
+        return await asyncio.gather(*asking)
 
     async def ask_learners(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
         """Call every learner rank; StallError names the first that is late."""

@@ -2,14 +2,14 @@
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from statistics import fmean, pstdev
 
 from rl.config import Config
 from rl.data import sample_seed
-from rl.protocols import Rollouts
+from rl.protocols import EngineLost, Rollouts
 from rl.rewards import judge_in_time
-from rl.types import Prompt, Reply
+from rl.types import Completion, Prompt, Reply
 
 
 async def evaluate(
@@ -24,13 +24,24 @@ async def evaluate(
 
     async def problem(name: str, prompt: Prompt) -> list[float]:
         seed = sample_seed(config.seed + 7919, prompt.ordinal)
-        completions = await rollouts.sample(prompt.token_ids, k, seed=seed, temperature=config.eval_temperature)
+        completions = await patiently(
+            lambda: rollouts.sample(prompt.token_ids, k, seed=seed, temperature=config.eval_temperature),
+            config.rollout.retries,
+        )
         rewards = []
         for c in completions:
             text = decode(c.token_ids)
             reply = Reply(text=text, finished=c.finish_reason == "stop", task=prompt.task, token_ids=c.token_ids)
             rewards.append((await judge_in_time(config.reward, reply, prompt.ordinal, config.deadlines.reward_s))[0])
         return rewards
+
+    async def patiently(sample: Callable[[], Awaitable[list[Completion]]], retries: int) -> list[Completion]:
+        try:
+            return await sample()
+        except EngineLost:
+            if not retries:
+                raise
+            return await patiently(sample, retries - 1)
 
     metrics: dict[str, float] = {}
     for name, prompts in sets.items():

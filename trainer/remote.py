@@ -1,14 +1,16 @@
 """The engines and the ranks of a cluster, in the loop's own terms: sampling spread over engines, updates proven."""
 
+import asyncio
 import time
 
 import torch
 
 from rl.batch import collate, trajectory
-from rl.protocols import SyncReport
+from rl.protocols import EngineLost, SyncReport
 from rl.types import Batch, Completion, Prompt
 from rl.weights import WeightManifest, check_digests
 from trainer.cluster import Cluster
+from trainer.fleet import Fleet
 
 PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
 """Mean |trainer - engine| in nats of the probe after a verified update; bf16 is noisy even against itself."""
@@ -18,19 +20,24 @@ PROBE_TOKENS = 16
 class RemoteRollouts:
     """`rl.protocols.Rollouts` over the engines: each group goes to the engine with the fewest samples under way."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, fleet: Fleet | None = None) -> None:
         self.cluster = cluster
+        self.fleet = fleet or Fleet(cluster)
         self.load = [0] * len(cluster.engines)
 
     async def sample(
         self, token_ids: list[int], n: int, *, seed: int | None, temperature: float | None = None
     ) -> list[Completion]:
-        """n completions of one prompt."""
-        index = min(range(len(self.load)), key=lambda i: self.load[i])
+        """n completions of one prompt. Raises EngineLost when the engine is gone before it answers."""
+        index = min(await self.fleet.serving(), key=lambda i: self.load[i])
+        birth = self.fleet.births[index]
         self.load[index] += n
         try:
             deadline = self.cluster.config.deadlines.sample_s
             return await self.cluster.ask_engine(index, "sample", token_ids, n, seed, temperature, deadline_s=deadline)
+        except EngineLost as error:
+            self.fleet.lose(index, birth, str(error))
+            raise
         finally:
             self.load[index] -= n
 
@@ -38,12 +45,20 @@ class RemoteRollouts:
 class RemoteLearner:
     """`rl.protocols.Learner` over the ranks. `probe` is a prompt for checking engines after a verified update."""
 
-    def __init__(self, cluster: Cluster, *, probe: list[int]) -> None:
+    def __init__(self, cluster: Cluster, *, probe: list[int], fleet: Fleet | None = None) -> None:
         self.cluster = cluster
+        self.fleet = fleet or Fleet(cluster)
+        self.fleet.mend = self._mend
         self.probe = Prompt(ordinal=-1, token_ids=probe, task={})
+        self.version = 0
+        self.published = asyncio.Lock()
+        """Held while the learner's weights are not the published ones: from a step's start to its update's end."""
+        self.midway = False
+        """Whether engines may hold half an update."""
 
     async def step(self, batch: Batch) -> dict[str, float]:
-        """Train on one step's batch; all ranks return the same metrics."""
+        """Train on one step's batch; all ranks return the same metrics. Only `publish` may follow."""
+        await self.published.acquire()
         return (await self.cluster.ask_learners("step", batch))[0]
 
     async def publish(self, version: int) -> SyncReport:
@@ -51,22 +66,48 @@ class RemoteLearner:
         every = self.cluster.config.verify_every
         verify = version <= 1 or bool(every and version % every == 0)
         began = time.perf_counter()
-        manifest, pause_seconds = await self.send(version, digesting=verify)
+        manifest, pause_seconds = await self._deliver(version, verify)
         seconds = time.perf_counter() - began
-        if verify:
-            await self._verify(manifest)
+        self.version = version
+        if self.published.locked():
+            self.published.release()
         return SyncReport(seconds=seconds, pause_seconds=pause_seconds, bytes=manifest.total_bytes(), verified=verify)
+
+    async def _deliver(self, version: int, verify: bool) -> tuple[WeightManifest, float]:
+        """Send to every engine. Lost ones come back first, also those that are lost in the update itself."""
+        while True:
+            if self.fleet.lost:
+                await self.fleet.revive()
+                verify = True
+            try:
+                manifest, pause_seconds = await self.send(version, digesting=verify)
+                if verify:
+                    await self._verify(manifest)
+            except Exception:
+                if not await self.fleet.look_for_lost(self.midway):
+                    raise
+            else:
+                await self.fleet.back()
+                return manifest, pause_seconds
+
+    async def _mend(self) -> None:
+        """Bring back lost engines between two updates, with the published weights."""
+        async with self.published:
+            if self.fleet.lost:
+                await self._deliver(self.version, True)
 
     async def send(self, version: int, *, digesting: bool) -> tuple[WeightManifest, float]:
         """Give every engine the weights of now; returns what was sent and the longest pause in seconds.
 
-        When it fails the engines stay paused: they may hold half an update.
+        When it fails the engines stay paused; `midway` says whether they may hold half an update.
         """
         cluster = self.cluster
         await cluster.ask_engines("listen_to_weights", digesting)
         await cluster.ask_engines("pause")
         deadline = cluster.config.deadlines.sync_s
+        self.midway = True
         manifests = await cluster.ask_learners("publish", version, digesting, deadline_s=deadline)
+        self.midway = False
         return manifests[0], max(await cluster.ask_engines("resume"))
 
     async def _verify(self, manifest: WeightManifest) -> None:

@@ -16,6 +16,7 @@ from trainer.checkup import checkup
 from trainer.cluster import Cluster
 from trainer.doctor_report import save, show, token_table
 from trainer.evaluate import evaluate
+from trainer.fleet import Fleet
 from trainer.placement import Placement
 from trainer.preflight import Prepared, place, prepare
 from trainer.remote import RemoteLearner, RemoteRollouts
@@ -76,8 +77,9 @@ class Run:
     async def train(self) -> None:
         """Evaluate, train, evaluate, export."""
         config, cluster, summary, tokenizer = self.config, self.cluster, self.summary, self.prepared.tokenizer
-        rollouts = RemoteRollouts(cluster)
-        learner = RemoteLearner(cluster, probe=self.prepared.train[0].token_ids)
+        fleet = Fleet(cluster)
+        rollouts = RemoteRollouts(cluster, fleet)
+        learner = RemoteLearner(cluster, probe=self.prepared.train[0].token_ids, fleet=fleet)
         await self._check(learner)
 
         async def evaluated() -> dict[str, float]:
@@ -101,6 +103,7 @@ class Run:
         summary["train_seconds"] = time.perf_counter() - began
         summary["eval_after"] = {k: v for k, v in self.tracker.history[-1].items() if k.startswith("eval/")}
         summary["engines"] = await cluster.ask_engines("counters")
+        summary["engine_restarts"] = fleet.causes
         summary["learner_peak_gib"] = await cluster.ask_learners("peak_memory_gib")
         if config.save_final:
             with status("exporting the model"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from models import make_model
-from processes import left_behind
+from processes import kill_one, left_behind
 
 RECIPE = Path(__file__).parent / "recipes" / "echo.py"
 
@@ -89,6 +89,32 @@ def test_two_engines_and_two_ranks_overlap_sampling_with_updates_and_lose_no_req
     report = json.loads((tmp_path / "echo" / "doctor.json").read_text())
     assert (report["verdict"], len(report["evidence"]["samples"])) == ("well", 2)
     assert rows[0]["rollout_corr/logprob_abs_diff_mean"] <= 1e-5
+
+
+def test_engines_that_are_killed_come_back_with_the_weights_of_now_and_no_prompt_is_lost(
+    model: Path, tmp_path: Path
+) -> None:
+    flags = "--steps 10 --prompts-per-step 4 --group-size 4 --max-staleness 1 --tracking.wandb off --no-save-final"
+    process, mark = start(
+        model, tmp_path, *flags.split(), "--rollout.engines", "2", "--rollout.max-tokens", "100", "--verify-every", "3"
+    )
+    rows = tmp_path / "echo" / "metrics.jsonl"
+    # The actor that hosts an engine, and later the process that vLLM runs the model in.
+    for steps, name in ((2, "ray::AsyncHost"), (5, "VLLM::EngineCore")):
+        while not (rows.exists() and rows.read_text().count("reward/mean") >= steps):
+            assert process.poll() is None, (tmp_path / "terminal.log").read_text()[-3000:]
+            time.sleep(0.2)
+        kill_one(mark, name)
+    code, summary, steps = finish(process, tmp_path, seconds=500)
+    assert code == 0, (tmp_path / "terminal.log").read_text()[-3000:]
+    assert len(summary["engine_restarts"]) >= 2
+    assert summary["ledger"]["pending"] == 0
+    assert summary["ledger"]["trained"] == 40
+    assert [row["weight_sync/version"] for row in steps] == list(range(1, 11))
+    assert all(engine["version"] == 10 for engine in summary["engines"])
+    assert all(engine["aborted"] == 0 for engine in summary["engines"])
+    assert max(row["staleness/max"] for row in steps) <= 1
+    assert left_behind(mark) == []
 
 
 def test_ctrl_c_leaves_no_process_and_a_readable_folder(model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,198 @@
+"""Engines that are lost, between updates and in them: who serves, who is started again, and with which weights."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from rl.config import Config, RolloutConfig
+from rl.protocols import EngineLost
+from rl.types import Completion, Data
+from rl.weights import WeightManifest
+from trainer.blame import StartError
+from trainer.fleet import Fleet
+from trainer.remote import RemoteLearner, RemoteRollouts
+
+
+class Cluster:
+    """Engines as numbers. `deaths` says in which call (engine, method, how often before) an engine dies."""
+
+    def __init__(self, engines=2, deaths=(), restarts=3):
+        self.config = Config(
+            name="t",
+            model="m",
+            data=lambda: Data(train=[]),
+            reward=lambda reply: 1.0,
+            rollout=RolloutConfig(engines=engines, restarts=restarts),
+        )
+        self.engines, self.logs = list(range(engines)), "logs"
+        self.dead, self.deaths, self.calls = set(), set(deaths), []
+        self.holds = dict.fromkeys(self.engines)
+        """Weight version of each engine; None: no whole one."""
+        self.paused = {}
+
+    async def ask_engine(self, index, method, *args, deadline_s):
+        await asyncio.sleep(0)
+        self.calls.append((index, method))
+        if (index, method, self.calls.count((index, method))) in self.deaths:
+            self.dead.add(index)
+        if index in self.dead:
+            raise EngineLost(f"engine {index} is gone")
+        if method in ("pause", "resume"):
+            self.paused[index] = method == "pause"
+        while method == "sample" and self.paused.get(index):
+            await asyncio.sleep(0)
+        if method == "sample":
+            version = self.holds[index]
+            assert version is not None, "an engine without weights served"
+            return [Completion(token_ids=[1], logprobs=[-1.0], versions=[version], finish_reason="stop")]
+        return 0.0
+
+    async def ask_engines(self, method, *args, deadline_s=None):
+        return [await self.ask_engine(i, method, deadline_s=0) for i in self.engines]
+
+    async def ask_learners(self, method, *args, deadline_s=None):
+        if method == "step":
+            return [{}]
+        for i in self.engines:
+            self.holds[i] = None
+            await self.ask_engine(i, "receive", deadline_s=0)
+            self.holds[i] = args[0]
+        return [WeightManifest(version=args[0], tensors=(), digests={})]
+
+    async def restart_engine(self, index):
+        self.calls.append((index, "restart"))
+        self.dead.discard(index)
+        self.holds[index] = None
+
+    async def open_channel(self):
+        assert not self.dead
+
+
+def actors(cluster):
+    fleet = Fleet(cluster)
+    learner = RemoteLearner(cluster, probe=[1], fleet=fleet)
+
+    async def proven(manifest):
+        assert set(cluster.holds.values()) == {manifest.version}
+
+    learner._verify = proven
+    return SimpleNamespace(fleet=fleet, learner=learner, rollouts=RemoteRollouts(cluster, fleet))
+
+
+def restarted(cluster):
+    return [i for i, method in cluster.calls if method == "restart"]
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 10))
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+def test_a_lost_engine_comes_back_with_the_published_weights_while_no_update_is_under_way(engines):
+    cluster = Cluster(engines, deaths=[(0, "sample", 1)])
+
+    async def main():
+        a = actors(cluster)
+        await a.learner.publish(0)
+        with pytest.raises(EngineLost):
+            await a.rollouts.sample([1], 1, seed=0)
+        for _ in range(20):
+            (completion,) = await a.rollouts.sample([1], 1, seed=0)
+            assert completion.versions == [0]
+        assert a.fleet.lost == set()
+
+    run(main())
+    assert restarted(cluster) == [0]
+
+
+def test_between_a_step_and_its_update_nobody_gets_weights_that_have_no_version_yet():
+    cluster = Cluster(1, deaths=[(0, "sample", 1)])
+
+    async def main():
+        a = actors(cluster)
+        await a.learner.publish(0)
+        await a.learner.step(None)
+        with pytest.raises(EngineLost):
+            await a.rollouts.sample([1], 1, seed=0)
+        waiting = asyncio.create_task(a.rollouts.sample([1], 1, seed=0))
+        await asyncio.sleep(0.05)
+        assert restarted(cluster) == []
+        await a.learner.publish(1)
+        assert (await waiting)[0].versions == [1]
+
+    run(main())
+    assert restarted(cluster) == [0]
+
+
+def test_an_engine_that_dies_before_an_update_begins_is_the_only_one_started_again():
+    cluster = Cluster(3, deaths=[(1, "pause", 2)])
+
+    async def main():
+        a = actors(cluster)
+        await a.learner.publish(0)
+        await a.learner.publish(1)
+
+    run(main())
+    assert restarted(cluster) == [1]
+    assert set(cluster.holds.values()) == {1}
+
+
+def test_when_one_dies_within_an_update_all_that_may_hold_half_of_it_are_started_again():
+    cluster = Cluster(3, deaths=[(1, "receive", 2)])
+
+    async def main():
+        a = actors(cluster)
+        await a.learner.publish(0)
+        await a.learner.publish(1)
+        assert "engine 0 holds half an update" in a.fleet.causes
+
+    run(main())
+    assert restarted(cluster) == [0, 1, 2]
+    assert set(cluster.holds.values()) == {1}
+
+
+def test_the_last_words_of_an_old_process_do_not_condemn_its_successor():
+    cluster = Cluster(1)
+
+    async def main():
+        a = actors(cluster)
+        await a.learner.publish(0)
+        a.fleet.lose(0, 0, "gone")
+        await a.rollouts.sample([1], 1, seed=0)
+        a.fleet.lose(0, 0, "gone")
+        assert a.fleet.lost == set()
+
+    run(main())
+    assert restarted(cluster) == [0]
+
+
+def test_an_engine_that_dies_again_and_again_ends_the_run_with_the_reason():
+    cluster = Cluster(1, deaths=[(0, "sample", n) for n in range(1, 9)], restarts=2)
+
+    async def main():
+        a = actors(cluster)
+        await a.learner.publish(0)
+        for _ in range(9):
+            try:
+                await a.rollouts.sample([1], 1, seed=0)
+            except EngineLost:
+                continue
+
+    with pytest.raises(StartError, match=r"engine 0 was lost: engine 0 is gone.*2 times \(rollout\.restarts\)"):
+        run(main())
+
+
+def test_an_update_that_fails_while_all_engines_live_fails_with_its_own_error():
+    cluster = Cluster(2)
+
+    async def broken(method, *args, deadline_s=None):
+        raise ValueError("no gradient")
+
+    cluster.ask_learners = broken
+
+    async def main():
+        await actors(cluster).learner.publish(0)
+
+    with pytest.raises(ValueError, match="no gradient"):
+        run(main())
