@@ -35,7 +35,7 @@ def doctor(recipe: str, flags: list[str]) -> None:
     from trainer import report
     from trainer.checkup import Checkup, full_checkup, short_checkup
     from trainer.doctor_report import save, show, token_table
-    from trainer.preflight import place, prepare
+    from trainer.preflight import Prepared, place, prepare
     from trainer.run import fresh_folder
     from trainer.tracking import RunTracker
 
@@ -43,12 +43,25 @@ def doctor(recipe: str, flags: list[str]) -> None:
     name = f"{config.name}-doctor"
     folder = fresh_folder(Path(config.output_dir) / name)
 
+    async def record(reading: asyncio.Task[Prepared]) -> RunTracker:
+        """Open the record once the data was found good, while the actors start."""
+        await reading
+        settings = report.resolved(config)
+        return await asyncio.to_thread(
+            lambda: RunTracker(folder=folder, config=config.tracking, name=name, settings=settings)
+        )
+
     async def examined() -> Checkup:
         reading = asyncio.create_task(asyncio.to_thread(prepare, config))
-        result = await (short_checkup if short else full_checkup)(config, reading)
-        decode = (await reading).tokenizer.decode
+        opening = asyncio.create_task(record(reading))
+        try:
+            result = await (short_checkup if short else full_checkup)(config, reading)
+        except BaseException:
+            if opening.done() and not opening.exception():
+                opening.result().close({"status": "failed"})
+            raise
+        decode, tracker = (await reading).tokenizer.decode, await opening
         show(result, decode)
-        tracker = RunTracker(folder=folder, config=config.tracking, name=name, settings=report.resolved(config))
         save(result, folder, decode)
         tracker.table("doctor", token_table(result, decode))
         tracker.close({"status": "finished", "doctor": result.verdict})
