@@ -102,13 +102,18 @@ class GlooTrainerEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         info = GlooUpdateInfo(
             [m.name for m in meta], [str(m.dtype).split(".")[-1] for m in meta], [list(m.shape) for m in meta]
         )
-        self.client.start_weight_update()
         executor = ThreadPoolExecutor(1)
         try:
+            self.client.start_weight_update()
             received = executor.submit(self.client.update_weights, asdict(info))
             for bucket in buckets((m.name, m.dtype, m.shape) for m in meta):
                 self._send(pack(bucket, tensors), received)
             received.result()
+        except BaseException:
+            # The other ranks gather each layer together with this one, and would wait for it.
+            for _ in tensors:
+                pass
+            raise
         finally:
             executor.shutdown(wait=False)
         self.client.finish_weight_update()

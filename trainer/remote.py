@@ -101,7 +101,7 @@ class RemoteLearner:
 
         When it fails the engines stay paused; `midway` says whether they may hold half an update.
         """
-        cluster = self.cluster
+        cluster, self.midway = self.cluster, False
         await cluster.ask_engines("listen_to_weights", digesting)
         await cluster.ask_engines("pause")
         deadline = cluster.config.deadlines.sync_s

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from live import Live, engine_config
 from rl.batch import collate, trajectory
 from rl.types import Completion, Prompt
-from rl.weights import check_digests
+from rl.weights import TensorMeta, check_digests
 from trainer.model import load
 from trainer.weights import LearnerWeights
 
@@ -133,3 +133,27 @@ def test_an_incomplete_update_is_refused_and_names_what_is_missing(pair: tuple[L
     # Nothing was begun, so the engine goes on with the weights it has.
     engine.wait(engine.engine.resume())
     assert gap(str(new), engine.sample(PROMPT, 2, seed=9)) <= 1e-5
+
+
+def test_an_update_that_fails_gathers_to_its_end_so_that_no_rank_waits_for_the_sender() -> None:
+    from rollout.sender import GlooTrainerEngine, _Source
+
+    class Three:
+        left = ["a", "b", "c"]
+
+        def metadata(self) -> list[TensorMeta]:
+            return [TensorMeta(name=name, dtype="float32", shape=(2,)) for name in "abc"]
+
+        def __iter__(self):
+            while self.left:
+                yield self.left.pop(0), torch.zeros(2)
+
+    class Refuses:
+        def start_weight_update(self) -> None:
+            raise ConnectionError("engine 0 is gone")
+
+    weights = Three()
+    sender = GlooTrainerEngine(client=Refuses(), source=_Source(weights, set("abc")), is_sender=True)
+    with pytest.raises(ConnectionError, match="engine 0 is gone"):
+        sender.send_weights()
+    assert weights.left == []
