@@ -23,11 +23,13 @@ def judge(reward: Reward, reply: Reply, ordinal: int) -> tuple[float, dict[str, 
         result = reward(reply)
     except Exception as error:
         raise RewardError(f"{where} raised {type(error).__name__}: {error}") from error
-    parts = {k: float(v) for k, v in result.items()} if isinstance(result, Mapping) else {}
+    parts = dict(result) if isinstance(result, Mapping) else {}
+    if not all(isinstance(part, int | float) for part in parts.values()):
+        raise RewardError(f"{where} is {result!r}; return a finite float, or a dict of finite floats")
     total = sum(parts.values()) if isinstance(result, Mapping) else result
     if not isinstance(total, int | float) or not math.isfinite(total):
         raise RewardError(f"{where} is {result!r}; return a finite float, or a dict of finite floats")
-    return float(total), parts
+    return float(total), {name: float(part) for name, part in parts.items()}
 
 
 async def judge_in_time(
@@ -59,7 +61,9 @@ async def judge_in_time(
 
     threading.Thread(target=work, daemon=True, name=f"reward of prompt {ordinal}").start()
     try:
-        return await asyncio.wait_for(judged, deadline_s)
+        # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
+        async with asyncio.timeout(deadline_s):
+            return await judged
     except TimeoutError:
         raise RewardError(
             f"the reward of prompt {ordinal} took longer than {deadline_s:g} s (task {dict(reply.task)}, reply "

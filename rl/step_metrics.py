@@ -27,6 +27,6 @@ def batch_metrics(trajectories: list[Trajectory], version: int, group_size: int)
     }
     if group_size > 1:
         metrics["reward/frac_zero_std"] = fmean(pstdev(g) == 0 for g in groups.values())
-    for name in trajectories[0].reward_parts:
-        metrics[f"reward/{name}/mean"] = fmean(t.reward_parts[name] for t in trajectories)
+    for name in sorted({name for t in trajectories for name in t.reward_parts}):
+        metrics[f"reward/{name}/mean"] = fmean(t.reward_parts[name] for t in trajectories if name in t.reward_parts)
     return metrics

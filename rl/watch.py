@@ -85,7 +85,7 @@ THRESHOLDS = [
         metric="staleness/dropped_frac",
         tight=(0.0, 0.0),
         loose=(0.0, 0.05),
-        advice="Groups became too old while they were sampled, and those are the long ones. Raise `max_staleness`, or "
+        advice="Groups became too old before a step took them, and those are the long ones. Raise `max_staleness`, or "
         "set `late_groups=wait`.",
     ),
 ]

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rl import checkout
@@ -135,6 +135,8 @@ class Cluster:
         self.engines: list[Any] = []
         self.building: list[Any] = []
         self.learners: list[Any] = []
+        self.group: Any = None
+        """The GPUs that are set aside for the actors."""
         self.started_ray = False
         self.logs = ""
         """Folder of the actors' output."""
@@ -146,6 +148,7 @@ class Cluster:
         c, p = self.config, self.placement
         self.started_ray = start_ray(p)
         self.logs = log_folder()
+        self.sources = checkout.digest()
         options = self._actor_options()
         # What the driver can import, the actors can: an objective may live in a file beside its recipe.
         env = {"PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *filter(None, sys.path)])}
@@ -168,7 +171,7 @@ class Cluster:
     def _boot_engine(self, index: int) -> tuple[Any, Any]:
         engine = ray.remote(AsyncHost).options(**self.engine_options[index]).remote()
         more = {"backend": self.placement.backend}
-        return engine, engine.build.remote(self.engine, checkout.digest(), self._common() | more)
+        return engine, engine.build.remote(self.engine, self.sources, self._common() | more)
 
     async def restart_engine(self, index: int) -> None:
         """Put a new process in the place of an engine; it holds no weights, and no channel leads to it yet."""
@@ -184,14 +187,14 @@ class Cluster:
     async def start(self) -> None:
         """Build every rank, wait for the engines, and open the weight channel between them."""
         address, ports = await self._addresses()
-        sources, deadline = checkout.digest(), self.config.deadlines.start_s
+        deadline = self.config.deadlines.start_s
         rank = self._common() | {"address": address, "port": ports[0], "threads": self.learner_threads}
         try:
             async with asyncio.TaskGroup() as building:
                 for i, ref in enumerate(self.building):
                     building.create_task(started(f"engine {i}", ref, deadline))
                 for i, learner in enumerate(self.learners):
-                    ref = learner.build.remote("trainer.learner:Learner", sources, rank | {"rank": i})
+                    ref = learner.build.remote("trainer.learner:Learner", self.sources, rank | {"rank": i})
                     building.create_task(started(f"learner rank {i}", ref, deadline))
                     # The channel's side of a rank imports vLLM, for which there is time while the engines start.
                     learner.preload.remote("rollout.sender")
@@ -210,7 +213,7 @@ class Cluster:
             bundles = [{"GPU": p.gpus_per_engine, "CPU": 1.0}] * p.engines
             bundles += [{"GPU": p.gpus_per_learner, "CPU": 1.0}] * p.learners
             index = list(range(len(bundles)))
-        group = placement_group(bundles, strategy="PACK")
+        self.group = group = placement_group(bundles, strategy="PACK")
         ray.get(group.ready(), timeout=self.config.deadlines.start_s)
         gpus = [p.gpus_per_engine] * p.engines + [p.gpus_per_learner] * p.learners
         return [
@@ -254,6 +257,9 @@ class Cluster:
         for actor in [*self.engines, *self.learners]:
             ray.kill(actor)
         self.engines, self.learners = [], []
+        if self.group is not None:
+            remove_placement_group(self.group)
+            self.group = None
         if self.started_ray:
             ray.shutdown()
             self.started_ray = False
@@ -293,7 +299,9 @@ class Cluster:
 async def answer(ref: Any, late: str, deadline_s: float) -> Any:
     """Await one actor's answer; StallError with `late` ({s} is the deadline) when it does not come in time."""
     try:
-        return await asyncio.wait_for(_unwrapped(ref), deadline_s)
+        # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
+        async with asyncio.timeout(deadline_s):
+            return await _unwrapped(ref)
     except TimeoutError:
         raise StallError(late.replace("{s}", f"{deadline_s:g}") + f". Logs of all actors: {log_folder()}") from None
 

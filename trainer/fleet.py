@@ -18,7 +18,10 @@ class Fleet:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
+        self.gone: set[int] = set()
+        """Engines whose process must be replaced."""
         self.lost: set[int] = set()
+        """Those, and the ones that were started again and do not hold the published weights yet."""
         self.births = [0] * len(cluster.engines)
         """How often each engine was started again; tells an old process's last words from its successor's."""
         self.restarts = 0
@@ -41,12 +44,16 @@ class Fleet:
 
     def lose(self, engine: int, birth: int, cause: str) -> None:
         """A call to this engine failed because its process is gone: begin to bring it back."""
-        if birth != self.births[engine] or engine in self.lost:
+        if birth != self.births[engine] or engine in self.gone:
             return
-        self.lost.add(engine)
-        self.causes.append(f"engine {engine} was lost: {cause}")
+        self._lose(engine, cause)
         if self.mend and (self._mending is None or self._mending.done()):
             self._mending = asyncio.create_task(self._mend(), name="bring back lost engines")
+
+    def _lose(self, engine: int, cause: str) -> None:
+        self.gone.add(engine)
+        self.lost.add(engine)
+        self.causes.append(f"engine {engine} was lost: {cause}")
 
     async def _mend(self) -> None:
         assert self.mend is not None
@@ -57,41 +64,56 @@ class Fleet:
             await self._tell()
 
     async def revive(self) -> None:
-        """New processes for the lost engines, and a new weight channel to all of them. They hold no weights yet."""
+        """New processes for the engines that are gone, and a new weight channel to all. They hold no weights yet.
+
+        Raises StartError after `rollout.restarts` rounds, and EngineLost when another one dies meanwhile.
+        """
         most = self.cluster.config.rollout.restarts
-        if self.restarts == most:
-            raise StartError(
-                f"{self.causes[-1]}. It is not started again, for that was done {most} times (rollout.restarts). "
-                f"Output of all actors: {self.cluster.logs}"
-            )
-        self.restarts += 1
-        for engine in sorted(self.lost):
-            self.births[engine] += 1
-            await self.cluster.restart_engine(engine)
+        while self.gone:
+            if self.restarts == most:
+                raise StartError(
+                    f"{self.causes[-1]}. It is not started again, for that was done {most} times (rollout.restarts). "
+                    f"Output of all actors: {self.cluster.logs}"
+                )
+            self.restarts += 1
+            for engine in sorted(self.gone):
+                self.births[engine] += 1
+                await self.cluster.restart_engine(engine)
+                self.gone.discard(engine)
         await self.cluster.open_channel()
 
     async def look_for_lost(self, midway: bool) -> bool:
-        """Ask every engine whether it lives, after an update failed; True when one does not, or was lost before.
+        """Ask every engine whether it lives, after an update failed; True when one is gone.
 
         When the update was under way the others hold half of it, which nothing may be sampled with and which vLLM
-        cannot take back: they count as lost too.
+        cannot take back: they count as gone too.
         """
         everyone = set(range(len(self.births)))
-        for engine in everyone - self.lost:
+        for engine in everyone - self.gone:
             try:
                 await self.cluster.ask_engine(engine, "alive", deadline_s=ALIVE_S)
             except (EngineLost, StallError) as error:
-                self.lost.add(engine)
-                self.causes.append(f"engine {engine} was lost in a weight update: {error}")
-        if self.lost and midway:
-            self.causes += [f"engine {engine} holds half an update" for engine in sorted(everyone - self.lost)]
-            self.lost = everyone
-        return bool(self.lost)
+                self._lose(engine, f"{error}, in a weight update")
+        if self.gone and midway:
+            for engine in everyone - self.gone:
+                self._lose(engine, "it holds half an update, in which another was lost")
+        return bool(self.gone)
 
     async def back(self) -> None:
-        """Every engine holds the whole of the published version."""
-        self.lost.clear()
+        """Every engine that is not gone holds the whole of the published version."""
+        self.lost = set(self.gone)
+        self._error = None
         await self._tell()
+
+    async def counters(self) -> list[dict[str, int]]:
+        """What the serving engines counted."""
+        found = []
+        for engine in await self.serving():
+            try:
+                found.append(await self.cluster.ask_engine(engine, "counters", deadline_s=ALIVE_S))
+            except EngineLost as error:
+                self._lose(engine, str(error))
+        return found
 
     async def _tell(self) -> None:
         async with self._changed:

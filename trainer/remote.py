@@ -9,6 +9,7 @@ from rl.batch import collate, trajectory
 from rl.protocols import EngineLost, SyncReport
 from rl.types import Batch, Completion, Prompt
 from rl.weights import WeightManifest, check_digests
+from trainer.blame import StartError
 from trainer.cluster import Cluster
 from trainer.fleet import Fleet
 
@@ -66,34 +67,41 @@ class RemoteLearner:
         every = self.cluster.config.verify_every
         verify = version <= 1 or bool(every and version % every == 0)
         began = time.perf_counter()
-        manifest, pause_seconds = await self._deliver(version, verify)
+        manifest, pause_seconds, verify = await self._deliver(version, verify)
         seconds = time.perf_counter() - began
         self.version = version
         if self.published.locked():
             self.published.release()
         return SyncReport(seconds=seconds, pause_seconds=pause_seconds, bytes=manifest.total_bytes(), verified=verify)
 
-    async def _deliver(self, version: int, verify: bool) -> tuple[WeightManifest, float]:
-        """Send to every engine. Lost ones come back first, also those that are lost in the update itself."""
+    async def _deliver(self, version: int, verify: bool) -> tuple[WeightManifest, float, bool]:
+        """Send to every engine, and whether that was verified.
+
+        Lost engines come back first, also those that are lost in the update itself; then it is verified.
+        """
         while True:
-            if self.fleet.lost:
-                await self.fleet.revive()
-                verify = True
             try:
+                if self.fleet.lost:
+                    verify = True
+                    await self.fleet.revive()
                 manifest, pause_seconds = await self.send(version, digesting=verify)
                 if verify:
                     await self._verify(manifest)
+            except StartError:
+                raise
             except Exception:
+                # With every engine alive it is no loss but an error of its own, such as weights that did not arrive.
                 if not await self.fleet.look_for_lost(self.midway):
                     raise
+                self.midway = False
             else:
                 await self.fleet.back()
-                return manifest, pause_seconds
+                return manifest, pause_seconds, verify
 
     async def _mend(self) -> None:
         """Bring back lost engines between two updates, with the published weights."""
         async with self.published:
-            if self.fleet.lost:
+            while self.fleet.lost:
                 await self._deliver(self.version, True)
 
     async def send(self, version: int, *, digesting: bool) -> tuple[WeightManifest, float]:

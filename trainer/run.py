@@ -66,6 +66,7 @@ class Run:
             watch=Watch(config),
         )
         self.loop: Loop | None = None
+        self.fleet: Fleet | None = None
         self.summary: dict[str, Any] = {
             "name": config.name,
             "status": "failed",
@@ -77,7 +78,7 @@ class Run:
     async def train(self) -> None:
         """Evaluate, train, evaluate, export."""
         config, cluster, summary, tokenizer = self.config, self.cluster, self.summary, self.prepared.tokenizer
-        fleet = Fleet(cluster)
+        self.fleet = fleet = Fleet(cluster)
         rollouts = RemoteRollouts(cluster, fleet)
         learner = RemoteLearner(cluster, probe=self.prepared.train[0].token_ids, fleet=fleet)
         await self._check(learner)
@@ -102,13 +103,12 @@ class Run:
         await self.loop.run()
         summary["train_seconds"] = time.perf_counter() - began
         summary["eval_after"] = {k: v for k, v in self.tracker.history[-1].items() if k.startswith("eval/")}
-        summary["engines"] = await cluster.ask_engines("counters")
-        summary["engine_restarts"] = fleet.causes
         summary["learner_peak_gib"] = await cluster.ask_learners("peak_memory_gib")
         if config.save_final:
             with status("exporting the model"):
                 await cluster.ask_learners("export", str((self.folder / "model").resolve()))
                 tokenizer.save_pretrained(self.folder / "model")
+        summary["engines"] = await fleet.counters()
         summary["status"] = "finished"
 
     async def _check(self, learner: RemoteLearner) -> None:
@@ -144,6 +144,7 @@ class Run:
             "steps": len(rows),
             "tokens": loop.trained_tokens if loop else 0,
             "weight_version": loop.flow.version if loop else 0,
+            "engines_lost": self.fleet.causes if self.fleet else [],
             "ledger": loop.flow.ledger.summary() if loop else {},
             "reward_first": rows[0]["reward/mean"] if rows else None,
             "reward_last": rows[-1]["reward/mean"] if rows else None,

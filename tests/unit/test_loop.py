@@ -164,6 +164,14 @@ def test_rewards_reach_the_batch_of_their_own_prompt():
         assert batch.rewards.tolist() == [ids[0] + 0.5 for ids in batch.input_ids.tolist()]
 
 
+def test_a_part_that_only_some_replies_have_is_averaged_over_those():
+    engines = Engines()
+    parts = {0: {"right": 1.0, "short": 0.5}}
+    loop = run(loop_of(engines, Trainer(engines), reward=lambda reply: parts.get(reply.task["index"], {"right": 0.0})))
+    assert {row["reward/short/mean"] for row in loop.tracker.rows if "reward/short/mean" in row} == {0.5}
+    assert all("reward/right/mean" in row for row in loop.tracker.rows)
+
+
 def test_a_reward_that_raises_ends_the_run_and_names_its_prompt():
     def reward(reply):
         if reply.task["index"] == 3:
@@ -179,7 +187,7 @@ def test_a_reward_that_raises_ends_the_run_and_names_its_prompt():
     assert balanced(loop)["pending"] >= 1
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, None, "1", {"a": 1.0, "b": math.nan}])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None, "1", {"a": 1.0, "b": math.nan}, {"a": None}])
 def test_a_reward_that_is_no_number_ends_the_run(bad):
     engines = Engines()
     trainer = Trainer(engines)
