@@ -193,8 +193,7 @@ class Loop:
             raise StallError(
                 f"step {step} waited {deadline:g} s for the engines: {len(self._ready)} of "
                 f"{self.config.prompts_per_step} groups are ready, {len(self._since)} are being sampled or judged"
-                f"{age}. "
-                "Look at the engines' log, or raise `deadlines.sample_s`"
+                f"{age}. Look at the engines' log, or raise `deadlines.sample_s`"
             ) from None
 
 
