@@ -16,6 +16,7 @@ from rl.config import Config
 from rl.protocols import EngineLost
 from rl.tokens import encode
 from rl.types import Completion
+from rollout import forkserver
 from rollout.settings import engine_args
 
 T = TypeVar("T")
@@ -39,6 +40,8 @@ class Engine:
     ) -> None:
         """`overrides` replace engine arguments: for experiments that show what a wrong setting does."""
         self.config = config
+        if device == "cpu":
+            forkserver.use()
         args = engine_args(config, device=device, backend=backend, model=model) | (overrides or {})
         self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
         self.version = version

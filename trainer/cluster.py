@@ -21,6 +21,7 @@ from rl.config import Config
 from rl.loop import StallError, first_error
 from rl.protocols import EngineLost
 from rl.weights import check_complete
+from rollout import forkserver
 from rollout.settings import engine_env
 from trainer.blame import StartError, root_cause
 from trainer.placement import Placement, default_threads
@@ -72,7 +73,13 @@ class Host:
 
 
 class AsyncHost(Host):
-    """The same for an object whose methods are coroutines."""
+    """The same for an engine, whose methods are coroutines."""
+
+    def build(self, target: str, sources: str, kwargs: dict[str, Any]) -> None:
+        """Make the engine; on CPU vLLM is imported for its own process at the same time as here."""
+        if kwargs["device"] == "cpu":
+            forkserver.start()
+        super().build(target, sources, kwargs)
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Await a method of the hosted object."""

@@ -40,3 +40,6 @@ weights = {name: tensor.clone() for name, tensor in learner.weights}
 if rank == "0":
     torch.save(weights, out)
     print("HISTORY " + json.dumps(history))
+# A rank that leaves while another still reads from it breaks the other's connection.
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()

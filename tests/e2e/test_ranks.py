@@ -39,7 +39,8 @@ def trained(model: Path, objective: str, ranks: int, stage: int) -> tuple[list[d
         for r in range(ranks)
     ]
     outputs = [p.communicate(timeout=180) for p in processes]
-    assert all(p.returncode == 0 for p in processes), outputs[0][1][-3000:]
+    ends = [(f"rank {r} ended with {p.returncode}", outputs[r][1][-3000:]) for r, p in enumerate(processes)]
+    assert all(p.returncode == 0 for p in processes), ends
     line = next(x for x in outputs[0][0].splitlines() if x.startswith("HISTORY "))
     return json.loads(line.removeprefix("HISTORY ")), torch.load(out, weights_only=True)
 
