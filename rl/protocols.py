@@ -21,6 +21,10 @@ class EngineLost(RuntimeError):
     """The engine that sampled a group is gone; the group may be sampled again, by another or by its successor."""
 
 
+class UpdateFailed(RuntimeError):
+    """A weight update was not taken, and every engine goes on with the weights that it had; it may be sent again."""
+
+
 @runtime_checkable
 class Rollouts(Protocol):
     """The engines as one."""

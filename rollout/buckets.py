@@ -30,13 +30,14 @@ def buckets(metas: Iterable[Meta], limit: int = BUCKET_BYTES) -> Iterator[Bucket
         yield items, size
 
 
-def pack(bucket: Bucket, tensors: Iterator[tuple[str, Tensor]]) -> Tensor:
+def pack(bucket: Bucket, tensors: Iterator[tuple[str, Tensor]], into: Tensor | None = None) -> Tensor:
     """One flat uint8 buffer of the bucket's tensors, drawn from `tensors` in order.
 
     Raises ValueError when the stream yields another tensor than was announced: both sides would cut differently.
     """
     items, size = bucket
-    buffer = torch.empty(size, dtype=torch.uint8)
+    # Zeros: the bytes between tensors take part in sums.
+    buffer = torch.zeros(size, dtype=torch.uint8) if into is None else into
     for (name, dtype, shape), offset in items:
         got_name, tensor = next(tensors, ("nothing more", torch.empty(0)))
         got = (got_name, tensor.dtype, tuple(tensor.shape))

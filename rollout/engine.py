@@ -48,7 +48,11 @@ class Engine:
         self.requests = 0
         self.aborted = 0
         self.open = asyncio.Event()
+        self.updating = False
+        """Whether an update has begun to change the live weights."""
         self.paused_at = 0.0
+        self.pause_seconds = 0.0
+        """How long the last update stopped sampling."""
 
     async def start(self) -> None:
         """Label the start weights and open for requests."""
@@ -150,8 +154,8 @@ class Engine:
     async def pause(self) -> None:
         """Freeze running requests where they are, with their KV (vLLM's defaults would abort them and clear it)."""
         self.open.clear()
-        self.paused_at = time.perf_counter()
         await self._or_lost(self.llm.pause_generation(mode="keep", clear_cache=False))
+        self.paused_at = time.perf_counter()
 
     async def resume(self) -> float:
         """Go on sampling; returns the seconds of the pause."""
@@ -175,9 +179,14 @@ class Engine:
         """Join the weight channel."""
         await self._or_lost(self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info)))
 
+    async def stage_weights(self, version: int) -> None:
+        """On CPU: begin to receive a version beside the live weights, while sampling goes on."""
+        await self._or_lost(self.llm.collective_rpc("stage_weights", args=(version,)))
+
     async def start_weight_update(self) -> None:
-        """Begin an update. The engine must be paused: a step between begin and commit kills vLLM."""
-        assert not self.open.is_set(), "an update needs a paused engine"
+        """Pause and begin an update: a step between begin and commit kills vLLM."""
+        await self.pause()
+        self.updating = True
         await self._or_lost(self.llm.start_weight_update())
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -185,11 +194,20 @@ class Engine:
         await self._or_lost(self.llm.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
 
     async def finish_weight_update(self, version: int) -> None:
-        """Commit the update: tokens sampled from now on carry `version`."""
+        """Commit the update, and resume: tokens sampled from now on carry `version`."""
         # The same version again is how an engine that came back gets the weights that the others hold.
         assert version >= self.version, f"versions never fall: {self.version} -> {version}"
+        if not self.updating:
+            # Staged weights are all here by now, so the pause only covers their exchange.
+            await self._or_lost(self.llm.start_weight_update())
+            await self.pause()
         await self._or_lost(self.llm.finish_weight_update(weight_version=str(version)))
-        self.version = version
+        self.version, self.updating = version, False
+        self.pause_seconds = await self.resume()
+
+    async def last_pause(self) -> float:
+        """Seconds that the last update stopped sampling."""
+        return self.pause_seconds
 
     async def describe(self, messages: Any, template: dict[str, Any]) -> dict[str, Any]:
         """What this engine really runs with, and how its own tokenizer writes one prompt (`messages` or plain text)."""
@@ -226,8 +244,10 @@ class Engine:
         return await self._or_lost(self.llm.collective_rpc("end_trace"))
 
     async def alive(self) -> None:
-        """Raise EngineLost when vLLM's processes are gone."""
+        """Raise EngineLost when vLLM's processes are gone, or an update was left half done, which nothing undoes."""
         await self._or_lost(self.llm.check_health())
+        if self.updating:
+            raise EngineLost("it holds half an update")
 
     async def counters(self) -> dict[str, int]:
         """Requests served and requests aborted since the start, and the weight version."""

@@ -1,28 +1,17 @@
-"""The trainer's end of the weight channel: vLLM's trainer transfer engines, and gloo beside them."""
+"""The trainer's end of the weight channel: ours between CPU processes, vLLM's trainer engines for NCCL and CUDA IPC."""
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from datetime import timedelta
-from typing import Any, ClassVar, Protocol, Self
+from dataclasses import asdict, replace
+from pathlib import Path
+from threading import Thread
+from time import perf_counter
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from vllm.distributed.utils import stateless_init_torch_distributed_process_group
-from vllm.distributed.weight_transfer.base import (
-    ParamMeta,
-    TrainerInitInfo,
-    TrainerWeightTransferEngine,
-    WeightSource,
-)
-from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+from rl.protocols import UpdateFailed
 from rl.weights import TensorMeta, check_complete
-from rollout.buckets import buckets, pack
-from rollout.weights import GlooInitInfo, GlooUpdateInfo, broadcast
+from rollout.channel import Layout, Outbox, join, reserve, this_host
 
 
 class Weights(Protocol):
@@ -33,102 +22,105 @@ class Weights(Protocol):
     def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
-class _Source(WeightSource):
-    """The learner's weights in vLLM's terms. Each update is checked for completeness before anything is sent."""
+class Sender(Protocol):
+    """Gives every engine the learner's weights of now, as the version that the client was told; on every rank."""
 
-    def __init__(self, weights: Weights, expected: set[str]) -> None:
-        self.weights, self.expected = weights, expected
-
-    def metadata(self) -> list[ParamMeta]:
-        metas = self.weights.metadata()
-        check_complete({m.name for m in metas}, self.expected, "the engine")
-        return [ParamMeta(m.name, getattr(torch, m.dtype), m.shape) for m in metas]
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(self.weights)
+    def send_weights(self) -> None: ...
 
 
-@dataclass
-class GlooTrainerInitInfo(TrainerInitInfo):
-    """Where the engines find the trainer; `world_size` counts the sender and every worker."""
+class GlooSender:
+    """Weights to engines on CPU. They receive while they sample, and pause to commit, once all of them are ready."""
 
-    backend: ClassVar[str] = "gloo"
-    master_address: str
-    master_port: int
-    world_size: int
-    timeout_s: float
+    def __init__(
+        self,
+        *,
+        weights: Weights,
+        expected: set[str],
+        client: Any,
+        rank: int,
+        address: str,
+        port: int,
+        world_size: int,
+        timeout_s: float,
+    ) -> None:
+        self.weights, self.expected, self.client, self.timeout_s = weights, expected, client, timeout_s
+        self.outbox: Outbox | None = None
+        self.seconds: dict[str, float] = {}
+        """Of the last update: `transfer` until the engines could read every byte, `stage` until all had the new
+        weights built, `commit` until all sampled with them."""
+        if rank == 0:
+            self.outbox = self._meet(address, port, world_size)
 
+    def _meet(self, address: str, port: int, world_size: int) -> Outbox:
+        layout = Layout.of(self.weights.metadata())
+        layout = replace(layout, segment=reserve(sum(b[1] for b, _ in layout.buckets())), host=this_host())
+        info = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": world_size}
+        info |= {"timeout_s": self.timeout_s, "layout": asdict(layout)}
+        failed: list[Exception] = []
 
-class GlooTrainerEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
-    """Sends buckets over gloo, on CPU."""
+        def call() -> None:
+            try:
+                self.client.init_weight_transfer_engine(info)
+            except Exception as error:
+                failed.append(error)
 
-    init_info_cls = GlooTrainerInitInfo
-    group: ProcessGroup | None = None
-
-    @classmethod
-    def trainer_init(cls, init_info: GlooTrainerInitInfo, *, client: Any, source: WeightSource | None = None) -> Self:
-        assert source is not None, "gloo sends whole models: it needs a source"
-        engine = cls(client=client, source=source, is_sender=init_info.is_sender)
-        if not engine.is_sender:
-            return engine
-        worker = GlooInitInfo(
-            init_info.master_address, init_info.master_port, 1, init_info.world_size, init_info.timeout_s
-        )
-        executor = ThreadPoolExecutor(1)
+        # A daemon: an engine that died in the rendezvous must not turn its error into a hang.
+        meeting = Thread(target=call, daemon=True, name="meet the engines")
+        meeting.start()
         try:
-            joined = executor.submit(client.init_weight_transfer_engine, asdict(worker))
-            engine.group = stateless_init_torch_distributed_process_group(
-                init_info.master_address,
-                init_info.master_port,
-                0,
-                init_info.world_size,
-                "gloo",
-                timeout=timedelta(seconds=init_info.timeout_s),
-            )
-            joined.result()
+            outbox = Outbox(join(address, port, 0, world_size, self.timeout_s), layout)
+            meeting.join(self.timeout_s)
+        except RuntimeError:
+            raise (
+                failed[0]
+                if failed
+                else TimeoutError(
+                    f"no weight channel within {self.timeout_s:g} s: not every engine came to {address}:{port}"
+                )
+            ) from None
         finally:
-            # Not joined: an engine that died in the rendezvous must not turn its error into a hang.
-            executor.shutdown(wait=False)
-        return engine
+            # What is mapped stays; no name is left behind, however this run ends.
+            if layout.segment:
+                Path(layout.segment).unlink()
+        if failed:
+            raise failed[0]
+        return outbox
 
     def send_weights(self) -> None:
-        assert self.source is not None
-        meta = self.source.metadata()
-        tensors = iter(self.source)
-        if not self.is_sender:
-            for _ in tensors:
-                pass
-            return
-        info = GlooUpdateInfo(
-            [m.name for m in meta], [str(m.dtype).split(".")[-1] for m in meta], [list(m.shape) for m in meta]
-        )
-        executor = ThreadPoolExecutor(1)
+        """Raises ValueError before anything is sent when a tensor is missing, and UpdateFailed when the engines did not
+        take the update: they then go on with the weights they have, and this sender is of no more use."""
+        check_complete({m.name for m in self.weights.metadata()}, self.expected, "the engine")
+        tensors = iter(self.weights)
         try:
-            self.client.start_weight_update()
-            received = executor.submit(self.client.update_weights, asdict(info))
-            for bucket in buckets((m.name, m.dtype, m.shape) for m in meta):
-                self._send(pack(bucket, tensors), received)
-            received.result()
-        except BaseException:
+            if self.outbox is not None:
+                self._send(self.outbox, tensors)
+        finally:
             # The other ranks gather each layer together with this one, and would wait for it.
             for _ in tensors:
                 pass
-            raise
-        finally:
-            executor.shutdown(wait=False)
-        self.client.finish_weight_update()
 
-    def _send(self, buffer: Tensor, received: Future[None]) -> None:
-        """Broadcast one bucket; when that fails, the engines' own error says more than gloo's."""
+    def _send(self, outbox: Outbox, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        version = self.client.version
+        began = perf_counter()
+        self.client.stage_weights(version)
+        asked = perf_counter()
         try:
-            broadcast(self.group, buffer)
-        except RuntimeError:
-            if received.done():
-                received.result()
+            outbox.send(tensors, version)
+            sent = perf_counter()
+            outbox.settle()
+        except UpdateFailed:
             raise
-
-
-WeightTransferTrainerFactory.register_engine("gloo", GlooTrainerEngine)
+        except RuntimeError as error:
+            # gloo's words for a peer that is gone or late.
+            raise UpdateFailed(f"weight update {version} was cut off ({str(error).splitlines()[0]})") from None
+        staged = perf_counter()
+        self.client.finish_weight_update()
+        self.seconds = {
+            "begin": asked - began,
+            "transfer": sent - asked,
+            "stage": staged - sent,
+            "commit": perf_counter() - staged,
+        }
 
 
 def open_sender(
@@ -142,18 +134,19 @@ def open_sender(
     port: int,
     world_size: int,
     timeout_s: float,
-) -> TrainerWeightTransferEngine[Any]:
+) -> Sender:
     """Meet the engines and return what sends them the learner's weights; called on every learner rank.
 
-    `expected` are the names that every update must bring, `client` carries vLLM's four control calls to all engines,
-    `world_size` counts rank 0 and every engine worker. Raises ValueError for an unknown backend, and whatever the
-    rendezvous raises after `timeout_s` seconds.
+    `expected` are the names that every update must bring, `client` carries vLLM's control calls to all engines (and
+    `stage_weights`, on CPU), `world_size` counts rank 0 and every engine worker. Raises ValueError for an unknown
+    backend, and whatever the rendezvous raises after `timeout_s` seconds.
     """
-    infos = {
-        "gloo": lambda: GlooTrainerInitInfo(address, port, world_size, timeout_s, rank=rank),
-        "nccl": lambda: NCCLTrainerInitInfo(address, port, world_size, rank=rank),
-        "ipc": lambda: IPCTrainerInitInfo(rank=rank, packed=True),
-    }
-    if backend not in infos:
-        raise ValueError(f"unknown weight channel {backend!r}; known: {sorted(infos)}")
-    return WeightTransferTrainerFactory.trainer_init(infos[backend](), client=client, source=_Source(weights, expected))
+    options = {"weights": weights, "expected": expected, "client": client, "rank": rank}
+    if backend == "gloo":
+        return GlooSender(**options, address=address, port=port, world_size=world_size, timeout_s=timeout_s)
+    if backend not in ("nccl", "ipc"):
+        raise ValueError(f"unknown weight channel {backend!r}; known: ['gloo', 'ipc', 'nccl']")
+    # Here, for it imports vLLM, which a learner on CPU can do without.
+    from rollout.vllm_sender import open_vllm_sender
+
+    return open_vllm_sender(backend, **options, address=address, port=port, world_size=world_size)

@@ -9,13 +9,10 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import BroadcastOptions, ProcessGroup
-from vllm.distributed.utils import stateless_init_torch_distributed_process_group
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -24,40 +21,30 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from rl.protocols import UpdateFailed
 from rl.weights import digest
-from rollout.buckets import buckets, unpack
+from rollout.channel import Inbox, Layout, join
 from rollout.head import forget_heads
+from rollout.staging import Twin
 from rollout.trace import Tracer
-
-
-def broadcast(group: ProcessGroup, tensor: Tensor) -> None:
-    """Broadcast from rank 0 over a group that is not the process's default one."""
-    options = BroadcastOptions()
-    options.rootRank = 0
-    options.rootTensor = 0
-    group.broadcast([tensor], options).wait()
 
 
 @dataclass
 class GlooInitInfo(WeightTransferInitInfo):
-    """Where the trainer waits, and this engine's place in the group. `timeout_s` bounds every wait in it."""
+    """Where the trainer waits, this engine's place in the group, and a `Layout`. `timeout_s` bounds every wait."""
 
     master_address: str
     master_port: int
     rank_offset: int
     world_size: int
     timeout_s: float
+    layout: dict[str, Any]
 
 
 @dataclass
 class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """Names, dtype names and shapes of one update, in the order of travel."""
-
-    names: list[str]
-    dtype_names: list[str]
-    shapes: list[list[int]]
+    """Nothing: see `GlooEngine.receive_weights`."""
 
 
 class _Listener:
@@ -95,49 +82,82 @@ class Digesting:
         forget_heads(self.model)
 
 
-class _Gloo(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """Receives buckets over gloo on CPU and loads them through vLLM's layerwise reload.
-
-    The reload is what repacks CPU linear weights (oneDNN): an in-place copy would change nothing, silently.
-    """
+class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
+    """Weights between CPU processes: received and built beside the live model, while it samples."""
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
-    group: ProcessGroup | None = None
+    inbox: Inbox | None = None
+    staged: "_Staged | None" = None
+    listening = False
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         parallel = self.parallel_config
-        self.group = stateless_init_torch_distributed_process_group(
-            init_info.master_address,
-            init_info.master_port,
-            init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank,
-            init_info.world_size,
-            "gloo",
-            timeout=timedelta(seconds=init_info.timeout_s),
-        )
+        rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        i = init_info
+        self.inbox = Inbox(join(i.master_address, i.master_port, rank, i.world_size, i.timeout_s), Layout(**i.layout))
+
+    def stage(self, version: int) -> None:
+        """Begin to receive a version, in a thread: the sender hears how it ends."""
+        assert self.inbox is not None, "init_transfer_engine comes first"
+        self.staged = _Staged(self.inbox, self.model, self.model_config, version, self.listening)
 
     def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
+        """Nothing to begin: the new weights are there."""
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        assert self.group is not None, "init_transfer_engine comes first"
-        dtypes = [getattr(torch, name) for name in update_info.dtype_names]
-        shapes = [tuple(shape) for shape in update_info.shapes]
-        for bucket in buckets(zip(update_info.names, dtypes, shapes, strict=True)):
-            # A fresh buffer each: the reload keeps views of it until a layer is whole.
-            buffer = torch.empty(bucket[1], dtype=torch.uint8)
-            broadcast(self.group, buffer)
-            self.model.load_weights(unpack(bucket, buffer))
+        raise NotImplementedError("this channel receives beside the live model: see `stage`")
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
+        """Exchange the live weights for the staged ones."""
+        assert self.staged is not None, "stage comes first"
+        self.digests = self.staged.commit()
+        self.staged = None
+        forget_heads(self.model)
 
     def shutdown(self) -> None:
-        self.group = None
+        self.inbox = None
 
 
-class GlooEngine(Digesting, _Gloo):
-    """Weights over gloo between CPU processes."""
+class _Staged(threading.Thread):
+    """One update on its way into a twin of the model."""
+
+    def __init__(self, inbox: Inbox, model: nn.Module, model_config: Any, version: int, listening: bool) -> None:
+        super().__init__(daemon=True, name=f"weights {version}")
+        self.inbox, self.model, self.model_config = inbox, model, model_config
+        self.version, self.listening = version, listening
+        self.digests: dict[str, str] = {}
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.inbox.receive(self.version, self._begin, self._take, self._finish)
+        except Exception as error:
+            self.error = error
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        self.twin = Twin(self.model)
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        self.twin.finish(self.model_config)
+
+    @torch.no_grad()
+    def _take(self, weights: list[tuple[str, Tensor]]) -> None:
+        if self.listening:
+            self.digests |= {name: digest(tensor) for name, tensor in weights}
+        self.twin.load(weights)
+
+    def commit(self) -> dict[str, str]:
+        """Make the new weights the live ones; returns their digests, if it listened."""
+        # The sender has heard by now that all is well, so the thread is about to end.
+        self.join(timeout=60)
+        if self.error or self.is_alive():
+            raise UpdateFailed(f"weight update {self.version} cannot be committed: {self.error or 'it is not whole'}")
+        self.twin.commit()
+        return self.digests
 
 
 class NCCLEngine(Digesting, NCCLWeightTransferEngine):
@@ -185,6 +205,10 @@ class WorkerExtension:
     def listen_to_weights(self, on: bool) -> None:
         """Whether the next updates are digested as they arrive."""
         self.weight_transfer_engine.listening = on
+
+    def stage_weights(self, version: int) -> None:
+        """Begin to receive a version beside the live weights; returns at once."""
+        self.weight_transfer_engine.stage(version)
 
     def received_digests(self) -> dict[str, str]:
         """Digests of the last update by name, empty unless listening."""

@@ -44,8 +44,8 @@ class AbortingUpdates(Engine):
 
     async def pause(self) -> None:
         self.open.clear()
-        self.paused_at = time.perf_counter()
         await self.llm.pause_generation()
+        self.paused_at = time.perf_counter()
 
 
 class ModelDtypeHead(_Overridden):

@@ -45,16 +45,20 @@ Number = tuple[float, float]
 
 
 class Channel:
-    """vLLM's four control calls, for the sender in a thread of its own."""
+    """The sender's control calls, which it makes in a thread of its own."""
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.loop = engine, asyncio.get_running_loop()
+        self.version = 1
 
     def _call(self, method: str, *args: Any) -> None:
         asyncio.run_coroutine_threadsafe(getattr(self.engine, method)(*args), self.loop).result(120)
 
     def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
         self._call("init_weight_transfer_engine", info)
+
+    def stage_weights(self, version: int) -> None:
+        self._call("stage_weights", version)
 
     def start_weight_update(self) -> None:
         self._call("start_weight_update")
@@ -63,7 +67,7 @@ class Channel:
         self._call("update_weights", info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._call("finish_weight_update", 1)
+        self._call("finish_weight_update", self.version)
 
 
 async def open_channel(engine: Any, policy: Any) -> Any:
@@ -111,9 +115,7 @@ async def across_an_update(target: str, new: Any, prompts: list[Prompt]) -> tupl
         wait = time.perf_counter() - began
         running = asyncio.create_task(sample(engine, prompts, 0))
         await asyncio.sleep(wait)
-        await engine.pause()
         await asyncio.to_thread(sender.send_weights)
-        await engine.resume()
         return await running, await sample(engine, prompts, 1000)
     finally:
         await engine.close()

@@ -11,6 +11,7 @@ import rollout.weights
 from live import Live
 from rl.types import Completion
 from rollout.head import forget_heads
+from rollout.staging import Twin
 from rollout.weights import WorkerExtension
 
 
@@ -20,27 +21,34 @@ class FaultyExtension(WorkerExtension):
     def plant(self, name: str, tensor: str = "") -> None:
         model = self.weight_transfer_engine.model
         sampler, logits = self.model_runner.sampler, model.logits_processor
-        load, mode, head_dtype = model.load_weights, sampler.logprobs_mode, logits.head_dtype
+        commit = Twin.commit
+        load, mode, head_dtype = type(model).load_weights, sampler.logprobs_mode, logits.head_dtype
 
         def undo() -> None:
-            model.load_weights, logits.head_dtype = load, head_dtype
+            Twin.commit = commit
+            type(model).load_weights, logits.head_dtype = load, head_dtype
             sampler.logprobs_mode = sampler.topk_topp_sampler.logprobs_mode = mode
             rollout.weights.forget_heads = forget_heads
             forget_heads(model)
 
         self.undo = undo
-        change: Callable[[torch.Tensor], torch.Tensor | None] = {
-            "not synced": lambda t: None,
+        change: Callable[[torch.Tensor], torch.Tensor] = {
             "scaled": lambda t: t * 1.02,
             "norm in bf16": lambda t: t.bfloat16().to(t.dtype),
         }.get(name, lambda t: t)
         changed = ((lambda n: n == tensor), (lambda n: "layernorm" in n))[name == "norm in bf16"]
 
-        def faulty(weights: Any) -> Any:
-            altered = ((n, change(t) if changed(n) else t) for n, t in weights)
-            return load([(n, t) for n, t in altered if t is not None])
+        def faulty(self: Any, weights: Any) -> Any:
+            return load(self, [(n, change(t) if changed(n) else t) for n, t in weights])
 
-        model.load_weights = faulty
+        def forgetful(self: Any) -> None:
+            left_out = self.model.get_submodule(tensor.removesuffix(".weight"))
+            self.pairs = [pair for pair in self.pairs if pair[1] is not left_out]
+            commit(self)
+
+        type(model).load_weights = faulty
+        if name == "not synced":
+            Twin.commit = forgetful
         if name == "raw":
             sampler.logprobs_mode = sampler.topk_topp_sampler.logprobs_mode = "raw_logprobs"
         if name == "bf16 head":

@@ -17,7 +17,7 @@ for name, value in engine_env(device="cpu", backend="gloo", threads=1).items():
 
 
 class Live:
-    """An engine with blocking calls, its weights read from disk as version 0; it has a sender's four calls too."""
+    """An engine with blocking calls, its weights read from disk as version 0; it has a sender's control calls too."""
 
     def __init__(self, config: Config, version: int = 0, **overrides: Any) -> None:
         from rollout.engine import Engine
@@ -49,6 +49,9 @@ class Live:
     def init_weight_transfer_engine(self, info: dict) -> None:
         self.wait(self.engine.init_weight_transfer_engine(info))
 
+    def stage_weights(self, version: int) -> None:
+        self.wait(self.engine.stage_weights(version))
+
     def start_weight_update(self) -> None:
         self.wait(self.engine.start_weight_update())
 
@@ -78,9 +81,7 @@ class Live:
 
     def update(self, sender: Any, version: int) -> None:
         self.version = version
-        self.wait(self.engine.pause())
         sender.send_weights()
-        self.wait(self.engine.resume())
 
     def close(self) -> None:
         self.wait(self.engine.close())

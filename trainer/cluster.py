@@ -118,8 +118,12 @@ class EngineClient:
             refs.append(engine.call.remote("init_weight_transfer_engine", mine))
         self._wait(refs, "join the weight channel")
 
+    def stage_weights(self, version: int) -> None:
+        """Receive beside the live weights (CPU)."""
+        self._all("stage_weights", version)
+
     def start_weight_update(self) -> None:
-        """Begin."""
+        """Pause and begin."""
         self._all("start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -127,7 +131,7 @@ class EngineClient:
         self._all("update_weights", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Commit, as the version that `publish` set: vLLM's own senders give none."""
+        """Commit as the version that `publish` set (vLLM's own senders give none), and resume."""
         self._all("finish_weight_update", self.version)
 
 
@@ -203,8 +207,9 @@ class Cluster:
                 for i, learner in enumerate(self.learners):
                     ref = learner.build.remote("trainer.learner:Learner", self.sources, rank | {"rank": i})
                     building.create_task(started(f"learner rank {i}", ref, deadline))
-                    # The channel's side of a rank imports vLLM, for which there is time while the engines start.
-                    learner.preload.remote("rollout.sender")
+                    if self.placement.backend != "gloo":
+                        # This side of the channel imports vLLM, for which there is time while the engines start.
+                        learner.preload.remote("rollout.vllm_sender")
         except BaseExceptionGroup as group:
             raise first_error(group) from None
         await self.ask_engines("start")

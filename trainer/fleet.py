@@ -82,21 +82,13 @@ class Fleet:
                 self.gone.discard(engine)
         await self.cluster.open_channel()
 
-    async def look_for_lost(self, midway: bool) -> bool:
-        """Ask every engine whether it lives, after an update failed; True when one is gone.
-
-        When the update was under way the others hold half of it, which nothing may be sampled with and which vLLM
-        cannot take back: they count as gone too.
-        """
-        everyone = set(range(len(self.births)))
-        for engine in everyone - self.gone:
+    async def look_for_lost(self) -> bool:
+        """Ask every engine whether it lives and holds whole weights, after an update failed; True when one does not."""
+        for engine in set(range(len(self.births))) - self.gone:
             try:
                 await self.cluster.ask_engine(engine, "alive", deadline_s=ALIVE_S)
             except (EngineLost, StallError) as error:
                 self._lose(engine, f"{error}, in a weight update")
-        if self.gone and midway:
-            for engine in everyone - self.gone:
-                self._lose(engine, "it holds half an update, in which another was lost")
         return bool(self.gone)
 
     async def back(self) -> None:

@@ -6,7 +6,7 @@ import time
 import torch
 
 from rl.batch import collate, trajectory
-from rl.protocols import EngineLost, SyncReport
+from rl.protocols import EngineLost, SyncReport, UpdateFailed
 from rl.types import Batch, Completion, Prompt
 from rl.weights import WeightManifest, check_digests
 from trainer.blame import StartError
@@ -16,6 +16,8 @@ from trainer.fleet import Fleet
 PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
 """Mean |trainer - engine| in nats of the probe after a verified update; bf16 is noisy even against itself."""
 PROBE_TOKENS = 16
+UPDATE_RETRIES = 3
+"""How often an update that no engine took is sent again, over a new channel."""
 
 
 class RemoteRollouts:
@@ -54,8 +56,8 @@ class RemoteLearner:
         self.version = 0
         self.published = asyncio.Lock()
         """Held while the learner's weights are not the published ones: from a step's start to its update's end."""
-        self.midway = False
-        """Whether engines may hold half an update."""
+        self.failed_updates = 0
+        """Updates that the engines refused as a whole, and that were sent again."""
 
     async def step(self, batch: Batch) -> dict[str, float]:
         """Train on one step's batch; all ranks return the same metrics. Only `publish` may follow."""
@@ -63,7 +65,8 @@ class RemoteLearner:
         return (await self.cluster.ask_learners("step", batch))[0]
 
     async def publish(self, version: int) -> SyncReport:
-        """Pause, send, commit, resume; verified for the start weights, the first update, and each `verify_every`."""
+        """Send to all engines, each of which commits once all are ready. Verified for the start weights, the first
+        update, and each `verify_every`."""
         every = self.cluster.config.verify_every
         verify = version <= 1 or bool(every and version % every == 0)
         began = time.perf_counter()
@@ -79,6 +82,7 @@ class RemoteLearner:
 
         Lost engines come back first, also those that are lost in the update itself; then it is verified.
         """
+        failures = 0
         while True:
             try:
                 if self.fleet.lost:
@@ -89,11 +93,15 @@ class RemoteLearner:
                     await self._verify(manifest)
             except StartError:
                 raise
-            except Exception:
-                # With every engine alive it is no loss but an error of its own, such as weights that did not arrive.
-                if not await self.fleet.look_for_lost(self.midway):
+            except Exception as error:
+                # With every engine whole it is no loss but an error of its own, such as a tensor without a name.
+                if await self.fleet.look_for_lost():
+                    continue
+                failures += isinstance(error, UpdateFailed)
+                if not isinstance(error, UpdateFailed) or failures > UPDATE_RETRIES:
                     raise
-                self.midway = False
+                self.failed_updates += 1
+                await self.cluster.open_channel()
             else:
                 await self.fleet.back()
                 return manifest, pause_seconds, verify
@@ -105,18 +113,12 @@ class RemoteLearner:
                 await self._deliver(self.version, True)
 
     async def send(self, version: int, *, digesting: bool) -> tuple[WeightManifest, float]:
-        """Give every engine the weights of now; returns what was sent and the longest pause in seconds.
-
-        When it fails the engines stay paused; `midway` says whether they may hold half an update.
-        """
-        cluster, self.midway = self.cluster, False
+        """Give every engine the weights of now; returns what was sent and the longest pause in seconds."""
+        cluster = self.cluster
         await cluster.ask_engines("listen_to_weights", digesting)
-        await cluster.ask_engines("pause")
         deadline = cluster.config.deadlines.sync_s
-        self.midway = True
         manifests = await cluster.ask_learners("publish", version, digesting, deadline_s=deadline)
-        self.midway = False
-        return manifests[0], max(await cluster.ask_engines("resume"))
+        return manifests[0], max(await cluster.ask_engines("last_pause"))
 
     async def _verify(self, manifest: WeightManifest) -> None:
         """Did every tensor arrive, bit for bit, and does each engine act like the trainer?

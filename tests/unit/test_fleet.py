@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from rl.config import Config, RolloutConfig
-from rl.protocols import EngineLost
+from rl.protocols import EngineLost, UpdateFailed
 from rl.types import Completion, Data
 from rl.weights import WeightManifest
 from trainer.blame import StartError
@@ -15,9 +15,10 @@ from trainer.remote import RemoteLearner, RemoteRollouts
 
 
 class Cluster:
-    """Engines as numbers. `deaths` says in which call (engine, method, how often before) an engine dies."""
+    """Engines as numbers. `deaths` says in which call (engine, method, how often) an engine dies; `refusals` in which
+    update all engines refuse what was staged. With `in_place` an update changes the live weights, as on GPUs."""
 
-    def __init__(self, engines=2, deaths=(), restarts=3):
+    def __init__(self, engines=2, deaths=(), restarts=3, refusals=(), in_place=False):
         self.config = Config(
             name="t",
             model="m",
@@ -29,7 +30,8 @@ class Cluster:
         self.dead, self.deaths, self.calls = set(), set(deaths), []
         self.holds = dict.fromkeys(self.engines)
         """Weight version of each engine; None: no whole one."""
-        self.paused = {}
+        self.updating, self.channels = set(), 0
+        self.refusals, self.in_place, self.stages = set(refusals), in_place, 0
 
     async def ask_engine(self, index, method, *args, deadline_s):
         await asyncio.sleep(0)
@@ -38,9 +40,9 @@ class Cluster:
             self.dead.add(index)
         if index in self.dead:
             raise EngineLost(f"engine {index} is gone")
-        if method in ("pause", "resume"):
-            self.paused[index] = method == "pause"
-        while method == "sample" and self.paused.get(index):
+        if method == "alive" and index in self.updating:
+            raise EngineLost("it holds half an update")
+        while method == "sample" and index in self.updating:
             await asyncio.sleep(0)
         if method == "sample":
             version = self.holds[index]
@@ -55,18 +57,28 @@ class Cluster:
         if method == "step":
             return [{}]
         for i in self.engines:
-            self.holds[i] = None
-            await self.ask_engine(i, "receive", deadline_s=0)
+            if self.in_place:
+                self.updating.add(i)
+                self.holds[i] = None
+            await self.ask_engine(i, "receive" if self.in_place else "stage", deadline_s=0)
+        self.stages += 1
+        if self.stages in self.refusals:
+            raise UpdateFailed("bucket 1 changed on its way")
+        for i in self.engines:
+            await self.ask_engine(i, "commit", deadline_s=0)
             self.holds[i] = args[0]
+            self.updating.discard(i)
         return [WeightManifest(version=args[0], tensors=(), digests={})]
 
     async def restart_engine(self, index):
         self.calls.append((index, "restart"))
         self.dead.discard(index)
+        self.updating.discard(index)
         self.holds[index] = None
 
     async def open_channel(self):
         assert not self.dead
+        self.channels += 1
 
 
 def actors(cluster):
@@ -126,7 +138,7 @@ def test_between_a_step_and_its_update_nobody_gets_weights_that_have_no_version_
 
 
 def test_an_engine_that_dies_before_an_update_begins_is_the_only_one_started_again():
-    cluster = Cluster(3, deaths=[(1, "pause", 2)])
+    cluster = Cluster(3, deaths=[(1, "listen_to_weights", 2)])
 
     async def main():
         a = actors(cluster)
@@ -138,8 +150,8 @@ def test_an_engine_that_dies_before_an_update_begins_is_the_only_one_started_aga
     assert set(cluster.holds.values()) == {1}
 
 
-def test_when_one_dies_within_an_update_all_that_may_hold_half_of_it_are_started_again():
-    cluster = Cluster(3, deaths=[(1, "receive", 2)])
+def test_when_one_dies_in_an_update_in_place_all_that_hold_half_of_it_are_started_again():
+    cluster = Cluster(3, deaths=[(1, "receive", 2)], in_place=True)
 
     async def main():
         a = actors(cluster)
@@ -148,8 +160,51 @@ def test_when_one_dies_within_an_update_all_that_may_hold_half_of_it_are_started
         assert any(cause.startswith("engine 0 was lost: it holds half an update") for cause in a.fleet.causes)
 
     run(main())
-    assert restarted(cluster) == [0, 1, 2]
+    # Engine 2 had not begun.
+    assert restarted(cluster) == [0, 1]
     assert set(cluster.holds.values()) == {1}
+
+
+@pytest.mark.parametrize("phase", ["stage", "commit"])
+def test_when_one_dies_in_a_staged_update_the_others_go_on_and_get_it_again(phase):
+    cluster = Cluster(3, deaths=[(1, phase, 2)])
+
+    async def main():
+        a = actors(cluster)
+        await a.learner.publish(0)
+        await a.learner.publish(1)
+
+    run(main())
+    assert restarted(cluster) == [1]
+    assert set(cluster.holds.values()) == {1}
+
+
+def test_an_update_that_no_engine_took_is_sent_again_over_a_new_channel_and_no_engine_is_started_again():
+    cluster = Cluster(2, refusals=[2, 3])
+
+    async def main():
+        a = actors(cluster)
+        await a.learner.publish(0)
+        await a.learner.publish(1)
+        assert a.learner.failed_updates == 2
+
+    run(main())
+    assert restarted(cluster) == []
+    assert cluster.channels == 2
+    assert set(cluster.holds.values()) == {1}
+
+
+def test_an_update_that_is_refused_again_and_again_ends_the_run_with_its_reason():
+    cluster = Cluster(2, refusals=range(2, 9))
+
+    async def main():
+        a = actors(cluster)
+        await a.learner.publish(0)
+        await a.learner.publish(1)
+
+    with pytest.raises(UpdateFailed, match="bucket 1 changed on its way"):
+        run(main())
+    assert set(cluster.holds.values()) == {0}
 
 
 def test_the_last_words_of_an_old_process_do_not_condemn_its_successor():
@@ -197,7 +252,7 @@ def test_engines_that_die_while_another_comes_back_come_back_too():
 
 
 def test_weights_that_do_not_arrive_at_an_engine_that_came_back_are_told_as_such():
-    cluster = Cluster(1, deaths=[(0, "pause", 2)])
+    cluster = Cluster(1, deaths=[(0, "listen_to_weights", 2)])
 
     async def main():
         a = actors(cluster)

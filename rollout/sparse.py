@@ -1,0 +1,127 @@
+"""Lossless updates of 16-bit weights that send only what changed.
+
+After one optimizer step at the learning rates of RL, most bf16 values are bit for bit those of before. An update is
+coded as the gaps between changed positions and the differences of the bit patterns, each close to its entropy: gaps
+are geometric, so their low bits are noise and travel raw, and all the rest goes through zlib's Huffman coder.
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ESCAPE = 255
+_MEAN_QUOTIENT = 32
+_COUNTS = 6
+
+
+def encode(old: Tensor, new: Tensor) -> Tensor:
+    """What turns `old` into `new`, both flat int16: a flat uint8 tensor. Raises ValueError for other types or sizes."""
+    if old.dtype != torch.int16 or new.dtype != torch.int16 or old.shape != new.shape or old.dim() != 1:
+        raise ValueError(f"encode takes two flat int16 tensors of one size, not {old.dtype} and {new.dtype}")
+    changed = _changed(old, new)
+    gaps = changed.diff(prepend=torch.tensor([-1])).sub_(1).numpy()
+    steps = (new[changed] - old[changed]).numpy()
+    low = _low_bits(len(changed), new.numel())
+    parts = [
+        *_bytes(gaps >> low),
+        _raw_bits(gaps, low),
+        *_bytes(_zigzag(steps)),
+    ]
+    head = np.array([new.numel(), len(changed), *(len(p) for p in parts[:4])], dtype=np.int64)
+    return torch.frombuffer(bytearray(b"".join([head.tobytes(), *parts])), dtype=torch.uint8)
+
+
+def apply(payload: Tensor, image: Tensor) -> int:
+    """Turn `image` (flat int16, what `encode` had as `old`) into the new state, in place; returns how many changed."""
+    data = payload.numpy().tobytes()
+    numel, count, *sizes = np.frombuffer(data[: 8 * _COUNTS], dtype=np.int64).tolist()
+    if numel != image.numel():
+        raise ValueError(f"a sparse update of {numel} values cannot change {image.numel()}")
+    cuts = np.cumsum([8 * _COUNTS, *sizes]).tolist()
+    quotients, far_gaps, raw, steps, far_steps = (data[a:b] for a, b in zip(cuts, [*cuts[1:], None], strict=True))
+    low = _low_bits(count, numel)
+    gaps = (_values(quotients, far_gaps) << low) | _from_raw_bits(raw, low, count)
+    positions = torch.from_numpy(np.cumsum(gaps + 1) - 1)
+    z = _values(steps, far_steps)
+    image[positions] += torch.from_numpy(((z >> 1) ^ -(z & 1)).astype(np.int16))
+    return count
+
+
+@dataclass(frozen=True)
+class Density:
+    """How much of a state changed, and the fewest bytes in which that can be said."""
+
+    changed: float
+    """Share of the values."""
+    bound: float
+    """Bytes: entropy of which positions changed, and of the differences by their own frequencies."""
+
+
+def density(old: Tensor, new: Tensor) -> Density:
+    """Share of changed values, and the entropy bound that a payload is measured against."""
+    changed = old != new
+    n, count = old.numel(), int(changed.sum())
+    if count == 0:
+        return Density(0.0, 0.0)
+    p = count / n
+    where = n * -(p * math.log2(p) + ((1 - p) * math.log2(1 - p) if p < 1 else 0.0))
+    _, times = (new[changed] - old[changed]).unique(return_counts=True)
+    frequencies = times.double() / count
+    what = count * float(-(frequencies * frequencies.log2()).sum())
+    return Density(p, (where + what) / 8)
+
+
+def _changed(old: Tensor, new: Tensor) -> Tensor:
+    """Positions that differ, in order. Most do not, so four at a time are compared first."""
+    whole = old.numel() // 4 * 4
+    words = (old[:whole].view(torch.int64) != new[:whole].view(torch.int64)).nonzero()
+    near = (words * 4 + torch.arange(4)).view(-1)
+    rest = torch.arange(whole, old.numel())
+    near = torch.cat([near, rest])
+    return near[old[near] != new[near]]
+
+
+def _low_bits(count: int, numel: int) -> int:
+    """Bits of a gap that are sent raw, such that the rest is small on average."""
+    return max(0, math.ceil(math.log2(numel / count / _MEAN_QUOTIENT))) if count else 0
+
+
+def _zigzag(steps: np.ndarray) -> np.ndarray:
+    """0, -1, 1, -2, ... as 0, 1, 2, 3, ..."""
+    wide = steps.astype(np.int32)
+    return (wide << 1) ^ (wide >> 31)
+
+
+def _bytes(values: np.ndarray) -> tuple[bytes, bytes]:
+    """Values at least 0 as Huffman-coded bytes, and those that do not fit, in full."""
+    small = np.minimum(values, _ESCAPE).astype(np.uint8)
+    return _huffman(small.tobytes()), values[values >= _ESCAPE].astype(np.uint32).tobytes()
+
+
+def _values(small: bytes, far: bytes) -> np.ndarray:
+    values = np.frombuffer(zlib.decompress(small, wbits=-15), dtype=np.uint8).astype(np.int64)
+    values[values == _ESCAPE] = np.frombuffer(far, dtype=np.uint32)
+    return values
+
+
+def _huffman(data: bytes) -> bytes:
+    coder = zlib.compressobj(level=1, wbits=-15, strategy=zlib.Z_HUFFMAN_ONLY)
+    return coder.compress(data) + coder.flush()
+
+
+def _raw_bits(gaps: np.ndarray, low: int) -> bytes:
+    if not low:
+        return b""
+    bits = (gaps[:, None] >> np.arange(low)) & 1
+    return np.packbits(bits.astype(np.uint8)).tobytes()
+
+
+def _from_raw_bits(raw: bytes, low: int, count: int) -> np.ndarray:
+    if not low:
+        return np.zeros(count, dtype=np.int64)
+    bits = np.unpackbits(np.frombuffer(raw, dtype=np.uint8), count=low * count).reshape(count, low)
+    return bits.astype(np.int64) @ (1 << np.arange(low))

@@ -1,0 +1,93 @@
+"""New weights beside the ones that serve: an update is built in full on a twin of the model, then exchanged at once.
+
+vLLM's layerwise reload writes into the live model, so sampling must stand still all the while, and an update that
+fails leaves layers of two versions. Here the reload runs on a twin, which shares everything with the model but its
+tensors, while the engine samples; the commit exchanges attributes, which takes milliseconds. For CPU, where the reload
+repacks every linear weight into new memory anyhow; on a GPU, captured graphs hold the tensors' addresses.
+"""
+
+from collections.abc import Iterable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import ModelConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO, _get_original_loader, get_layerwise_info
+from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
+from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
+
+
+class Twin:
+    """A model with the structure of `model` and its own tensors, under construction."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.pairs: list[tuple[nn.Module, nn.Module, dict[str, Any]]] = []
+        """Each live module, its twin, and the attributes that both had at first."""
+        self._known: dict[int, Any] = {}
+        self.model = self._module(model)
+        initialize_layerwise_reload(self.model)
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Load tensors by their checkpoint names; a layer is packed once the last of its tensors is here."""
+        self.model.load_weights(weights)
+
+    def finish(self, model_config: ModelConfig) -> None:
+        """Nothing more will be loaded. Raises ValueError when a layer got nothing: vLLM would keep its old weights."""
+        infos = {name: get_layerwise_info(module) for name, module in self.model.named_modules()}
+        left = [
+            name
+            for name, module in self.model.named_modules()
+            # A tied head has its embedding's tensor.
+            if module._parameters and not isinstance(module, ParallelLMHead)
+            if infos[name].can_load() and infos[name].load_numel == 0
+        ]
+        if left:
+            raise ValueError(f"the update brought nothing for {left[:3]}")
+        finalize_layerwise_reload(self.model, model_config)
+
+    def commit(self) -> None:
+        """Put everything that the update made into the live model. Nothing may run in it meanwhile."""
+        for live, twin, before in self.pairs:
+            made = {k: v for k, v in twin.__dict__.items() if k != "_modules" and v is not before.get(k)}
+            live.__dict__.update(made)
+
+    def _module(self, live: nn.Module) -> nn.Module:
+        # Tied modules and tensors are one object under several names, and stay so.
+        if id(live) in self._known:
+            return self._known[id(live)]
+        twin = self._known[id(live)] = object.__new__(type(live))
+        self.pairs.append((live, twin, live.__dict__.copy()))
+        twin.__dict__ = live.__dict__ | {
+            "_parameters": {name: self._tensor(p) for name, p in live._parameters.items()},
+            "_buffers": {name: self._tensor(b) for name, b in live._buffers.items()},
+            "_non_persistent_buffers_set": set(live._non_persistent_buffers_set),
+            "_modules": {name: m and self._module(m) for name, m in live._modules.items()},
+        }
+        info = get_layerwise_info(live)
+        metadata = tuple({name: _meta(t, twin) for name, t in group.items()} for group in info.restore_metadata)
+        LAYERWISE_INFO[twin] = LayerReloadingInfo(restore_metadata=metadata, restore_device=info.restore_device)
+        return twin
+
+    def _tensor(self, live: Tensor | None) -> Tensor | None:
+        if live is None:
+            return None
+        if id(live) not in self._known:
+            # Parameters are about to be loaded; buffers mostly are not.
+            twin = torch.empty_like(live.data) if isinstance(live, nn.Parameter) else live.data.clone()
+            self._known[id(live)] = twin
+            twin.__class__ = live.__class__
+            twin.__dict__ = live.__dict__.copy()
+        return self._known[id(live)]
+
+
+def _meta(tensor: Tensor, owner: nn.Module) -> Tensor:
+    """A copy of a recorded tensor whose weight loader is the owner's: a reload of the live model binds it to that."""
+    copy = to_meta_tensor(tensor)
+    loader = _get_original_loader(copy)
+    if isinstance(loader, MethodType):
+        loader = MethodType(loader.__func__, owner)
+    copy.weight_loader = loader
+    return copy
