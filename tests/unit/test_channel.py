@@ -227,7 +227,7 @@ def test_sparse_coding_is_lossless_and_near_the_entropy_at_every_density(share):
     assert there.changed == pytest.approx(float(where.float().mean()))
     # Below some hundred changes the fixed head counts; when all change, a Huffman code spends a whole bit on each gap.
     if 1e-4 < share < 1:
-        assert payload.numel() <= 1.15 * there.bound
+        assert payload.numel() <= 1.1 * there.bound
 
 
 def test_sparse_coding_keeps_the_bits_of_every_value():
