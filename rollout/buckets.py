@@ -14,7 +14,7 @@ Bucket = tuple[list[tuple[Meta, int]], int]
 """Tensors with their byte offsets, and the size of the bucket in bytes."""
 
 
-def buckets(metas: Iterable[Meta], limit: int = BUCKET_BYTES) -> Iterator[Bucket]:
+def buckets(metas: Iterable[Meta], limit: int) -> Iterator[Bucket]:
     """Cut tensors, in order, into buckets of at most `limit` bytes; a larger tensor travels alone."""
     items: list[tuple[Meta, int]] = []
     size = 0

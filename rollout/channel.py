@@ -21,7 +21,7 @@ from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, T
 
 from rl.protocols import UpdateFailed
 from rollout import sparse
-from rollout.buckets import Bucket, Meta, buckets, pack, unpack
+from rollout.buckets import BUCKET_BYTES, Bucket, Meta, buckets, pack, unpack
 
 ANCHOR_EVERY = 50
 """Updates after which one is sent whole, whatever changed."""
@@ -38,6 +38,7 @@ class Layout:
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
+    bucket_bytes: int
     segment: str = ""
     host: str = ""
 
@@ -45,14 +46,14 @@ class Layout:
     def of(cls, metas: Iterable[Any]) -> "Layout":
         """Of the learner's `TensorMeta`s."""
         metas = list(metas)
-        return cls([m.name for m in metas], [m.dtype for m in metas], [list(m.shape) for m in metas])
+        return cls([m.name for m in metas], [m.dtype for m in metas], [list(m.shape) for m in metas], BUCKET_BYTES)
 
     def buckets(self) -> list[tuple[Bucket, int]]:
         """The buckets with their offsets in the image."""
         dtypes = [getattr(torch, name) for name in self.dtype_names]
         metas: list[Meta] = list(zip(self.names, dtypes, map(tuple, self.shapes), strict=True))
         cut, offset = [], 0
-        for bucket in buckets(metas):
+        for bucket in buckets(metas, self.bucket_bytes):
             cut.append((bucket, offset))
             offset += bucket[1]
         return cut

@@ -13,7 +13,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from rl.config import Config
-from rl.protocols import EngineLost
+from rl.protocols import EngineLost, UpdateFailed
 from rl.tokens import encode
 from rl.types import Completion
 from rollout import forkserver
@@ -181,7 +181,7 @@ class Engine:
 
     async def stage_weights(self, version: int) -> None:
         """On CPU: begin to receive a version beside the live weights, while sampling goes on."""
-        await self._or_lost(self.llm.collective_rpc("stage_weights", args=(version,)))
+        await self._ask_workers("stage_weights", version)
 
     async def start_weight_update(self) -> None:
         """Pause and begin an update: a step between begin and commit kills vLLM."""
@@ -196,14 +196,22 @@ class Engine:
     async def finish_weight_update(self, version: int) -> None:
         """Commit the update, and resume: tokens sampled from now on carry `version`."""
         # The same version again is how an engine that came back gets the weights that the others hold.
-        assert version >= self.version, f"versions never fall: {self.version} -> {version}"
+        if version < self.version:
+            raise UpdateFailed(f"weight versions never fall: {self.version} -> {version}")
         if not self.updating:
-            # Staged weights are all here by now, so the pause only covers their exchange.
+            # Staged weights are all here by now, so the pause only covers their exchange, which cannot fail.
+            await self._ask_workers("against_commit", version)
             await self._or_lost(self.llm.start_weight_update())
             await self.pause()
         await self._or_lost(self.llm.finish_weight_update(weight_version=str(version)))
         self.version, self.updating = version, False
         self.pause_seconds = await self.resume()
+
+    async def _ask_workers(self, method: str, version: int) -> None:
+        """Raise UpdateFailed with what any worker has against it."""
+        for said in await self._or_lost(self.llm.collective_rpc(method, args=(version,))):
+            if said:
+                raise UpdateFailed(f"weight version {version}: {said}")
 
     async def last_pause(self) -> float:
         """Seconds that the last update stopped sampling."""

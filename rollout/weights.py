@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,10 +98,13 @@ class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         i = init_info
         self.inbox = Inbox(join(i.master_address, i.master_port, rank, i.world_size, i.timeout_s), Layout(**i.layout))
 
-    def stage(self, version: int) -> None:
-        """Begin to receive a version, in a thread: the sender hears how it ends."""
+    def stage(self, version: int) -> str:
+        """Begin to receive a version, in a thread: the sender hears how it ends. Returns what is against it, or ""."""
         assert self.inbox is not None, "init_transfer_engine comes first"
+        if self.staged and self.staged.is_alive() and self.staged.inbox is self.inbox:
+            return f"version {self.staged.version} is being received already"
         self.staged = _Staged(self.inbox, self.model, self.model_config, version, self.listening)
+        return ""
 
     def start_weight_update(self) -> None:
         """Nothing to begin: the new weights are there."""
@@ -110,10 +114,16 @@ class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
 
     def finish_weight_update(self) -> None:
         """Exchange the live weights for the staged ones."""
-        assert self.staged is not None, "stage comes first"
+        assert self.staged is not None, "against_commit comes first"
         self.digests = self.staged.commit()
         self.staged = None
         forget_heads(self.model)
+
+    def against_commit(self, version: int) -> str:
+        """Why that version cannot be committed, or ""."""
+        if self.staged is None or self.staged.version != version:
+            return f"it was not received; staged is {self.staged and self.staged.version}"
+        return "" if self.staged.whole else "it is not here as a whole"
 
     def shutdown(self) -> None:
         self.inbox = None
@@ -127,14 +137,13 @@ class _Staged(threading.Thread):
         self.inbox, self.model, self.model_config = inbox, model, model_config
         self.version, self.listening = version, listening
         self.digests: dict[str, str] = {}
-        self.error: Exception | None = None
+        self.whole = False
         self.start()
 
     def run(self) -> None:
-        try:
+        # The sender has been told, or its connection is gone.
+        with suppress(UpdateFailed, RuntimeError):
             self.inbox.receive(self.version, self._begin, self._take, self._finish)
-        except Exception as error:
-            self.error = error
 
     @torch.no_grad()
     def _begin(self) -> None:
@@ -143,6 +152,7 @@ class _Staged(threading.Thread):
     @torch.no_grad()
     def _finish(self) -> None:
         self.twin.finish(self.model_config)
+        self.whole = True
 
     @torch.no_grad()
     def _take(self, weights: list[tuple[str, Tensor]]) -> None:
@@ -152,10 +162,6 @@ class _Staged(threading.Thread):
 
     def commit(self) -> dict[str, str]:
         """Make the new weights the live ones; returns their digests, if it listened."""
-        # The sender has heard by now that all is well, so the thread is about to end.
-        self.join(timeout=60)
-        if self.error or self.is_alive():
-            raise UpdateFailed(f"weight update {self.version} cannot be committed: {self.error or 'it is not whole'}")
         self.twin.commit()
         return self.digests
 
@@ -206,9 +212,13 @@ class WorkerExtension:
         """Whether the next updates are digested as they arrive."""
         self.weight_transfer_engine.listening = on
 
-    def stage_weights(self, version: int) -> None:
-        """Begin to receive a version beside the live weights; returns at once."""
-        self.weight_transfer_engine.stage(version)
+    def stage_weights(self, version: int) -> str:
+        """Begin to receive a version beside the live weights; returns at once, with what is against it or ""."""
+        return self.weight_transfer_engine.stage(version)
+
+    def against_commit(self, version: int) -> str:
+        """Why a staged version cannot be committed, or ""."""
+        return self.weight_transfer_engine.against_commit(version)
 
     def received_digests(self) -> dict[str, str]:
         """Digests of the last update by name, empty unless listening."""

@@ -61,7 +61,7 @@ class Live:
     def finish_weight_update(self, version: str | None = None) -> None:
         self.wait(self.engine.finish_weight_update(self.version))
 
-    def open_sender(self, weights: Any) -> Any:
+    def open_sender(self, weights: Any, timeout_s: float = 60) -> Any:
         from rollout.sender import open_sender
 
         with socket.socket() as s:
@@ -76,7 +76,7 @@ class Live:
             address="127.0.0.1",
             port=port,
             world_size=2,
-            timeout_s=60,
+            timeout_s=timeout_s,
         )
 
     def update(self, sender: Any, version: int) -> None:

@@ -1,6 +1,7 @@
 """Both ends of a weight channel in one process, and what can go wrong on the way between them."""
 
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from threading import Thread
@@ -99,7 +100,21 @@ def reordered(tell: Tell, calls: list[Any]) -> None:
         tell(*call)
 
 
-FAULTS = {"drop": dropped, "duplicate": doubled, "reorder": reordered}
+def delayed(tell: Tell, calls: list[Any]) -> None:
+    for call in calls:
+        time.sleep(0.3)
+        tell(*call)
+
+
+def corrupted(tell: Tell, calls: list[Any]) -> None:
+    """A bit of the first bucket changes after the sender wrote it and before it is summed."""
+    for n, (index, base, encoding, payload) in enumerate(calls):
+        if n == 0:
+            payload[len(payload) // 2] ^= 4
+        tell(index, base, encoding, payload)
+
+
+FAULTS = {"drop": dropped, "duplicate": doubled, "reorder": reordered, "delay": delayed, "corrupt": corrupted}
 
 
 def with_fault(outbox: Outbox, fault: Callable[[Tell, list[Any]], None]) -> Callable[[], None]:

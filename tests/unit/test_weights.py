@@ -138,7 +138,7 @@ def test_a_bucket_keeps_to_its_limit_and_a_larger_tensor_travels_alone():
     ids=["name", "dtype", "shape", "length"],
 )
 def test_a_tensor_that_was_not_announced_is_refused(yields):
-    (bucket,) = buckets([("w", torch.float32, (3,))])
+    (bucket,) = buckets([("w", torch.float32, (3,))], 100)
     with pytest.raises(ValueError, match=r"announced \('w', torch.float32, \(3,\)\) but yields \('(w|other)'"):
         pack(bucket, iter([yields]))
 
