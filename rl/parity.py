@@ -127,3 +127,14 @@ def clipped_by_noise(objective: Objective, batch: Batch, trainer: Float[Tensor, 
         tokens.append(float(held[batch.mask].float().mean()))
         sequences.append(float(held.any(dim=1)[batch.mask.any(dim=1)].float().mean()))
     return NoiseClip(tokens=sum(tokens) / 2, sequences=sum(sequences) / 2)
+
+
+def surprise(logprobs: Tensor, entropy: Tensor, mask: Tensor) -> float:
+    """How much less likely the sampled tokens are than draws from the distributions they came from, in standard
+    deviations. Takes the tokens' log-probabilities and those distributions' entropies, [B, T] in nats.
+
+    The excess -log p - H of a token has mean 0 when it was drawn, so sum(excess) / sqrt(sum(excess^2)) is about N(0, 1)
+    then, whatever the engine said about log-probabilities. NaN when a token has no number.
+    """
+    excess = (-logprobs - entropy)[mask].double()
+    return float(excess.sum() / excess.square().sum().clamp(min=1e-12).sqrt())

@@ -12,7 +12,7 @@ from rl.batch import collate, trajectory
 from rl.config import Config
 from rl.diagnosis import Finding, ParityError, agrees, diagnose
 from rl.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
-from rl.parity import clipped_by_noise, gap
+from rl.parity import clipped_by_noise, gap, surprise
 from rl.types import Batch, Completion
 from trainer.cluster import Cluster
 from trainer.preflight import Prepared
@@ -200,7 +200,8 @@ class Patient:
         cluster, prompts = self.cluster, self.prompts
         rows = [trajectory(p, c, 0.0, {}) for p, group in zip(prompts, groups, strict=True) for c in group]
         batch = collate(rows)
-        trainer: torch.Tensor = (await cluster.ask_learners("logprobs", batch))[0]
+        said: tuple[torch.Tensor, torch.Tensor] = (await cluster.ask_learners("logprobs_and_entropy", batch))[0]
+        trainer, entropy = said
         finite = batch.mask & batch.rollout_logprobs.isfinite() & trainer.isfinite()
         nonfinite = int(batch.mask.sum() - finite.sum())
         if not finite.any():
@@ -208,14 +209,15 @@ class Patient:
         # A token without a number is counted, and then left out of the averages: one NaN would hide all the others.
         clean = replace(batch, mask=finite, rollout_logprobs=batch.rollout_logprobs.nan_to_num(0.0, 0.0, 0.0))
         g = gap(trainer, clean.rollout_logprobs, clean.mask)
-        hypotheses, surprise = (await cluster.ask_learners("explain", clean, not agrees(g, self.config.dtype)))[0]
+        agreed = agrees(g, self.config.dtype)
+        hypotheses = [] if agreed else (await cluster.ask_learners("explain", clean))[0]
         eos = self.prepared.tokenizer.eos_token_id
         ended = [(row, t) for row, t in zip(batch.mask, rows, strict=True) if t.finish_reason == "stop"]
         evidence = SampleEvidence(
             engine=engine,
             gap=g,
             hypotheses=hypotheses,
-            surprise=surprise,
+            surprise=surprise(trainer, entropy, clean.mask),
             nonfinite=nonfinite,
             ended=len(ended),
             ended_without_stop_token=sum(_last_trained(row, t.token_ids) != eos for row, t in ended),

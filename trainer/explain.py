@@ -1,4 +1,4 @@
-"""Logits of an engine's samples, and which sampler would have said what the engine said about them."""
+"""Which sampler would have said what an engine said about its samples? From the logits of those samples."""
 
 from typing import Any
 
@@ -10,7 +10,6 @@ from torch import Tensor
 from rl.batch import take
 from rl.config import Config
 from rl.hypotheses import Hypothesis, explain, shifts
-from rl.truncation import keep
 from rl.types import Batch
 from trainer.head import LogprobHead
 
@@ -18,12 +17,9 @@ TOKENS = 256
 """Most sampled tokens whose whole logits are looked at: [256, 150,000] in fp32 are 150 MB."""
 
 
-def explain_batch(
-    model: Any, head: LogprobHead, batch: Batch, config: Config, sharded: bool, *, guess: bool
-) -> tuple[list[Hypothesis], float]:
-    """Guesses, best first, and the surprise of the sampled tokens in standard deviations; see `surprise`.
+def explain_batch(model: Any, head: LogprobHead, batch: Batch, config: Config, sharded: bool) -> list[Hypothesis]:
+    """Guesses, best first; trying them takes several times as long as the forward pass.
 
-    Without `guess` there is no guess: trying them takes several times as long as the forward pass.
     `model` is what takes a forward pass (a `Policy`, or DeepSpeed's engine around one). A collective under ZeRO-3.
     """
     counts = batch.mask.sum(dim=1).cumsum(dim=0)
@@ -36,36 +32,16 @@ def explain_batch(
     hook.remove()
     with deepspeed.zero.GatheredParameters([head.weight], enabled=sharded):
         logits = _logits(seen[0], head.weight, head.fp32)
-        other = _logits(seen[0], head.weight, not head.fp32) if guess else None
+        other = _logits(seen[0], head.weight, not head.fp32)
     targets, rollout = part.input_ids[:, 1:][part.mask], part.rollout_logprobs[part.mask]
-    guesses: list[Hypothesis] = []
-    if other is not None:
-        guesses = explain(logits, targets, rollout, temperature=config.temperature, truncation=truncation)
-        said = (other / config.temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        says = f"its lm_head is in {'bf16' if head.fp32 else 'fp32'}"
-        guesses.append(Hypothesis(cause="head_dtype", says=says, residual=float((said - rollout).abs().mean())))
-        guesses += shifts(trainer, part.rollout_logprobs, part.mask)
-    scaled = logits / config.temperature
-    if truncation:
-        scaled = scaled.masked_fill(~keep(scaled, truncation), -torch.inf)
-    return sorted(guesses, key=lambda g: g.residual), surprise(scaled, targets)
+    guesses = explain(logits, targets, rollout, temperature=config.temperature, truncation=truncation)
+    said = (other / config.temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    says = f"its lm_head is in {'bf16' if head.fp32 else 'fp32'}"
+    guesses.append(Hypothesis(cause="head_dtype", says=says, residual=float((said - rollout).abs().mean())))
+    guesses += shifts(trainer, part.rollout_logprobs, part.mask)
+    return sorted(guesses, key=lambda g: g.residual)
 
 
 def _logits(hidden: Tensor, weight: Tensor, fp32: bool) -> Tensor:
     dtype = torch.float32 if fp32 else torch.bfloat16
     return F.linear(hidden.to(dtype), weight.to(dtype)).float()
-
-
-def surprise(logits: Tensor, targets: Tensor) -> float:
-    """How much less likely the targets [N] are than draws from softmax(logits [N, V]), in standard deviations.
-
-    z = sum(-log p(target) - H) / sqrt(sum Var(-log p)): about N(0, 1) for tokens drawn from that distribution, whatever
-    was said about their log-probabilities.
-    """
-    log_p = logits.log_softmax(-1)
-    p = log_p.exp()
-    cost = torch.where(p > 0, -log_p, 0.0)
-    mean = (p * cost).sum(-1)
-    variance = (p * cost**2).sum(-1) - mean**2
-    given = -log_p.gather(1, targets[:, None])[:, 0]
-    return float((given - mean).double().sum() / variance.double().sum().clamp(min=1e-12).sqrt())

@@ -162,6 +162,12 @@ class Learner:
         """What the trainer says now about a batch's tokens: [B, T] in nats, on CPU."""
         return self._forward_all(self.engine, batch, torch.arange(len(batch.rewards))).logprobs
 
+    def logprobs_and_entropy(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same, and the entropy of the distribution at each token: [B, T] in nats each, on CPU."""
+        said = self._forward_all(self.engine, batch, torch.arange(len(batch.rewards)))
+        assert said.entropy is not None
+        return said.logprobs, said.entropy
+
     # -- examining -----------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
@@ -185,11 +191,10 @@ class Learner:
             return layer_errors(self.policy.hf, self.head, trace, sharded=self.weights.sharded)
 
     @torch.no_grad()
-    def explain(self, batch: Batch, guess: bool) -> tuple[list[Hypothesis], float]:
-        """Guesses about an engine's sampler from what it said about a batch, best first (none unless `guess`), and how
-        surprising its tokens are: see `trainer.explain`."""
+    def explain(self, batch: Batch) -> list[Hypothesis]:
+        """Guesses about an engine's sampler from what it said about a batch, best first: see `trainer.explain`."""
         batch, sharded = batch.to_device(self.device), self.weights.sharded
-        return explain_batch(self.engine, self.head, batch, self.config, sharded, guess=guess)
+        return explain_batch(self.engine, self.head, batch, self.config, sharded)
 
     def disturb(self, bit: int) -> None:
         """Change a random half of all weights by 2^-bit of their size, for an update that shows; again undoes it."""

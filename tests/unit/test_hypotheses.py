@@ -1,11 +1,13 @@
 """Each guess about an engine's sampler explains exactly the numbers that such a sampler gives."""
 
+import math
+
 import pytest
 import torch
 
 from rl.hypotheses import explain, fit_temperature, shifts
+from rl.parity import surprise
 from rl.truncation import Truncation, keep
-from trainer.explain import surprise
 
 torch.manual_seed(0)
 LOGITS = 3.0 * torch.randn(60, 50)
@@ -74,8 +76,17 @@ def test_a_shift_by_one_leaves_nothing_in_its_direction() -> None:
 def test_surprise_is_near_zero_for_draws_and_large_for_anything_else() -> None:
     many = (LOGITS / 0.8).repeat(20, 1)
     log_p = many.log_softmax(-1)
-    drawn = torch.multinomial(log_p.exp(), 1, generator=torch.Generator().manual_seed(2))[:, 0]
-    assert abs(surprise(many, drawn)) < 3.5
-    hotter = torch.multinomial((many / 2).softmax(-1), 1, generator=torch.Generator().manual_seed(2))[:, 0]
-    assert surprise(many, hotter) > 10
-    assert surprise(many, many.argmax(-1)) < -10
+    entropy = -(log_p.exp() * log_p).sum(-1)
+
+    def of(tokens: torch.Tensor) -> float:
+        said = log_p.gather(1, tokens[:, None]).T
+        return surprise(said, entropy[None], torch.ones_like(said, dtype=torch.bool))
+
+    generator = torch.Generator().manual_seed(2)
+    drawn = [of(torch.multinomial(log_p.exp(), 1, generator=generator)[:, 0]) for _ in range(200)]
+    assert abs(sum(drawn) / 200) < 0.3
+    assert max(map(abs, drawn)) < 4
+    assert of(torch.multinomial((many / 2).softmax(-1), 1, generator=generator)[:, 0]) > 10
+    assert of(many.argmax(-1)) < -10
+    said = log_p[:, 0][None]
+    assert math.isnan(surprise(said * math.nan, entropy[None], torch.ones_like(said, dtype=torch.bool)))

@@ -1,0 +1,132 @@
+"""What does training while sampling save? Synchronous against asynchronous at heavy-tailed lengths; some 6 minutes.
+
+python scripts/async_bench.py [--steps 12] [--turns 2] [--out docs/async.json]
+
+A small model learns to echo a digit, in whole runs through the launcher. Lengths are lognormal with their 99th
+percentile at ten times their median, so that a synchronous step waits for its longest reply with an empty engine. The
+synchronous runs may use both cores in either phase (two threads each); the asynchronous ones share them (one each).
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rl.config import Config, Deadlines, RolloutConfig, TrackingConfig, TrainerConfig
+from rl.objectives import GRPO
+from rl.types import Reply
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "scripts")]
+MODES = {
+    "synchronous": {"max_staleness": 0, "threads": 2},
+    "one step off": {"max_staleness": 1, "threads": 1},
+    "asynchronous": {"max_staleness": 4, "threads": 1},
+}
+
+
+def share_of_echoes(reply: Reply) -> float:
+    """Share of the reply that is the digit."""
+    return reply.text.count(reply.task["digit"]) / max(1, len(reply.token_ids))
+
+
+def config(mode: str, model: str, folder: str, steps: int, seed: int) -> Config:
+    from gpu_check import digits
+
+    threads = MODES[mode]["threads"]
+    return Config(
+        name=f"{mode.replace(' ', '-')}-{seed}",
+        model=model,
+        data=digits,
+        reward=share_of_echoes,
+        objective=GRPO(),
+        dtype="float32",
+        device="cpu",
+        doctor="off",
+        steps=steps,
+        seed=seed,
+        prompts_per_step=8,
+        group_size=8,
+        max_staleness=MODES[mode]["max_staleness"],
+        trainer=TrainerConfig(lr=1e-3, threads=threads),
+        rollout=RolloutConfig(max_tokens=400, max_model_len=416, max_num_seqs=32, kv_cache_gib=0.5, threads=threads),
+        deadlines=Deadlines(start_s=200),
+        tracking=TrackingConfig(wandb="off"),
+        output_dir=folder,
+        save_final=False,
+    )
+
+
+def measured(mode: str, model: str, folder: str, steps: int, seed: int) -> dict[str, float]:
+    """One run, without its first step, which pays for warming up."""
+    from trainer.run import run
+
+    one = config(mode, model, folder, steps, seed)
+    run(one)
+    rows = [json.loads(line) for line in Path(folder, one.name, "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "reward/mean" in row][1:]
+    seconds = sum(row["timing_s/step"] for row in rows)
+    tokens = sum(row["perf/tokens_per_s"] * row["timing_s/step"] for row in rows)
+    weighted = {
+        name: sum(row[f"perf/{name}"] * row["timing_s/step"] for row in rows) / seconds
+        for name in ("trainer_idle_frac", "rollout_idle_frac")
+    }
+    last = rows[-len(rows) // 3 :]
+    return weighted | {
+        "tokens_per_s": tokens / seconds,
+        "tokens": tokens,
+        "seconds": seconds,
+        "reward": statistics.mean(row["reward/mean"] for row in last),
+        "staleness": statistics.mean(row["staleness/mean"] for row in rows),
+        "dropped": rows[-1]["staleness/dropped_frac"],
+    }
+
+
+def show(runs: dict[str, list[dict[str, float]]]) -> str:
+    lines = [
+        "| mode | trained tokens/s | against synchronous | trainer idle | engine idle | staleness | dropped | reward |"
+    ]
+    lines.append("|---" * 8 + "|")
+    base = runs["synchronous"]
+    for mode, rows in runs.items():
+        mean = {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
+        ratios = [row["tokens_per_s"] / b["tokens_per_s"] for row, b in zip(rows, base, strict=True)]
+        spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+        reward = f"{mean['reward']:.3f}"
+        if len(rows) > 1:
+            reward += f" ± {statistics.stdev(row['reward'] for row in rows) / len(rows) ** 0.5:.3f}"
+        lines.append(
+            f"| {mode} | {mean['tokens_per_s']:.0f} | {statistics.mean(ratios):.2f}x{spread} | "
+            f"{mean['trainer_idle_frac']:.0%} | {mean['rollout_idle_frac']:.0%} | {mean['staleness']:.2f} | "
+            f"{mean['dropped']:.1%} | {reward} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--turns", type=int, default=2, help="runs of each mode, in turns")
+    parser.add_argument("--out", help="write the figures there, as JSON")
+    args = parser.parse_args()
+    from gpu_check import make_model
+
+    from trainer.cluster import Cluster
+
+    Cluster.engine = "heavy_tailed:HeavyTailed"
+    runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(Path(folder) / "model", hidden=256, inner=768, layers=4)
+        for seed in range(args.turns):
+            for mode in MODES:
+                runs[mode].append(measured(mode, model, folder, args.steps, seed))
+    print(show(runs))
+    if args.out:
+        Path(args.out).write_text(json.dumps(runs, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
