@@ -6,9 +6,6 @@ import importlib
 import os
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -20,15 +17,21 @@ from rl import checkout
 from rl.config import Config
 from rl.loop import StallError, first_error
 from rl.protocols import EngineLost
+from rl.stacks import stacks
 from rl.weights import check_complete
 from rollout import forkserver
 from rollout.settings import engine_env
 from trainer.blame import StartError, root_cause
+from trainer.environment import learner_env, ray_environment, without_functions
 from trainer.placement import Placement, default_threads
 
 
 class Host:
     """One actor process. Builds its object there, so that the driver imports neither vLLM nor DeepSpeed."""
+
+    def __init__(self) -> None:
+        self.calls: set[Any] = set()
+        """Coroutines under way."""
 
     def address(self) -> tuple[str, int]:
         """This node's address and a free port on it."""
@@ -58,6 +61,11 @@ class Host:
         """Call a method of the hosted object."""
         return getattr(self.object, method)(*args, **kwargs)
 
+    @ray.method(concurrency_group="watch")
+    def stacks(self) -> str:
+        """Where this process is, told by a thread of its own."""
+        return stacks(list(self.calls))
+
     def connect(self, client: "EngineClient", **channel: Any) -> None:
         """On a learner rank: open the weight channel. Here, because only this file may hand rollout to trainer."""
         from rollout.sender import open_sender
@@ -83,7 +91,12 @@ class AsyncHost(Host):
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Await a method of the hosted object."""
-        return await getattr(self.object, method)(*args, **kwargs)
+        call = getattr(self.object, method)(*args, **kwargs)
+        self.calls.add(call)
+        try:
+            return await call
+        finally:
+            self.calls.discard(call)
 
 
 class EngineClient:
@@ -152,8 +165,6 @@ class Cluster:
         self.logs = ""
         """Folder of the actors' output."""
 
-    # -- life ----------------------------------------------------------------------------------------------------
-
     def boot(self) -> None:
         """Start Ray, the actors' processes, and in theirs the engines, which take longest; waits for none of them."""
         c, p = self.config, self.placement
@@ -167,20 +178,17 @@ class Cluster:
         engine_vars = env | engine_env(device=p.device, backend=p.backend, threads=c.rollout.threads or threads)
         self.learner_threads = c.trainer.threads or threads
         learner_vars = env | (learner_env(self.learner_threads) if p.device == "cpu" else {})
-        self.engine_options = [
-            options[index] | {"max_concurrency": 4096, "runtime_env": {"env_vars": engine_vars}}
-            for index in range(p.engines)
-        ]
+        more = {"max_concurrency": 4096, "runtime_env": {"env_vars": engine_vars}}
+        self.engine_options = [one | more for one in options[: p.engines]]
         for index in range(p.engines):
             engine, building = self._boot_engine(index)
             self.engines.append(engine)
             self.building.append(building)
-        for index in range(p.learners):
-            learner = ray.remote(Host).options(**options[p.engines + index], runtime_env={"env_vars": learner_vars})
-            self.learners.append(learner.remote())
+        for one in options[p.engines :]:
+            self.learners.append(actor_of(Host).options(**one, runtime_env={"env_vars": learner_vars}).remote())
 
     def _boot_engine(self, index: int) -> tuple[Any, Any]:
-        engine = ray.remote(AsyncHost).options(**self.engine_options[index]).remote()
+        engine = actor_of(AsyncHost).options(**self.engine_options[index]).remote()
         more = {"backend": self.placement.backend}
         return engine, engine.build.remote(self.engine, self.sources, self._common() | more)
 
@@ -193,7 +201,7 @@ class Cluster:
 
     def _common(self) -> dict[str, Any]:
         """What engines and ranks are built from alike."""
-        return {"config": _without_functions(self.config), "model": self.config.model, "device": self.placement.device}
+        return {"config": without_functions(self.config), "model": self.config.model, "device": self.placement.device}
 
     async def start(self) -> None:
         """Build every rank, wait for the engines, and open the weight channel between them."""
@@ -259,6 +267,7 @@ class Cluster:
             [a.connect.remote(client, **channel) for a in self.learners],
             "the driver waited {s} s for learner rank {i} to open the weight channel",
             c.deadlines.start_s,
+            self.learners,
         )
 
     async def close(self) -> None:
@@ -276,13 +285,12 @@ class Cluster:
             ray.shutdown()
             self.started_ray = False
 
-    # -- asking --------------------------------------------------------------------------------------------------
-
     async def ask_engine(self, index: int, method: str, *args: Any, deadline_s: float) -> Any:
         """Call one engine; StallError when it is late, EngineLost when its process is gone."""
         ref = self.engines[index].call.remote(method, *args)
         try:
-            return await answer(ref, f"the driver waited {{s}} s for engine {index} to {method}", deadline_s)
+            late = f"the driver waited {{s}} s for engine {index} to {method}"
+            return await answer(ref, late, deadline_s, self.engines[index])
         except ray.exceptions.RayActorError as error:
             raise EngineLost(f"the process of engine {index} is gone ({str(error).splitlines()[0]})") from None
         except asyncio.CancelledError:
@@ -298,24 +306,40 @@ class Cluster:
 
     async def ask_learners(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
         """Call every learner rank; StallError names the first that is late."""
+        deadline_s = deadline_s or self.config.deadlines.step_s
+        late = f"the driver waited {{s}} s for learner rank {{i}} to {method}"
         return await gather_answers(
-            [a.call.remote(method, *args) for a in self.learners],
-            f"the driver waited {{s}} s for learner rank {{i}} to {method}",
-            deadline_s or self.config.deadlines.step_s,
+            [a.call.remote(method, *args) for a in self.learners], late, deadline_s, self.learners
         )
 
 
 # -- waiting -----------------------------------------------------------------------------------------------------
 
 
-async def answer(ref: Any, late: str, deadline_s: float) -> Any:
+def actor_of(host: type) -> Any:
+    """An actor class with a thread beside its work, which says where it is stuck."""
+    return ray.remote(concurrency_groups={"watch": 1})(host)
+
+
+async def answer(ref: Any, late: str, deadline_s: float, actor: Any = None) -> Any:
     """Await one actor's answer; StallError with `late` ({s} is the deadline) when it does not come in time."""
     try:
         # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
         async with asyncio.timeout(deadline_s):
             return await _unwrapped(ref)
     except TimeoutError:
-        raise StallError(late.replace("{s}", f"{deadline_s:g}") + f". Logs of all actors: {log_folder()}") from None
+        where = f"\nIt is here:\n{await _where(actor)}" if actor else ""
+        raise StallError(
+            f"{late.replace('{s}', f'{deadline_s:g}')}. Logs of all actors: {log_folder()}{where}"
+        ) from None
+
+
+async def _where(actor: Any) -> str:
+    try:
+        async with asyncio.timeout(10):
+            return await actor.stacks.remote()
+    except (TimeoutError, ray.exceptions.RayError) as error:
+        return f"it does not say ({type(error).__name__}): its process is stopped, gone, or has the interpreter's lock"
 
 
 async def started(who: str, ref: Any, deadline_s: float) -> None:
@@ -327,9 +351,10 @@ async def started(who: str, ref: Any, deadline_s: float) -> None:
         raise StartError(f"{who} did not start. {cause}\nOutput of all actors: {log_folder()}") from None
 
 
-async def gather_answers(refs: list[Any], late: str, deadline_s: float) -> list[Any]:
+async def gather_answers(refs: list[Any], late: str, deadline_s: float, actors: list[Any]) -> list[Any]:
     """Await the same question to several actors; in `late`, {i} is the index of the one that is late."""
-    return await asyncio.gather(*(answer(r, late.replace("{i}", str(i)), deadline_s) for i, r in enumerate(refs)))
+    asking = [answer(r, late.replace("{i}", str(i)), deadline_s, actors[i]) for i, r in enumerate(refs)]
+    return await asyncio.gather(*asking)
 
 
 async def _unwrapped(ref: Any) -> Any:
@@ -337,21 +362,6 @@ async def _unwrapped(ref: Any) -> Any:
         return await ref
     except ray.exceptions.RayTaskError as error:
         raise error.as_instanceof_cause() from None
-
-
-@contextmanager
-def ray_environment() -> Iterator[None]:
-    """What Ray should do otherwise while it starts: no warnings about defaults that change, no usage reports, workers
-    at normal priority (its default of nice 15 starves them beside any other process), and none started for tasks."""
-    wanted = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    wanted["RAY_prestart_worker_first_driver"] = "0"
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def start_ray(placement: Placement) -> bool:
@@ -387,17 +397,3 @@ def log_folder() -> str:
     """Where Ray keeps the output of every actor of this session."""
     node = ray.worker.global_worker.node
     return f"{node.get_session_dir_path()}/logs" if node else "Ray's session folder"
-
-
-def learner_env(threads: int) -> dict[str, str]:
-    """Environment of a learner's process on CPU; spinning OpenMP threads would starve the engine."""
-    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
-
-
-def _without_functions(config: Config) -> Config:
-    """The config as actors get it: the data and the reward stay on the driver."""
-    return replace(config, data=_stays_on_driver, reward=_stays_on_driver)
-
-
-def _stays_on_driver(*_: Any) -> Any:
-    raise AssertionError("data and reward are called on the driver only")

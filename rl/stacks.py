@@ -1,0 +1,41 @@
+"""Where is this process? For the message of a wait that passed its deadline."""
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+LINES = 6
+"""Innermost frames shown of each thread."""
+
+
+def stacks(calls: Iterable[Any] = ()) -> str:
+    """What each thread of this process does now, and what each coroutine of `calls` waits for; innermost line last."""
+    names = {t.ident: t.name for t in threading.enumerate()}
+    frames = {i: f for i, f in sys._current_frames().items() if i != threading.get_ident() and not _waits_for_work(f)}
+    found = [f"thread {names.get(i, i)}:\n{_lines(traceback.extract_stack(f))}" for i, f in frames.items()]
+    for call in calls:
+        where = traceback.StackSummary.extract((f, f.f_lineno) for f in _awaited(call))
+        found.append(f"{call.__qualname__} waits at\n{_lines(where)}")
+    return "\n".join(found) or "idle: no thread has anything to do"
+
+
+def _awaited(call: Any) -> Iterator[FrameType]:
+    """Frames from a coroutine down to what it waits for."""
+    while call is not None:
+        frame = getattr(call, "cr_frame", None)
+        if frame is not None:
+            yield frame
+        call = getattr(call, "cr_await", None)
+
+
+def _lines(stack: traceback.StackSummary) -> str:
+    return "\n".join(f"  {os.path.relpath(f.filename)}:{f.lineno} {f.name}: {f.line}" for f in stack[-LINES:])
+
+
+def _waits_for_work(frame: FrameType) -> bool:
+    """A thread of a pool, or an event loop, with nothing to run."""
+    return os.path.basename(frame.f_code.co_filename) in ("selectors.py", "thread.py", "queue.py")

@@ -1,0 +1,38 @@
+"""What a run's processes must find when they start: environment variables, and a config that can travel."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from rl.config import Config
+
+
+@contextmanager
+def ray_environment() -> Iterator[None]:
+    """What Ray should do otherwise while it starts: no warnings about defaults that change, no usage reports, workers
+    at normal priority (its default of nice 15 starves them beside any other process), and none started for tasks."""
+    wanted = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    wanted["RAY_prestart_worker_first_driver"] = "0"
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def learner_env(threads: int) -> dict[str, str]:
+    """Environment of a learner's process on CPU; spinning OpenMP threads would starve the engine."""
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+
+
+def without_functions(config: Config) -> Config:
+    """The config as actors get it: the data and the reward stay on the driver."""
+    return replace(config, data=_stays_on_driver, reward=_stays_on_driver)
+
+
+def _stays_on_driver(*_: Any) -> Any:
+    raise AssertionError("data and reward are called on the driver only")
