@@ -32,6 +32,9 @@ class RolloutConfig:
     min_p: float = 0.0
     prefix_cache: bool = True
     """Share a group's prompt; entries are salted with the weight version, so that none outlives its weights."""
+    recompute_kv: bool = False
+    """At an update, compute the context of running requests anew with the new weights: their next tokens are then the
+    new policy's alone, at the price of a prefill each. Off: they go on over the KV of the weights that wrote it."""
     async_scheduling: bool = False
     """vLLM's own default is on; it stays off until parity with it on has been shown on your platform."""
     enforce_eager: bool | None = None

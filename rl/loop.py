@@ -131,6 +131,7 @@ class Loop:
         ordinals = await self._next_groups(step)
         waited = time.perf_counter() - began
         queues = {f"queue/{state}": float(self.flow.ledger.count(state)) for state in ("sampling", "scoring", "ready")}
+        queues["queue/oldest_s"] = now() - min(self._since.values()) if self._since else 0.0
         trajectories = [t for ordinal in ordinals for t in self._ready.pop(ordinal)]
         metrics = batch_metrics(trajectories, self.flow.version, c.group_size) | queues
 

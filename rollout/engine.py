@@ -152,9 +152,11 @@ class Engine:
             raise EngineLost("vLLM's own process is gone") from None
 
     async def pause(self) -> None:
-        """Freeze running requests where they are, with their KV (vLLM's defaults would abort them and clear it)."""
+        """Freeze running requests where they are; vLLM's defaults would abort them. To clear the cache while they are
+        kept is to have their KV computed anew when they go on."""
         self.open.clear()
-        await self._or_lost(self.llm.pause_generation(mode="keep", clear_cache=False))
+        anew = self.config.rollout.recompute_kv
+        await self._or_lost(self.llm.pause_generation(mode="keep", clear_cache=anew))
         self.paused_at = time.perf_counter()
 
     async def resume(self) -> float:

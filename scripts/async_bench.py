@@ -1,6 +1,6 @@
 """What does training while sampling save? Synchronous against asynchronous at heavy-tailed lengths; some 6 minutes.
 
-python scripts/async_bench.py [--steps 12] [--turns 2] [--out docs/async.json]
+python scripts/async_bench.py [--steps 10] [--turns 2] [--out docs/async.json]
 
 A small model learns to echo a digit, in whole runs through the launcher. Lengths are lognormal with their 99th
 percentile at ten times their median, so that a synchronous step waits for its longest reply with an empty engine. The
@@ -51,7 +51,7 @@ def config(mode: str, model: str, folder: str, steps: int, seed: int) -> Config:
         prompts_per_step=8,
         group_size=8,
         max_staleness=MODES[mode]["max_staleness"],
-        trainer=TrainerConfig(lr=1e-3, threads=threads),
+        trainer=TrainerConfig(lr=3e-4, threads=threads),
         rollout=RolloutConfig(max_tokens=400, max_model_len=416, max_num_seqs=32, kv_cache_gib=0.5, threads=threads),
         deadlines=Deadlines(start_s=200),
         tracking=TrackingConfig(wandb="off"),
@@ -108,7 +108,7 @@ def show(runs: dict[str, list[dict[str, float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--turns", type=int, default=2, help="runs of each mode, in turns")
     parser.add_argument("--out", help="write the figures there, as JSON")
     args = parser.parse_args()

@@ -11,14 +11,15 @@ from rich.table import Table
 from rl.config import Config, check
 from rl.diagnosis import ParityError
 from rl.loop import StallError
-from rl.protocols import EngineLost
+from rl.protocols import EngineLost, UpdateFailed
 from rl.rewards import RewardError
 from trainer import report
 from trainer.blame import StartError
 from trainer.placement import memory_estimate, plan
 from trainer.terminal import console
 
-USER_ERRORS = (ValueError, OSError, ImportError, RewardError, ParityError, StallError, StartError, EngineLost)
+_OURS = (RewardError, ParityError, StallError, StartError, EngineLost, UpdateFailed)
+USER_ERRORS = (ValueError, OSError, ImportError, *_OURS)
 """What a user can mend: shown as one message. UNISON_TRACEBACK=1 shows where it came from."""
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,24 @@ def test_an_update_under_way_keeps_every_request_and_switches_versions_inside_se
     assert all(set(c.versions) == {1} for c in fresh)
     assert gap(str(new), fresh) <= 1e-5
     assert gap(str(old), fresh) > 0.1
+
+
+def test_with_recompute_kv_what_follows_an_update_is_the_new_weights_alone(live: Callable, tiny: Callable) -> None:
+    old, new = (tiny(family="qwen2", tied=False, seed=seed) for seed in (0, 1))
+    config = engine_config(old)
+    engine = live(replace(config, rollout=replace(config.rollout, recompute_kv=True)))
+    sender = engine.open_sender(LearnerWeights(AutoModelForCausalLM.from_pretrained(new), sharded=False))
+    running = engine.submit(engine.engine.sample(PROMPT, 16, 100))
+    time.sleep(1.0)
+    engine.update(sender, 1)
+    across = [c for c in running.result(120) if set(c.versions) == {0, 1}]
+    assert len(across) >= 8
+    assert engine.wait(engine.engine.counters())["aborted"] == 0
+    mine = trainer_logprobs(str(new), across)
+    theirs = [torch.tensor(c.logprobs) for c in across]
+    after = [torch.tensor(c.versions) == 1 for c in across]
+    assert float(torch.cat([(m - t)[a] for m, t, a in zip(mine, theirs, after, strict=True)]).abs().mean()) <= 1e-5
+    assert kept_cache_gaps(old, new, across)[1] > 1e-3
 
 
 def kept_cache_gaps(old: Path, new: Path, completions: list[Completion]) -> tuple[float, float]:
