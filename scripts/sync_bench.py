@@ -1,6 +1,6 @@
 """How fast do new weights reach a sampling engine? The tables of docs/performance.md; about 8 minutes on two cores.
 
-python scripts/sync_bench.py [--updates 30] [--out docs/sync.json]
+python scripts/sync_bench.py [--updates 30] [--turns 3] [--out docs/sync.json]
 
 A real engine with SmolLM2-135M in bf16 samples without end in a process of its own, while this process trains a little
 (AdamW in fp32, so that the bf16 weights change as they do in RL) and sends every update. Three channels: shared memory,
@@ -203,14 +203,13 @@ def one_by_one(group: Any, training: Training, client: Channel) -> float:
     return client.call("resume")
 
 
-def measure(training: Training, client: Channel, expected: set[str], updates: int) -> dict[str, Record]:
+def measure(training: Training, client: Channel, expected: set[str], updates: int, turns: int) -> dict[str, Record]:
     """All channels in turns, so that a slow minute of the machine meets every one."""
     import rollout.channel
     from rollout.sparse import density
 
     records = {kind: Record() for kind in CHANNELS}
     place = torch.empty(2 * training.flat().numel(), dtype=torch.uint8)
-    turns = 3
     for turn in range(turns):
         for kind in CHANNELS:
             record, sender = records[kind], open_channel(kind, training, client, expected)
@@ -255,7 +254,7 @@ async def sample_on(engine: Any, stop: asyncio.Event) -> int:
     return served
 
 
-async def run(updates: int) -> dict[str, Any]:
+async def run(updates: int, turns: int) -> dict[str, Any]:
     from rollout.engine import Engine
 
     overrides = {"load_format": "auto", "worker_extension_cls": "sync_bench.PerTensor"}
@@ -266,7 +265,7 @@ async def run(updates: int) -> dict[str, Any]:
         client, stop = Channel(engine), asyncio.Event()
         sampling = [asyncio.create_task(sample_on(engine, stop)) for _ in range(2)]
         expected = await engine.expected_weights()
-        records = await asyncio.to_thread(measure, training, client, expected, updates)
+        records = await asyncio.to_thread(measure, training, client, expected, updates, turns)
         stop.set()
         served = sum(await asyncio.gather(*sampling))
         counters = await engine.counters()
@@ -322,10 +321,11 @@ def show(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=30, help="measured updates of each channel")
+    parser.add_argument("--turns", type=int, default=3, help="in how many turns")
     parser.add_argument("--out", help="write the figures there, as JSON")
     args = parser.parse_args()
     os.environ |= engine_env(device="cpu", backend="gloo", threads=1)
-    result = asyncio.run(run(args.updates))
+    result = asyncio.run(run(args.updates, args.turns))
     print(show(result))
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
