@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rl.types import Batch
+
 
 def group_relative(
     rewards: Float[Tensor, " B"], group_ids: Int[Tensor, " B"], *, divide_by_std: bool, eps: float = 1e-4
@@ -12,13 +14,38 @@ def group_relative(
 
     Source: GRPO, arXiv 2402.03300, section 4.1.2; without the division: Dr. GRPO, arXiv 2503.20783.
     """
-    _, index, count = torch.unique(group_ids, return_inverse=True, return_counts=True)
-    mean = torch.zeros(len(count)).index_add(0, index, rewards) / count
-    centred = rewards - mean[index]
+    count = group_sums(torch.ones_like(rewards), group_ids)
+    centred = rewards - group_sums(rewards, group_ids) / count
     if not divide_by_std:
         return centred
-    var = torch.zeros(len(count)).index_add(0, index, centred**2) / (count - 1).clamp(min=1)
-    return centred / (var.sqrt()[index] + eps)
+    var = group_sums(centred**2, group_ids) / (count - 1).clamp(min=1)
+    return centred / (var.sqrt() + eps)
+
+
+def leave_one_out(rewards: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Reward minus the mean reward of the group's other samples; 0 in a group of one. Source: RLOO, arXiv 2402.14740.
+
+    R_i - (S - R_i) / (k - 1) = (R_i - S / k) k / (k - 1), with S the group's sum and k its size.
+    """
+    count = group_sums(torch.ones_like(rewards), group_ids)
+    return (rewards - group_sums(rewards, group_ids) / count) * count / (count - 1).clamp(min=1)
+
+
+def length_weighted(
+    rewards: Float[Tensor, " B"], group_ids: Int[Tensor, " B"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, " B"]:
+    """Reward minus the mean of its group, in which a sample counts by its sampled tokens.
+
+    Source: OPO, arXiv 2505.23585, eq. 7.
+    """
+    tokens = mask.sum(dim=1).to(rewards.dtype)
+    return rewards - group_sums(tokens * rewards, group_ids) / group_sums(tokens, group_ids).clamp(min=1)
+
+
+def group_sums(x: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """The sum of x over each row's group, at that row. Groups need not be neighbours, nor of one size."""
+    names, index = torch.unique(group_ids, return_inverse=True)
+    return x.new_zeros(len(names)).index_add(0, index, x)[index]
 
 
 def spread(per_sequence: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -26,29 +53,38 @@ def spread(per_sequence: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Floa
     return per_sequence[:, None] * mask
 
 
+def at_end(rewards: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Pay each sequence's reward at its last sampled token, and 0 elsewhere."""
+    last = mask & (mask.flip(1).cumsum(dim=1).flip(1) == 1)
+    return rewards[:, None] * last
+
+
+def token_rewards(batch: Batch) -> Float[Tensor, "B T"]:
+    """What every token is paid: `batch.token_rewards` where they are set, else the sequence's reward at its end."""
+    return at_end(batch.rewards, batch.mask) if batch.token_rewards is None else batch.token_rewards
+
+
 def gae(
-    rewards: Float[Tensor, " B"],
+    rewards: Float[Tensor, "B T"],
     values: Float[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     *,
     gamma: float,
     lam: float,
 ) -> Float[Tensor, "B T"]:
-    """Generalised advantage estimates [B, T] for a reward paid at the last sampled token of each sequence.
+    """Generalised advantage estimates [B, T] for the rewards of every token.
 
     A_t = sum_k (gamma lam)^k delta_{t+k}, delta_t = r_t + gamma V_{t+1} - V_t, where t + 1 is the next *sampled*
     token (tool replies in between are not steps) and V is 0 after the last. Source: arXiv 1506.02438, eq. 16.
     """
     advantages = torch.zeros_like(values)
-    following = torch.zeros_like(rewards)
-    next_value = torch.zeros_like(rewards)
-    reward = rewards.clone()
+    following = torch.zeros_like(values[:, 0])
+    next_value = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         here = mask[:, t]
-        delta = reward + gamma * next_value - values[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
         following = torch.where(here, delta + gamma * lam * following, following)
         next_value = torch.where(here, values[:, t], next_value)
-        reward = torch.where(here, 0.0, reward)
         advantages[:, t] = torch.where(here, following, 0.0)
     return advantages
 
@@ -58,3 +94,18 @@ def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], eps: float = 1e-8
     picked = x[mask]
     scaled = (x - picked.mean()) * (picked.var(unbiased=False) + eps).rsqrt()
     return torch.where(mask, scaled, 0.0)
+
+
+def kept_by_second_moment(
+    log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], limit: float
+) -> Bool[Tensor, "B T"]:
+    """The sampled tokens that stay when the largest (log r)^2 leave until the mean of the rest is at most `limit`.
+
+    Tokens that are equally far off stay or leave together. Source: M2PO, arXiv 2510.01161, algorithm 1.
+    """
+    square = torch.where(mask, log_ratio.double() ** 2, torch.inf)
+    ordered = square[mask].sort().values
+    # Of an ascending sequence the running mean ascends too, so that those within the limit come first.
+    mean = ordered.cumsum(0) / torch.arange(1, len(ordered) + 1, device=mask.device)
+    stay = int((mean <= limit).sum())
+    return mask if stay == len(ordered) else mask & (square < ordered[stay])

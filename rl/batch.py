@@ -29,20 +29,20 @@ def trajectory(prompt: Prompt, completion: Completion, reward: float, parts: dic
 def collate(trajectories: list[Trajectory]) -> Batch:
     """Right-pad trajectories to [B, T + 1] and shift them, here and nowhere else, so that column t predicts t + 1."""
     length = max(len(t.token_ids) for t in trajectories)
-
-    def pad(rows: list[list[Any]], value: int | float, dtype: torch.dtype) -> Tensor:
-        return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=dtype)
-
     support = _support(trajectories, length)
     return Batch(
-        input_ids=pad([t.token_ids for t in trajectories], 0, torch.long),
-        mask=pad([t.mask for t in trajectories], False, torch.bool)[:, 1:],
-        rollout_logprobs=pad([t.logprobs for t in trajectories], 0.0, torch.float32)[:, 1:],
-        versions=pad([t.versions for t in trajectories], -1, torch.long)[:, 1:],
+        input_ids=_pad([t.token_ids for t in trajectories], length, 0, torch.long),
+        mask=_pad([t.mask for t in trajectories], length, False, torch.bool)[:, 1:],
+        rollout_logprobs=_pad([t.logprobs for t in trajectories], length, 0.0, torch.float32)[:, 1:],
+        versions=_pad([t.versions for t in trajectories], length, -1, torch.long)[:, 1:],
         rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float32),
         group_ids=torch.tensor([t.group for t in trajectories], dtype=torch.long),
         support=None if support is None else support[:, 1:],
     )
+
+
+def _pad(rows: list[list[Any]], length: int, value: int | float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=dtype)
 
 
 def _support(trajectories: list[Trajectory], length: int) -> Tensor | None:
@@ -85,11 +85,15 @@ def take(batch: Batch, rows: Tensor) -> Batch:
     return replace(batch, **picked)
 
 
-def micro_batches(batch: Batch, rows: Tensor, *, ranks: int, budget: int, share_prompts: bool) -> list[list[Tensor]]:
+def micro_batches(
+    batch: Batch, rows: Tensor, *, ranks: int, budget: int, share_prompts: bool, features: int | None = None
+) -> list[list[Tensor]]:
     """Cut rows into micro-batches of about `budget` tokens, the same number of them on every rank.
 
     With `share_prompts` the rows of a group stay together and its prompt counts once. Units (groups, or rows) are
-    dealt largest first to the rank with the least work. Returns one list of row indices per rank; a rank with less to
+    dealt largest first to the rank with the least work: a token counts 1, and with a model of so many hidden
+    `features` position / (6 features) more for its attention (4 features x position FLOPs; the linear layers of a
+    block have some 24 features squared). Returns one list of row indices per rank; a rank with less to
     do gets empty ones (ZeRO 2 and 3 communicate inside backward, so unequal counts would hang). A unit above the
     budget travels alone.
     """
@@ -101,12 +105,20 @@ def micro_batches(batch: Batch, rows: Tensor, *, ranks: int, budget: int, share_
     cost = {
         u: int(prompt[r[0]] + (total - prompt)[r].sum()) if share_prompts else int(total[u]) for u, r in units.items()
     }
+
+    def work(unit: int) -> float:
+        of = units[unit]
+        squares = total[of] ** 2
+        if share_prompts:
+            squares[1:] -= prompt[of[1:]] ** 2
+        return cost[unit] + (0.0 if features is None else float(squares.sum()) / (12 * features))
+
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    load = [0] * ranks
-    for unit in sorted(units, key=lambda u: (-cost[u], u)):
+    load = [0.0] * ranks
+    for unit in sorted(units, key=lambda u: (-work(u), u)):
         rank = min(range(ranks), key=lambda r: (load[r], r))
         shares[rank].append(unit)
-        load[rank] += cost[unit]
+        load[rank] += work(unit)
     cut = [
         [torch.tensor([row for u in m for row in units[u]]) for m in _fill(share[::-1], cost, budget)]
         for share in shares

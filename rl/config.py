@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rl.corrections import Correction, Uncorrected
-from rl.objectives import GSPO, Objective
+from rl.filters import GroupFilter
+from rl.objectives import GSPO, M2PO, Objective
 from rl.rewards import Reward
 from rl.truncation import Truncation
 from rl.types import Data
@@ -60,14 +61,36 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Train low-rank adapters of every linear layer but the head (arXiv 2106.09685); engines get the merged weights.
+
+    Without dropout: the trainer would not say what the engine sampled with.
+    """
+
+    rank: int = 0
+    """0 is off: all weights are trained."""
+    alpha: float = 32.0
+    """A layer's weight is W + alpha / rank * B A."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """The learner."""
 
     ranks: int = 1
-    """Data-parallel DeepSpeed ranks; each is one Ray actor."""
-    zero_stage: Literal[1, 2, 3] = 1
-    """What DeepSpeed shards: 1 optimizer states, 2 and gradients, 3 and weights. (0 is wrong with bf16.)"""
+    """DeepSpeed ranks; each is one Ray actor."""
+    sequence_parallel: int = 1
+    """Neighbouring ranks that share each packed row (DeepSpeed Ulysses), for rows too long for one GPU; it divides
+    `ranks` and the model's heads. 1: every rank has rows of its own."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed shards: 0 nothing (float32 only), 1 optimizer states, 2 and gradients, 3 and weights."""
+    offload: Literal["none", "optimizer"] = "none"
+    """Keep master weights and Adam's moments in the host's memory, and step there. GPUs only."""
+    lora: Lora = field(default_factory=Lora)
     lr: float = 1e-6
+    value_lr: float | None = None
+    """Of the value head, with the schedule of `lr`; it starts from zero, so ten times `lr` and more is common. None: as
+    `lr`."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """From the peak to 0 over the run's steps."""
     warmup_steps: int = 0
@@ -80,12 +103,12 @@ class TrainerConfig:
     minibatches: int = 1
     """Optimizer steps per pass."""
     micro_batch_tokens: int = 4096
-    """Tokens of one forward pass."""
+    """Tokens of one forward pass: the length of its packed row, a shared prompt counted once."""
     gradient_checkpointing: bool = False
     skip_zero_advantage: bool = True
     """Leave out rows that provably have no gradient (zero advantage, no KL, no entropy bonus, no critic)."""
     share_prompts: bool | None = None
-    """Compute a group's prompt once, by a dense tree-shaped attention mask. None: on CPU, where it saves most."""
+    """Compute a group's prompt once. None: on CPU; on CUDA rows that share nothing go through one varlen kernel."""
     threads: int | None = None
     """OpenMP threads of one rank on CPU. None: all cores if it takes turns with the engine, else 1."""
 
@@ -99,6 +122,8 @@ class Deadlines:
     reward_s: float = 60.0
     step_s: float = 1800.0
     sync_s: float = 300.0
+    stop_s: float = 30.0
+    """From SIGTERM to the end of the checkpoint that it asks for; schedulers wait about as long before they kill."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +153,11 @@ class Config:
     prompts_per_step: int = 8
     group_size: int = 8
     """Completions of each prompt."""
+    filters: tuple[GroupFilter, ...] = ()
+    """A group that one of them (rl/filters.py) gives a reason for is not trained on, and another is sampled instead:
+    with `ZeroAdvantage()` the dynamic sampling of DAPO."""
+    max_filtered: int = 10
+    """Groups that the filters may take between two steps, as a multiple of `prompts_per_step`, before the run ends."""
     max_staleness: int = 0
     """Weight versions that a sample may be behind when its step begins. 0 is synchronous and on-policy."""
     late_groups: Literal["drop", "wait"] = "drop"
@@ -135,7 +165,7 @@ class Config:
     or let the step wait for it. Dropping never holds up a step, but where it happens often, long replies are lost."""
     old_logprobs: Literal["auto", "recompute", "rollout"] = "auto"
     """The proximal policy: the trainer's own log-probabilities at the start of the step, or the engine's. auto: the
-    engine's where the doctor finds that noise alone would not clip them, else the trainer's."""
+    engine's where `max_staleness` is 0 and the doctor finds that noise alone would not clip, else the trainer's."""
     correction: Correction = field(default_factory=Uncorrected)
     """Importance weight old / rollout on the policy loss, e.g. `TokenTIS(cap=2.0)` of rl/corrections.py."""
     doctor: Literal["short", "full", "off"] = "short"
@@ -158,6 +188,14 @@ class Config:
     """None: the run's temperature."""
     verify_every: int = 0
     """Steps between digest checks of every tensor at every engine; the first update is always checked."""
+    record_batches: int = 0
+    """Steps between records of a whole step for `unison what-if`, in the run's folder under batches/; each costs two
+    forward passes. 0 keeps none."""
+    save_every: int = 20
+    """Steps between checkpoints; 0 makes none. One takes about as long as a step, and 12 bytes per parameter: at 20
+    that is about 5 % of the time, and a crash costs at most 20 steps. SIGTERM makes one more."""
+    keep_last: int = 2
+    """Checkpoints that are kept: one more than needed, for the newest may be found damaged."""
     save_final: bool = True
     """Export the trained model (safetensors and tokenizer) into the run's folder."""
     chat_template_kwargs: dict[str, str] = field(default_factory=dict)
@@ -173,7 +211,7 @@ def check(config: Config) -> None:
     """Raise ValueError, with the remedy, for settings that cannot work together. Starts and loads nothing."""
     r, t = config.rollout, config.trainer
     at_least_one = {
-        "": (config, ("steps", "prompts_per_step", "group_size", "eval_samples")),
+        "": (config, ("steps", "prompts_per_step", "group_size", "eval_samples", "max_filtered", "keep_last")),
         "rollout.": (r, ("max_tokens", "max_num_seqs")),
         "trainer.": (t, ("epochs", "minibatches", "micro_batch_tokens")),
     }
@@ -181,9 +219,12 @@ def check(config: Config) -> None:
         for name in names:
             if getattr(part, name) < 1:
                 raise ValueError(f"{prefix}{name}={getattr(part, name)} must be at least 1")
-    for name in ("lr", "warmup_steps", "weight_decay"):
-        if getattr(t, name) < 0:
+    for name in ("lr", "value_lr", "warmup_steps", "weight_decay"):
+        if (getattr(t, name) or 0.0) < 0:
             raise ValueError(f"trainer.{name}={getattr(t, name)} must not be negative")
+    _check_memory_settings(config)
+    if config.save_every < 0:
+        raise ValueError(f"save_every={config.save_every} must be at least 0 (0 makes no checkpoint)")
     if config.max_staleness < 0:
         raise ValueError(f"max_staleness={config.max_staleness} must be at least 0 (0 is synchronous)")
     if config.temperature <= 0:
@@ -191,11 +232,7 @@ def check(config: Config) -> None:
             f"temperature={config.temperature}: greedy samples have no log-probability to learn from; use a "
             "temperature above 0 (eval_temperature may be 0)"
         )
-    if config.objective.group_relative and config.group_size < 2:
-        raise ValueError(
-            f"group_size=1 gives {type(config.objective).__name__} only zero advantages, for it compares samples of "
-            "one prompt: use group_size >= 2, or PPO, whose critic is the baseline"
-        )
+    _check_objective(config)
     if r.truncation:
         r.truncation.check()
     if r.max_tokens >= r.max_model_len:
@@ -203,3 +240,53 @@ def check(config: Config) -> None:
     rows = config.prompts_per_step * config.group_size
     if t.minibatches > rows:
         raise ValueError(f"trainer.minibatches={t.minibatches} exceeds the {rows} sequences of a step")
+
+
+def _check_memory_settings(config: Config) -> None:
+    t = config.trainer
+    if t.zero_stage == 0 and config.dtype == "bfloat16":
+        raise ValueError(
+            "trainer.zero_stage=0 with dtype=bfloat16 has no fp32 gradients and starts Adam with a step too many (in "
+            "DeepSpeed 0.19): use zero_stage=1, which is never larger, or dtype=float32"
+        )
+    if t.zero_stage == 0 and t.offload != "none":
+        raise ValueError(f"trainer.offload={t.offload} needs DeepSpeed's own optimizer: use zero_stage 1, 2 or 3")
+    if t.sequence_parallel < 1 or t.ranks % t.sequence_parallel:
+        raise ValueError(f"trainer.sequence_parallel={t.sequence_parallel} must divide trainer.ranks={t.ranks}")
+    if t.lora.rank < 0 or t.lora.alpha <= 0:
+        raise ValueError(f"trainer.lora: rank={t.lora.rank} must be at least 0, and alpha={t.lora.alpha:g} above 0")
+
+
+def _check_objective(config: Config) -> None:
+    objective, t = config.objective, config.trainer
+    name = type(objective).__name__
+    if objective.group_relative and config.group_size < 2:
+        raise ValueError(
+            f"group_size=1 gives {name} only zero advantages, for it compares samples of "
+            "one prompt: use group_size >= 2, or PPO, whose critic is the baseline"
+        )
+    if objective.uses_old_logprobs and config.old_logprobs == "rollout":
+        raise ValueError(
+            f"{name} compares the trainer's log-probabilities with the engine's, and old_logprobs='rollout' makes them "
+            "the same: use old_logprobs='recompute' (or 'auto')"
+        )
+    if isinstance(objective, M2PO) and not isinstance(config.correction, Uncorrected):
+        raise ValueError(
+            f"M2PO's ratio is policy / rollout already, so {type(config.correction).__name__} would count the mismatch "
+            "twice: leave `correction` at its default"
+        )
+    if objective.kl_target is not None and not (objective.kl_target > 0 and objective.kl_coef > 0):
+        raise ValueError(
+            f"kl_target={objective.kl_target:g} needs to be above 0, and a kl_coef above 0 to begin with: e.g. "
+            f"{name}(kl_coef=0.01, kl_target=0.02)"
+        )
+    if t.value_lr is not None and not objective.uses_values:
+        raise ValueError(
+            f"trainer.value_lr={t.value_lr:g} has no value head to move: {name} has no critic; leave it out"
+        )
+    optimizer_steps = config.steps * t.epochs * t.minibatches
+    if 0 < optimizer_steps <= objective.critic_warmup:
+        raise ValueError(
+            f"critic_warmup={objective.critic_warmup} covers all {optimizer_steps} optimizer steps of the run, so the "
+            "policy would never learn: lower it, or raise `steps`"
+        )

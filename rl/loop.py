@@ -5,28 +5,36 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from rl.batch import collate, trajectory
 from rl.config import Config
 from rl.data import sample_seed
+from rl.filters import reason
 from rl.flow import Flow
 from rl.protocols import EngineLost, Learner, Rollouts, Tracker
+from rl.resume import Progress, progress_of
 from rl.rewards import Reward, judge_in_time
-from rl.step_metrics import batch_metrics
+from rl.step_metrics import batch_metrics, trainer_speed
 from rl.types import Completion, Prompt, Reply, Trajectory
 
 Evaluate = Callable[[], Awaitable[dict[str, float]]]
 Judge = Callable[[Reward, Reply, int, float], Awaitable[tuple[float, dict[str, float]]]]
 """`rl.rewards.judge_in_time`, or what stands in for it."""
+Save = Callable[[Progress], Awaitable[None]]
 
 
 class StallError(RuntimeError):
     """A wait passed its deadline; the message says who waited for whom."""
 
 
+async def keep_nothing(progress: Progress) -> None:
+    """A checkpoint for a loop that needs none."""
+
+
 @dataclass(kw_only=True)
 class Loop:
-    """One run. `flow.version` counts published updates, so that step k samples under version k at `max_staleness` 0."""
+    """One run. `flow.version` counts published updates, so that after step k the engines serve version k."""
 
     config: Config
     rollouts: Rollouts
@@ -37,8 +45,16 @@ class Loop:
     evaluate: Evaluate
     on_samples: Callable[[int, list[Trajectory]], None] = lambda step, trajectories: None
     judge: Judge = judge_in_time
-    trained_tokens: int = 0
+    progress: Progress = field(default_factory=Progress)
+    """Where to go on. `prompts` is the whole stream in any case; what has reached an end is skipped."""
+    save: Save = keep_nothing
+    """Makes a checkpoint of this progress and of the learner as it is now; called between two steps."""
+    trained_tokens: int = field(init=False)
     flow: Flow = field(init=False)
+    _owes_evaluation: bool = field(init=False)
+    _saved: int = field(init=False)
+    """The step of the last checkpoint."""
+    _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _ready: dict[int, list[Trajectory]] = field(default_factory=dict)
     _tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
     _since: dict[int, float] = field(default_factory=dict)
@@ -46,24 +62,63 @@ class Loop:
     _busy: float = 0.0
     """Seconds in which some group was being sampled or judged, and when that last began."""
     _busy_since: float = 0.0
+    _judged: list[float] = field(default_factory=list)
+    """Mean rewards of the groups judged since the last step, kept or not."""
+    _filtered: int = 0
+    """How many of them the filters took."""
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def __post_init__(self) -> None:
         c = self.config
+        p = self.progress
         self.flow = Flow(
-            prompts_per_step=c.prompts_per_step, max_staleness=c.max_staleness, steps=c.steps, late=c.late_groups
+            prompts_per_step=c.prompts_per_step,
+            max_staleness=c.max_staleness,
+            steps=c.steps,
+            late=c.late_groups,
+            version=p.version,
+            ledger=p.ledger(),
         )
+        self.prompts = p.remaining(self.prompts)
+        self.trained_tokens, self._owes_evaluation, self._saved = p.trained_tokens, p.owes_evaluation, p.version
+
+    @property
+    def done(self) -> bool:
+        """Whether every step was made, and every evaluation."""
+        return self.flow.version == self.config.steps and not self._owes_evaluation
 
     async def run(self) -> None:
-        """Train for `config.steps` steps. Any task's failure ends the run with that task's own error."""
+        """Train up to `config.steps` steps, or until `stop`; `done` says which it was. Any task's failure ends the run
+        with that task's own error."""
+        c = self.config
         try:
             async with asyncio.TaskGroup() as tasks:
                 sampler = tasks.create_task(self._admit(tasks), name="admit prompts")
-                for step in range(1, self.config.steps + 1):
-                    await self._step(step)
+                if self._owes_evaluation and (metrics := await self._evaluated()):
+                    self.tracker.log(self.flow.version, metrics)
+                while self.flow.version < c.steps and await self._step(self.flow.version + 1):
+                    if c.save_every and self.flow.version % c.save_every == 0:
+                        await self._save()
                 sampler.cancel()
+                if not self.done:
+                    for task in self._tasks.values():
+                        task.cancel()
+                    if c.save_every:
+                        await self._save()
         except BaseExceptionGroup as group:
             raise first_error(group) from None
+
+    async def stop(self) -> None:
+        """Let `run` return soon, with a checkpoint: a step that learns is finished, all else is given up."""
+        async with self._changed:
+            self._stop.set()
+            self._changed.notify_all()
+
+    async def _save(self) -> None:
+        if self._saved == self.flow.version:
+            return
+        await self.save(progress_of(self.flow.version, self.flow.ledger, self.trained_tokens, self._owes_evaluation))
+        self._saved = self.flow.version
 
     async def _admit(self, tasks: asyncio.TaskGroup) -> None:
         """Start a group whenever the staleness bound has room for it."""
@@ -96,13 +151,29 @@ class Loop:
             if not group:
                 self.flow.move(ordinal, "failed(engine_lost)")
             elif all(math.isfinite(x) for t in group for x in t.logprobs):
-                self.flow.move(ordinal, "ready")
-                self._ready[ordinal] = group
+                why = reason(c.filters, group)
+                self.flow.move(ordinal, f"filtered({why})" if why else "ready")
+                if not why:
+                    self._ready[ordinal] = group
+                self._count(group, filtered=why is not None)
             else:
                 # Never replaced by a number that looks right: the group is set aside, counted, and another admitted.
                 self.flow.move(ordinal, "filtered(nonfinite_logprobs)")
                 self.on_samples(-1, group)
             self._changed.notify_all()
+
+    def _count(self, group: list[Trajectory], *, filtered: bool) -> None:
+        """Raise StallError when the filters leave too little: every group costs sampling, and no step would come."""
+        c = self.config
+        self._judged.append(fmean(t.reward for t in group))
+        self._filtered += filtered
+        if filtered and self._filtered > c.max_filtered * c.prompts_per_step:
+            reasons = {s: n for s, n in self.flow.ledger.summary().items() if s.startswith("filtered") and n}
+            raise StallError(
+                f"the filters took {self._filtered} groups since the last step (in all: {reasons}), mean "
+                f"reward {fmean(self._judged):.3g}: the task is too hard, too easy or solved for this policy. Change "
+                "the data, raise `group_size`, loosen `filters`, or raise `max_filtered`"
+            )
 
     async def _sample(self, prompt: Prompt) -> list[Completion]:
         """The completions of a group; none when its engine was lost too often. Leaves it `sampling` then."""
@@ -125,19 +196,27 @@ class Loop:
         if not self._since:
             self._busy += now() - self._busy_since
 
-    async def _step(self, step: int) -> None:
+    async def _step(self, step: int) -> bool:
+        """One step; False when the run was told to stop before it could begin."""
         c = self.config
         began, busy = time.perf_counter(), self._sampling_seconds()
         ordinals = await self._next_groups(step)
+        if ordinals is None:
+            return False
         waited = time.perf_counter() - began
         queues = {f"queue/{state}": float(self.flow.ledger.count(state)) for state in ("sampling", "scoring", "ready")}
         queues["queue/oldest_s"] = now() - min(self._since.values()) if self._since else 0.0
         trajectories = [t for ordinal in ordinals for t in self._ready.pop(ordinal)]
         metrics = batch_metrics(trajectories, self.flow.version, c.group_size) | queues
+        if c.filters and self._judged:
+            metrics["filter/taken_frac"] = self._filtered / len(self._judged)
+            metrics["filter/reward_mean"] = fmean(self._judged)
+        self._judged, self._filtered = [], 0
 
         learning = time.perf_counter()
         metrics |= await self.learner.step(collate(trajectories))
         learned = time.perf_counter() - learning
+        metrics |= trainer_speed(metrics, learned)
         sync = await self.learner.publish(self.flow.version + 1)
         async with self._changed:
             for late in self.flow.publish():
@@ -160,6 +239,7 @@ class Loop:
             "weight_sync/bytes": float(sync.bytes),
             "weight_sync/version": float(self.flow.version),
             "weight_sync/verified": float(sync.verified),
+            "weight_sync/failed": float(sync.failed),
             "timing_s/wait_for_samples": waited,
             "timing_s/learn": learned,
             "timing_s/step": seconds,
@@ -171,19 +251,35 @@ class Loop:
         }
         self.on_samples(step, trajectories)
         if step == c.steps or (c.eval_every and step % c.eval_every == 0):
-            metrics |= await self.evaluate()
+            metrics |= await self._evaluated()
         self.tracker.log(step, metrics)
+        return True
+
+    async def _evaluated(self) -> dict[str, float]:
+        """Nothing, and owed from now on, when the run is told to stop meanwhile."""
+        evaluating = asyncio.ensure_future(self.evaluate())
+        stopping = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({evaluating, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            self._owes_evaluation = not evaluating.done()
+            return evaluating.result() if evaluating.done() else {}
+        finally:
+            evaluating.cancel()
+            stopping.cancel()
 
     def _sampling_seconds(self) -> float:
         """Seconds so far in which the engines had work."""
         return self._busy + (now() - self._busy_since if self._since else 0.0)
 
-    async def _next_groups(self, step: int) -> list[int]:
-        """Ordinals of the oldest finished groups of one step; StallError when they do not come in time."""
+    async def _next_groups(self, step: int) -> list[int] | None:
+        """Ordinals of the oldest finished groups of one step, or None when the run is told to stop; StallError when
+        they do not come in time."""
         deadline = self.config.deadlines.sample_s
         try:
             async with asyncio.timeout(deadline), self._changed:
-                await self._changed.wait_for(self.flow.step)
+                await self._changed.wait_for(lambda: self._stop.is_set() or self.flow.step())
+                if self._stop.is_set():
+                    return None
                 ordinals = self.flow.step()
                 assert ordinals is not None
                 self.flow.train(ordinals)

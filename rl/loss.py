@@ -1,4 +1,7 @@
-"""The whole loss of one micro-batch: objective, correction, KL and entropy, and the numbers every step reports."""
+"""The whole loss of one micro-batch: objective, correction, KL and entropy, and the numbers every step reports.
+
+What a step needs before that, from its whole batch: the KL in the reward, and the advantages.
+"""
 
 import math
 from dataclasses import replace
@@ -7,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rl.advantages import token_rewards
 from rl.corrections import Correction, Uncorrected, sequence_log_ratio, token_log_ratio
 from rl.kl import kl_estimate
-from rl.objectives import Objective
+from rl.objective import Objective
 from rl.types import Batch, Metrics, PolicyOutput
 
 MOMENTS = {
@@ -20,6 +24,34 @@ MOMENTS = {
     "critic/residual_sq",
 }
 """Metrics of which only what `finish` makes of them is shown."""
+
+
+def prepare(objective: Objective, batch: Batch) -> tuple[Batch, Float[Tensor, "B T"]]:
+    """A whole step's batch with its KL in the reward, and the advantages, 0 outside the mask.
+
+    With `kl_in="reward"` every token is paid -kl_coef * KL(old || reference) beside its reward. `rewards` holds the
+    sums, so that an objective which knows sequences only has the KL too. Source: arXiv 1909.08593, eq. 2.
+    """
+    if objective.kl_coef and objective.kl_in == "reward":
+        kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, objective.kl_estimator).detach()
+        paid = torch.where(batch.mask, token_rewards(batch) - objective.kl_coef * kl, 0.0)
+        batch = replace(batch, token_rewards=paid, rewards=paid.sum(dim=1))
+    advantages = objective.advantages(batch)
+    if advantages.shape != batch.mask.shape:
+        raise ValueError(
+            f"{type(objective).__name__}.advantages returned shape {tuple(advantages.shape)}; it must return "
+            f"[B, T]={tuple(batch.mask.shape)}: rl.advantages.spread gives one number per sequence to its tokens"
+        )
+    return batch, torch.where(batch.mask, advantages, 0.0)
+
+
+def critic_alone(policy: PolicyOutput) -> PolicyOutput:
+    """The same numbers with no gradient but that of the values: the loss's other terms then leave the policy alone.
+
+    The gradient is 0 rather than missing, for DeepSpeed waits for one of every weight.
+    """
+    still = {name: getattr(policy, name).detach() + 0.0 * getattr(policy, name) for name in ("logprobs", "entropy")}
+    return replace(policy, **still)
 
 
 def full_loss(
@@ -57,11 +89,15 @@ def full_loss(
         )
     if objective.kl_coef:
         kl = kl_estimate(policy.logprobs, batch.ref_logprobs, objective.kl_estimator)
-        loss = loss + objective.kl_coef * kl
-        metrics["actor/kl_loss"] = kl
+        if objective.kl_in == "loss":
+            loss = loss + objective.kl_coef * kl
+        metrics[f"actor/kl_{objective.kl_in}"] = kl.detach()
     if objective.entropy_coef:
         loss = loss - objective.entropy_coef * policy.entropy
-    metrics |= {"actor/entropy": policy.entropy, "actor/ppo_kl": batch.old_logprobs - policy.logprobs}
+    metrics |= {
+        "actor/entropy": policy.entropy.detach(),
+        "actor/ppo_kl": batch.old_logprobs - policy.logprobs.detach(),
+    }
     trainer = replace(batch, old_logprobs=policy.logprobs) if engine_is_old else batch
     return loss, metrics | weighted | mismatch(trainer)
 

@@ -15,6 +15,8 @@ class SyncReport:
     bytes: int
     verified: bool
     """Whether every engine's digests were compared with the sender's."""
+    failed: int = 0
+    """How often it was sent before the engines took it."""
 
 
 class EngineLost(RuntimeError):

@@ -86,6 +86,7 @@ class Batch:
 
     Column t of every [B, T, ...] tensor belongs to the prediction of `input_ids[:, t + 1]`; nothing downstream shifts.
     `rollout_logprobs` is the behaviour policy, `old_logprobs` the proximal one, `ref_logprobs` the reference (nats).
+    `token_rewards`, where set, is what each token is paid, and sums up to `rewards`; else all is paid at the end.
     `support` holds the vocabulary ids that a token was sampled from, padded with -1; None: the engine reports none.
     """
 
@@ -98,6 +99,7 @@ class Batch:
     old_logprobs: Float[Tensor, "B T"] | None = None
     ref_logprobs: Float[Tensor, "B T"] | None = None
     values: Float[Tensor, "B T"] | None = None
+    token_rewards: Float[Tensor, "B T"] | None = None
     support: Int[Tensor, "B T K"] | None = None
 
     def to_device(self, device: torch.device) -> "Batch":

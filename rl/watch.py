@@ -115,10 +115,15 @@ class Watch:
     """Called with each step's metrics; returns an alert for each that was in its range before and now is not."""
 
     def __init__(self, config: Config) -> None:
-        t = config.trainer
-        moving = t.epochs * t.minibatches > 1 and config.old_logprobs != "recompute"
-        self.tight = config.dtype == "float32" and config.max_staleness == 0 and not moving
+        self.config = config
         self.outside: set[str] = set()
+        self.settle(config.old_logprobs)
+
+    def settle(self, old_logprobs: str) -> None:
+        """What `old_logprobs="auto"` came to."""
+        t = self.config.trainer
+        moving = t.epochs * t.minibatches > 1 and old_logprobs != "recompute"
+        self.tight = self.config.dtype == "float32" and self.config.max_staleness == 0 and not moving
 
     def __call__(self, metrics: Mapping[str, float]) -> list[Alert]:
         alerts = []

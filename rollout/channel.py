@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -68,10 +69,25 @@ def join(address: str, port: int, rank: int, world_size: int, timeout_s: float) 
 
 def broadcast(group: ProcessGroupGloo, tensor: Tensor) -> Tensor:
     """From rank 0 to all; returns the tensor, which the others must have made."""
+    with _errors_of_gloo():
+        _begin(group, tensor).wait()
+    return tensor
+
+
+def _begin(group: ProcessGroupGloo, tensor: Tensor) -> Any:
+    """A broadcast under way; it keeps the tensor."""
     options = BroadcastOptions()
     options.rootRank = options.rootTensor = 0
-    group.broadcast([tensor], options).wait()
-    return tensor
+    return group.broadcast([tensor], options)
+
+
+@contextmanager
+def _errors_of_gloo() -> Iterator[None]:
+    """A peer that is gone or late, as an UpdateFailed in gloo's own words."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UpdateFailed(f"the weight channel was cut off ({str(error).splitlines()[0]})") from None
 
 
 def gather_words(group: ProcessGroupGloo, words: str) -> list[str]:
@@ -80,7 +96,8 @@ def gather_words(group: ProcessGroupGloo, words: str) -> list[str]:
     text = words.encode()[:_REPORT_BYTES]
     mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else mine[:0]
     all_of_them = [torch.zeros_like(mine) for _ in range(group.size())]
-    group.allgather([all_of_them], [mine]).wait()
+    with _errors_of_gloo():
+        group.allgather([all_of_them], [mine]).wait()
     return [bytes(t.tolist()).rstrip(b"\0").decode(errors="replace") for t in all_of_them]
 
 
@@ -127,6 +144,8 @@ class Outbox:
         """Version of the image that every receiver holds; None when that is not sure."""
         self.since_anchor = 0
         self.scratch: Tensor | None = None
+        self.told: list[Any] = []
+        """Headers under way. In shared memory the bytes need not wait until a receiver has time to read them."""
         self.sent_bytes = 0
         """What the last update put on the wire or in shared memory."""
 
@@ -137,12 +156,17 @@ class Outbox:
             base, self.since_anchor = None, 0
         self.since_anchor += 1
         self.version = version
+        if self.shared:
+            # Told once all of it is there: a receiver that loads the first bucket takes the core that copies the rest.
+            for bucket, offset in self.cut:
+                pack(bucket, tensors, into=self.image[offset : offset + bucket[1]])
+            for index in range(len(self.cut)):
+                self._tell(index, None, _DENSE, torch.empty(0, dtype=torch.uint8))
+            self.held, self.sent_bytes = version, self.nbytes
+            return
         for index, (bucket, offset) in enumerate(self.cut):
             place = self.image[offset : offset + bucket[1]]
-            if self.shared:
-                pack(bucket, tensors, into=place)
-                encoding, payload = _DENSE, place
-            elif base is not None and all(meta[1].itemsize == 2 for meta, _ in bucket[0]):
+            if base is not None and all(meta[1].itemsize == 2 for meta, _ in bucket[0]):
                 new = pack(bucket, tensors, into=self._scratch(bucket[1]))
                 encoding, payload = _shorter(place, new)
                 if encoding == _DENSE:
@@ -151,7 +175,7 @@ class Outbox:
                     sparse.apply(payload, place.view(torch.int16))
             else:
                 encoding, payload = _DENSE, pack(bucket, tensors, into=place)
-            self._tell(index, -1 if encoding == _DENSE else base, encoding, payload)
+            self._tell(index, base if encoding == _SPARSE else None, encoding, payload)
             self.sent_bytes += payload.numel()
         self.held = version
 
@@ -162,9 +186,14 @@ class Outbox:
         return self.scratch[:nbytes]
 
     def settle(self) -> None:
-        """Tell the sums of all buckets, and wait for every receiver's verdict. Raises UpdateFailed with theirs."""
-        self._tell(_END, -1, _DENSE, torch.empty(0, dtype=torch.uint8))
-        broadcast(self.group, torch.tensor([_sum(self.image[o : o + b[1]]) for b, o in self.cut]))
+        """Tell that this was all, with the sums of the buckets, and wait for every receiver's verdict. Raises
+        UpdateFailed with theirs."""
+        self._tell(_END, None, _DENSE, torch.empty(0, dtype=torch.uint8))
+        with _errors_of_gloo():
+            while self.told:
+                self.told.pop(0).wait()
+        if not self.shared:  # where both ends read the same memory, nothing can change on its way
+            broadcast(self.group, torch.tensor([_sum(self.image[o : o + b[1]]) for b, o in self.cut]))
         verdicts = {f"engine worker {i}": w for i, w in enumerate(gather_words(self.group, "")[1:]) if w}
         if verdicts:
             self.held = None
@@ -174,9 +203,13 @@ class Outbox:
             )
 
     def _tell(self, index: int, base: int | None, encoding: int, payload: Tensor) -> None:
-        header = torch.tensor([self.version, index, base if base is not None else -1, encoding, payload.numel()])
+        header = torch.tensor([self.version, index, -1 if base is None else base, encoding, payload.numel()])
+        if self.shared:
+            with _errors_of_gloo():
+                self.told.append(_begin(self.group, header))
+            return
         broadcast(self.group, header)
-        if not self.shared and payload.numel():
+        if payload.numel():
             broadcast(self.group, payload)
 
 
@@ -208,6 +241,7 @@ class Inbox:
         held, self.held, came = self.held, None, 0
         # The work is done beside, in order: the sender waits until a header is read.
         with ThreadPoolExecutor(1, "weights") as beside:
+            faults: list[str] = []
             work = [beside.submit(_fault_of, begin)]
             while True:
                 header = broadcast(self.group, torch.zeros(_FIELDS, dtype=torch.int64)).tolist()
@@ -218,16 +252,19 @@ class Inbox:
                     payload = broadcast(self.group, torch.empty(header[4], dtype=torch.uint8))
                 fault = self._place(header, payload, version, held, came)
                 if fault:
-                    work.append(beside.submit(str, fault))
+                    faults.append(fault)
                 else:
                     bucket, offset = self.cut[header[1]]
                     named = unpack(bucket, self.image[offset : offset + bucket[1]])
                     work.append(beside.submit(_fault_of, partial(take, named), self._first(header[1])))
                 came += 1
-            sums = broadcast(self.group, torch.zeros(len(self.cut), dtype=torch.int64)).tolist()
-            fault = self._missing(came) or self._changed(sums)
-            faults = [future.result() for future in work]
-            fault = next(filter(None, faults), fault) or _fault_of(finish)
+            changed = self._missing(came)
+            if not self.shared:
+                sums = broadcast(self.group, torch.zeros(len(self.cut), dtype=torch.int64)).tolist()
+                # Summed while the last buckets are being loaded.
+                changed = changed or self._changed(sums)
+            faults += [future.result() for future in work]
+            fault = next(filter(None, faults), changed) or _fault_of(finish)
         gather_words(self.group, fault)
         if fault:
             raise UpdateFailed(fault)
@@ -252,9 +289,9 @@ class Inbox:
         return ""
 
     def _missing(self, came: int) -> str:
-        return (
-            "" if came == len(self.cut) else f"{came} buckets came of {len(self.cut)} ({self._first(came)} is missing)"
-        )
+        if came == len(self.cut):
+            return ""
+        return f"{came} buckets came of {len(self.cut)} ({self._first(came)} is missing)"
 
     def _changed(self, sums: list[int]) -> str:
         for index, ((bucket, offset), told) in enumerate(zip(self.cut, sums, strict=True)):

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from rl.protocols import UpdateFailed
 from rl.weights import TensorMeta, check_complete
 from rollout.channel import Layout, Outbox, join, reserve, this_host
 
@@ -43,6 +42,9 @@ class GlooSender:
         world_size: int,
         timeout_s: float,
     ) -> None:
+        """`expected` are the names that every update must bring; `client` carries the control calls to all engines, and
+        the version of the next update; rank 0 sends, and is found at `address` and `port`; `world_size` counts it and
+        every engine worker; `timeout_s` bounds each wait, in seconds. Raises TimeoutError when not all engines come."""
         self.weights, self.expected, self.client, self.timeout_s = weights, expected, client, timeout_s
         self.outbox: Outbox | None = None
         self.seconds: dict[str, float] = {}
@@ -61,7 +63,7 @@ class GlooSender:
         def call() -> None:
             try:
                 self.client.init_weight_transfer_engine(info)
-            except Exception as error:
+            except Exception as error:  # handed over: it is raised in the thread that waits
                 failed.append(error)
 
         # A daemon: an engine that died in the rendezvous must not turn its error into a hang.
@@ -71,13 +73,11 @@ class GlooSender:
             outbox = Outbox(join(address, port, 0, world_size, self.timeout_s), layout)
             meeting.join(self.timeout_s)
         except RuntimeError:
-            raise (
-                failed[0]
-                if failed
-                else TimeoutError(
-                    f"no weight channel within {self.timeout_s:g} s: not every engine came to {address}:{port}"
-                )
-            ) from None
+            if failed:
+                # The engines' own error says more than a rendezvous without them.
+                raise failed[0] from None
+            late = f"no weight channel within {self.timeout_s:g} s: not every engine came to {address}:{port}"
+            raise TimeoutError(late) from None
         finally:
             # What is mapped stays; no name is left behind, however this run ends.
             if layout.segment:
@@ -104,15 +104,9 @@ class GlooSender:
         began = perf_counter()
         self.client.stage_weights(version)
         asked = perf_counter()
-        try:
-            outbox.send(tensors, version)
-            sent = perf_counter()
-            outbox.settle()
-        except UpdateFailed:
-            raise
-        except RuntimeError as error:
-            # gloo's words for a peer that is gone or late.
-            raise UpdateFailed(f"weight update {version} was cut off ({str(error).splitlines()[0]})") from None
+        outbox.send(tensors, version)
+        sent = perf_counter()
+        outbox.settle()
         staged = perf_counter()
         self.client.finish_weight_update()
         self.seconds = {
@@ -123,30 +117,17 @@ class GlooSender:
         }
 
 
-def open_sender(
-    backend: str,
-    *,
-    weights: Weights,
-    expected: set[str],
-    client: Any,
-    rank: int,
-    address: str,
-    port: int,
-    world_size: int,
-    timeout_s: float,
-) -> Sender:
+def open_sender(backend: str, **ends: Any) -> Sender:
     """Meet the engines and return what sends them the learner's weights; called on every learner rank.
 
-    `expected` are the names that every update must bring, `client` carries vLLM's control calls to all engines (and
-    `stage_weights`, on CPU), `world_size` counts rank 0 and every engine worker. Raises ValueError for an unknown
-    backend, and whatever the rendezvous raises after `timeout_s` seconds.
+    `ends` are the arguments of `GlooSender`. Raises ValueError for an unknown backend, and whatever the rendezvous
+    raises.
     """
-    options = {"weights": weights, "expected": expected, "client": client, "rank": rank}
     if backend == "gloo":
-        return GlooSender(**options, address=address, port=port, world_size=world_size, timeout_s=timeout_s)
+        return GlooSender(**ends)
     if backend not in ("nccl", "ipc"):
         raise ValueError(f"unknown weight channel {backend!r}; known: ['gloo', 'ipc', 'nccl']")
     # Here, for it imports vLLM, which a learner on CPU can do without.
     from rollout.vllm_sender import open_vllm_sender
 
-    return open_vllm_sender(backend, **options, address=address, port=port, world_size=world_size)
+    return open_vllm_sender(backend, **ends)

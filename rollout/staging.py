@@ -6,7 +6,9 @@ tensors, while the engine samples; the commit exchanges attributes, which takes 
 repacks every linear weight into new memory anyhow; on a GPU, captured graphs hold the tensors' addresses.
 """
 
+import ctypes
 from collections.abc import Iterable
+from contextlib import suppress
 from types import MethodType
 from typing import Any
 
@@ -53,6 +55,17 @@ class Twin:
         for live, twin, before in self.pairs:
             made = {k: v for k, v in twin.__dict__.items() if k != "_modules" and v is not before.get(k)}
             live.__dict__.update(made)
+            for tensor in [*live._parameters.values(), *live._buffers.values()]:
+                _bind(tensor, live)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of all that was not committed, now: tensors and layers hold each other, and vLLM's table holds both,
+        so that every update would keep a whole model in memory."""
+        for _, twin, _ in self.pairs:
+            LAYERWISE_INFO.pop(twin, LayerReloadingInfo({}, {})).restore_metadata = ({}, {})
+            twin.__dict__.clear()
+        self.pairs, self._known = [], {}
 
     def _module(self, live: nn.Module) -> nn.Module:
         # Tied modules and tensors are one object under several names, and stay so.
@@ -83,11 +96,26 @@ class Twin:
         return self._known[id(live)]
 
 
+def keep_freed_memory() -> None:
+    """What this process frees stays with it. An update needs new memory for a whole model, as the last one has freed;
+    glibc would give it back and fetch it again page by page, which takes longer than the copies into it."""
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    with suppress(OSError, AttributeError):  # another allocator
+        libc = ctypes.CDLL("libc.so.6")
+        for option, nbytes in ((mmap_threshold, 2**30), (trim_threshold, 2**31 - 1), (top_pad, 2**26)):
+            libc.mallopt(option, nbytes)
+
+
 def _meta(tensor: Tensor, owner: nn.Module) -> Tensor:
     """A copy of a recorded tensor whose weight loader is the owner's: a reload of the live model binds it to that."""
     copy = to_meta_tensor(tensor)
-    loader = _get_original_loader(copy)
-    if isinstance(loader, MethodType):
-        loader = MethodType(loader.__func__, owner)
-    copy.weight_loader = loader
+    copy.weight_loader = _get_original_loader(copy)
+    _bind(copy, owner)
     return copy
+
+
+def _bind(tensor: Tensor | None, owner: nn.Module) -> None:
+    """Its weight loader, where that is a method of a layer, becomes the owner's."""
+    loader = getattr(tensor, "weight_loader", None)
+    if isinstance(loader, MethodType):
+        tensor.weight_loader = MethodType(loader.__func__, owner)

@@ -29,19 +29,12 @@ class _Source(WeightSource):
 
 
 def open_vllm_sender(
-    backend: str,
-    *,
-    weights: Any,
-    expected: set[str],
-    client: Any,
-    rank: int,
-    address: str,
-    port: int,
-    world_size: int,
+    backend: str, *, weights: Any, expected: set[str], client: Any, rank: int, timeout_s: float, **where: Any
 ) -> TrainerWeightTransferEngine[Any]:
-    """As `rollout.sender.open_sender`, for "nccl" and "ipc"."""
+    """As `rollout.sender.open_sender`, for "nccl" and "ipc"; vLLM's rendezvous has a deadline of its own."""
+    del timeout_s
     info = (
-        NCCLTrainerInitInfo(address, port, world_size, rank=rank)
+        NCCLTrainerInitInfo(where["address"], where["port"], where["world_size"], rank=rank)
         if backend == "nccl"
         else IPCTrainerInitInfo(rank=rank, packed=True)
     )
