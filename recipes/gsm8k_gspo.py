@@ -67,6 +67,8 @@ def boxed_answer_is_right(reply: Reply) -> float:
 
 config = Config(
     name="gsm8k_gspo",
+    # Without GPUs it ends with what is missing, rather than on CPU processes.
+    device="cuda",
     model="Qwen/Qwen2.5-1.5B-Instruct",
     data=gsm8k,
     reward=boxed_answer_is_right,

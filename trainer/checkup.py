@@ -75,19 +75,27 @@ class Checkup:
         ]
 
 
-async def checkup(cluster: Cluster, learner: RemoteLearner, prepared: Prepared) -> Checkup:
-    """Examine the engines of a run that is about to start; they hold the learner's weights as version 0 afterwards."""
+async def checkup(cluster: Cluster, learner: RemoteLearner, prepared: Prepared, version: int = 0) -> Checkup:
+    """Examine the engines of a run that is about to start, or to go on at `version`; they hold the learner's weights
+    as that version afterwards."""
     began, config = time.perf_counter(), cluster.config
     patient = Patient(cluster, learner, prepared, config.seed)
     if config.doctor != "full":
-        return _result(config, await patient.examine(0), began)
-    examination = await patient.examine(-2)
+        if not version:
+            return _result(config, await patient.examine(0), began)
+        # Under a version of its own: the prefixes that it leaves in the cache are not to be hit by the run's samples,
+        # which hit none when the run came here without an interruption.
+        examination = await patient.examine(version - 1)
+        if not examination.faults:
+            await learner.publish(version)
+        return _result(config, examination, began)
+    examination = await patient.examine(version - 2)
     if any(f.severity == "fault" for f in examination.findings):
         return _result(config, examination, began)
     ladder = Ladder(patient)
-    rungs = [first_rung(examination), *await ladder.climb(-2)]
+    rungs = [first_rung(examination), *await ladder.climb(version - 2)]
     if not ladder.findings:
-        await learner.publish(0)
+        await learner.publish(version)
     return _result(config, examination, began, rungs, ladder.findings)
 
 

@@ -3,28 +3,50 @@
 import asyncio
 import importlib.util
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 from rl.config import Config
-from trainer.launch import override, readable_errors
+from rl.objectives import Objective
+from trainer.launch import hurry, override, readable_errors
 from trainer.terminal import console
 
 USAGE = """unison doctor RECIPE.py [--short] [--FLAGS of the recipe]
 
   Check that engines and trainer mean the same by a log-probability, and name the cause when they do not: the recipe's
   own engines, learner and prompts, then the ladder of precisions. --short leaves the ladder out. Writes doctor.json and
-  doctor.html; the exit status is 1 when a fault was found."""
+  doctor.html; the exit status is 1 when a fault was found.
+
+unison check-objective FILE.py:CLASS | MODULE:CLASS
+
+  Check that an objective of your own keeps the contract: gradients, masks, micro-batches, ranks, groups, extremes.
+  Needs no model. The exit status is 1 when it does not, with what is wrong and how to mend it.
+
+unison what-if BATCH.safetensors [--objectives gspo,grpo,cispo] [--out FOLDER]
+
+  Compare objectives on one recorded step (`--record-batches 1`): loss, gradient, clipping, and how much their gradients
+  agree."""
 
 
 def main() -> None:
     """Entry point of the console script."""
-    arguments = sys.argv[1:]
-    if len(arguments) < 2 or arguments[0] != "doctor" or arguments[1].startswith("-"):
-        wants_help = bool({"-h", "--help"} & set(arguments))
+    hurry()
+    word, *rest = sys.argv[1:] or [""]
+    words: dict[str, Callable[[str, list[str]], None]] = {
+        "doctor": doctor,
+        "check-objective": check_objective,
+        "what-if": what_if,
+    }
+    if word not in words or not rest or rest[0].startswith("-"):
+        wants_help = bool({"-h", "--help"} & {word, *rest})
+        if word not in words and word and not wants_help:
+            print(f"unknown command {word!r}\n", file=sys.stderr)
         print(USAGE, file=sys.stdout if wants_help else sys.stderr)
         sys.exit(0 if wants_help else 2)
     with readable_errors():
-        doctor(arguments[1], arguments[2:])
+        words[word](rest[0], rest[1:])
 
 
 def doctor(recipe: str, flags: list[str]) -> None:
@@ -37,9 +59,13 @@ def doctor(recipe: str, flags: list[str]) -> None:
     from trainer.doctor_report import save, show, token_table
     from trainer.preflight import Prepared, place, prepare
     from trainer.run import fresh_folder
-    from trainer.tracking import RunTracker
+    from trainer.tracking import RunTracker, wandb_mode
 
     place(config)
+    tracking = config.tracking
+    if tracking.wandb == "auto" and wandb_mode(tracking) == "offline":
+        # Nobody looks for a doctor's report in an offline W&B run: page and JSON hold the same, seconds earlier.
+        tracking = replace(tracking, wandb="off")
     name = f"{config.name}-doctor"
     folder = fresh_folder(Path(config.output_dir) / name)
 
@@ -47,9 +73,7 @@ def doctor(recipe: str, flags: list[str]) -> None:
         """Open the record once the data was found good, while the actors start."""
         await reading
         settings = report.resolved(config)
-        return await asyncio.to_thread(
-            lambda: RunTracker(folder=folder, config=config.tracking, name=name, settings=settings)
-        )
+        return await asyncio.to_thread(lambda: RunTracker(folder=folder, config=tracking, name=name, settings=settings))
 
     async def examined() -> Checkup:
         reading = asyncio.create_task(asyncio.to_thread(prepare, config))
@@ -72,12 +96,65 @@ def doctor(recipe: str, flags: list[str]) -> None:
     sys.exit(1 if result.faults else 0)
 
 
+def check_objective(target: str, flags: list[str]) -> None:
+    """Hold an objective to its contract; exits with 1 when it breaks it."""
+    if flags:
+        raise ValueError(f"check-objective takes one objective and no flags, but got {flags}")
+    from rl import contract
+    from trainer.contract_report import show
+
+    objective = load_objective(target)
+    found = contract.check_objective(objective)
+    show(objective, found)
+    sys.exit(1 if found else 0)
+
+
+def what_if(path: str, flags: list[str]) -> None:
+    """Compare objectives on a recorded step."""
+    from trainer.what_if import compare
+
+    compare(path, flags)
+
+
+def load_objective(target: str) -> Objective:
+    """An objective with its defaults, from "file.py:Class" or "module:Class". Raises ValueError when it is none."""
+    where, _, name = target.rpartition(":")
+    if name.endswith(".py"):
+        raise ValueError(f"{target} is a file: name the objective in it, as in {target}:CLASS")
+    module = load_file(where) if where.endswith(".py") else importlib.import_module(where or "rl.objectives")
+    made = getattr(module, name, None)
+    if isinstance(made, type) and issubclass(made, Objective):
+        if missing := sorted(getattr(made, "__abstractmethods__", ())):
+            raise ValueError(f"{target} lacks {' and '.join(missing)}: write both (docs/objectives.md, Your own)")
+        try:
+            made = made()
+        except TypeError as error:
+            raise ValueError(
+                f"{target} cannot be made without arguments ({error}): give every field a default, or name an "
+                "instance, as in mine = Mine(alpha=0.5) and FILE.py:mine"
+            ) from error
+    if not isinstance(made, Objective):
+        near = [n for n, x in vars(module).items() if isinstance(x, type) and issubclass(x, Objective)]
+        raise ValueError(
+            f"{target} is no objective; {where or 'rl.objectives'} has {', '.join(sorted(near)) or 'none'}"
+        )
+    return made
+
+
 def load_recipe(path: str) -> Config:
     """The `config` of a recipe file. Raises ValueError when the file has none."""
+    config = getattr(load_file(path), "config", None)
+    if not isinstance(config, Config):
+        raise ValueError(f"{path} defines no `config = Config(...)`, so it is no recipe")
+    return config
+
+
+def load_file(path: str) -> ModuleType:
+    """A Python file as a module that other modules can import."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(
-            f"there is no recipe {path!r}; give the path of a Python file such as recipes/quickstart.py"
+            f"there is no file {path!r}; give the path of a Python file such as recipes/quickstart.py"
         )
     # Actors look there for what the recipe defines, as they do when it is run as a script.
     sys.path.insert(0, str(file.resolve().parent))
@@ -87,7 +164,4 @@ def load_recipe(path: str) -> Config:
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module
     spec.loader.exec_module(module)
-    config = getattr(module, "config", None)
-    if not isinstance(config, Config):
-        raise ValueError(f"{path} defines no `config = Config(...)`, so it is no recipe")
-    return config
+    return module

@@ -48,7 +48,7 @@ class Host:
         if checkout.digest() != sources:
             raise ImportError(
                 f"node {socket.gethostname()} runs other sources of unison-rl ({checkout.ROOT}) than the driver: "
-                "put the same checkout there"
+                "put the same checkout there, and leave it as it is while a run lasts"
             )
         module, name = target.split(":")
         # An import leaves no garbage, and looking for it takes a tenth of the time.
@@ -97,6 +97,11 @@ class AsyncHost(Host):
             return await call
         finally:
             self.calls.discard(call)
+
+
+def actor_of(host: type) -> Any:
+    """An actor class with a thread beside its work, which says where it is stuck."""
+    return ray.remote(concurrency_groups={"watch": 1})(host)
 
 
 class EngineClient:
@@ -234,7 +239,8 @@ class Cluster:
             bundles += [{"GPU": p.gpus_per_learner, "CPU": 1.0}] * p.learners
             index = list(range(len(bundles)))
         self.group = group = placement_group(bundles, strategy="PACK")
-        ray.get(group.ready(), timeout=self.config.deadlines.start_s)
+        if not group.wait(self.config.deadlines.start_s):
+            raise StallError(f"the driver waited for {p.gpus:g} free GPUs until deadlines.start_s: see `ray status`")
         gpus = [p.gpus_per_engine] * p.engines + [p.gpus_per_learner] * p.learners
         return [
             {"num_cpus": 1, "num_gpus": n, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, i)}
@@ -314,11 +320,6 @@ class Cluster:
 
 
 # -- waiting -----------------------------------------------------------------------------------------------------
-
-
-def actor_of(host: type) -> Any:
-    """An actor class with a thread beside its work, which says where it is stuck."""
-    return ray.remote(concurrency_groups={"watch": 1})(host)
 
 
 async def answer(ref: Any, late: str, deadline_s: float, actor: Any = None) -> Any:

@@ -52,6 +52,8 @@ class Examination:
         name = type(config.objective).__name__
         if config.old_logprobs != "auto":
             return config.old_logprobs, "as configured"
+        if config.objective.uses_old_logprobs:
+            return "recompute", f"{name} compares the trainer's own with the engine's"
         if config.max_staleness:
             return "recompute", f"max_staleness={config.max_staleness}: a sample's age must not use up the clip range"
         if clip is None:

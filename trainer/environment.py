@@ -30,8 +30,8 @@ def learner_env(threads: int) -> dict[str, str]:
 
 
 def without_functions(config: Config) -> Config:
-    """The config as actors get it: the data and the reward stay on the driver."""
-    return replace(config, data=_stays_on_driver, reward=_stays_on_driver)
+    """The config as actors get it: the data, the reward and the filters stay on the driver."""
+    return replace(config, data=_stays_on_driver, reward=_stays_on_driver, filters=())
 
 
 def _stays_on_driver(*_: Any) -> Any:

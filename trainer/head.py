@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from rl.truncation import Truncation, keep
 
-CHUNK = 1024
+CHUNK = 256
 """Tokens whose logits exist at a time."""
 
 
@@ -20,21 +20,23 @@ class _TokenLogprob(torch.autograd.Function):
         w = weight.to(dtype)
         n = hidden.shape[0]
         logprob, lse, entropy = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
+        spaces = _spaces(hidden, w)
         for s in _chunks(n):
-            logits = F.linear(hidden[s].to(dtype), w).float() * inv_temperature
+            logits, space = (x[: s.stop - s.start] for x in spaces)
+            _logits(hidden[s], w, inv_temperature, out=logits)
             chosen = logits.gather(-1, targets[s, None])[:, 0]
             kept = _kept(logits, s, targets, truncation, support)
             if kept is not None:
                 logits.masked_fill_(~kept, -torch.inf)
             # log_softmax, as the engine does: on CPU its rounding over a large vocabulary is 1e-5 nats away from
             # logsumexp's, more than all layers before it.
-            log_p = logits.log_softmax(-1)
+            log_p = torch.log_softmax(logits, -1, out=space)
             logprob[s] = log_p.gather(-1, targets[s, None])[:, 0]
             lse[s] = chosen - logprob[s]
-            p = log_p.exp()
+            p = torch.exp(log_p, out=logits)
             if kept is not None:
-                log_p = log_p.masked_fill(~kept, 0.0)  # where p is 0, -inf would make NaN of it
-            entropy[s] = -(p * log_p).sum(-1)
+                log_p.masked_fill_(~kept, 0.0)  # where p is 0, -inf would make NaN of it
+            entropy[s] = -p.mul_(log_p).sum(-1)
         ctx.save_for_backward(hidden, weight, targets, lse, entropy, support)
         ctx.inv_temperature, ctx.dtype, ctx.truncation = inv_temperature, dtype, truncation
         ctx.set_materialize_grads(False)
@@ -45,25 +47,47 @@ class _TokenLogprob(torch.autograd.Function):
         hidden, weight, targets, lse, entropy, support = ctx.saved_tensors
         w = weight.to(ctx.dtype)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        # Frozen under adapters.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        up_logprob, up_entropy = (
+            torch.zeros_like(lse) if g is None else g * ctx.inv_temperature for g in (grad_logprob, grad_entropy)
+        )
+        spaces = _spaces(hidden, w)
         for s in _chunks(hidden.shape[0]):
-            h = hidden[s].to(ctx.dtype)
-            logits = F.linear(h, w).float().mul_(ctx.inv_temperature)
+            logits, space = (x[: s.stop - s.start] for x in spaces)
+            _logits(hidden[s], w, ctx.inv_temperature, out=logits)
             kept = _kept(logits, s, targets, ctx.truncation, support)
             log_p = logits.sub_(lse[s, None])
-            p = log_p.exp()
+            p = torch.exp(log_p, out=space)
             if kept is not None:
                 p.masked_fill_(~kept, 0.0)
-            grad = torch.zeros_like(p)
-            if grad_logprob is not None:
-                grad -= p * grad_logprob[s, None]
-                grad.scatter_add_(1, targets[s, None], grad_logprob[s, None])
-            if grad_entropy is not None:
-                grad -= p * (log_p + entropy[s, None]) * grad_entropy[s, None]
-            grad.mul_(ctx.inv_temperature)
+            # -p (d/dlogprob + d/dentropy (log p + entropy)), in place: two arrays of the vocabulary at a time.
+            if grad_entropy is None:
+                grad = p.mul_(-up_logprob[s, None])
+            else:
+                grad = log_p.add_(entropy[s, None]).mul_(up_entropy[s, None]).add_(up_logprob[s, None]).mul_(p).neg_()
+            grad.scatter_add_(1, targets[s, None], up_logprob[s, None])
             grad_hidden[s] = grad.to(ctx.dtype).matmul(w).to(hidden.dtype)
-            grad_weight.addmm_(grad.t(), h.float())
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.t(), hidden[s].to(ctx.dtype).float())
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def _spaces(hidden: Float[Tensor, "N H"], w: Float[Tensor, "V H"]) -> tuple[Float[Tensor, "C V"], Float[Tensor, "C V"]]:
+    """Room for two arrays of a chunk, used again by each: on CPU, pages fresh from the system cost as much as a sum."""
+    shape = min(CHUNK, hidden.shape[0]), w.shape[0]
+    return torch.empty(shape, device=w.device), torch.empty(shape, device=w.device)
+
+
+def _logits(hidden: Float[Tensor, "C H"], w: Float[Tensor, "V H"], inv_temperature: float, *, out: Tensor) -> None:
+    """Write logits / temperature into `out` [C, V], in fp32 from a product in the dtype of `w`."""
+    if w.dtype == torch.float32:
+        torch.mm(hidden.float(), w.t(), out=out)
+    else:
+        out.copy_(F.linear(hidden.to(w.dtype), w))
+    out.mul_(inv_temperature)
 
 
 def _kept(

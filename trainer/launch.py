@@ -1,9 +1,11 @@
 """The command line of a recipe: typed overrides of every setting, --help, --dry-run, and errors a user can act on."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import tyro
 from rich.table import Table
@@ -15,7 +17,8 @@ from rl.protocols import EngineLost, UpdateFailed
 from rl.rewards import RewardError
 from trainer import report
 from trainer.blame import StartError
-from trainer.placement import memory_estimate, plan
+from trainer.placement import plan
+from trainer.resume import Resumed, resume
 from trainer.terminal import console
 
 _OURS = (RewardError, ParityError, StallError, StartError, EngineLost, UpdateFailed)
@@ -24,21 +27,61 @@ USER_ERRORS = (ValueError, OSError, ImportError, *_OURS)
 
 
 def launch(config: Config) -> None:
-    """Run a recipe from the command line: `--help`, typed overrides of every field, `--dry-run`."""
-    arguments = sys.argv[1:]
-    config = override(config, [a for a in arguments if a != "--dry-run"])
+    """Run a recipe from the command line: `--help`, typed overrides of every field, `--dry-run`, `--resume FOLDER`."""
+    hurry()
+    folder, flags = resume_folder(sys.argv[1:])
+    dry, flags = "--dry-run" in flags, [f for f in flags if f != "--dry-run"]
     with readable_errors():
-        if "--dry-run" in arguments:
+        resumed = resume(Path(folder)) if folder is not None else None
+        # The run's own flags first: what is said now counts.
+        flags = [*(resumed.flags if resumed else []), *flags]
+        config = override(config, flags)
+        if resumed:
+            announce(resumed, resumed.check(report.resolved(config), config.steps))
+        if dry:
             dry_run(config)
         else:
             from trainer.run import run
 
-            run(config)
+            run(config, resumed=resumed, flags=flags)
+
+
+def hurry() -> None:
+    """Look for garbage less often: a start is imports, which leave none, and the search takes a fifth of their time."""
+    gc.set_threshold(50_000, 20, 20)
+
+
+def resume_folder(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of `--resume`, and the other arguments."""
+    rest, folder = [], None
+    waiting = iter(arguments)
+    for argument in waiting:
+        name, _, value = argument.partition("=")
+        if name != "--resume":
+            rest.append(argument)
+            continue
+        folder = value or next(waiting, "")
+    if folder == "":
+        console.print("--resume needs the folder of a run, such as runs/quickstart")
+        sys.exit(2)
+    return folder, rest
+
+
+def announce(resumed: Resumed, changes: list[str]) -> None:
+    """Say where the run goes on, which checkpoints were passed over and why, and what is not as it was."""
+    for problem in resumed.checkpoint.damaged.values():
+        console.print(f"[bold red]passed over[/]: {problem}", highlight=False)
+    console.print(f"resuming after step {resumed.progress.version}: {resumed.checkpoint.folder}", highlight=False)
+    for change in changes:
+        console.print(f"[yellow]changed[/] {change}", highlight=False)
 
 
 def override(config: Config, arguments: list[str]) -> Config:
     """The config with the fields that the command line names; exits with a message for one that does not exist."""
-    description = "All settings of the run. --dry-run prints config, placement and memory, and starts nothing."
+    description = (
+        "All settings of the run. --dry-run prints config, placement and memory, and starts nothing. --resume FOLDER "
+        "goes on with the run in FOLDER from its last checkpoint, with the flags that it was started with."
+    )
     return tyro.cli(Config, default=config, args=arguments, description=description)
 
 
@@ -58,23 +101,38 @@ def readable_errors() -> Iterator[None]:
 
 
 def dry_run(config: Config) -> None:
-    """Print the resolved config, the placement and a memory estimate. Starts no actor."""
+    """Print the resolved config, the placement and what memory it needs. Starts no actor."""
     check(config)
-    import torch
+    from trainer.cluster import cluster_gpus
+    from trainer.memory import check_memory, needs, shape_of, there
+    from trainer.memory import rows as memory_rows
+    from trainer.preflight import check_rows, check_truncation
 
-    gpus = torch.cuda.device_count()
+    gpus = cluster_gpus()
     placement = plan(config, cuda=gpus > 0, gpus=gpus)
+    check_truncation(config, placement.device)
     console.print(report.plain_config(config), markup=False, highlight=False)
     table = Table("placement", "", show_header=True)
     for row in placement.table():
         table.add_row(*row)
+    table.add_row("GPUs", f"{placement.gpus:g} asked for, {gpus:g} here")
     try:
-        from trainer.model import parameter_count
-
-        parameters = parameter_count(config.model)
-        table.add_row("parameters", f"{parameters:,}")
-        for name, gib in memory_estimate(config, parameters).items():
-            table.add_row(name, f"{gib:.2f} GiB")
+        shape = shape_of(config.model)
     except OSError as error:
         table.add_row("memory", f"unknown: the config of {config.model} cannot be read ({str(error).splitlines()[0]})")
+        console.print(table)
+        return
+    check_rows(config)
+    found, limits = needs(config, placement, shape), there(config, placement)
+    table.add_row("parameters", f"{shape.parameters:,}")
+    trained = config.trainer.lora.rank * shape.adapted or shape.parameters
+    if trained != shape.parameters:
+        table.add_row("of adapters, trained alone", f"{trained:,}")
+    for row in memory_rows(found, limits):
+        table.add_row(*row)
+    if config.save_every:
+        # Adam's two moments and the masters, each in fp32; a new one is whole before an old one goes.
+        disk = (config.keep_last + 1) * 12 * trained / 2**30
+        table.add_row("disk for checkpoints", f"{disk:.2f} GiB, one every {config.save_every} steps")
     console.print(table)
+    check_memory(config, found, limits)

@@ -1,13 +1,17 @@
 """One DeepSpeed rank: turns a step's batch into an optimizer step that no split over ranks can change."""
 
-import importlib
+import json
 import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, Literal
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,14 +20,21 @@ from rl.batch import micro_batches, take
 from rl.config import Config
 from rl.evidence import LayerError
 from rl.hypotheses import Hypothesis
-from rl.loss import finish, full_loss
+from rl.kl import adapted
+from rl.loss import critic_alone, finish, full_loss, prepare
 from rl.reduce import Meter, Totals, loss_weights
 from rl.types import Batch, PolicyOutput
 from rl.weights import WeightManifest, digest
+from trainer import lora, state
+from trainer.attention import check_split
+from trainer.deepspeed_engine import deepspeed_engine, deepspeed_settings
 from trainer.explain import explain_batch
 from trainer.head import LogprobHead
 from trainer.model import Policy, load
+from trainer.peak import peak_of
+from trainer.peak_memory import PeakMemory
 from trainer.trace import layer_errors
+from trainer.ulysses import Ulysses
 from trainer.weights import LearnerWeights
 
 
@@ -34,15 +45,28 @@ class Learner:
         self, config: Config, *, rank: int, device: str, address: str, port: int, model: str, threads: int = 1
     ) -> None:
         self.config, self.rank, self.ranks = config, rank, config.trainer.ranks
+        self.objective = config.objective
+        """With the `kl_coef` of now."""
         self.device = torch.device(device)
         if device == "cpu":
             torch.set_num_threads(threads)
         self.share_prompts = shares_prompts(config, device)
+        self.memory = PeakMemory(self.device)
         torch.manual_seed(config.seed)
         join_group(rank, self.ranks, device, address, port, config.deadlines.start_s)
-        self.engine = deepspeed_engine(config, model, device)
+        self.engine = deepspeed_engine(config, model, device, share_prompts=self.share_prompts)
         self.policy: Policy = self.engine.module
-        self.reference = self._reference(model) if config.objective.kl_coef else None
+        shared = config.trainer.sequence_parallel
+        self.lots, self.lot = self.ranks // shared, rank // shared
+        """Ranks that share their rows are one lot: they have the same micro-batches."""
+        self.speaks = rank % shared == 0
+        """Whether this rank counts for its lot."""
+        if shared > 1:
+            check_split(self.policy.hf.config, shared)
+            self.policy.ulysses = Ulysses(rank=rank, ranks=self.ranks, size=shared)
+        needed = config.objective.needs_reference and not config.trainer.lora.rank
+        self.reference = self._reference(model) if needed else None
+        """A model of its own; with adapters, the policy without them is one."""
         self.weights = LearnerWeights(self.policy.hf, sharded=config.trainer.zero_stage == 3)
         self.head: LogprobHead = self.policy.hf.get_output_embeddings()
         self.old_logprobs = "recompute" if config.old_logprobs == "auto" else config.old_logprobs
@@ -53,9 +77,8 @@ class Learner:
         c = self.config
         policy = load(model, dtype=c.dtype, fp32_head=c.fp32_head, share_prompts=self.share_prompts)
         policy = policy.requires_grad_(False).eval()
+        policy.ulysses = self.policy.ulysses
         if c.trainer.zero_stage == 3:
-            import deepspeed
-
             # It was loaded in shards, like the policy; an engine without optimizer gathers them layer by layer.
             return deepspeed.initialize(model=policy, config=deepspeed_settings(c), dist_init_required=False)[0]
         return policy.to(self.device)
@@ -64,57 +87,63 @@ class Learner:
 
     def step(self, batch: Batch) -> dict[str, float]:
         """All optimizer steps of one batch. Returns its metrics, the same on every rank."""
-        c, objective = self.config, self.config.objective
+        c, objective = self.config, self.objective
         rows = torch.arange(len(batch.rewards))
         several = c.trainer.epochs * c.trainer.minibatches > 1
         if self.old_logprobs == "rollout":
             batch = replace(batch, old_logprobs=batch.rollout_logprobs)
-        if objective.uses_values or (several and self.old_logprobs == "recompute"):
-            before = self._forward_all(self.engine, batch, rows)
+        asked = several or objective.needs_old_logprobs
+        if objective.uses_values or (asked and self.old_logprobs == "recompute"):
+            with self.memory.during("old_logprobs"):
+                before = self._forward_all(self.engine, batch, rows)
             if self.old_logprobs == "recompute":
                 batch = replace(batch, old_logprobs=before.logprobs)
             batch = replace(batch, values=before.values)
-        if self.reference is not None:
-            batch = replace(batch, ref_logprobs=self._forward_all(self.reference, batch, rows).logprobs)
-        advantages = objective.advantages(batch) * batch.mask
+        if objective.needs_reference:
+            with self.memory.during("reference"):
+                batch = replace(batch, ref_logprobs=self._ask_reference(batch, rows))
+        batch, advantages = prepare(objective, batch)
         meter, grad_norms = Meter(), []
         for epoch in range(c.trainer.epochs):
             order = rows if not several else rows[torch.randperm(len(rows), generator=self._shuffle(epoch))]
             for part in order.chunk(c.trainer.minibatches):
                 grad_norms.append(self._optimizer_step(batch, advantages, part, meter))
+        for name, gib in self.memory.report().items():
+            meter.merge_one(name, gib, 1)
         metrics = finish(self._merged(meter).means())
-        metrics |= {"actor/grad_norm": sum(grad_norms) / len(grad_norms), "actor/lr": self.engine.get_lr()[0]}
+        trained = metrics.pop("perf/trained_tokens_count")
+        metrics |= {"perf/trained_tokens": trained} | self._ideal(trained)
+        rates = self.engine.get_lr()
+        metrics |= {"actor/grad_norm": sum(grad_norms) / len(grad_norms), "actor/lr": rates[0]}
+        if objective.uses_values:
+            metrics["critic/lr"] = rates[-1]
+        if objective.kl_target is not None:
+            metrics["actor/kl_coef"] = objective.kl_coef
+            coef = adapted(objective.kl_coef, metrics[f"actor/kl_{objective.kl_in}"], objective.kl_target)
+            self.objective = replace(objective, kl_coef=coef)
         return metrics
 
     def _shuffle(self, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.engine.global_steps * 101 + epoch)
 
     def _optimizer_step(self, batch: Batch, advantages: Tensor, rows: Tensor, meter: Meter) -> float:
-        c, objective = self.config, self.config.objective
+        c, objective = self.config, self.objective
         totals = Totals(tokens=int(batch.mask[rows].sum()), sequences=len(rows), horizon=c.rollout.max_tokens)
+        self.policy.tokens.zero_()
         live = rows
-        if c.trainer.skip_zero_advantage and not (objective.kl_coef or objective.entropy_coef or objective.uses_values):
+        if c.trainer.skip_zero_advantage and objective.may_skip:
             # Their loss still counts in the denominators, so leaving the rows out changes no gradient.
             live = rows[advantages[rows].any(dim=1)]
             live = live if len(live) else rows[:1]
-        for micro in self._mine(batch, live):
-            part = take(batch, micro).to_device(self.device)
-            policy = self.engine(part.input_ids, part.mask, c.temperature, c.rollout.truncation, part.support)
-            part_advantages = torch.zeros_like(policy.logprobs)
-            part_advantages[: len(micro)] = advantages[micro, : part.mask.shape[1]].to(self.device)
-            engine_is_old = self.old_logprobs == "rollout"
-            loss, metrics = full_loss(
-                objective, c.correction, policy, part, part_advantages, engine_is_old=engine_is_old
-            )
-            weights = loss_weights(part.mask, objective.average_over, totals)
-            # A bare product would carry an infinity from outside the mask as 0 * inf. DeepSpeed averages over ranks.
-            total = torch.where(part.mask, loss * weights, 0.0).sum() * self.ranks
-            self.engine.backward(total)
-            meter.add(metrics, part.mask)
-            # Each rank holds a part of the step's loss: the parts add up, and all ranks together count once.
-            meter.merge_one("actor/loss", float(total.detach()) / self.ranks, 0.0)
+        with self.memory.during("gradients"):
+            for micro in self._mine(batch, live):
+                self._accumulate(batch, advantages, micro, totals, meter)
         meter.merge_one("actor/loss", 0.0, 1.0 / self.ranks)
-        self.engine.step()
+        needed, computed = self.policy.tokens.tolist() if self.speaks else (0, 0)
+        meter.merge_one("perf/useful_tokens_frac", needed, computed)
+        meter.merge_one("perf/trained_tokens_count", needed, 1)
+        with self.memory.during("optimizer"):
+            self.engine.step()
         grad_norm = float(self.engine.get_global_grad_norm())
         if not math.isfinite(grad_norm):
             raise FloatingPointError(
@@ -123,10 +152,50 @@ class Learner:
             )
         return grad_norm
 
+    def _accumulate(self, batch: Batch, advantages: Tensor, micro: Tensor, totals: Totals, meter: Meter) -> None:
+        """Add the gradient of a micro-batch's part of the step's loss."""
+        c, objective = self.config, self.objective
+        warming_up = self.engine.global_steps < objective.critic_warmup
+        part = take(batch, micro).to_device(self.device)
+        policy = self.engine(
+            part.input_ids, part.mask, c.temperature, c.rollout.truncation, part.support, head_alone=warming_up
+        )
+        if warming_up:
+            policy = critic_alone(policy)
+        part_advantages = torch.zeros_like(policy.logprobs)
+        part_advantages[: len(micro)] = advantages[micro, : part.mask.shape[1]].to(self.device)
+        engine_is_old = self.old_logprobs == "rollout"
+        loss, metrics = full_loss(objective, c.correction, policy, part, part_advantages, engine_is_old=engine_is_old)
+        weights = loss_weights(part.mask, objective.average_over, totals)
+        # A bare product would carry an infinity from outside the mask as 0 * inf. DeepSpeed averages over ranks.
+        total = torch.where(part.mask, loss * weights, 0.0).sum() * self.ranks
+        self.engine.backward(total)
+        if self.speaks:
+            meter.add(metrics, part.mask)
+            # Each lot holds a part of the step's loss: the parts add up, and all ranks together count once.
+            meter.merge_one("actor/loss", float(total.detach()) / self.ranks, 0.0)
+
+    def _ideal(self, tokens: float) -> dict[str, float]:
+        """Seconds that learning from so many tokens would take at the accelerators' peak; nothing if that is unknown.
+
+        6 FLOPs per parameter and token (arXiv 2001.08361, section 2.1); a table of embeddings multiplies nothing.
+        """
+        peak = peak_of(self.device)
+        text = self.policy.hf.config.get_text_config()
+        table = 0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size
+        parameters = sum(math.prod(m.shape) for m in self.weights.metadata()) - table
+        return {} if peak is None else {"perf/ideal_learn_s": 6.0 * parameters * tokens / (peak * self.ranks)}
+
     def _mine(self, batch: Batch, rows: Tensor) -> list[Tensor]:
-        budget = self.config.trainer.micro_batch_tokens
-        cut = micro_batches(batch, rows, ranks=self.ranks, budget=budget, share_prompts=self.share_prompts)
-        return cut[self.rank]
+        cut = micro_batches(
+            batch,
+            rows,
+            ranks=self.lots,
+            budget=self.config.trainer.micro_batch_tokens,
+            share_prompts=self.policy.share_prompts,
+            features=self.policy.hf.config.get_text_config().hidden_size,
+        )
+        return cut[self.lot]
 
     def _merged(self, meter: Meter) -> Meter:
         meters: list[Any] = [None] * self.ranks
@@ -149,7 +218,7 @@ class Learner:
             )
             for name, full in out.items():
                 value = getattr(answer, name)
-                if value is not None and len(micro):
+                if value is not None and len(micro) and self.speaks:
                     full[micro, : value.shape[1]] = value.cpu()
         for full in out.values():
             # Each row was filled in by one rank and is 0 on the others.
@@ -157,6 +226,12 @@ class Learner:
             dist.all_reduce(moved)
             full.copy_(moved)
         return PolicyOutput(**out)
+
+    def _ask_reference(self, batch: Batch, rows: Tensor) -> Tensor:
+        if self.reference is not None:
+            return self._forward_all(self.reference, batch, rows).logprobs
+        with lora.switched_off(self.policy.hf):
+            return self._forward_all(self.engine, batch, rows).logprobs
 
     def logprobs(self, batch: Batch) -> Tensor:
         """What the trainer says now about a batch's tokens: [B, T] in nats, on CPU."""
@@ -194,7 +269,11 @@ class Learner:
     def explain(self, batch: Batch) -> list[Hypothesis]:
         """Guesses about an engine's sampler from what it said about a batch, best first: see `trainer.explain`."""
         batch, sharded = batch.to_device(self.device), self.weights.sharded
-        return explain_batch(self.engine, self.head, batch, self.config, sharded)
+        shared, self.policy.ulysses = self.policy.ulysses, None  # every rank by itself, for it needs all logits
+        try:
+            return explain_batch(self.engine, self.head, batch, self.config, sharded)
+        finally:
+            self.policy.ulysses = shared
 
     def disturb(self, bit: int) -> None:
         """Change a random half of all weights by 2^-bit of their size, for an update that shows; again undoes it."""
@@ -214,7 +293,8 @@ class Learner:
         """Send the weights of now to every engine."""
         assert self.send is not None, "the weight channel is not open"
         self.weights.digesting = digesting
-        self.send(version)
+        with self.memory.during("weight_sync"):
+            self.send(version)
         return self.weights.manifest(version)
 
     def export(self, folder: str) -> None:
@@ -227,17 +307,37 @@ class Learner:
             save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
             self.policy.hf.config.save_pretrained(folder)
 
-    def peak_memory_gib(self) -> float:
-        """Highest memory of this rank so far: of the GPU, or the process's resident set on CPU. GiB."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**30
-        import resource
+        adapters = [p for layer in self.weights.adapted.values() for p in lora.adapter_parameters(layer)]
+        with deepspeed.zero.GatheredParameters(adapters, enabled=self.weights.sharded):
+            if adapters and self.rank == 0:
+                lora.save_adapter(self.policy.hf, self.config.model, Path(folder, "adapter"))
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    @cached_property
+    def base(self) -> str:
+        """What adapters belong to: a digest of all weights below them; "" where all weights are trained."""
+        if not self.config.trainer.lora.rank:
+            return ""
+        with lora.switched_off(self.policy.hf):
+            return sha256(json.dumps(self.digests()).encode()).hexdigest()
+
+    def save_state(self, folder: str) -> None:
+        """Write all that another learner needs to go on: see `trainer.state`."""
+        state.save(self.engine, Path(folder), kl_coef=self.objective.kl_coef, base=self.base)
+
+    def load_state(self, folder: str) -> None:
+        """Go on where the learner that wrote it was."""
+        kl_coef = state.load(self.engine, Path(folder), base=self.base)
+        if self.objective.kl_target is not None:
+            self.objective = replace(self.objective, kl_coef=kl_coef)
+
+    def peak_memory_gib(self) -> float:
+        """Highest memory of this rank so far: see `PeakMemory`. 0 where it is not known."""
+        with self.memory.during("now"):
+            return self.memory.highest
 
 
 def shares_prompts(config: Config, device: str) -> bool:
-    """Whether a group's prompt is computed once; by default on CPU, where it saves most and long masks are rare."""
+    """Whether a group's prompt is computed once; by default on CPU, for CUDA's varlen kernel wants rows apart."""
     return device == "cpu" if config.trainer.share_prompts is None else config.trainer.share_prompts
 
 
@@ -260,66 +360,3 @@ def join_group(rank: int, ranks: int, device: str, address: str, port: int, time
         world_size=ranks,
         timeout=timedelta(seconds=timeout_s),
     )
-
-
-def deepspeed_engine(config: Config, model: str, device: str) -> Any:
-    """DeepSpeed around the policy, with the settings that agree with plain torch (stage 0 does not)."""
-    import deepspeed
-    from transformers.integrations import HfDeepSpeedConfig
-
-    if device == "cpu":
-        # Would compile a C++ operator for minutes that only inference uses; a killed compile leaves a lock that
-        # hangs every later run. (`import deepspeed.comm.torch` would bind the real torch.)
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-    t = config.trainer
-    settings = deepspeed_settings(config)
-    sharding = HfDeepSpeedConfig(settings) if t.zero_stage == 3 else None
-    policy = load(
-        model,
-        dtype=config.dtype,
-        fp32_head=config.fp32_head,
-        share_prompts=shares_prompts(config, device),
-        with_values=config.objective.uses_values,
-        checkpointing=t.gradient_checkpointing,
-    )
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=t.lr, betas=t.betas, weight_decay=t.weight_decay, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(config, step))
-    engine, *_ = deepspeed.initialize(
-        model=policy, optimizer=optimizer, lr_scheduler=scheduler, config=settings, dist_init_required=False
-    )
-    engine.hf_deepspeed_config = sharding  # transformers keeps only a weak reference
-    return engine
-
-
-def deepspeed_settings(config: Config) -> dict[str, Any]:
-    """DeepSpeed's own configuration."""
-    t = config.trainer
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": t.max_grad_norm,
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": t.zero_stage},
-        "steps_per_print": 10**9,
-    }
-    if config.dtype == "bfloat16":
-        settings["bf16"] = {"enabled": True}
-    if t.zero_stage == 3:
-        # zero.Init would round the rotary embedding's inverse frequencies to bf16, without a word.
-        settings["data_types"]["keep_in_fp32_modules"] = ["inv_freq"]
-    return settings
-
-
-def lr_factor(config: Config, step: int) -> float:
-    """Learning rate over its peak at optimizer step `step` (from 0)."""
-    t = config.trainer
-    total = config.steps * t.epochs * t.minibatches
-    if step < t.warmup_steps:
-        return (step + 1) / t.warmup_steps
-    done = min(1.0, (step - t.warmup_steps) / max(total - t.warmup_steps, 1))
-    if t.lr_schedule == "linear":
-        return 1.0 - done
-    if t.lr_schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * done))
-    return 1.0

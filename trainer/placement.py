@@ -36,7 +36,10 @@ class Placement:
         return [
             ("engines", f"{self.engines} x {engine}"),
             ("learner ranks", f"{self.learners} x {learner}"),
-            ("weight channel", self.backend),
+            (
+                "weight channel",
+                "shared memory, or gloo" if self.device == "cpu" else self.backend,
+            ),
         ]
 
 
@@ -52,6 +55,10 @@ def plan(config: Config, *, cuda: bool, gpus: float = math.inf) -> Placement:
             raise ValueError(f"rollout.tensor_parallel={tp} needs GPUs; on CPU use rollout.engines to scale")
         if config.share_gpu:
             raise ValueError("share_gpu=True needs a GPU, and this run is on CPU: leave it off, or set device=cuda")
+        if config.trainer.offload != "none":
+            raise ValueError(
+                f"trainer.offload={config.trainer.offload} frees a GPU, and this run is on CPU: leave it off"
+            )
         return Placement(
             device="cpu", backend="gloo", engines=engines, learners=ranks, gpus_per_engine=0, gpus_per_learner=0
         )
@@ -86,19 +93,3 @@ def check_fits(placement: Placement, *, gpus: float) -> None:
             "Lower rollout.engines, rollout.tensor_parallel or trainer.ranks; on one GPU use --share-gpu; add nodes "
             "with scripts/cluster"
         )
-
-
-def memory_estimate(config: Config, parameters: int) -> dict[str, float]:
-    """GiB by what it is for: weights are bf16 or fp32, masters, gradients and Adam's two moments are fp32."""
-    t, size = config.trainer, {"bfloat16": 2, "float32": 4}[config.dtype]
-    shard = {1: (1, 1, t.ranks), 2: (1, t.ranks, t.ranks), 3: (t.ranks, t.ranks, t.ranks)}[t.zero_stage]
-    gib = parameters / 2**30
-    estimate = {
-        "learner rank: weights": size * gib / shard[0],
-        "learner rank: gradients": 4 * gib / shard[1],
-        "learner rank: fp32 masters and Adam": 12 * gib / shard[2],
-        "engine: weights, each GPU": size * gib / config.rollout.tensor_parallel,
-    }
-    if config.objective.kl_coef:
-        estimate["learner rank: reference model"] = size * gib
-    return estimate

@@ -75,6 +75,25 @@ def check_truncation(config: Config, device: Device) -> None:
         )
 
 
+def check_rows(config: Config) -> None:
+    """Raise ValueError where the model's rows cannot be shared as the settings ask, by ranks or by a group's prompt."""
+    ranks, share_prompts = config.trainer.sequence_parallel, config.trainer.share_prompts
+    if ranks == 1 and not share_prompts:
+        return
+    from transformers import AutoConfig
+
+    from trainer.attention import check_split, packs
+
+    model = AutoConfig.from_pretrained(config.model)
+    if ranks > 1:
+        check_split(model, ranks)
+    if share_prompts and not packs(model):
+        raise ValueError(
+            f"trainer.share_prompts=True needs packed rows, and rows of {model.get_text_config().model_type} stay "
+            "padded: leave it unset"
+        )
+
+
 def prepare(config: Config) -> Prepared:
     """Load and tokenise the data, and try the reward on it. Raises ValueError, RewardError, or what the data raises."""
     data: Data = config.data()

@@ -46,14 +46,17 @@ class RemoteRollouts:
 
 
 class RemoteLearner:
-    """`rl.protocols.Learner` over the ranks. `probe` is a prompt for checking engines after a verified update."""
+    """`rl.protocols.Learner` over the ranks. `probe` is a prompt for checking engines after a verified update.
 
-    def __init__(self, cluster: Cluster, *, probe: list[int], fleet: Fleet | None = None) -> None:
+    `version` is the first that the engines get: 0, or where a checkpoint was.
+    """
+
+    def __init__(self, cluster: Cluster, *, probe: list[int], fleet: Fleet | None = None, version: int = 0) -> None:
         self.cluster = cluster
         self.fleet = fleet or Fleet(cluster)
         self.fleet.mend = self._mend
         self.probe = Prompt(ordinal=-1, token_ids=probe, task={})
-        self.version = 0
+        self.first = self.version = version
         self.published = asyncio.Lock()
         """Held while the learner's weights are not the published ones: from a step's start to its update's end."""
         self.failed_updates = 0
@@ -68,14 +71,20 @@ class RemoteLearner:
         """Send to all engines, each of which commits once all are ready. Verified for the start weights, the first
         update, and each `verify_every`."""
         every = self.cluster.config.verify_every
-        verify = version <= 1 or bool(every and version % every == 0)
-        began = time.perf_counter()
+        verify = version <= self.first + 1 or bool(every and version % every == 0)
+        began, failed = time.perf_counter(), self.failed_updates
         manifest, pause_seconds, verify = await self._deliver(version, verify)
         seconds = time.perf_counter() - began
         self.version = version
         if self.published.locked():
             self.published.release()
-        return SyncReport(seconds=seconds, pause_seconds=pause_seconds, bytes=manifest.total_bytes(), verified=verify)
+        return SyncReport(
+            seconds=seconds,
+            pause_seconds=pause_seconds,
+            bytes=manifest.total_bytes(),
+            verified=verify,
+            failed=self.failed_updates - failed,
+        )
 
     async def _deliver(self, version: int, verify: bool) -> tuple[WeightManifest, float, bool]:
         """Send to every engine, and whether that was verified.

@@ -34,7 +34,7 @@ def resolved(config: Config) -> dict[str, Any]:
             return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
-        return list(value) if isinstance(value, tuple) else value
+        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
     return plain(config)
 

@@ -2,42 +2,62 @@
 
 import asyncio
 import math
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from rl.config import Config
 from rl.data import stream
 from rl.diagnosis import ParityError
 from rl.loop import Loop
+from rl.resume import Progress
+from rl.types import Batch
 from rl.watch import Watch
-from trainer import report
+from trainer import checkpoint, report
 from trainer.checkup import checkup
 from trainer.cluster import Cluster
 from trainer.doctor_report import save, show, token_table
 from trainer.evaluate import evaluate
 from trainer.fleet import Fleet
+from trainer.memory import check_memory, needs, shape_of, there
+from trainer.model_card import write_card
 from trainer.placement import Placement
-from trainer.preflight import Prepared, place, prepare
+from trainer.preflight import Prepared, check_rows, place, prepare
+from trainer.record import Recorder
 from trainer.remote import RemoteLearner, RemoteRollouts
-from trainer.terminal import Progress, closing_table, status
+from trainer.resume import Resumed, data_digest, state_of, write_history
+from trainer.stop import EXIT_CODE, Stop
+from trainer.terminal import Lines, closing_table, console, status
 from trainer.tracking import RunTracker
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Train, and return the summary that is also saved as summary.json."""
-    return asyncio.run(_run(config, place(config)))
+def run(config: Config, *, resumed: Resumed | None = None, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """Train, and return the summary that is also saved as summary.json.
+
+    `flags` is the command line that made the config of the recipe's, for checkpoints to remember.
+    """
+    try:
+        return asyncio.run(_run(config, place(config), resumed, flags))
+    except asyncio.CancelledError:
+        sys.exit(EXIT_CODE)
 
 
-async def _run(config: Config, placement: Placement) -> dict[str, Any]:
+async def _run(config: Config, placement: Placement, resumed: Resumed | None, flags: Sequence[str]) -> dict[str, Any]:
     began = time.perf_counter()
+    stop = Stop(config.deadlines.stop_s)
+    stop.listen()
     cluster = Cluster(config, placement)
     try:
         # The actors import vLLM and DeepSpeed, which takes longest, while the data is read and checked here.
-        reading = asyncio.create_task(asyncio.to_thread(prepare, config))
+        reading = asyncio.create_task(asyncio.to_thread(_read, config, placement))
         cluster.boot()
+        stop.listen()
         prepared = await reading
-        with Run(config, cluster, prepared) as one:
+        with Run(config, cluster, prepared, stop=stop, resumed=resumed, flags=flags) as one:
             with status(f"starting {config.rollout.engines} engine(s) and {config.trainer.ranks} learner rank(s)"):
                 await cluster.start()
             one.summary["start_seconds"] = time.perf_counter() - began
@@ -48,30 +68,61 @@ async def _run(config: Config, placement: Placement) -> dict[str, Any]:
         await asyncio.shield(cluster.close())
 
 
+def _read(config: Config, placement: Placement) -> Prepared:
+    check_rows(config)
+    found, limits = needs(config, placement, shape_of(config.model)), there(config, placement)
+    check_memory(config, found, limits)
+    return prepare(config)
+
+
 class Run:
     """The record of one run. Leaving it, in whatever way, writes what is known."""
 
-    def __init__(self, config: Config, cluster: Cluster, prepared: Prepared) -> None:
-        self.config, self.cluster, self.prepared = config, cluster, prepared
-        self.folder = fresh_folder(Path(config.output_dir) / config.name)
-        settings = report.resolved(config)
-        self.folder.mkdir(parents=True)
-        report.write_json(self.folder / "config.json", settings)
+    def __init__(
+        self,
+        config: Config,
+        cluster: Cluster,
+        prepared: Prepared,
+        *,
+        stop: Stop,
+        resumed: Resumed | None = None,
+        flags: Sequence[str] = (),
+    ) -> None:
+        self.config, self.cluster, self.prepared, self.stop = config, cluster, prepared, stop
+        self.resumed, self.flags = resumed, list(flags)
+        self.settings = report.resolved(config)
+        self.data = data_digest(prepared.train)
+        if resumed:
+            resumed.check_data(self.data)
+            self.folder = resumed.run
+            self.lock = checkpoint.lock(self.folder)
+            resumed.rewind()
+        else:
+            self.folder = fresh_folder(Path(config.output_dir) / config.name)
+            self.folder.mkdir(parents=True)
+            self.lock = checkpoint.lock(self.folder)
+        report.write_json(self.folder / "config.json", self.settings)
+        self.watch = Watch(config)
         self.tracker = RunTracker(
             folder=self.folder,
             config=config.tracking,
             name=config.name,
-            settings=settings,
-            show=Progress(config),
-            watch=Watch(config),
+            settings=self.settings,
+            show=Lines(config),
+            watch=self.watch,
+            wandb_id=resumed.saved("wandb_id") if resumed else None,
+            history=resumed.history if resumed else [],
         )
+        self.progress = resumed.progress if resumed else Progress()
+        self.began = 0.0
+        """When training began, less what it had taken before."""
         self.loop: Loop | None = None
         self.fleet: Fleet | None = None
         self.summary: dict[str, Any] = {
             "name": config.name,
             "status": "failed",
             "seed": config.seed,
-            "config_digest": report.config_digest(settings),
+            "config_digest": report.config_digest(self.settings),
             "stack": report.stack_versions(),
         }
 
@@ -80,7 +131,11 @@ class Run:
         config, cluster, summary, tokenizer = self.config, self.cluster, self.summary, self.prepared.tokenizer
         self.fleet = fleet = Fleet(cluster)
         rollouts = RemoteRollouts(cluster, fleet)
-        learner = RemoteLearner(cluster, probe=self.prepared.train[0].token_ids, fleet=fleet)
+        probe = self.prepared.train[0].token_ids
+        learner = RemoteLearner(cluster, probe=probe, fleet=fleet, version=self.progress.version)
+        if self.resumed:
+            with status(f"going on from {self.resumed.checkpoint.folder}"):
+                await cluster.ask_learners("load_state", self.resumed.learner)
         await self._check(learner)
 
         async def evaluated() -> dict[str, float]:
@@ -89,44 +144,95 @@ class Run:
         self.loop = Loop(
             config=config,
             rollouts=rollouts,
-            learner=learner,
+            learner=self._recorded(learner),
             prompts=stream(self.prepared.train, config.seed),
             decode=self.prepared.decode,
             tracker=self.tracker,
             evaluate=evaluated,
             on_samples=lambda step, trajectories: self.tracker.samples(step, trajectories, tokenizer.decode),
+            progress=self.progress,
+            save=self._save,
         )
-        with status("evaluating the start model"):
-            summary["eval_before"] = await evaluated()
-        self.tracker.log(0, dict(summary["eval_before"]))
-        began = time.perf_counter()
+        if not self.resumed:
+            with status("evaluating the start model"):
+                self.tracker.log(0, await evaluated())
+        summary["eval_before"] = self._evaluation(self.tracker.history[0])
+        self.began = time.perf_counter() - (self.resumed.saved("train_seconds") if self.resumed else 0.0)
+        self.stop.gently = self.loop.stop
         await self.loop.run()
-        summary["train_seconds"] = time.perf_counter() - began
-        summary["eval_after"] = {k: v for k, v in self.tracker.history[-1].items() if k.startswith("eval/")}
+        self.stop.saved()
+        if not self.loop.done:
+            raise asyncio.CancelledError("told to stop")
+        summary["train_seconds"] = time.perf_counter() - self.began
+        summary["eval_after"] = self._evaluation(self.tracker.history[-1])
         summary["learner_peak_gib"] = await cluster.ask_learners("peak_memory_gib")
         if config.save_final:
             with status("exporting the model"):
                 await cluster.ask_learners("export", str((self.folder / "model").resolve()))
                 tokenizer.save_pretrained(self.folder / "model")
+                write_card(self.folder / "model", config, summary, self.settings)
         summary["engines"] = await fleet.counters()
         summary["status"] = "finished"
 
+    def _recorded(self, learner: RemoteLearner) -> RemoteLearner | Recorder:
+        """The learner, with a record of its steps where the config asks for one."""
+        if not self.config.record_batches:
+            return learner
+
+        async def ask(batch: Batch) -> tuple[Tensor, Tensor]:
+            return (await self.cluster.ask_learners("logprobs_and_entropy", batch))[0]
+
+        return Recorder(learner, ask, self.folder / "batches", self.config)
+
+    @staticmethod
+    def _evaluation(row: dict[str, float]) -> dict[str, float]:
+        return {k: v for k, v in row.items() if k.startswith("eval/")}
+
+    async def _save(self, progress: Progress) -> None:
+        """Make a checkpoint. One that cannot be written is an alert, and no reason to lose the run."""
+        began = time.perf_counter()
+        state = state_of(
+            progress,
+            self.settings,
+            flags=self.flags,
+            data=self.data,
+            wandb_id=self.tracker.wandb_id,
+            old_logprobs=self.summary.get("old_logprobs"),
+            train_seconds=began - self.began,
+            stack=self.summary["stack"],
+        )
+        try:
+            draft = checkpoint.draft(self.folder, progress.version)
+            write_history(draft, self.tracker.history)
+            await self.cluster.ask_learners("save_state", str((draft / "learner").resolve()))
+            # In a thread: it reads every byte again, and the engines are spoken to meanwhile.
+            keep = self.config.keep_last
+            done = await asyncio.to_thread(checkpoint.commit, draft, progress.version, state, keep_last=keep)
+        except OSError as error:
+            checkpoint.sweep(self.folder)
+            self.tracker.alert(progress.version, "no checkpoint could be made", f"{error}. The last good one is kept.")
+        else:
+            console.print(f"[dim]{done} ({time.perf_counter() - began:.1f} s)[/]", highlight=False)
+
     async def _check(self, learner: RemoteLearner) -> None:
         """Give the engines their first weights, and see that both sides mean the same. Raises ParityError."""
-        config, cluster = self.config, self.cluster
+        config, cluster, version = self.config, self.cluster, self.progress.version
+        source = self.resumed.saved("old_logprobs") if self.resumed else None
         if config.doctor == "off":
-            await learner.publish(0)
+            await learner.publish(version)
             return
         with status("checking that engines and trainer agree"):
-            report = await checkup(cluster, learner, self.prepared)
+            report = await checkup(cluster, learner, self.prepared, version)
         show(report, self.prepared.tokenizer.decode)
         save(report, self.folder, self.prepared.tokenizer.decode)
         self.tracker.table("doctor", token_table(report, self.prepared.tokenizer.decode))
         self.summary["doctor"] = report.verdict
         if report.faults:
             raise ParityError(report.message())
-        source, _ = report.old_logprobs
+        # What was decided on the start model holds for the whole run.
+        source = source or report.old_logprobs[0]
         self.summary["old_logprobs"] = source
+        self.watch.settle(source)
         await cluster.ask_learners("use_old_logprobs", source)
 
     def __enter__(self) -> "Run":
@@ -144,6 +250,7 @@ class Run:
             "steps": len(rows),
             "tokens": loop.trained_tokens if loop else 0,
             "weight_version": loop.flow.version if loop else 0,
+            "resume": self._how_to_resume() if summary["status"] != "finished" else None,
             "engines_lost": self.fleet.causes if self.fleet else [],
             "ledger": loop.flow.ledger.summary() if loop else {},
             "reward_first": rows[0]["reward/mean"] if rows else None,
@@ -156,6 +263,13 @@ class Run:
             report.plot(self.tracker.history, self.folder / "curves.png", summary["name"])
         self.tracker.close(summary)
         closing_table(summary, self.folder)
+        self.lock.close()
+
+    def _how_to_resume(self) -> str | None:
+        """The command, once there is a checkpoint to go on from."""
+        if not checkpoint.finished(self.folder / "checkpoints"):
+            return None
+        return f"python {sys.argv[0]} --resume {self.folder}"
 
 
 def fresh_folder(wanted: Path) -> Path:

@@ -39,7 +39,7 @@ COLUMNS = [
 ]
 
 
-class Progress:
+class Lines:
     """One line per step, of those columns that the run's objective has."""
 
     def __init__(self, config: Config) -> None:
@@ -81,3 +81,6 @@ def closing_table(summary: dict[str, Any], folder: Path) -> None:
         if (folder / file).exists():
             table.add_row("look at", str(folder / file))
     console.print(table)
+    if summary.get("resume"):
+        # Outside the table, which would cut it: it is there to be copied.
+        console.print(f"go on with: {summary['resume']}", markup=False, highlight=False)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rl.evidence import Kind, LayerError
 from trainer.head import LogprobHead
+from trainer.lora import as_engines_have_it
 
 HEAD = "lm_head"
 
@@ -28,7 +29,8 @@ def layer_errors(
             if module is None or getattr(module, "weight", None) is None:
                 unknown.append(part)
                 continue
-            with deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False)), enabled=sharded):
+            with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=sharded):
+                module = as_engines_have_it(module)
                 given = _tensor(layer["in"]).to(module.weight.device)
                 mine, rounded = _apply(module, given), _apply(module, given, rounded=True)
             theirs, outputs = outputs[..., : mine.shape[-1]], outputs[..., mine.shape[-1] :]

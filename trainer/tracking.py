@@ -30,7 +30,10 @@ def wandb_mode(config: TrackingConfig) -> str:
 
 @dataclass(kw_only=True)
 class RunTracker:
-    """The record of one run; `close` may be called at any moment and leaves readable files."""
+    """The record of one run; `close` may be called at any moment and leaves readable files.
+
+    A run that goes on brings its `history` and its `wandb_id`, and what its files hold stays.
+    """
 
     folder: Path
     config: TrackingConfig
@@ -41,11 +44,16 @@ class RunTracker:
     """Asked at each step what to alert the user to."""
     alerts: list[dict[str, Any]] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
+    wandb_id: str | None = None
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics_file = (self.folder / "metrics.jsonl").open("w")
-        self.samples_file = (self.folder / "samples.jsonl").open("w")
+        self.metrics_file = (self.folder / "metrics.jsonl").open("a")
+        self.samples_file = (self.folder / "samples.jsonl").open("a")
+        told = self.folder / "alerts.jsonl"
+        self.alerts += [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
+        for row in self.history:
+            self.watch(row)  # so that it knows what it has told already
         self.wandb: Any = None
         mode = wandb_mode(self.config)
         if mode != "disabled":
@@ -57,8 +65,11 @@ class RunTracker:
                 dir=str(self.folder),
                 config=self.settings,
                 mode=mode,
+                id=self.wandb_id,
+                resume="allow" if self.wandb_id else None,
                 settings=wandb.Settings(silent=True, console="off"),
             )
+            self.wandb_id = self.wandb.id
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record one step everywhere. A NaN is written as null, which JSON can hold."""

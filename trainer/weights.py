@@ -7,16 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from rl.weights import TensorMeta, WeightManifest, digest
+from trainer.lora import adapted, adapter_parameters, base_parameters, merged
 
 
 class LearnerWeights:
     """The tensors that the engines need, in a fixed order; iterating is a collective over all ranks under ZeRO-3.
 
-    A tied head has one name, a value head is not sent. With `digesting` on, every tensor is digested as it leaves.
+    A tied head has one name, a value head is not sent, adapters leave in the weights that they change. With
+    `digesting` on, every tensor is digested as it leaves.
     """
 
     def __init__(self, hf: nn.Module, *, sharded: bool) -> None:
-        self.parameters = dict(hf.named_parameters())
+        self.parameters = base_parameters(hf)
+        self.adapted = adapted(hf)
         self.sharded = sharded
         self.digesting = False
         self.digests: dict[str, str] = {}
@@ -38,13 +41,15 @@ class LearnerWeights:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         self.digests = {}
-        for group in _layers(list(self.parameters)):
+        for group in layers(list(self.parameters)):
             parameters = [self.parameters[name] for name in group]
             # Per layer: gathering tensor by tensor is twice as slow, and all at once needs the whole model in memory.
-            with deepspeed.zero.GatheredParameters(parameters, enabled=self.sharded):
+            adapters = [p for name in group if name in self.adapted for p in adapter_parameters(self.adapted[name])]
+            with deepspeed.zero.GatheredParameters(parameters + adapters, enabled=self.sharded):
                 for name, parameter in zip(group, parameters, strict=True):
+                    tensor = merged(self.adapted[name]) if name in self.adapted else parameter.detach()
                     # The gathered storage is freed on leaving; a consumer may still be copying from it then.
-                    tensor = parameter.detach().clone() if self.sharded else parameter.detach()
+                    tensor = tensor.clone() if self.sharded else tensor
                     if self.digesting:
                         self.digests[name] = digest(tensor)
                     yield name, tensor
@@ -61,7 +66,7 @@ class LearnerWeights:
                 parameter.data.view(integer).bitwise_xor_(half << (mantissa - bit))
 
 
-def _layers(names: list[str]) -> list[list[str]]:
+def layers(names: list[str]) -> list[list[str]]:
     """Consecutive names that share everything before their first number."""
     groups: list[list[str]] = []
     last: object = None

@@ -1,0 +1,95 @@
+"""Low-rank adapters: how they come into a model, how an engine sees them, and how they are left out again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rl.config import Lora
+
+NAME = "default"
+"""PEFT's own name for a model's first adapter."""
+
+
+def inject(hf: PreTrainedModel, lora: Lora) -> None:
+    """Freeze a model and give each linear layer but the head an adapter that adds nothing yet.
+
+    Raises ImportError without PEFT, and ValueError for layers whose merged weight this module does not know.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("trainer.lora needs PEFT: python -m pip install 'peft>=0.21.2,<0.22'") from error
+    alpha: Any = lora.alpha
+    inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules="all-linear"), hf)
+    for name, layer in adapted(hf).items():
+        if not isinstance(layer.base_layer, nn.Linear):
+            raise ValueError(
+                f"trainer.lora: {name} is a {type(layer.base_layer).__name__}, and only Linear is supported"
+            )
+
+
+def adapted(hf: nn.Module) -> dict[str, Any]:
+    """The layers that have an adapter, by the name of the weight that it changes."""
+    modules = {name: module for name, module in hf.named_modules() if hasattr(module, "base_layer")}
+    return {f"{name}.weight": module for name, module in modules.items()}
+
+
+def base_parameters(hf: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's parameters by the names that they have without adapters, which are left out."""
+    return {n.replace(".base_layer.", "."): p for n, p in hf.named_parameters() if ".lora_" not in n}
+
+
+def adapter_parameters(layer: Any) -> list[nn.Parameter]:
+    """A and B of one layer."""
+    return [layer.lora_A[NAME].weight, layer.lora_B[NAME].weight]
+
+
+def merged(layer: Any) -> Tensor:
+    """W + alpha / rank * B A [out, in] of a layer, added in fp32 and rounded to W's dtype; its parameters gathered."""
+    weight = layer.base_layer.weight.detach()
+    a, b = (p.detach().float() for p in adapter_parameters(layer))
+    if not layer.scaling[NAME] or not b.any():
+        return weight  # bit for bit: even adding 0 would lose the sign of a -0
+    return torch.addmm(weight.float(), b, a, alpha=layer.scaling[NAME]).to(weight.dtype)
+
+
+def as_engines_have_it(layer: nn.Module) -> nn.Module:
+    """The layer itself, or a plain one with the merged weight; its parameters gathered."""
+    if not hasattr(layer, "base_layer"):
+        return layer
+    weight = merged(layer)
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    plain.bias = layer.base_layer.bias
+    return plain
+
+
+@contextmanager
+def switched_off(hf: nn.Module) -> Iterator[None]:
+    """The model without its adapters. Their share is multiplied by 0 rather than left out: ZeRO-3 gathers weights in
+    the order of the last pass, and PEFT's own switch would also turn off their gradients."""
+    layers = adapted(hf).values()
+    for layer in layers:
+        layer.set_scale(NAME, 0.0)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_scale(NAME, 1.0)
+
+
+def save_adapter(hf: Any, base: str, folder: Path) -> None:
+    """Write the adapters alone, as PEFT loads them onto the model named `base`; their parameters gathered."""
+    from safetensors.torch import save_file
+
+    config = hf.peft_config[NAME]
+    config.base_model_name_or_path = base
+    config.save_pretrained(str(folder))
+    tensors = {name: p.detach().cpu() for name, p in hf.named_parameters() if ".lora_" in name}
+    named = {f"base_model.model.{name.replace(f'.{NAME}.', '.')}": t for name, t in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,28 @@
+"""What could the accelerators do at best? The denominator of `perf/mfu`."""
+
+import torch
+
+DENSE_BF16 = {
+    ("B200",): 2250e12,
+    ("H100", "NVL"): 835e12,
+    ("H100", "PCIe"): 756e12,
+    ("H100",): 989e12,
+    ("H200", "NVL"): 835e12,
+    ("H200",): 989e12,
+    ("GH200",): 989e12,
+    ("A100",): 312e12,
+    ("L40S",): 362e12,
+    ("L4",): 121e12,
+}
+"""FLOP/s by words of a GPU's name, without sparsity, of NVIDIA's data sheets; the first that fits counts."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """FLOP/s in bf16 of the GPU that calls itself so (`torch.cuda.get_device_name`), None for one not listed."""
+    words = set(device_name.replace("-", " ").split())
+    return next((peak for name, peak in DENSE_BF16.items() if words.issuperset(name)), None)
+
+
+def peak_of(device: torch.device) -> float | None:
+    """The same for a device; None for a CPU, whose peak depends on how many cores a rank really has."""
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

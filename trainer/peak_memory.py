@@ -1,0 +1,50 @@
+"""How much memory does a learner rank need, and for which phase of its work?"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """Highest memory by phase: what torch holds on a GPU, the process's resident set on CPU (Linux). GiB."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.phases: dict[str, float] = {}
+        self.highest = 0.0
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Count what is within to a phase. Phases do not nest."""
+        self.highest = max(self.highest, self._peak())
+        self._forget()
+        try:
+            yield
+        finally:
+            peak = self._peak()
+            self.phases[phase] = max(self.phases.get(phase, 0.0), peak)
+            self.highest = max(self.highest, peak)
+
+    def report(self) -> dict[str, float]:
+        """The phases since the last report, as metrics of which the ranks' maximum counts."""
+        phases, self.phases = self.phases, {}
+        return {f"memory/{phase}_gib_max": peak for phase, peak in phases.items()}
+
+    def _peak(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        with suppress(OSError):
+            kib = next(line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+            return int(kib) / 2**20
+        return 0.0
+
+    def _forget(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with suppress(OSError):  # a container may forbid it; then a phase has the peak of all before it, too
+                CLEAR.write_text("5")

@@ -1,0 +1,50 @@
+"""How does a run end that is told to (SIGTERM)? Gently within its grace period, and then for certain."""
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+class Stop:
+    """Hears SIGTERM on behalf of the task that makes it. The first one counts, others are ignored."""
+
+    def __init__(self, grace_s: float) -> None:
+        self.grace_s = grace_s
+        self.gently: Callable[[], Coroutine[Any, Any, None]] | None = None
+        """What to do first, where something can be saved; else the task is cancelled at once."""
+        self.asked = False
+        self._main = asyncio.current_task()
+        self._asking: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def listen(self) -> None:
+        """Begin, or begin anew where a library (Ray does) has put a handler of its own."""
+        # Signals go to the main thread alone.
+        if threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.hear)
+
+    def hear(self) -> None:
+        """SIGTERM has come."""
+        if self.asked:
+            return
+        self.asked = True
+        if self.gently is None:
+            self._cancel()
+            return
+        loop = asyncio.get_running_loop()
+        self._asking = loop.create_task(self.gently(), name="stop gently")
+        self._timer = loop.call_later(self.grace_s, self._cancel)
+
+    def saved(self) -> None:
+        """What was to be saved is: the clean-up that follows may take its time."""
+        self.gently = None
+        if self._timer:
+            self._timer.cancel()
+
+    def _cancel(self) -> None:
+        assert self._main is not None
+        self._main.cancel()
