@@ -1,22 +1,25 @@
-"""How fast do new weights reach a sampling engine? The tables of docs/performance.md; about 8 minutes on two cores.
+"""How fast do new weights reach an engine? The tables of docs/performance.md; some 15 minutes on two slow cores.
 
-python scripts/sync_bench.py [--updates 30] [--turns 3] [--out docs/sync.json]
+python scripts/sync_bench.py [--updates 8] [--turns 2] [--out docs/sync.json]
+python scripts/sync_bench.py --layers 8 30 60 --bucket-mib 4 64 --out docs/sync-sizes.json     # by size instead
 
-A real engine with SmolLM2-135M in bf16 samples without end in a process of its own, while this process trains a little
-(AdamW in fp32, so that the bf16 weights change as they do in RL) and sends every update. Three channels: shared memory,
-gloo with changes only, gloo with whole tensors; and tensor by tensor, one control call and one broadcast each.
+An engine with SmolLM2-135M in bf16 runs in an actor of its own, as in a run, while this process trains a little (AdamW
+in fp32, so that the bf16 weights change as they do in RL) and sends every update. Three channels: shared memory, gloo
+with changes only, gloo with whole tensors; and tensor by tensor, one control call and one broadcast each. First with an
+engine that waits, as between the phases of a synchronous run, then with one that samples without end.
 """
 
 import argparse
 import asyncio
 import json
-import os
 import socket
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +29,11 @@ from torch import Tensor
 from rl.config import Config, RolloutConfig
 from rl.types import Data
 from rl.weights import TensorMeta
-from rollout.settings import engine_env
-from rollout.weights import WorkerExtension
+from trainer.cluster import Cluster, EngineClient, started
+from trainer.placement import plan
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "scripts")]
 MODEL = str(ROOT / "models" / "smollm2-135m")
 CONFIG = Config(
     name="sync",
@@ -37,51 +41,25 @@ CONFIG = Config(
     data=lambda: Data(train=[]),
     reward=lambda reply: 0.0,
     dtype="bfloat16",
+    device="cpu",
     rollout=RolloutConfig(max_tokens=200, max_model_len=256, max_num_seqs=8, kv_cache_gib=0.5),
 )
 LEARNING_RATE = 1e-6
 CHANNELS = ("shared memory", "gloo, changes", "gloo, whole", "tensor by tensor")
-
-
-class PerTensor(WorkerExtension):
-    """The worker's side of a send tensor by tensor."""
-
-    def join_per_tensor(self, port: int) -> None:
-        from rollout.channel import join
-
-        self.group = join("127.0.0.1", port, 1, 2, 120)
-
-    def begin_per_tensor(self) -> None:
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-        initialize_layerwise_reload(self.weight_transfer_engine.model)
-
-    def receive_one(self, name: str, dtype: str, shape: list[int]) -> None:
-        from rollout.channel import broadcast
-
-        tensor = broadcast(self.group, torch.empty(shape, dtype=getattr(torch, dtype)))
-        self.weight_transfer_engine.model.load_weights([(name, tensor)])
-
-    def end_per_tensor(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        from rollout.weights import forget_heads
-
-        engine = self.weight_transfer_engine
-        finalize_layerwise_reload(engine.model, engine.model_config)
-        forget_heads(engine.model)
+LOADS = {"engine waits": 0, "engine samples": 1}
+"""By the `max_staleness` of such a run, which decides who has how many threads."""
 
 
 class Training:
     """SmolLM2 in bf16 over fp32 masters; each step changes it as a small learning rate does."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: str) -> None:
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
         self.named = dict(self.model.named_parameters())
         self.masters = [p.detach().float().requires_grad_() for p in self.named.values()]
-        self.adam = torch.optim.AdamW(self.masters, lr=LEARNING_RATE, weight_decay=0.0)
+        self.adam = torch.optim.AdamW(self.masters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
     def step(self, seed: int) -> None:
         ids = torch.randint(0, 49000, (1, 32), generator=torch.Generator().manual_seed(seed))
@@ -104,28 +82,22 @@ class Training:
         return torch.cat([p.detach().view(-1) for p in self.named.values()]).view(torch.int16)
 
 
-class Channel:
-    """The sender's control calls, which it makes in a thread of its own."""
+class Engine:
+    """The one engine of a cluster, called from this thread."""
 
-    def __init__(self, engine: Any) -> None:
-        self.engine, self.loop, self.version = engine, asyncio.get_running_loop(), 0
+    def __init__(self, cluster: Any) -> None:
+        self.actor, self.client = cluster.engines[0], EngineClient(cluster.engines, 1, 120.0)
+        self.expected: set[str] = self.call("expected_weights")
+
+    def begin(self, method: str, *args: Any) -> Callable[[], Any]:
+        """Call it; what is returned waits for its answer."""
+        import ray
+
+        ref = self.actor.call.remote(method, *args)
+        return lambda: ray.get(ref, timeout=120)
 
     def call(self, method: str, *args: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(getattr(self.engine, method)(*args), self.loop).result(120)
-
-    def rpc(self, method: str, *args: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(self.engine.llm.collective_rpc(method, args=args), self.loop).result(
-            120
-        )
-
-    def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
-        self.call("init_weight_transfer_engine", info)
-
-    def stage_weights(self, version: int) -> None:
-        self.call("stage_weights", version)
-
-    def finish_weight_update(self) -> None:
-        self.call("finish_weight_update", self.version)
+        return self.begin(method, *args)()
 
 
 @dataclass
@@ -157,79 +129,68 @@ def memcpy_seconds(training: Training, place: Tensor) -> float:
     return time.perf_counter() - began
 
 
-def open_channel(kind: str, training: Training, client: Channel, expected: set[str]) -> Any:
+def open_channel(kind: str, training: Training, engine: Engine) -> Any:
     import rollout.channel
     import rollout.sender
 
+    port = free_port()
     if kind == "tensor by tensor":
-        port = free_port()
-        with ThreadPoolExecutor(1) as pool:
-            joined = pool.submit(client.rpc, "join_per_tensor", port)
-            group = rollout.channel.join("127.0.0.1", port, 0, 2, 120)
-            joined.result()
+        joined = engine.begin("rpc", "join_per_tensor", port)
+        group = rollout.channel.join("127.0.0.1", port, 0, 2, 120)
+        joined()
         return group
     reserve = rollout.sender.reserve
     rollout.sender.reserve = reserve if kind == "shared memory" else lambda nbytes: ""
     rollout.channel.ANCHOR_EVERY = 1 if kind == "gloo, whole" else 10**9
+    ends = {"weights": training, "expected": engine.expected, "client": engine.client, "rank": 0, "timeout_s": 120.0}
     try:
-        return rollout.sender.open_sender(
-            "gloo",
-            weights=training,
-            expected=expected,
-            client=client,
-            rank=0,
-            address="127.0.0.1",
-            port=free_port(),
-            world_size=2,
-            timeout_s=120,
-        )
+        return rollout.sender.open_sender("gloo", **ends, address="127.0.0.1", port=port, world_size=2)
     finally:
         rollout.sender.reserve = reserve
 
 
-def one_by_one(group: Any, training: Training, client: Channel) -> float:
+def one_by_one(group: Any, training: Training, engine: Engine) -> float:
     """An update tensor by tensor; returns the seconds in which sampling stood still."""
     from rollout.channel import broadcast
 
-    client.call("pause")
-    client.rpc("begin_per_tensor")
+    engine.call("pause")
+    engine.call("rpc", "begin_per_tensor")
     for name, tensor in training:
-        receiving = asyncio.run_coroutine_threadsafe(
-            client.engine.llm.collective_rpc("receive_one", args=(name, "bfloat16", list(tensor.shape))), client.loop
-        )
+        received = engine.begin("rpc", "receive_one", name, list(tensor.shape))
         broadcast(group, tensor.contiguous())
-        receiving.result(120)
-    client.rpc("end_per_tensor")
-    return client.call("resume")
+        received()
+    engine.call("rpc", "end_per_tensor")
+    return engine.call("resume")
 
 
-def measure(training: Training, client: Channel, expected: set[str], updates: int, turns: int) -> dict[str, Record]:
-    """All channels in turns, so that a slow minute of the machine meets every one."""
-    import rollout.channel
+def measure(
+    training: Training, engine: Engine, updates: int, turns: int, channels: tuple[str, ...] = CHANNELS
+) -> dict[str, Record]:
+    """The channels in turns, so that a slow minute of the machine meets every one."""
     from rollout.sparse import density
 
-    records = {kind: Record() for kind in CHANNELS}
-    place = torch.empty(2 * training.flat().numel(), dtype=torch.uint8)
+    records = {kind: Record() for kind in channels}
+    place = torch.ones(2 * training.flat().numel(), dtype=torch.uint8)  # touched: `empty` and `zeros` are not
     for turn in range(turns):
-        for kind in CHANNELS:
-            record, sender = records[kind], open_channel(kind, training, client, expected)
-            count = updates // turns if kind != "tensor by tensor" else 2
-            for update in range(count + 1):
+        for kind in channels:
+            record, sender = records[kind], open_channel(kind, training, engine)
+            for update in range(updates // turns + 1):
                 old = training.flat()
                 training.step(1000 * turn + update)
-                client.version += 1
-                rollout.channel.ANCHOR_EVERY = 1 if kind == "gloo, whole" else 10**9
+                engine.client.version += 1
                 began = time.perf_counter()
                 if kind == "tensor by tensor":
-                    pause = one_by_one(sender, training, client)
+                    pause = one_by_one(sender, training, engine)
+                    seconds = time.perf_counter() - began
                 else:
                     sender.send_weights()
-                    pause = client.call("last_pause")
-                seconds = time.perf_counter() - began
+                    seconds = time.perf_counter() - began
+                    pause = engine.call("last_pause")
                 if update == 0:
                     continue  # a channel's first update is always whole, and touches its memory for the first time
                 record.seconds.append(seconds)
                 record.pause.append(pause)
+                time.sleep(0.3)  # the engine makes ready for the next update, and would slow what it is compared with
                 record.copy.append(memcpy_seconds(training, place))
                 if kind == "tensor by tensor":
                     continue
@@ -245,33 +206,74 @@ def measure(training: Training, client: Channel, expected: set[str], updates: in
     return records
 
 
-async def sample_on(engine: Any, stop: asyncio.Event) -> int:
-    """Requests without end; returns how many were answered."""
-    served = 0
-    while not stop.is_set():
-        await engine.sample([1, 2, 3, 4 + served % 50], 4, None, max_tokens=64)
-        served += 4
-    return served
-
-
-async def run(updates: int, turns: int) -> dict[str, Any]:
-    from rollout.engine import Engine
-
-    overrides = {"load_format": "auto", "worker_extension_cls": "sync_bench.PerTensor"}
-    engine = Engine(CONFIG, device="cpu", backend="gloo", model=MODEL, version=0, overrides=overrides)
-    await engine.start()
+@asynccontextmanager
+async def engine_of(config: Config, load: str) -> AsyncIterator[tuple[Cluster, Training, Engine]]:
+    """An engine under such a load, and a trainer for it."""
+    config = replace(config, max_staleness=LOADS[load])
+    Cluster.engine = "sync_engine:Measured"
+    cluster = Cluster(config, replace(plan(config, cuda=False, gpus=0), learners=0))
     try:
-        training = Training()
-        client, stop = Channel(engine), asyncio.Event()
-        sampling = [asyncio.create_task(sample_on(engine, stop)) for _ in range(2)]
-        expected = await engine.expected_weights()
-        records = await asyncio.to_thread(measure, training, client, expected, updates, turns)
-        stop.set()
-        served = sum(await asyncio.gather(*sampling))
-        counters = await engine.counters()
+        cluster.boot()
+        await started("the engine", cluster.building[0], 300)
+        await cluster.ask_engines("start")
+        torch.set_num_threads(2 - LOADS[load])
+        training, engine = Training(config.model), Engine(cluster)
+        if LOADS[load]:
+            await cluster.ask_engines("sample_on")
+        yield cluster, training, engine
     finally:
-        await engine.close()
-    return table(records) | {"requests": served, "aborted": counters["aborted"]}
+        await cluster.close()
+
+
+async def run(load: str, updates: int, turns: int) -> dict[str, Any]:
+    """All channels to one engine that waits or samples."""
+    async with engine_of(CONFIG, load) as (cluster, training, engine):
+        records = await asyncio.to_thread(measure, training, engine, updates, turns)
+        return table(records) | await cluster.ask_engine(0, "sampled", deadline_s=60)
+
+
+async def by_size(layers: int, bucket_mib: list[int], updates: int) -> list[dict[str, Any]]:
+    """Rows of a model with so many layers: every bucket size, and tensor by tensor."""
+    import rollout.channel
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        async with engine_of(replace(CONFIG, model=make(layers, folder)), "engine waits") as (_, training, engine):
+            for mib in bucket_mib:
+                rollout.channel.BUCKET_BYTES = mib * 2**20
+                channels = ("shared memory", "gloo, whole") + ("tensor by tensor",) * (mib == bucket_mib[-1])
+                records = await asyncio.to_thread(measure, training, engine, updates, 1, channels)
+                for kind, r in records.items():
+                    row = {"layers": layers, "megabytes": 2e-6 * training.flat().numel(), "channel": kind}
+                    row |= {"bucket_mib": mib} if r.transfer else {}
+                    row |= {"seconds": statistics.median(r.seconds), "pause_p50": statistics.median(r.pause)}
+                    if r.transfer:
+                        row["transfer"] = statistics.median(r.transfer)
+                        row["of_memcpy"] = statistics.median(c / t for c, t in zip(r.copy, r.transfer, strict=True))
+                    rows.append(row)
+    return rows
+
+
+def make(layers: int, folder: str) -> str:
+    """A model of random weights in the shape of SmolLM2-135M, but for its layers; returns its folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    shape = AutoConfig.from_pretrained(MODEL, num_hidden_layers=layers)
+    AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    return folder
+
+
+def show_sizes(rows: list[dict[str, Any]]) -> str:
+    lines = ["| layers | MB | channel | bucket, MiB | update, s | faster | transfer, s | of memcpy |", "|---" * 8 + "|"]
+    slow = {r["layers"]: r["seconds"] for r in rows if r["channel"] == "tensor by tensor"}
+    for r in rows:
+        moved = f"{r['transfer']:.3f} | {r['of_memcpy']:.0%}" if "transfer" in r else "|"
+        lines.append(
+            f"| {r['layers']} | {r['megabytes']:.0f} | {r['channel']} | {r.get('bucket_mib', '')} | {r['seconds']:.2f} "
+            f"| {slow[r['layers']] / r['seconds']:.1f}x | {moved} |"
+        )
+    return "\n".join(lines)
 
 
 def table(records: dict[str, Record]) -> dict[str, Any]:
@@ -280,10 +282,8 @@ def table(records: dict[str, Record]) -> dict[str, Any]:
     for kind, r in records.items():
         row: dict[str, Any] = {"updates": len(r.seconds), "seconds": statistics.median(r.seconds)}
         pauses = sorted(r.pause)
-        row["pause_p50"], row["pause_p99"] = (
-            statistics.median(pauses),
-            pauses[min(len(pauses) - 1, int(0.99 * len(pauses)))],
-        )
+        row["pause_p50"] = statistics.median(pauses)
+        row["pause_p99"] = pauses[min(len(pauses) - 1, int(0.99 * len(pauses)))]
         row["pause_share"] = row["pause_p99"] / row["seconds"]
         if r.transfer:
             row["transfer"] = statistics.median(r.transfer)
@@ -312,7 +312,7 @@ def show(result: dict[str, Any]) -> str:
     changes = result["rows"]["gloo, changes"]
     lines.append(
         f"\n{changes['density']:.2%} of the values changed in an update (learning rate {LEARNING_RATE:g}); the payload "
-        f"is at most {changes['over_bound']:.2f} times its entropy bound. {result['requests']} requests were served "
+        f"is at most {changes['over_bound']:.2f} times its entropy bound. {result['served']} requests were served "
         f"meanwhile, {result['aborted']} aborted."
     )
     return "\n".join(lines)
@@ -320,15 +320,23 @@ def show(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=30, help="measured updates of each channel")
-    parser.add_argument("--turns", type=int, default=3, help="in how many turns")
+    parser.add_argument("--updates", type=int, default=8, help="measured updates of each channel")
+    parser.add_argument("--turns", type=int, default=2, help="in how many turns")
     parser.add_argument("--out", help="write the figures there, as JSON")
+    parser.add_argument("--layers", type=int, nargs="+", help="by size: models with so many layers")
+    parser.add_argument("--bucket-mib", type=int, nargs="+", default=[64], help="by size: buckets")
     args = parser.parse_args()
-    os.environ |= engine_env(device="cpu", backend="gloo", threads=1)
-    result = asyncio.run(run(args.updates, args.turns))
-    print(show(result))
+    if args.layers:
+        rows = [row for n in args.layers for row in asyncio.run(by_size(n, args.bucket_mib, args.updates))]
+        print(f"\n{show_sizes(rows)}")
+        if args.out:
+            Path(args.out).write_text(json.dumps(rows, indent=1) + "\n")
+        return
+    results = {load: asyncio.run(run(load, args.updates, args.turns)) for load in LOADS}
+    for load, result in results.items():
+        print(f"\n**The {load}.**\n\n{show(result)}")
     if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

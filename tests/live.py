@@ -4,12 +4,13 @@ import asyncio
 import os
 import socket
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rl.config import Config, RolloutConfig
-from rl.types import Data
+from rl.types import Completion, Data
 from rollout.settings import engine_env
 
 for name, value in engine_env(device="cpu", backend="gloo", threads=1).items():
@@ -45,6 +46,9 @@ class Live:
 
     def sample(self, *args: Any, **kwargs: Any) -> Any:
         return self.wait(self.engine.sample(*args, **kwargs))
+
+    def keep_sampling(self, prompt: list[int], n: int) -> "Sampling":
+        return Sampling(self, prompt, n)
 
     def init_weight_transfer_engine(self, info: dict) -> None:
         self.wait(self.engine.init_weight_transfer_engine(info))
@@ -86,6 +90,34 @@ class Live:
     def close(self) -> None:
         self.wait(self.engine.close())
         self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+class Sampling:
+    """Requests are under way, however fast the engine is, until the result is asked for: two lots of n by turns."""
+
+    def __init__(self, live: Live, prompt: list[int], n: int) -> None:
+        self.on = True
+        self.future = live.submit(self._both(live.engine, prompt, n))
+        time.sleep(0.5)
+
+    def result(self, timeout_s: float) -> list[Completion]:
+        """All that was sampled; raises what ended the sampling, as `EngineLost`."""
+        self.on = False
+        return self.future.result(timeout_s)
+
+    async def _both(self, engine: Any, prompt: list[int], n: int) -> list[Completion]:
+        one, other = await asyncio.gather(
+            self._lots(engine, prompt, n, 0.0, seed=100), self._lots(engine, prompt, n, 0.2, seed=200)
+        )
+        return one + other
+
+    async def _lots(self, engine: Any, prompt: list[int], n: int, after_s: float, seed: int) -> list[Completion]:
+        await asyncio.sleep(after_s)
+        done: list[Completion] = []
+        while self.on:
+            done += await engine.sample(prompt, n, seed)
+            seed += 1
+        return done
 
 
 def engine_config(model: Path, **changes: Any) -> Config:

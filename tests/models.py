@@ -25,6 +25,7 @@ def make_model(
     seed: int = 0,
     peak: float = 6.0,
     chat_template: str | None = None,
+    intermediate_size: int = SIZES["intermediate_size"],
 ) -> Path:
     """A random character model in `folder`; `peak` scales its logits. Heads have 32 features, vLLM-CPU's least."""
     tokens = ["<pad>", "<eos>", "<unk>", *string.printable]
@@ -40,9 +41,8 @@ def make_model(
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
     }[family]
-    config = config_class(
-        vocab_size=len(tokens), tie_word_embeddings=tied, bos_token_id=None, eos_token_id=1, pad_token_id=0, **SIZES
-    )
+    sizes = SIZES | {"vocab_size": len(tokens), "intermediate_size": intermediate_size}
+    config = config_class(tie_word_embeddings=tied, bos_token_id=None, eos_token_id=1, pad_token_id=0, **sizes)
     model = model_class(config)
     with torch.no_grad():
         model.lm_head.weight.mul_(peak)

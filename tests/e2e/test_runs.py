@@ -3,47 +3,19 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-import uuid
 from pathlib import Path
 
 import pytest
 
 from models import make_model
 from processes import kill_one, left_behind
-
-RECIPE = Path(__file__).parent / "recipes" / "echo.py"
+from runs import finish, start
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("echo"), peak=1.0)
-
-
-def start(model: Path, folder: Path, *flags: str) -> tuple[subprocess.Popen, str]:
-    """A recipe in a process group of its own, and a mark that its environment hands to every process it starts."""
-    mark = uuid.uuid4().hex
-    command = [sys.executable, "-W", "ignore", str(RECIPE), "--model", str(model), "--output-dir", str(folder), *flags]
-    env = os.environ | {"UNISON_TEST_MARK": mark}
-    log = (folder / "terminal.log").open("w")
-
-    def hear_ctrl_c() -> None:
-        # A test run in the background of a shell inherits that SIGINT is ignored, and would hand it on.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    options: dict = {"env": env, "start_new_session": True, "preexec_fn": hear_ctrl_c}
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options), mark
-
-
-def finish(process: subprocess.Popen, folder: Path, seconds: float = 280) -> tuple[int, dict, list[dict]]:
-    code = process.wait(seconds)
-    run = folder / "echo"
-    text = (folder / "terminal.log").read_text()
-    assert (run / "summary.json").exists(), text[-3000:]
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return code, json.loads((run / "summary.json").read_text()), [row for row in rows if "reward/mean" in row]
 
 
 def test_a_users_objective_learns_and_every_step_agrees_with_the_engine(model: Path, tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def stuck():
     one.started_ray = cluster.start_ray(one.placement)
     one.learners = [actor_of(SleepingHost).remote()]
     one.engines = [actor_of(SleepingAsyncHost).options(max_concurrency=8).remote() for _ in range(2)]
-    ready = [actor.stacks.remote() for actor in (*one.learners, *one.engines)]
-    asyncio.run(cluster.gather_answers(ready, "{i} did not start", 120.0, ready))
+    for actor in (*one.learners, *one.engines):
+        asyncio.run(cluster.answer(actor.stacks.remote(), "an actor did not start", 120.0))
     yield one
     asyncio.run(one.close())
 

@@ -55,9 +55,7 @@ class Updates:
 
     def sampling(self) -> Any:
         """Begin to sample; its result is checked by `check`."""
-        running = self.engine.submit(self.engine.engine.sample(PROMPT, 8, 7))
-        time.sleep(0.3)
-        return running
+        return self.engine.keep_sampling(PROMPT, 4)
 
     def check(self, completions: list[Completion]) -> set[int]:
         """Every token against the model of its own version; returns the versions that sampled."""

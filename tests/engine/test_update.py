@@ -5,15 +5,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from live import Live, engine_config
+from pair import make_learner
 from rl.batch import collate, trajectory
 from rl.types import Completion, Prompt
 from rl.weights import TensorMeta, check_digests
 from trainer.model import load
+from trainer.tokens import load_tokenizer
 from trainer.weights import LearnerWeights
 
 PROMPT = list(range(10, 80))
@@ -54,8 +57,7 @@ def test_an_update_under_way_keeps_every_request_and_switches_versions_inside_se
     assert {m.name for m in weights.metadata()} == engine.wait(engine.engine.expected_weights())
 
     engine.wait(engine.engine.listen_to_weights(True))
-    running = engine.submit(engine.engine.sample(PROMPT, 16, 100))
-    time.sleep(1.0)
+    running = engine.keep_sampling(PROMPT, 8)
     engine.update(sender, 1)
     done = running.result(120)
 
@@ -82,8 +84,7 @@ def test_with_recompute_kv_what_follows_an_update_is_the_new_weights_alone(live:
     config = engine_config(old)
     engine = live(replace(config, rollout=replace(config.rollout, recompute_kv=True)))
     sender = engine.open_sender(LearnerWeights(AutoModelForCausalLM.from_pretrained(new), sharded=False))
-    running = engine.submit(engine.engine.sample(PROMPT, 16, 100))
-    time.sleep(1.0)
+    running = engine.keep_sampling(PROMPT, 8)
     engine.update(sender, 1)
     across = [c for c in running.result(120) if set(c.versions) == {0, 1}]
     assert len(across) >= 8
@@ -93,6 +94,24 @@ def test_with_recompute_kv_what_follows_an_update_is_the_new_weights_alone(live:
     after = [torch.tensor(c.versions) == 1 for c in across]
     assert float(torch.cat([(m - t)[a] for m, t, a in zip(mine, theirs, after, strict=True)]).abs().mean()) <= 1e-5
     assert kept_cache_gaps(old, new, across)[1] > 1e-3
+
+
+def test_two_threads_load_halves_of_about_the_same_size_and_no_layer_is_split() -> None:
+    from rollout.weights import Deal
+
+    names = ["embed", *[f"layers.{i}.{part}" for i in range(12) for part in ("q", "o")], "head"]
+    sizes = {"embed": 600, "head": 600}
+    weights = [(name, torch.zeros(sizes.get(name, 50), dtype=torch.uint8)) for name in names]
+    deal = Deal()
+    # Buckets cut layers; their parts meet in the same half.
+    shares: tuple[list[str], list[str]] = ([], [])
+    for start in range(0, len(weights), 5):
+        for share, half in zip(shares, deal.halves(weights[start : start + 5]), strict=True):
+            share += [name for name, _ in half]
+    assert sorted(shares[0] + shares[1]) == sorted(names)
+    layers = [{name.split(".")[1] for name in share if "." in name} for share in shares]
+    assert layers[0].isdisjoint(layers[1])
+    assert abs(deal.bytes[0] - deal.bytes[1]) <= 600
 
 
 def kept_cache_gaps(old: Path, new: Path, completions: list[Completion]) -> tuple[float, float]:
@@ -139,6 +158,39 @@ def test_a_request_that_comes_in_during_a_pause_waits_and_runs_on_the_new_versio
     sender.send_weights()
     engine.wait(engine.engine.resume())
     assert set(early.result(60)[0].versions) == {engine.version}
+
+
+def test_an_engine_keeps_no_memory_of_past_updates_committed_or_not(live: Callable, tiny: Callable) -> None:
+    model = tiny(intermediate_size=16384)
+    engine = live(engine_config(model))
+    hf = AutoModelForCausalLM.from_pretrained(model)
+    megabytes = sum(p.nbytes for p in hf.parameters()) / 1e6
+    assert megabytes > 45
+    process = psutil.Process(engine.engine.llm.engine_core.resources.engine_manager.processes[0].pid)
+    sender = engine.open_sender(LearnerWeights(hf, sharded=False))
+    rss = []
+    for update in range(1, 17):
+        commits = engine.finish_weight_update
+        if update % 2:
+            engine.finish_weight_update = lambda: None
+        engine.update(sender, update)
+        engine.finish_weight_update = commits
+        rss.append(process.memory_info().rss / 1e6)
+    # The first updates fill what the allocator keeps for the next: one model beside the live one.
+    assert rss[-1] - rss[5] < 2 * megabytes, [round(x) for x in rss]
+
+
+def test_an_exported_model_is_one_that_transformers_and_vllm_load(
+    live: Callable, tiny: Callable, tmp_path: Path
+) -> None:
+    learner = make_learner(engine_config(tiny(family="llama", tied=True)))
+    learner.disturb(2)
+    learner.export(str(tmp_path))
+    learner.disturb(2)
+    load_tokenizer(learner.config.model).save_pretrained(tmp_path)
+    said = live(engine_config(tmp_path)).sample(PROMPT, 4, seed=1)
+    assert gap(str(tmp_path), said) <= 1e-5
+    assert gap(learner.config.model, said) > 1e-3
 
 
 def test_an_incomplete_update_is_refused_and_names_what_is_missing(pair: tuple[Live, Path, Path]) -> None:

@@ -194,3 +194,22 @@ def test_work_is_dealt_evenly_over_ranks():
     cut = micro_batches(batch, torch.arange(8), ranks=2, budget=10**6, share_prompts=False)
     work = [sum(int(batch.mask[m].sum()) for m in rank) for rank in cut]
     assert work == [18, 18]
+
+
+@pytest.mark.parametrize(("features", "beside_the_longest"), [(None, [8, 26]), (1, [26])])
+def test_a_long_row_weighs_more_than_its_tokens_where_attention_does(features, beside_the_longest):
+    # Rows of 27 predicted columns and four times 9: 27 against 36, but 27^2 against 4 * 9^2.
+    batch = groups_of([1] * 5, prompt=2, replies=[26, 8, 8, 8, 8])
+    cut = micro_batches(batch, torch.arange(5), ranks=2, budget=10**6, share_prompts=False, features=features)
+    assert beside_the_longest in replies_by_rank(batch, cut)
+
+
+def test_a_shared_prompt_attends_to_itself_once():
+    # A prompt of 40 with two replies of 4 is less work than one of 40 and a reply of 20, but more tokens of rows apart.
+    batch = groups_of([2, 1, 1], prompt=40, replies=[4, 4, 20, 1])
+    cut = micro_batches(batch, torch.arange(4), ranks=2, budget=10**6, share_prompts=True, features=1)
+    assert sorted(replies_by_rank(batch, cut)) == [[1, 4, 4], [20]]
+
+
+def replies_by_rank(batch, cut) -> list[list[int]]:
+    return [sorted(int(n) for micro in rank for n in batch.mask[micro].sum(dim=1)) for rank in cut]

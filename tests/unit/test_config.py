@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from rl.config import Config, RolloutConfig, TrainerConfig, check
-from rl.objectives import GRPO, GSPO, PPO
+from rl.config import Config, Lora, RolloutConfig, TrainerConfig, check
+from rl.corrections import TokenTIS
+from rl.objectives import GRPO, GSPO, M2PO, PPO, ReinforcePP
 from rl.truncation import Truncation
 from rl.types import Data
-from trainer.placement import check_fits, default_threads, memory_estimate, plan
+from trainer.placement import check_fits, default_threads, plan
 from trainer.preflight import check_truncation, place
 
 
@@ -29,6 +30,27 @@ def config_of(**settings):
         ({"temperature": -1.0}, "temperature=-1.0: greedy"),
         ({"objective": GRPO(), "group_size": 1}, "GRPO only zero advantages, for it compares samples of one prompt"),
         ({"objective": GSPO(), "group_size": 1}, "use group_size >= 2, or PPO"),
+        ({"max_filtered": 0}, "max_filtered=0 must be at least 1"),
+        (
+            {"trainer": TrainerConfig(ranks=3, sequence_parallel=2)},
+            "trainer.sequence_parallel=2 must divide trainer.ranks=3",
+        ),
+        ({"trainer": TrainerConfig(zero_stage=0)}, "zero_stage=0 with dtype=bfloat16 has no fp32 gradients"),
+        (
+            {"trainer": TrainerConfig(zero_stage=0, offload="optimizer"), "dtype": "float32"},
+            "trainer.offload=optimizer needs DeepSpeed's own optimizer: use zero_stage 1, 2 or 3",
+        ),
+        ({"trainer": TrainerConfig(lora=Lora(rank=-1))}, "rank=-1 must be at least 0"),
+        ({"trainer": TrainerConfig(lora=Lora(rank=4, alpha=0.0))}, "alpha=0 above 0"),
+        ({"trainer": TrainerConfig(value_lr=-1.0)}, "trainer.value_lr=-1.0 must not be negative"),
+        ({"objective": GSPO(kl_target=0.02)}, "kl_target=0.02 needs to be above 0, and a kl_coef above 0"),
+        (
+            {"trainer": TrainerConfig(value_lr=1e-3)},
+            "value_lr=0.001 has no value head to move: GSPO has",
+        ),
+        ({"objective": PPO(critic_warmup=100)}, "critic_warmup=100 covers all 100 optimizer steps of the run"),
+        ({"objective": M2PO(), "old_logprobs": "rollout"}, "use old_logprobs='recompute' (or 'auto')"),
+        ({"objective": M2PO(), "correction": TokenTIS()}, "so TokenTIS would count the mismatch twice"),
         ({"rollout": RolloutConfig(top_p=0.0)}, "rollout.top_p=0.0 must be above 0 and at most 1 (1 is off)"),
         ({"rollout": RolloutConfig(top_k=-1)}, "rollout.top_k=-1 must be at least 1, or 0 (which is off)"),
         ({"rollout": RolloutConfig(min_p=2.0)}, "rollout.min_p=2.0 must be between 0 (which is off) and 1"),
@@ -49,8 +71,12 @@ def test_a_setting_that_cannot_work_is_refused_with_the_remedy(settings, message
 
 def test_the_defaults_and_the_limits_pass():
     check(config_of())
-    check(config_of(objective=PPO(), group_size=1))
+    check(config_of(objective=PPO(critic_warmup=99), group_size=1, trainer=TrainerConfig(value_lr=1e-4)))
+    check(config_of(objective=ReinforcePP(), group_size=1))
+    check(config_of(objective=M2PO()))
     check(config_of(prompts_per_step=2, group_size=4, trainer=TrainerConfig(minibatches=8)))
+    check(config_of(trainer=TrainerConfig(zero_stage=0, lora=Lora(rank=1)), dtype="float32"))
+    check(config_of(trainer=TrainerConfig(offload="optimizer")))
     check(config_of(rollout=RolloutConfig(max_tokens=511, max_model_len=512)))
     check(config_of(rollout=RolloutConfig(top_p=0.9, top_k=20, min_p=0.1)))
 
@@ -150,6 +176,13 @@ def test_on_cpu_there_is_no_gpu_to_share_and_no_tensor_parallelism():
         placed(cuda=False, tensor_parallel=2)
 
 
+def test_on_cpu_there_is_nothing_to_offload_to():
+    offloading = config_of(trainer=TrainerConfig(offload="optimizer"))
+    assert plan(offloading, cuda=True).device == "cuda"
+    with pytest.raises(ValueError, match="offload=optimizer frees a GPU, and this run is on CPU: leave it off"):
+        plan(offloading, cuda=False)
+
+
 @pytest.mark.parametrize("name", ["engines", "tensor_parallel", "ranks"])
 def test_no_part_of_a_placement_can_be_empty(name):
     with pytest.raises(ValueError, match=rf"{name}=0 must be at least 1"):
@@ -162,20 +195,3 @@ def test_actors_that_take_turns_get_all_cores_and_others_one():
     assert default_threads(replace(alone, max_staleness=1), 8) == 1
     assert default_threads(replace(alone, rollout=RolloutConfig(engines=2)), 8) == 1
     assert default_threads(replace(alone, trainer=TrainerConfig(ranks=2)), 8) == 1
-
-
-@pytest.mark.parametrize(("stage", "weights", "gradients", "optimizer"), [(1, 2, 4, 3), (2, 2, 1, 3), (3, 0.5, 1, 3)])
-def test_memory_of_a_billion_parameters_by_zero_stage(stage, weights, gradients, optimizer):
-    # 2^30 parameters over 4 ranks: 2 + 4 + 12 GiB, divided where the stage shards.
-    config = config_of(trainer=TrainerConfig(ranks=4, zero_stage=stage), rollout=RolloutConfig(tensor_parallel=2))
-    assert memory_estimate(config, 2**30) == {
-        "learner rank: weights": weights,
-        "learner rank: gradients": gradients,
-        "learner rank: fp32 masters and Adam": optimizer,
-        "engine: weights, each GPU": 1.0,
-    }
-
-
-def test_a_kl_term_costs_the_memory_of_a_reference_model():
-    config = config_of(objective=GRPO(kl_coef=0.01), dtype="float32")
-    assert memory_estimate(config, 2**30)["learner rank: reference model"] == 4.0

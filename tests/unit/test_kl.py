@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rl.kl import kl_estimate
+from rl.kl import adapted, kl_estimate
 
 P = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05], dtype=torch.float64)
 Q = torch.tensor([0.1, 0.3, 0.2, 0.35, 0.05], dtype=torch.float64)
@@ -15,7 +15,7 @@ def expectation(estimator):
     return float((P * kl_estimate(P.log()[None], Q.log()[None], estimator)[0]).sum())
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k3"])
+@pytest.mark.parametrize("estimator", ["k1", "k3", "k3+"])
 def test_k1_and_k3_are_unbiased(estimator):
     assert expectation(estimator) == pytest.approx(EXACT, abs=1e-12)
 
@@ -41,15 +41,53 @@ def test_k3_is_never_negative_where_k1_is():
 
 
 def test_every_estimator_is_zero_where_the_policies_agree():
-    for estimator in ("k1", "k2", "k3"):
+    for estimator in ("k1", "k2", "k3", "k3+"):
         assert kl_estimate(P.log()[None], P.log()[None], estimator).abs().max() == 0
 
 
-def test_the_gradient_of_k2_is_that_of_the_exact_divergence():
+def gradients(estimator):
+    """Mean gradient of an estimator over tokens sampled from P, and those of both exact divergences."""
     logits = P.log().clone().requires_grad_()
-    exact = (logits.softmax(-1) * (logits.log_softmax(-1) - Q.log())).sum()
-    (want,) = torch.autograd.grad(exact, logits)
-    sampled = (P * kl_estimate(logits.log_softmax(-1)[None], Q.log()[None], "k2")[0]).sum()
-    (got,) = torch.autograd.grad(sampled, logits)
+    now = logits.log_softmax(-1)
+    forward, backward = (logits.softmax(-1) * (now - Q.log())).sum(), (Q * (Q.log() - now)).sum()
+    sampled = (P * kl_estimate(now[None], Q.log()[None], estimator)[0]).sum()
+    return [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (sampled, forward, backward)]
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3+"])
+def test_the_gradient_of_k2_and_k3_plus_is_that_of_the_exact_divergence(estimator):
+    got, want, _ = gradients(estimator)
     assert torch.allclose(got, want, atol=1e-12)
     assert want.abs().max() > 0.1
+
+
+def test_the_gradient_of_k1_is_nothing_and_that_of_k3_is_the_other_divergence_s():
+    assert gradients("k1")[0].abs().max() < 1e-12
+    got, forward, backward = gradients("k3")
+    assert torch.allclose(got, backward, atol=1e-12)
+    assert (got - forward).abs().max() > 0.1
+
+
+def test_in_the_reward_k1_gives_the_gradient_of_the_exact_divergence():
+    # E[k1 grad log pi], with the value as a reward.
+    logits = P.log().clone().requires_grad_()
+    now = logits.log_softmax(-1)
+    value = kl_estimate(now[None], Q.log()[None], "k1")[0].detach()
+    (got,) = torch.autograd.grad((P * value * now).sum(), logits)
+    assert torch.allclose(got, gradients("k1")[1], atol=1e-12)
+
+
+def test_a_token_far_from_the_reference_gives_a_finite_number_and_gradient():
+    for d in (100.0, -100.0):
+        now = torch.tensor([[-1.0]], requires_grad=True)
+        kl = kl_estimate(now, now.detach() + d, "k3")
+        kl.sum().backward()
+        assert kl.isfinite().all()
+        assert now.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kl", "coef"), [(0.02, 0.1), (0.022, 0.101), (0.018, 0.099), (0.5, 0.102), (0.0, 0.098), (-1.0, 0.098)]
+)
+def test_the_coefficient_follows_the_step_s_kl_by_at_most_two_percent(kl, coef):
+    assert adapted(0.1, kl, 0.02) == pytest.approx(coef, rel=1e-6)

@@ -9,6 +9,7 @@ import pytest
 
 from rl.config import Config, Deadlines, RolloutConfig
 from rl.data import stream
+from rl.filters import Difficulty, ZeroAdvantage
 from rl.loop import Loop, StallError
 from rl.protocols import EngineLost, SyncReport
 from rl.rewards import RewardError
@@ -214,6 +215,60 @@ def test_a_group_with_nan_logprobs_is_set_aside_and_replaced(bound):
     assert all(math.isnan(t.logprobs[-1]) for t in set_aside), "kept as it came, for inspection"
     assert all(batch.rollout_logprobs.isfinite().all() for batch in trainer.batches)
     assert max(trainer.ages) <= bound
+
+
+def odd_prompts_tell_replies_apart():
+    """A reward by which only the odd prompts' groups hold two rewards."""
+    given = Counter()
+
+    def reward(reply):
+        index = reply.task["index"]
+        given[index] += 1
+        return float(index % 2 and given[index] % 2)
+
+    return reward
+
+
+@pytest.mark.parametrize("bound", [0, 2])
+def test_a_filtered_group_is_counted_with_its_reason_and_replaced(bound):
+    engines = Engines()
+    trainer = Trainer(engines)
+    reward = odd_prompts_tell_replies_apart()
+    loop = run(loop_of(engines, trainer, reward=reward, filters=(ZeroAdvantage(),), max_staleness=bound))
+    states = balanced(loop)
+    assert states["trained"] == 12
+    assert states["filtered(zero_advantage)"] >= 12, "three of five prompts are even"
+    for batch in trainer.batches:
+        for group in batch.group_ids.unique():
+            assert batch.rewards[batch.group_ids == group].tolist() in ([1.0, 0.0], [0.0, 1.0])
+    assert max(trainer.ages) <= bound
+    for row in loop.tracker.rows:
+        assert row["reward/frac_zero_std"] == 0.0
+    # All groups count in the mean that does not hide what was filtered: 0.5 of those kept, 0 of the others.
+    first = loop.tracker.rows[0]
+    if bound == 0:
+        assert first["filter/reward_mean"] == pytest.approx(0.5 * (1 - first["filter/taken_frac"]))
+    assert 0 < sum(row["filter/taken_frac"] for row in loop.tracker.rows) / 6 < 1
+
+
+def test_filters_that_take_everything_end_the_run_and_say_why():
+    engines = Engines()
+    trainer = Trainer(engines)
+    filters = (Difficulty(high=0.9), ZeroAdvantage())
+    loop = loop_of(engines, trainer, filters=filters, max_filtered=3)
+    with pytest.raises(
+        StallError,
+        match=r"the filters took 7 groups.*\{'filtered\(too_easy\)': 7\}.*mean reward 1: .*raise `max_filtered`",
+    ):
+        run(loop)
+    assert trainer.batches == []
+    assert balanced(loop)["filtered(too_easy)"] == 7
+
+
+def test_a_run_without_filters_has_no_filter_metrics():
+    engines = Engines()
+    loop = run(loop_of(engines, Trainer(engines)))
+    assert not [name for row in loop.tracker.rows for name in row if name.startswith("filter/")]
 
 
 def test_engines_that_never_answer_stall_the_run_with_a_message():

@@ -108,6 +108,15 @@ def test_ppo_adds_half_the_larger_of_two_squared_value_errors():
     assert loss.flatten().tolist() == pytest.approx([-1 + 0.0225, 1 + 0.0625])
 
 
+def test_a_value_within_its_range_is_not_clipped_by_rounding():
+    old = torch.linspace(-0.1, 0.1, 400)[None]
+    new = torch.linspace(-0.09, 0.09, 400).flip(0)[None]
+    assert (old + (new - old) != new).any()
+    batch = batch_of(torch.ones(1, 400, dtype=torch.bool), torch.zeros(1, 400), torch.tensor([1.0]), values=old)
+    _, metrics = PPO().loss(says(torch.zeros(1, 400), new), batch, torch.ones(1, 400))
+    assert metrics["critic/vf_clipfrac"].sum() == 0
+
+
 def test_a_clipped_value_has_no_gradient():
     mask = torch.tensor([[True, True]])
     batch = batch_of(mask, torch.zeros(1, 2), rewards=torch.tensor([1.0]), values=torch.tensor([[0.5, 0.6]]))

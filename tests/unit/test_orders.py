@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 
+import jaxtyping
 import pytest
 
 from rl.config import Config, RolloutConfig
@@ -18,6 +19,14 @@ from tests.orders import DeadlockError, run_seeded
 
 SEEDS = 5400
 PROMPTS = [Prompt(ordinal=i, token_ids=[i], task={}) for i in range(7)]
+
+
+@pytest.fixture(autouse=True)
+def unchecked_types():
+    """Orders are what is explored here; to check the types of every call as well takes half of the time."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 class World:

@@ -11,7 +11,7 @@ from models import make_model
 from rl.config import Config, RolloutConfig, TrainerConfig
 from rl.rewards import RewardError
 from rl.types import Data, Example, Reply
-from trainer.preflight import place, prepare
+from trainer.preflight import check_rows, place, prepare
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,17 @@ def test_more_gpus_than_there_are_names_both_numbers(model: str) -> None:
     many = config(model, device="cuda", rollout=RolloutConfig(engines=3), trainer=TrainerConfig(ranks=2))
     with pytest.raises(ValueError, match=r"needs 5 GPUs .* the cluster has 0"):
         place(many)
+
+
+def test_rows_that_cannot_be_shared_as_asked_are_refused(model: str, tmp_path: Path) -> None:
+    ranks = TrainerConfig(ranks=4, sequence_parallel=4)
+    with pytest.raises(ValueError, match=r"must divide the model's attention heads \(4\) and key-value heads \(2\)"):
+        check_rows(config(model, trainer=ranks))
+    (tmp_path / "config.json").write_text('{"model_type": "gemma"}')
+    with pytest.raises(ValueError, match="rows of gemma stay padded: leave it unset"):
+        check_rows(config(str(tmp_path), trainer=TrainerConfig(share_prompts=True)))
+    check_rows(config(model, trainer=TrainerConfig(ranks=2, sequence_parallel=2, share_prompts=True)))
+    check_rows(config(str(tmp_path)))
 
 
 def test_a_prompt_longer_than_the_context_is_named(model: str) -> None:

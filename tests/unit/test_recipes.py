@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from models import make_model
 from rl.config import check
 from rl.objectives import Objective
 from rl.types import Reply
+from trainer.deepspeed_engine import deepspeed_settings
 from trainer.placement import plan
 from trainer.report import resolved
 
@@ -46,7 +48,13 @@ def test_every_recipe_is_a_run_that_passes_the_checks(path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("recipe", "gpus", "backend"),
-    [("gsm8k_gspo", 8, "nccl"), ("gsm8k_grpo", 8, "nccl"), ("gsm8k_ppo", 8, "nccl"), ("gsm8k_one_gpu", 1, "ipc")],
+    [
+        ("gsm8k_gspo", 8, "nccl"),
+        ("gsm8k_grpo", 8, "nccl"),
+        ("gsm8k_ppo", 8, "nccl"),
+        ("gsm8k_7b", 8, "nccl"),
+        ("gsm8k_one_gpu", 1, "ipc"),
+    ],
 )
 def test_a_gpu_recipe_asks_for_the_gpus_that_its_docstring_names(recipe, gpus, backend, monkeypatch):
     module = load(ROOT / "recipes" / f"{recipe}.py", monkeypatch)
@@ -60,7 +68,7 @@ def test_no_recipe_is_named_like_a_package():
     assert not {p.stem for p in RECIPES} & {"rl", "rollout", "trainer"}
 
 
-@pytest.mark.parametrize("recipe", ["gsm8k_grpo", "gsm8k_ppo", "gsm8k_one_gpu"])
+@pytest.mark.parametrize("recipe", ["gsm8k_grpo", "gsm8k_ppo", "gsm8k_7b", "gsm8k_one_gpu"])
 def test_the_gsm8k_recipes_share_one_data_set_and_one_reward(recipe, monkeypatch):
     config = load(ROOT / "recipes" / f"{recipe}.py", monkeypatch).config
     assert (config.data.__name__, config.reward.__name__) == ("gsm8k", "boxed_answer_is_right")
@@ -171,6 +179,24 @@ def test_dry_run_prints_placement_and_memory_and_starts_nothing(tmp_path):
     # 128 * 64 embedding; a layer: q, k, v with bias, o, three MLP matrices, two norms; the last norm.
     layer = (64 * 64 + 64) + 2 * (64 * 32 + 32) + 64 * 64 + 3 * 64 * 128 + 2 * 64
     assert f"{128 * 64 + 2 * layer + 64:,}" in shown.stdout
+
+
+def test_deepspeed_is_told_to_keep_adam_in_the_hosts_memory(monkeypatch):
+    settings = deepspeed_settings(load(ROOT / "recipes" / "gsm8k_7b.py", monkeypatch).config)
+    assert settings["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    # Else DeepSpeed insists on an optimizer of its own, which it would have to compile.
+    assert settings["zero_force_ds_cpu_optimizer"] is False
+    gspo = deepspeed_settings(load(ROOT / "recipes" / "gsm8k_gspo.py", monkeypatch).config)
+    assert gspo["zero_optimization"] == {"stage": 2}
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_would_help(tmp_path):
+    make_model(tmp_path)
+    flags = ("--dry-run", "--device", "cpu", "--model", str(tmp_path), "--rollout.kv-cache-gib", "5000")
+    shown = run_recipe("quickstart.py", *flags)
+    assert shown.returncode == 2, shown.stderr
+    assert "memory: host" in shown.stdout
+    assert "What would help: rollout.kv_cache_gib below 5000" in " ".join(shown.stdout.split())
 
 
 def test_an_unreadable_model_leaves_the_memory_unknown():

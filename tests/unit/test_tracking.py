@@ -2,11 +2,13 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 
 import pytest
 
 from rl.config import Config, RolloutConfig, TrackingConfig
+from rl.filters import Difficulty
 from rl.objectives import GRPO, GSPO
 from rl.types import Data, Trajectory
 from rl.watch import Watch
@@ -118,8 +120,15 @@ def test_wandb_takes_an_alert_offline(tmp_path):
     tracker.alert(1, "rollout_corr/kl left its range", "It is nan, in no range.")
     tracker.close({"status": "finished"})
     assert len(lines(tmp_path / "alerts.jsonl")) == 1
-    recorded = b"".join(p.read_bytes() for p in (tmp_path / "wandb").rglob("*.wandb"))
-    assert b"rollout_corr/kl left its range" in recorded
+    # W&B's own process writes the file, and on a busy machine it is not done when `finish` returns.
+    deadline = time.monotonic() + 30
+    while b"rollout_corr/kl left its range" not in recorded_by_wandb(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def recorded_by_wandb(folder):
+    return b"".join(p.read_bytes() for p in (folder / "wandb").rglob("*.wandb"))
 
 
 def trajectory(group, logprob=-1.0):
@@ -205,12 +214,13 @@ def test_the_config_digest_differs_when_any_setting_does():
 
 
 def test_a_resolved_config_is_plain_json_with_functions_by_name():
-    settings = report.resolved(config_of(objective=GSPO(clip_high=5e-4)))
+    settings = report.resolved(config_of(objective=GSPO(clip_high=5e-4), filters=(Difficulty(low=0.2),)))
     assert json.loads(json.dumps(settings)) == settings
     assert settings["reward"] == "builtins.len"
     assert settings["data"].endswith(".make_data")
     assert settings["objective"]["type"] == "GSPO"
     assert settings["objective"]["clip_high"] == 5e-4
+    assert settings["filters"] == [{"type": "Difficulty", "low": 0.2, "high": 0.9}]
 
 
 def test_a_run_never_writes_into_the_folder_of_another(tmp_path):

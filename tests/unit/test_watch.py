@@ -138,3 +138,10 @@ def test_every_watched_metric_is_explained_with_the_same_numbers(threshold):
     # A bound of 0 below a quantity that cannot be negative goes without saying.
     bounds = {b for b in (*threshold.tight, *threshold.loose) if b and not math.isinf(b)}
     assert bounds == numbers - {0.0}
+
+
+def test_what_auto_came_to_decides_the_ranges():
+    watch = Watch(replace(FP32, old_logprobs="auto", trainer=TrainerConfig(minibatches=2)))
+    assert not watch.tight
+    watch.settle("recompute")
+    assert watch.tight

@@ -1,6 +1,7 @@
 """A user's recipe: its own task, reward and objective, the framework untouched."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +19,9 @@ class BestOfGroup(Objective):
 
     penalty: float = 0.1
 
+    group_relative: ClassVar[bool] = False  # its baseline is the step's
+    skippable: ClassVar[bool] = False  # the penalty acts on every token
+
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
         return spread(batch.rewards - batch.rewards.mean(), batch.mask)
 
@@ -26,7 +30,7 @@ class BestOfGroup(Objective):
     ) -> tuple[Float[Tensor, "B T"], Metrics]:
         move = policy.logprobs - batch.old_logprobs
         loss = -advantages * policy.logprobs + self.penalty * move**2
-        return loss, {"actor/move": move.abs()}
+        return loss, {"actor/move": move.abs().detach()}
 
 
 def digits() -> Data:

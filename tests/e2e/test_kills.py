@@ -1,0 +1,145 @@
+"""Kill -9 of any process at seeded moments, then go on: nothing is lost, nothing is trained on twice.
+
+UNISON_KILLS=100 .venv/bin/python -m pytest tests/e2e/test_kills.py -s      # each mode; an hour on two slow cores
+
+Two kills of the asynchronous mode are in every test run; tests/e2e/test_resume.py has the synchronous one.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models import make_model
+from processes import left_behind, marked
+from runs import finish, start
+
+KILLS = int(os.environ.get("UNISON_KILLS", "2"))
+STEPS = 6 * KILLS
+PROMPTS, SAMPLES = 8, 4
+FLAGS = (
+    f"--steps {STEPS} --save-every 2 --prompts-per-step {PROMPTS} --group-size {SAMPLES} --rollout.max-tokens 4 "
+    f"--old-logprobs recompute --doctor off --tracking.wandb off --rollout.restarts 1000 --rollout.retries 1000 "
+    f"--tracking.samples-per-step {PROMPTS * SAMPLES} --trainer.lr 1e-3"
+).split()
+VICTIMS = {"driver": None, "engine": "ray::AsyncHost", "vLLM's process": "VLLM::EngineCore", "learner": "ray::Host"}
+
+
+def rows_of(folder: Path) -> list[dict]:
+    path = folder / "echo" / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    # The last line may be half written.
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def step_of(folder: Path) -> int:
+    path = folder / "echo" / "metrics.jsonl"
+    return max(path.read_bytes().count(b"\n") - 1, 0) if path.exists() else 0  # the first line is of step 0
+
+
+def wait_for(process: subprocess.Popen, folder: Path, step: int) -> None:
+    """Return once a step is recorded, or the run has ended."""
+    deadline = time.monotonic() + 300
+    while step_of(folder) < step and process.poll() is None:
+        assert time.monotonic() < deadline, (folder / "terminal.log").read_text()[-3000:]
+        time.sleep(0.1)
+
+
+def strike(mark: str, process: subprocess.Popen, victim: str) -> bool:
+    """Kill it, and say whether it was there yet."""
+    if victim == "driver":
+        process.kill()
+        return True
+    for each, command in marked(mark):
+        if command.startswith(VICTIMS[victim]):
+            each.kill()
+            return True
+    return False
+
+
+def killed_again_and_again(model: Path, folder: Path, flags: list[str], seed: int) -> dict[str, int]:
+    """Run to the end, through KILLS kills. Returns how often each victim was struck."""
+    rng, struck = random.Random(seed), dict.fromkeys(VICTIMS, 0)
+    process, mark = start(model, folder, *flags)
+    while sum(struck.values()) < KILLS:
+        victim, early = rng.choices(list(VICTIMS), [3, 2, 2, 3])[0], rng.random() < 0.15
+        if early:
+            time.sleep(rng.uniform(0.0, 20.0))
+        else:
+            wait_for(process, folder, step_of(folder) + 1)
+            time.sleep(rng.uniform(0.0, 1.5))
+        hit = process.poll() is None and strike(mark, process, victim)
+        if hit:
+            struck[victim] += 1
+            print(f"kill {sum(struck.values())}: {victim}, step {step_of(folder)}{' (or in a start)' if early else ''}")
+        # A run survives its engines, but for one that is struck in its very start.
+        if (hit and victim in ("driver", "learner")) or process.poll() is not None:
+            assert process.wait(120) != 0, (folder / "terminal.log").read_text()[-3000:]
+            deadline = time.monotonic() + 300  # Ray's own agents give up late where they never met their raylet
+            while left_behind(mark) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            assert left_behind(mark) == []
+            again = ["--resume", str(folder / "echo")]
+            if not (folder / "echo" / "checkpoints").exists():  # struck before the first: it begins anew
+                shutil.rmtree(folder / "echo", ignore_errors=True)
+                again = flags
+            process, mark = start(model, folder, *again)
+    process.wait(900)
+    return struck
+
+
+def ends_well(folder: Path) -> None:
+    summary = json.loads((folder / "echo" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    state = json.loads(sorted((folder / "echo" / "checkpoints").iterdir())[-1].joinpath("state.json").read_text())
+    ledger = state["progress"]["ledger"]
+    ends = [range(first, last + 1) for name, spans in ledger.items() if name != "pending" for first, last in spans]
+    ordinals = sorted(ordinal for span in ends for ordinal in span)
+    assert len(ordinals) == len(set(ordinals)), "a prompt in two states"
+    assert sorted({*ordinals, *ledger["pending"]}) == list(range(max(ordinals) + 1)), "a prompt that was lost"
+    assert sum(last + 1 - first for first, last in ledger["trained"]) == STEPS * PROMPTS
+    # The same from what was trained on, not from the ledger.
+    samples = [json.loads(line) for line in (folder / "echo" / "samples.jsonl").read_text().splitlines()]
+    steps_of: dict[int, list[int]] = {}
+    for row in samples:
+        steps_of.setdefault(row["prompt_ordinal"], []).append(row["step"])
+    assert all(len(steps) == SAMPLES and len(set(steps)) == 1 for steps in steps_of.values())
+    assert len(steps_of) == STEPS * PROMPTS
+
+
+@pytest.mark.timeout(7200)
+def test_asynchronous_runs_lose_no_prompt_and_train_none_twice(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", peak=1.0)
+    struck = killed_again_and_again(model, tmp_path, [*FLAGS, "--max-staleness", "2"], seed=1)
+    print(struck)
+    ends_well(tmp_path)
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.skipif("UNISON_KILLS" not in os.environ, reason="set UNISON_KILLS; it takes long")
+def test_synchronous_runs_end_with_the_same_bits(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", peak=1.0)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    process, _ = start(model, whole, *FLAGS)
+    assert finish(process, whole, 1800)[0] == 0
+    print(killed_again_and_again(model, killed, FLAGS, seed=2))
+    for folder in (whole, killed):
+        ends_well(folder)
+    tensors = []
+    for folder in (killed, whole):
+        last = sorted((folder / "echo" / "checkpoints").iterdir())[-1]
+        tensors.append({k: v for path in last.glob("learner/*.safetensors") for k, v in load_file(path).items()})
+    assert tensors[0].keys() == tensors[1].keys()
+    assert [name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1][name])] == []
+    texts = [(folder / "echo" / "samples.jsonl").read_text() for folder in (killed, whole)]
+    assert texts[0] == texts[1]
+    assert any(row["actor/grad_norm"] > 0 for row in rows_of(whole)[-3:]), "nothing was learned that could be lost"

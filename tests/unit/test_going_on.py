@@ -1,0 +1,211 @@
+"""Going on with a run: which recipe may, with which flags, and what its folder and its tracker then say."""
+
+import asyncio
+import json
+import math
+import os
+import signal
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rl.config import Config, TrackingConfig
+from rl.resume import Progress
+from rl.types import Data, Prompt
+from rl.watch import Watch
+from trainer import checkpoint
+from trainer.checkpoint import CheckpointError
+from trainer.launch import launch, override, resume_folder
+from trainer.report import resolved
+from trainer.resume import data_digest, resume, state_of, write_history
+from trainer.stop import EXIT_CODE, Stop
+from trainer.tracking import RunTracker
+
+CONFIG = Config(name="t", model="m", data=lambda: Data(train=[]), reward=lambda reply: 1.0, steps=6, prompts_per_step=1)
+PROGRESS = Progress(version=2, trained_tokens=9, ends={0: "trained", 2: "trained"}, pending=frozenset({1}))
+HISTORY = [{"step": 0.0, "eval/x/avg@1": 0.25}, {"step": 1.0, "a": math.nan}, {"step": 2.0, "a": 0.1}]
+
+
+def saved(run, config=CONFIG, flags=("--steps", "6"), history=HISTORY, progress=PROGRESS):
+    settings = resolved(config)
+    draft = checkpoint.draft(run, progress.version)
+    write_history(draft, history)
+    (draft / "learner" / "layer-0000.safetensors").write_bytes(b"weights")
+    state = state_of(progress, settings, flags=list(flags), data="d", wandb_id="abc", old_logprobs="rollout")
+    return checkpoint.commit(draft, progress.version, state, keep_last=2)
+
+
+def test_what_was_saved_is_what_a_run_goes_on_with(tmp_path):
+    folder = saved(tmp_path)
+    resumed = resume(tmp_path)
+    assert resumed.progress == PROGRESS
+    assert repr(resumed.history) == repr(HISTORY), "with NaN where JSON has null"
+    assert resumed.flags == ["--steps", "6"]
+    assert (resumed.saved("wandb_id"), resumed.saved("old_logprobs")) == ("abc", "rollout")
+    assert resumed.learner == str(folder / "learner")
+    assert resumed.check(resolved(CONFIG), CONFIG.steps) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"name": "other"},
+            "is of a run with name='t', and this one has 'other': resume with the recipe that wrote it",
+        ),
+        ({"seed": 1}, "is of a run with seed=0, and this one has 1"),
+        ({"prompts_per_step": 2}, "is of a run with prompts_per_step=1, and this one has 2"),
+        ({"steps": 1}, r"state\.json has done 2 steps, and steps=1: ask for more"),
+    ],
+)
+def test_a_foreign_run_is_refused_with_the_file_that_says_so(tmp_path, change, says):
+    folder = saved(tmp_path)
+    config = replace(CONFIG, **change)
+    with pytest.raises(CheckpointError, match=says) as refused:
+        resume(tmp_path).check(resolved(config), config.steps)
+    assert str(folder / "state.json") in str(refused.value)
+
+
+def test_what_else_changed_is_told(tmp_path):
+    saved(tmp_path)
+    config = replace(CONFIG, steps=9, output_dir="elsewhere", trainer=replace(CONFIG.trainer, lr=1e-5))
+    assert resume(tmp_path).check(resolved(config), 9) == ["steps: 6 -> 9", "trainer.lr: 1e-06 -> 1e-05"]
+
+
+def test_other_training_prompts_are_refused(tmp_path):
+    saved(tmp_path)
+    prompts = [Prompt(ordinal=-1, token_ids=[1, 2], task={}), Prompt(ordinal=-1, token_ids=[3], task={})]
+    assert data_digest(prompts) != data_digest(prompts[::-1])
+    assert data_digest(prompts) != data_digest([replace(prompts[0], token_ids=[1, 2, 3]), *prompts[2:]])
+    resume(tmp_path).check_data("d")
+    with pytest.raises(CheckpointError, match="over other training prompts"):
+        resume(tmp_path).check_data(data_digest(prompts))
+
+
+def test_an_impossible_ledger_is_refused(tmp_path):
+    saved(tmp_path, progress=replace(PROGRESS, pending=frozenset({1, 2})))
+    with pytest.raises(CheckpointError, match=r"state\.json has an impossible ledger: prompt 2 is both"):
+        resume(tmp_path)
+
+
+def test_a_folder_goes_back_to_the_step_of_its_checkpoint(tmp_path):
+    saved(tmp_path)
+    newer = saved(tmp_path, progress=replace(PROGRESS, version=3))
+    (newer / "state.json").write_text("{")
+    leftover = checkpoint.draft(tmp_path, 4)
+    samples = [{"step": step, "reply": "x"} for step in (-1, 1, 2, 3)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples) + '{"step": 2, "rep')
+    (tmp_path / "alerts.jsonl").write_text('{"step": 2, "title": "a"}\n{"step": 3, "title": "b"}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3.0}\n')
+    resume(tmp_path).rewind()
+    assert [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == [-1, 1, 2]
+    assert (tmp_path / "alerts.jsonl").read_text() == '{"step": 2, "title": "a"}\n'
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [HISTORY[0], {"step": 1.0, "a": None}, HISTORY[2]]
+    assert not leftover.exists()
+    assert not newer.exists()
+    assert len(list((tmp_path / "checkpoints").glob("damaged-step-000003-*"))) == 1
+
+
+GAP = "rollout_corr/logprob_abs_diff_mean"
+
+
+def test_a_tracker_that_goes_on_appends_and_does_not_tell_the_same_alert_again(tmp_path):
+    config = replace(CONFIG, dtype="float32")
+    settings = {"folder": tmp_path, "config": TrackingConfig(wandb="off"), "name": "t", "settings": {}}
+    first = RunTracker(**settings, watch=Watch(config))
+    first.log(1, {GAP: 0.0})
+    first.log(2, {GAP: 1.0})
+    first.close({})
+    second = RunTracker(**settings, watch=Watch(config), history=list(first.history))
+    second.log(3, {GAP: 1.0})
+    second.close({})
+    assert [row["step"] for row in second.alerts] == [2]
+    assert second.history == [{"step": 1.0, GAP: 0.0}, {"step": 2.0, GAP: 1.0}, {"step": 3.0, GAP: 1.0}]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_resume_is_taken_from_the_command_line_wherever_it_stands():
+    assert resume_folder(["--steps", "3"]) == (None, ["--steps", "3"])
+    assert resume_folder(["--resume", "runs/t", "--steps", "3"]) == ("runs/t", ["--steps", "3"])
+    assert resume_folder(["--steps", "3", "--resume=runs/t"]) == ("runs/t", ["--steps", "3"])
+    with pytest.raises(SystemExit):
+        resume_folder(["--resume"])
+
+
+def test_flags_of_the_run_count_and_those_of_now_count_more():
+    flags = ["--steps", "6", "--trainer.lr", "1e-3", "--no-save-final", "--steps", "9", "--save-final"]
+    config = override(CONFIG, flags)
+    assert (config.steps, config.trainer.lr, config.save_final) == (9, 1e-3, True)
+
+
+def test_the_command_line_says_where_it_goes_on_and_what_is_wrong(tmp_path, monkeypatch, capsys):
+    saved(tmp_path, flags=["--steps", "8"])
+    newer = saved(tmp_path, progress=replace(PROGRESS, version=3))
+    (newer / "history.jsonl").unlink()
+    command = ["recipe.py", "--dry-run", "--resume", str(tmp_path), "--model", "no/where", "--steps", "9"]
+    monkeypatch.setattr(sys, "argv", command)
+    launch(CONFIG)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"passed over: {newer}/history.jsonl is missing" in said
+    assert "resuming after step 2" in said
+    assert "changed steps: 6 -> 9" in said
+    assert "changed model: 'm' -> 'no/where'" in said
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--resume", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit):
+        launch(CONFIG)
+    assert "CheckpointError: there is no run in" in capsys.readouterr().out
+
+
+def test_a_state_of_another_model_is_refused_with_the_name_of_its_file_and_tensor(tmp_path):
+    from trainer.state import check_shapes
+
+    kinds = ("weights", "exp_avg", "exp_avg_sq")
+    save_file({f"{kind}/a.weight": torch.zeros(2, 3) for kind in kinds}, tmp_path / "layer-0000.safetensors")
+    check_shapes(tmp_path, {"a.weight": (2, 3)})
+    with pytest.raises(ValueError, match=r"layer-0000\.safetensors is of another model: it holds a 'a\.weight' of"):
+        check_shapes(tmp_path, {"a.weight": (3, 2)})
+    with pytest.raises(ValueError, match=r"holds a 'a\.weight' .* where this model has nothing"):
+        check_shapes(tmp_path, {"b.weight": (2, 3)})
+    with pytest.raises(ValueError, match=r"it has no 'exp_avg/b\.weight', nor 2 others"):
+        check_shapes(tmp_path, {"a.weight": (2, 3), "b.weight": (2, 3)})
+
+
+def told_to_stop(grace_s, gently=None, busy_s=0.0):
+    """A task that is told to stop: how it ended, and whether it went on after that."""
+
+    async def main():
+        stop = Stop(grace_s)
+        stop.listen()
+        heard = asyncio.Event()
+
+        async def ask():
+            heard.set()
+
+        stop.gently = ask if gently else None
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(5):
+            await heard.wait()
+        await asyncio.sleep(busy_s)
+        stop.saved()
+        await asyncio.sleep(0.2)
+        return "saved"
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return asyncio.run(main())
+    except asyncio.CancelledError:
+        return "cancelled"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_is_a_question_first_and_an_end_after_the_grace_period():
+    assert told_to_stop(5.0, gently=True) == "saved"
+    assert told_to_stop(0.1, gently=True) == "saved", "what follows the saving may take longer"
+    assert told_to_stop(0.1, gently=True, busy_s=3.0) == "cancelled"
+    assert told_to_stop(5.0) == "cancelled", "nothing to save"
+    assert EXIT_CODE == 143

@@ -1,0 +1,149 @@
+"""Objectives on one recorded step: verdicts by hand, the record's round trip, and the command."""
+
+import asyncio
+import json
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rl.config import Config
+from rl.objectives import CISPO, GRPO, GSPO, PPO
+from rl.protocols import SyncReport
+from rl.types import Batch, Data, PolicyOutput
+from rl.what_if import cosines, judge
+from trainer.record import Record, Recorder, load, save
+from trainer.what_if import compare
+
+MASK = torch.tensor([[True, True], [True, False]])
+OLD = torch.tensor([[-1.0, -2.0], [-1.5, 0.0]])
+
+
+def record_of(ratio):
+    """Two samples of one group with rewards 1 and 0; the policy has moved by `ratio` since."""
+    batch = Batch(
+        input_ids=torch.tensor([[5, 6, 7], [5, 8, 0]]),
+        mask=MASK,
+        rollout_logprobs=OLD,
+        versions=torch.zeros(2, 2, dtype=torch.long),
+        rewards=torch.tensor([1.0, 0.0]),
+        group_ids=torch.tensor([3, 3]),
+        old_logprobs=OLD,
+    )
+    now = torch.where(MASK, OLD + torch.tensor(ratio).log(), 0.0)
+    return Record(batch=batch, policy=PolicyOutput(logprobs=now, entropy=torch.ones(2, 2)), horizon=4, objective="GRPO")
+
+
+def verdict(objective, ratio):
+    record = record_of(ratio)
+    return judge("x", objective, record.batch, record.policy, record.horizon)
+
+
+def test_a_verdict_by_hand():
+    got = verdict(GRPO(divide_by_std=False), [[1.5, 1.1], [1.0, 1.0]])
+    # Advantages 1/2 and -1/2; the first token is clipped; an average over 3 tokens.
+    assert got.loss == pytest.approx((-0.5 * 1.2 - 0.5 * 1.1 + 0.5) / 3)
+    assert got.gradient.tolist() == [[0.0, pytest.approx(-0.55 / 3)], [pytest.approx(0.5 / 3), 0.0]]
+    assert got.grad_norm == pytest.approx(math.hypot(0.55, 0.5) / 3)
+    assert (got.clip_low, got.clip_high) == (0.0, pytest.approx(1 / 3))
+    # Weights 0, 1.1 and 1 of three live tokens.
+    assert got.ess == pytest.approx(2.1**2 / (3 * (1.1**2 + 1)))
+    assert got.effective_tokens == pytest.approx(1.05**2 / (0.55**2 + 0.5**2))
+
+
+def test_where_nothing_moved_all_agree_but_for_their_averaging():
+    same = [[1.0, 1.0], [1.0, 1.0]]
+    grpo, cispo, gspo = (verdict(o, same) for o in (GRPO(), CISPO(), GSPO()))
+    agree = cosines([grpo, cispo, gspo])
+    assert agree[0, 1] == pytest.approx(1.0)
+    # Over sequences the single token of the second row counts twice: (1, 1, 1) against (1/2, 1/2, 1).
+    assert agree[0, 2] == pytest.approx(2 / math.sqrt(3 * 1.5))
+    assert grpo.ess == pytest.approx(1.0)
+    assert grpo.effective_tokens == pytest.approx(3.0)
+
+
+def test_a_record_without_what_an_objective_reads_is_refused():
+    record = record_of([[1.0, 1.0], [1.0, 1.0]])
+    for objective, lacks in ((PPO(), "values"), (GRPO(kl_coef=0.1), "ref_logprobs")):
+        with pytest.raises(ValueError, match=f"x reads {lacks}, which this record has not"):
+            judge("x", objective, record.batch, record.policy, 4)
+
+
+def same(a, b):
+    return all(
+        (x is None) == (y is None) and (x is None or torch.equal(x, y))
+        for x, y in ((getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    )
+
+
+def test_a_record_reads_back_as_it_was_written(tmp_path):
+    record = record_of([[1.5, 1.1], [1.0, 1.0]])
+    save(record, tmp_path / "step.safetensors")
+    back = load(tmp_path / "step.safetensors")
+    assert same(back.batch, record.batch)
+    assert same(back.policy, record.policy)
+    assert (back.horizon, back.objective) == (4, "GRPO")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "README.md").write_text("# read me")
+    for name in ("model.safetensors", "README.md"):
+        with pytest.raises(ValueError, match=rf"{name} is no recorded batch .*--record-batches 1"):
+            load(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="--record-batches 1"):
+        load(tmp_path / "nothing.safetensors")
+
+
+class Ranks:
+    """A learner whose log-probabilities count its steps."""
+
+    def __init__(self):
+        self.published, self.steps = asyncio.Lock(), 0
+
+    async def step(self, batch):
+        await self.published.acquire()
+        self.steps += 1
+        return {"actor/loss": 0.5}
+
+    async def publish(self, version):
+        self.published.release()
+        return SyncReport(seconds=0.0, pause_seconds=0.0, bytes=version, verified=True)
+
+    async def ask(self, batch):
+        return torch.full(batch.mask.shape, float(-1 - self.steps)), torch.zeros(batch.mask.shape)
+
+
+def test_every_nth_step_is_kept_with_what_the_trainer_said_before_and_after(tmp_path):
+    ranks = Ranks()
+    config = Config(name="t", model="m", data=lambda: Data(train=[]), reward=len, record_batches=2)
+    recorder = Recorder(ranks, ranks.ask, tmp_path / "batches", config)
+    batch = replace(record_of([[1.0, 1.0], [1.0, 1.0]]).batch, old_logprobs=None)
+
+    async def train():
+        for step in range(1, 5):
+            assert await recorder.step(batch) == {"actor/loss": 0.5}
+            assert (await recorder.publish(step)).bytes == step
+
+    asyncio.run(train())
+    assert sorted(p.name for p in (tmp_path / "batches").iterdir()) == ["step-2.safetensors", "step-4.safetensors"]
+    second = load(tmp_path / "batches" / "step-2.safetensors")
+    assert (float(second.batch.old_logprobs.max()), float(second.policy.logprobs.max())) == (-2.0, -3.0)
+    assert second.objective == "GSPO"
+
+
+def test_the_command_compares_and_leaves_a_table_a_plot_and_json(tmp_path, capsys):
+    path = tmp_path / "step-7.safetensors"
+    save(record_of([[1.5, 1.1], [1.0, 0.9]]), path)
+    compare(str(path), ["--objectives", "grpo,GSPO,cispo"])
+    said = capsys.readouterr().out
+    assert "step-7.safetensors, recorded with GRPO" in said
+    found = json.loads((tmp_path / "what-if-step-7.json").read_text())
+    assert list(found["objectives"]) == ["grpo", "GSPO", "cispo"]
+    assert found["objectives"]["grpo"]["clip_high"] == pytest.approx(1 / 3)
+    assert found["cosine"][0][0] == pytest.approx(1.0)
+    assert (tmp_path / "what-if-step-7.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match=r"no objective 'qspo'; there are cispo, dapo.*FILE\.py:CLASS"):
+        compare(str(path), ["--objectives", "qspo"])
