@@ -30,36 +30,43 @@ def make(dtype=torch.float32, scale=1.0):
 
 
 def dense(hidden, weight, targets, temperature, dtype):
-    log_p = (F.linear(hidden.to(dtype), weight.to(dtype)).float() / temperature).log_softmax(-1)
+    logits = F.linear(hidden.to(dtype), weight.to(dtype)).to(torch.promote_types(dtype, torch.float32))
+    log_p = (logits / temperature).log_softmax(-1)
     return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
-def both(temperature, *, of, dtype=torch.float32, fp32=True):
-    """(logprob, entropy, grad_hidden, grad_weight) of our head and of the dense one, for the same upstream."""
-    answers = []
-    for ours in (True, False):
-        lm_head, hidden, targets, upstream = make(dtype)
-        weight = lm_head.weight
-        if ours:
-            logprob, entropy = LogprobHead(lm_head, fp32=fp32)(hidden, targets, temperature)
-        else:
-            logprob, entropy = dense(hidden, weight, targets, temperature, torch.float32 if fp32 else dtype)
-        loss = 0.0
-        if "logprob" in of:
-            loss = loss + (upstream[0] * logprob).sum()
-        if "entropy" in of:
-            loss = loss + (upstream[1] * entropy).sum()
-        loss.backward()
-        answers.append((logprob.detach(), entropy.detach(), hidden.grad, weight.grad))
-    return zip(*answers, strict=True)
+def answers(temperature, *, of, ours, dtype=torch.float32, fp32=True):
+    """(logprob, entropy, grad_hidden, grad_weight) of our head or of the dense one, for the same upstream."""
+    lm_head, hidden, targets, upstream = make(dtype)
+    if ours:
+        logprob, entropy = LogprobHead(lm_head, fp32=fp32)(hidden, targets, temperature)
+    else:
+        computed = torch.promote_types(dtype, torch.float32) if fp32 else dtype
+        logprob, entropy = dense(hidden, lm_head.weight, targets, temperature, computed)
+    loss = 0.0
+    if "logprob" in of:
+        loss = loss + (upstream[0] * logprob).sum()
+    if "entropy" in of:
+        loss = loss + (upstream[1] * entropy).sum()
+    loss.backward()
+    return logprob.detach(), entropy.detach(), hidden.grad, lm_head.weight.grad
+
+
+def both(temperature, **how):
+    return zip(answers(temperature, ours=True, **how), answers(temperature, ours=False, **how), strict=True)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 @pytest.mark.parametrize("of", [("logprob",), ("entropy",), ("logprob", "entropy")], ids="+".join)
 def test_values_and_gradients_are_those_of_a_dense_softmax(of, temperature):
-    for ours, want in both(temperature, of=of):
+    # The gradient of an entropy is a small difference of large numbers: how well fp32 can do depends on the processor,
+    # and the dense softmax shows it.
+    exact = answers(temperature, of=of, ours=False, dtype=torch.float64)
+    for (ours, plain), want in zip(both(temperature, of=of), exact, strict=True):
         assert want.abs().max() > 1e-3
-        assert torch.allclose(ours, want, atol=2e-6, rtol=1e-5)
+        error, best = ((x.double() - want).norm() / want.norm() for x in (ours, plain))
+        assert best < 1e-5
+        assert error <= max(1e-6, 3 * best)
 
 
 def test_one_chunk_and_many_give_the_same(monkeypatch):
@@ -72,7 +79,7 @@ def test_one_chunk_and_many_give_the_same(monkeypatch):
 
     for size in (1, 2, 7):
         for a, b in zip(run(size), run(1000), strict=True):
-            assert torch.allclose(a, b, atol=2e-6)
+            assert torch.allclose(a, b, atol=5e-6)
 
 
 def test_an_fp32_head_on_bf16_weights_computes_its_logits_in_fp32():
