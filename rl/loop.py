@@ -103,8 +103,8 @@ class Loop:
                 if not self.done:
                     for task in self._tasks.values():
                         task.cancel()
-                    if c.save_every:
-                        await self._save()
+                if c.save_every:
+                    await self._save()
         except BaseExceptionGroup as group:
             raise first_error(group) from None
 

@@ -20,6 +20,8 @@ def engine_args(config: Config, *, device: str, backend: str, model: str) -> dic
         "max_model_len": r.max_model_len,
         "max_num_seqs": r.max_num_seqs,
         "tensor_parallel_size": r.tensor_parallel,
+        # Inside a Ray placement group, as here, vLLM would ask Ray for workers, which have no GPUs left to get.
+        "distributed_executor_backend": "mp" if r.tensor_parallel > 1 else None,
         # V1 returns log-probabilities from before temperature and penalties unless told otherwise; the loss needs
         # those of the distribution that was sampled from.
         "logprobs_mode": "processed_logprobs",

@@ -13,11 +13,16 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from rl.weights import check_complete
 
 
-class _Source(WeightSource):
+class Source(WeightSource):
     """The learner's weights in vLLM's terms. Each update is checked for completeness before anything is sent."""
 
     def __init__(self, weights: Any, expected: set[str]) -> None:
         self.weights, self.expected = weights, expected
+        self.begin()
+
+    def begin(self) -> None:
+        """Of the next update nothing has been taken yet."""
+        self.left = iter(self.weights)
 
     def metadata(self) -> list[ParamMeta]:
         metas = self.weights.metadata()
@@ -25,12 +30,29 @@ class _Source(WeightSource):
         return [ParamMeta(m.name, getattr(torch, m.dtype), m.shape) for m in metas]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(self.weights)
+        return self.left
+
+
+class DrainingSender:
+    """One of vLLM's senders. Whatever ends an update, this rank takes part in all of its gathering: other ranks do, and
+    would wait for it."""
+
+    def __init__(self, sender: TrainerWeightTransferEngine[Any], source: Source) -> None:
+        self.sender, self.source = sender, source
+
+    def send_weights(self) -> None:
+        """Send what the learner holds now."""
+        self.source.begin()
+        try:
+            self.sender.send_weights()
+        finally:
+            for _ in self.source:
+                pass
 
 
 def open_vllm_sender(
     backend: str, *, weights: Any, expected: set[str], client: Any, rank: int, timeout_s: float, **where: Any
-) -> TrainerWeightTransferEngine[Any]:
+) -> DrainingSender:
     """As `rollout.sender.open_sender`, for "nccl" and "ipc"; vLLM's rendezvous has a deadline of its own."""
     del timeout_s
     info = (
@@ -38,4 +60,5 @@ def open_vllm_sender(
         if backend == "nccl"
         else IPCTrainerInitInfo(rank=rank, packed=True)
     )
-    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=_Source(weights, expected))
+    source = Source(weights, expected)
+    return DrainingSender(WeightTransferTrainerFactory.trainer_init(info, client=client, source=source), source)

@@ -4,9 +4,7 @@ vLLM imports this module in its worker process (`worker_extension_cls`), before 
 gloo backend, the digesting variants of vLLM's own NCCL and IPC engines, and the cached fp32 head.
 """
 
-import os
 import threading
-import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -28,6 +26,7 @@ from rl.protocols import UpdateFailed
 from rl.weights import digest
 from rollout.channel import Inbox, Layout, join
 from rollout.head import forget_heads
+from rollout.orphan import end_with
 from rollout.staging import Twin, keep_freed_memory
 from rollout.trace import Tracer
 
@@ -271,15 +270,10 @@ class WorkerExtension:
 
     def end_with_parent(self) -> None:
         """From now on this process ends when the one that started it is gone, however that ended: vLLM's own processes
-        live on after a kill, and keep their memory."""
-        parent = os.getppid()
-
-        def watch() -> None:
-            while os.getppid() == parent:
-                time.sleep(1.0)
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True, name="end with parent").start()
+        live on after a kill, and keep their memory. A worker of several stands a generation lower: it sees to the
+        engine's process, too."""
+        several = self.weight_transfer_engine.parallel_config.world_size > 1
+        threading.Thread(target=end_with, args=(2 if several else 1,), daemon=True, name="end with parent").start()
 
     def expected_weights(self) -> list[str]:
         """Checkpoint names that an update must bring."""

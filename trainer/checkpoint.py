@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import uuid
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -128,6 +129,10 @@ def lock(run: Path) -> TextIO:
     except BlockingIOError:
         file.close()
         raise CheckpointError(f"another process runs in {run} now: two would overwrite each other") from None
+    except OSError as error:
+        warnings.warn(
+            f"nothing keeps other processes out of {run}: its file system has no locks ({error})", stacklevel=2
+        )
     return file
 
 

@@ -185,17 +185,15 @@ class Cluster:
         learner_vars = env | (learner_env(self.learner_threads) if p.device == "cpu" else {})
         more = {"max_concurrency": 4096, "runtime_env": {"env_vars": engine_vars}}
         self.engine_options = [one | more for one in options[: p.engines]]
-        for index in range(p.engines):
-            engine, building = self._boot_engine(index)
-            self.engines.append(engine)
-            self.building.append(building)
+        booted = [self._boot_engine(index) for index in range(p.engines)]
+        self.engines, self.building = [engine for engine, _ in booted], [building for _, building in booted]
         for one in options[p.engines :]:
             self.learners.append(actor_of(Host).options(**one, runtime_env={"env_vars": learner_vars}).remote())
 
     def _boot_engine(self, index: int) -> tuple[Any, Any]:
         engine = actor_of(AsyncHost).options(**self.engine_options[index]).remote()
-        more = {"backend": self.placement.backend}
-        return engine, engine.build.remote(self.engine, self.sources, self._common() | more)
+        settings = self._common() | {"backend": self.placement.backend}
+        return engine, engine.build.remote(self.engine, self.sources, settings)
 
     async def restart_engine(self, index: int) -> None:
         """Put a new process in the place of an engine; it holds no weights, and no channel leads to it yet."""
@@ -210,17 +208,23 @@ class Cluster:
 
     async def start(self) -> None:
         """Build every rank, wait for the engines, and open the weight channel between them."""
+        deadline, p = self.config.deadlines.start_s, self.placement
+        if self.group is not None:
+            late = f"the driver waited {{s}} s for {p.gpus:g} free GPUs, see `ray status`"
+            await answer(self.group.ready(), late, deadline)
         address, ports = await self._addresses()
-        deadline = self.config.deadlines.start_s
         rank = self._common() | {"address": address, "port": ports[0], "threads": self.learner_threads}
         try:
             async with asyncio.TaskGroup() as building:
-                for i, ref in enumerate(self.building):
-                    building.create_task(started(f"engine {i}", ref, deadline))
+                engines = [started(f"engine {i}", ref, deadline) for i, ref in enumerate(self.building)]
+                engines = [building.create_task(engine) for engine in engines]
+                if p.backend == "ipc":
+                    # vLLM measures how much of the GPU is free, and nobody else may change that meanwhile.
+                    await asyncio.wait(engines)
                 for i, learner in enumerate(self.learners):
                     ref = learner.build.remote("trainer.learner:Learner", self.sources, rank | {"rank": i})
                     building.create_task(started(f"learner rank {i}", ref, deadline))
-                    if self.placement.backend != "gloo":
+                    if p.backend != "gloo":
                         # This side of the channel imports vLLM, for which there is time while the engines start.
                         learner.preload.remote("rollout.vllm_sender")
         except BaseExceptionGroup as group:
@@ -232,16 +236,12 @@ class Cluster:
         p = self.placement
         if p.device == "cpu":
             return [{"num_cpus": 1}] * (p.engines + p.learners)
+        gpus = [p.gpus_per_engine] * p.engines + [p.gpus_per_learner] * p.learners
         if p.backend == "ipc":
             bundles, index = [{"GPU": 1.0, "CPU": 2.0}], [0, 0]
         else:
-            bundles = [{"GPU": p.gpus_per_engine, "CPU": 1.0}] * p.engines
-            bundles += [{"GPU": p.gpus_per_learner, "CPU": 1.0}] * p.learners
-            index = list(range(len(bundles)))
+            bundles, index = [{"GPU": n, "CPU": 1.0} for n in gpus], list(range(len(gpus)))
         self.group = group = placement_group(bundles, strategy="PACK")
-        if not group.wait(self.config.deadlines.start_s):
-            raise StallError(f"the driver waited for {p.gpus:g} free GPUs until deadlines.start_s: see `ray status`")
-        gpus = [p.gpus_per_engine] * p.engines + [p.gpus_per_learner] * p.learners
         return [
             {"num_cpus": 1, "num_gpus": n, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, i)}
             for n, i in zip(gpus, index, strict=True)
@@ -278,8 +278,7 @@ class Cluster:
 
     async def close(self) -> None:
         """End every actor, and Ray if this run started it. Safe to call at any moment, also twice."""
-        closing = [e.call.remote("close") for e in self.engines]
-        if closing:
+        if closing := [e.call.remote("close") for e in self.engines]:
             ray.wait(closing, num_returns=len(closing), timeout=15)
         for actor in [*self.engines, *self.learners]:
             ray.kill(actor)
@@ -372,6 +371,7 @@ def start_ray(placement: Placement) -> bool:
         return False
     with ray_environment():
         ray.init(
+            address="local",
             include_dashboard=False,
             log_to_driver=False,
             logging_level="error",
@@ -388,10 +388,10 @@ def join_ray() -> None:
 
 def cluster_gpus() -> float:
     """GPUs of the cluster that RAY_ADDRESS names, else of this machine."""
-    if os.environ.get("RAY_ADDRESS"):
-        join_ray()
-        return ray.cluster_resources().get("GPU", 0.0)
-    return float(torch.cuda.device_count())
+    if not os.environ.get("RAY_ADDRESS"):
+        return float(torch.cuda.device_count())
+    join_ray()
+    return ray.cluster_resources().get("GPU", 0.0)
 
 
 def log_folder() -> str:

@@ -299,7 +299,8 @@ class Learner:
 
     def export(self, folder: str) -> None:
         """Save the model as safetensors that transformers and vLLM load; the tokenizer is the driver's to add."""
-        tensors = {name: tensor.cpu() for name, tensor in self.weights}
+        # Every rank takes part in gathering; one keeps what is gathered.
+        tensors = {name: tensor.cpu() for name, tensor in self.weights if self.rank == 0}
         if self.rank == 0:
             from safetensors.torch import save_file
 

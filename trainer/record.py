@@ -69,7 +69,8 @@ class Recorder:
 
     def __init__(self, learner: RemoteLearner, ask: AskLogprobs, folder: Path, config: Config) -> None:
         self.learner, self.ask, self.folder, self.config = learner, ask, folder, config
-        self.steps = 0
+        self.steps = learner.version
+        """Done so far, also before a resume."""
 
     async def step(self, batch: Batch) -> dict[str, float]:
         """Train on a step's batch, and keep it when its turn has come."""

@@ -6,6 +6,7 @@ import time
 import torch
 
 from rl.batch import collate, trajectory
+from rl.loop import StallError
 from rl.protocols import EngineLost, SyncReport, UpdateFailed
 from rl.types import Batch, Completion, Prompt
 from rl.weights import WeightManifest, check_digests
@@ -103,6 +104,9 @@ class RemoteLearner:
             except StartError:
                 raise
             except Exception as error:
+                if isinstance(error, StallError) and self.cluster.placement.backend == "nccl":
+                    # NCCL has no end for a broadcast that an engine has left: the learner's rank 0 stays in it.
+                    raise
                 # With every engine whole it is no loss but an error of its own, such as a tensor without a name.
                 if await self.fleet.look_for_lost():
                     continue
@@ -140,7 +144,8 @@ class RemoteLearner:
                 check_digests(manifest.digests, digests, f"engine {index}")
         for index in range(len(cluster.engines)):
             question = (self.probe.token_ids, 1, 0, None, PROBE_TOKENS)
-            sampled = await cluster.ask_engine(index, "sample", *question, deadline_s=config.deadlines.sync_s)
+            # It waits behind what is being sampled.
+            sampled = await cluster.ask_engine(index, "sample", *question, deadline_s=config.deadlines.sample_s)
             batch = collate([trajectory(self.probe, sampled[0], 0.0, {})])
             trainer: torch.Tensor = (await cluster.ask_learners("logprobs", batch))[0]
             gap = float((trainer - batch.rollout_logprobs)[batch.mask].abs().mean())

@@ -130,6 +130,17 @@ def test_however_often_a_run_is_killed_no_prompt_is_lost_or_trained_twice(block)
     assert ends["trained"] > 150
 
 
+def test_a_run_ends_with_a_checkpoint_of_its_last_step_made_once():
+    last_steps = set()
+    for seed in range(30):
+        world, loop, _ = live(seed, "whole", disk := [], max_staleness=0, faults=False)
+        versions = [Progress.from_json(json.loads(kept)["progress"]).version for kept in disk]
+        assert versions == sorted(set(versions))
+        assert versions[-1] == loop.flow.version
+        last_steps.add(loop.flow.version % world.config.save_every)
+    assert last_steps > {0}, "some ended between two checkpoints"
+
+
 def test_without_staleness_a_killed_run_ends_as_the_run_that_was_not():
     resumptions = 0
     for seed in range(60):

@@ -182,6 +182,16 @@ def test_engines_on_gpus_report_what_they_kept_when_something_is_cut_off():
     assert not asked("cpu", top_k=20)
 
 
+def test_an_engine_of_several_gpus_has_workers_of_its_own_not_rays():
+    from rollout.settings import engine_args
+
+    def executor(tensor_parallel):
+        config = config_of(tensor_parallel=tensor_parallel)
+        return engine_args(config, device="cuda", backend="nccl", model="m")["distributed_executor_backend"]
+
+    assert [executor(1), executor(2)] == [None, "mp"]
+
+
 def said(support):
     """vLLM's own output of the tokens 7 and 9, with what it kept for each."""
     from vllm.logprobs import Logprob

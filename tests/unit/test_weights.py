@@ -132,6 +132,40 @@ def test_a_bucket_keeps_to_its_limit_and_a_larger_tensor_travels_alone():
     assert len(cut) < len(tensors()), "small tensors share a bucket"
 
 
+@pytest.mark.parametrize("refused_after", [0, 2, None])
+def test_a_sender_takes_part_in_all_of_the_gathering_even_when_an_engine_refuses(refused_after):
+    from rollout.vllm_sender import DrainingSender, Source
+
+    gathered = []
+
+    class Weights:
+        def __iter__(self):
+            for name in "abcd":
+                gathered.append(name)
+                yield name, torch.zeros(1)
+
+    source = Source(Weights(), set())
+
+    class Sender:
+        def send_weights(self):
+            if refused_after is None:
+                assert len(list(source)) == 4
+                return
+            for _ in zip(range(refused_after), source, strict=False):
+                pass
+            raise ValueError("refused")
+
+    sender = DrainingSender(Sender(), source)
+    for _ in range(2):
+        gathered.clear()
+        if refused_after is None:
+            sender.send_weights()
+        else:
+            with pytest.raises(ValueError, match="refused"):
+                sender.send_weights()
+        assert gathered == list("abcd")
+
+
 @pytest.mark.parametrize(
     "yields",
     [("other", torch.zeros(3)), ("w", torch.zeros(3).bfloat16()), ("w", torch.zeros(1, 3)), ("w", torch.zeros(4))],

@@ -100,8 +100,8 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 class Ranks:
     """A learner whose log-probabilities count its steps."""
 
-    def __init__(self):
-        self.published, self.steps = asyncio.Lock(), 0
+    def __init__(self, version=0):
+        self.published, self.steps, self.version = asyncio.Lock(), 0, version
 
     async def step(self, batch):
         await self.published.acquire()
@@ -132,6 +132,14 @@ def test_every_nth_step_is_kept_with_what_the_trainer_said_before_and_after(tmp_
     second = load(tmp_path / "batches" / "step-2.safetensors")
     assert (float(second.batch.old_logprobs.max()), float(second.policy.logprobs.max())) == (-2.0, -3.0)
     assert second.objective == "GSPO"
+
+
+def test_after_a_resume_records_keep_the_numbers_of_their_steps(tmp_path):
+    ranks = Ranks(version=5)
+    config = Config(name="t", model="m", data=lambda: Data(train=[]), reward=len, record_batches=2)
+    recorder = Recorder(ranks, ranks.ask, tmp_path, config)
+    asyncio.run(recorder.step(replace(record_of([[1.0, 1.0]]).batch, old_logprobs=None)))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-6.safetensors"]
 
 
 def test_the_command_compares_and_leaves_a_table_a_plot_and_json(tmp_path, capsys):

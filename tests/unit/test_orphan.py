@@ -1,0 +1,50 @@
+"""A worker of a killed actor ends, and so does the process between them."""
+
+import os
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import pytest
+
+from rollout.orphan import parent_of
+
+WORKER = "from rollout.orphan import end_with; print(__import__('os').getpid(), flush=True); end_with({n})"
+START = "import subprocess, sys, os; print(os.getpid(), flush=True); subprocess.run([sys.executable, '-c', {code!r}])"
+
+
+def gone(pid: int, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while parent_of(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not parent_of(pid)
+
+
+@pytest.mark.parametrize("generations", [1, 2])
+def test_nobody_is_left_of_a_killed_line(generations: int) -> None:
+    code = WORKER.format(n=generations)
+    for _ in range(generations):
+        code = START.format(code=code)
+    actor = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert actor.stdout
+    with actor.stdout:
+        line = [int(actor.stdout.readline()) for _ in range(generations + 1)]
+        assert line[0] == actor.pid
+        try:
+            time.sleep(1.2)
+            assert all(parent_of(child) == parent for parent, child in pairwise(line))
+            actor.kill()
+            actor.wait()
+            assert all(gone(pid, 10) for pid in line[1:])
+        finally:
+            for pid in line[1:]:
+                if parent_of(pid):
+                    os.kill(pid, 9)
+
+
+def test_a_process_that_is_not_there_has_no_parent() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert parent_of(ended.pid) == 0
+    assert parent_of(os.getpid()) == os.getppid()
