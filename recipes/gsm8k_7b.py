@@ -3,7 +3,7 @@
     python recipes/gsm8k_7b.py --dry-run                                     # what it needs of each GPU and the host
     python recipes/gsm8k_7b.py --trainer.lora.rank 32 --trainer.offload none --trainer.lr 2e-5   # adapters alone
 
-Hardware: 8 GPUs of 80 GB (4 engines, 4 learner ranks), 120 GB of host memory, and the hub or its local cache for model
+Hardware: 8 GPUs of 80 GB (4 engines, 4 learner ranks), 160 GB of host memory, and the hub or its local cache for model
 and data. Not yet run on GPUs.
 """
 

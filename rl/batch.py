@@ -61,7 +61,7 @@ def _support(trajectories: list[Trajectory], length: int) -> Tensor | None:
 
 def lengths(batch: Batch) -> Tensor:
     """Columns [B] each row needs: up to its last sampled token, for causal attention sees nothing behind it."""
-    columns = torch.arange(1, batch.mask.shape[1] + 1)
+    columns = torch.arange(1, batch.mask.shape[1] + 1, device=batch.mask.device)
     return (batch.mask * columns).amax(dim=1)
 
 
@@ -86,11 +86,19 @@ def take(batch: Batch, rows: Tensor) -> Batch:
 
 
 def micro_batches(
-    batch: Batch, rows: Tensor, *, ranks: int, budget: int, share_prompts: bool, features: int | None = None
+    batch: Batch,
+    rows: Tensor,
+    *,
+    ranks: int,
+    budget: int,
+    share_prompts: bool,
+    packed: bool = True,
+    features: int | None = None,
 ) -> list[list[Tensor]]:
     """Cut rows into micro-batches of about `budget` tokens, the same number of them on every rank.
 
-    With `share_prompts` the rows of a group stay together and its prompt counts once. Units (groups, or rows) are
+    With `share_prompts` the rows of a group stay together and its prompt counts once. Rows that are not `packed` count
+    as long as the longest of their micro-batch. Units (groups, or rows) are
     dealt largest first to the rank with the least work: a token counts 1, and with a model of so many hidden
     `features` position / (6 features) more for its attention (4 features x position FLOPs; the linear layers of a
     block have some 24 features squared). Returns one list of row indices per rank; a rank with less to
@@ -120,20 +128,18 @@ def micro_batches(
         shares[rank].append(unit)
         load[rank] += work(unit)
     cut = [
-        [torch.tensor([row for u in m for row in units[u]]) for m in _fill(share[::-1], cost, budget)]
+        [torch.tensor([row for u in m for row in units[u]]) for m in _fill(share[::-1], cost, budget, packed)]
         for share in shares
     ]
     most = max(len(c) for c in cut)
     return [c + [torch.empty(0, dtype=torch.long)] * (most - len(c)) for c in cut]
 
 
-def _fill(units: list[int], cost: dict[int, int], budget: int) -> list[list[int]]:
+def _fill(units: list[int], cost: dict[int, int], budget: int, packed: bool) -> list[list[int]]:
     out: list[list[int]] = []
-    room = 0
     for unit in units:
-        if not out or cost[unit] > room:
+        costs = [cost[u] for u in [*out[-1], unit]] if out else []
+        if not out or (sum(costs) if packed else len(costs) * max(costs)) > budget:
             out.append([])
-            room = budget
         out[-1].append(unit)
-        room -= cost[unit]
     return out

@@ -270,6 +270,11 @@ def _check_objective(config: Config) -> None:
             f"{name} compares the trainer's log-probabilities with the engine's, and old_logprobs='rollout' makes them "
             "the same: use old_logprobs='recompute' (or 'auto')"
         )
+    if config.old_logprobs == "rollout" and not isinstance(config.correction, Uncorrected):
+        raise ValueError(
+            f"{type(config.correction).__name__} weighs by the trainer's log-probabilities against the engine's, and "
+            "old_logprobs='rollout' makes them the same: use old_logprobs='recompute' (or 'auto')"
+        )
     if isinstance(objective, M2PO) and not isinstance(config.correction, Uncorrected):
         raise ValueError(
             f"M2PO's ratio is policy / rollout already, so {type(config.correction).__name__} would count the mismatch "

@@ -31,7 +31,8 @@ class PPO(Objective):
     value_coef: float = 0.5
     value_clip: float = 0.2
     critic_warmup: int = 0
-    """Optimizer steps at the start in which the value head alone learns, and the policy stays as it is."""
+    """Optimizer steps at the start in which the value head alone learns, and the policy stays as it is (but for weight
+    decay)."""
 
     uses_values: ClassVar[bool] = True
     group_relative: ClassVar[bool] = False

@@ -127,7 +127,8 @@ def attend_segments(
     """Attention of a whole row. On CUDA in half precision, where no prompt is shared, one varlen kernel takes it (this
     branch has not run yet: no GPU was at hand); else one call per segment.
     """
-    if query.is_cuda and query.dtype != torch.float32 and all(s.prompt is None for s in segments):
+    one_row = len(query) == 1 and all(s.prompt is None for s in segments)
+    if query.is_cuda and query.dtype != torch.float32 and one_row:
         lengths = [n for s in segments for n in s.lengths]
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))

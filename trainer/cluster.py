@@ -23,7 +23,7 @@ from rollout import forkserver
 from rollout.settings import engine_env
 from trainer.blame import StartError, root_cause
 from trainer.environment import learner_env, ray_environment, without_functions
-from trainer.placement import Placement, default_threads
+from trainer.placement import Placement, engine_threads, learner_threads
 
 
 class Host:
@@ -179,10 +179,10 @@ class Cluster:
         options = self._actor_options()
         # What the driver can import, the actors can: an objective may live in a file beside its recipe.
         env = {"PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *filter(None, sys.path)])}
-        threads = default_threads(c, os.cpu_count() or 1)
-        engine_vars = env | engine_env(device=p.device, backend=p.backend, threads=c.rollout.threads or threads)
-        self.learner_threads = c.trainer.threads or threads
-        learner_vars = env | (learner_env(self.learner_threads) if p.device == "cpu" else {})
+        cores = os.cpu_count() or 1
+        engine_vars = env | engine_env(device=p.device, backend=p.backend, threads=engine_threads(c, cores))
+        self.learner_threads = learner_threads(c, cores)
+        learner_vars = env | learner_env(self.learner_threads)
         more = {"max_concurrency": 4096, "runtime_env": {"env_vars": engine_vars}}
         self.engine_options = [one | more for one in options[: p.engines]]
         booted = [self._boot_engine(index) for index in range(p.engines)]

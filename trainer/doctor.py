@@ -10,6 +10,7 @@ import torch
 
 from rl.batch import collate, trajectory
 from rl.config import Config
+from rl.corrections import Uncorrected
 from rl.diagnosis import Finding, ParityError, agrees, diagnose
 from rl.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
 from rl.parity import clipped_by_noise, gap, surprise
@@ -54,6 +55,8 @@ class Examination:
             return config.old_logprobs, "as configured"
         if config.objective.uses_old_logprobs:
             return "recompute", f"{name} compares the trainer's own with the engine's"
+        if not isinstance(config.correction, Uncorrected):
+            return "recompute", f"{type(config.correction).__name__} compares the trainer's own with the engine's"
         if config.max_staleness:
             return "recompute", f"max_staleness={config.max_staleness}: a sample's age must not use up the clip range"
         if clip is None:

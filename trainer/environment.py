@@ -25,7 +25,8 @@ def ray_environment() -> Iterator[None]:
 
 
 def learner_env(threads: int) -> dict[str, str]:
-    """Environment of a learner's process on CPU; spinning OpenMP threads would starve the engine."""
+    """Environment of a learner's process, which else has the one thread that Ray gives it; spinning OpenMP threads
+    would starve the engine."""
     return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 

@@ -48,8 +48,7 @@ class Learner:
         self.objective = config.objective
         """With the `kl_coef` of now."""
         self.device = torch.device(device)
-        if device == "cpu":
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
         self.share_prompts = shares_prompts(config, device)
         self.memory = PeakMemory(self.device)
         torch.manual_seed(config.seed)
@@ -106,7 +105,7 @@ class Learner:
         meter, grad_norms = Meter(), []
         for epoch in range(c.trainer.epochs):
             order = rows if not several else rows[torch.randperm(len(rows), generator=self._shuffle(epoch))]
-            for part in order.chunk(c.trainer.minibatches):
+            for part in order.tensor_split(c.trainer.minibatches):
                 grad_norms.append(self._optimizer_step(batch, advantages, part, meter))
         for name, gib in self.memory.report().items():
             meter.merge_one(name, gib, 1)
@@ -193,6 +192,7 @@ class Learner:
             ranks=self.lots,
             budget=self.config.trainer.micro_batch_tokens,
             share_prompts=self.policy.share_prompts,
+            packed=self.policy.packs,
             features=self.policy.hf.config.get_text_config().hidden_size,
         )
         return cut[self.lot]

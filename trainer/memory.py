@@ -14,6 +14,7 @@ from trainer.head import CHUNK
 from trainer.placement import Placement
 
 GIB = 2**30
+CGROUP = Path("/sys/fs/cgroup")
 PROCESS = {"learner rank": 0.8, "engine": 1.2}
 """Libraries (on a GPU also its context), before any weight."""
 Needs = dict[str, dict[str, float]]
@@ -64,6 +65,8 @@ def needs(config: Config, placement: Placement, shape: Shape) -> Needs:
     trained, offloaded = adapters or s.parameters, t.offload == "optimizer"
     # Without shards torch's Adam works on the fp32 weights themselves; bf16 gradients lie beside their fp32 sums.
     states, sums = (12 if t.zero_stage else 8) * trained, (6 if size == 2 and t.zero_stage == 1 else 4) * trained
+    # Offloaded, DeepSpeed keeps fp32 gradients and a copy of the weights there, too.
+    copies = 8 if t.zero_stage == 3 else 4 + size + (4 if size == 4 and t.zero_stage == 2 else 0)
     layer = 12 * s.hidden + 4 * s.inner
     kept = s.layers * s.hidden + layer if t.gradient_checkpointing else s.layers * layer
     tokens = -(-t.micro_batch_tokens // t.sequence_parallel)
@@ -71,14 +74,16 @@ def needs(config: Config, placement: Placement, shape: Shape) -> Needs:
     learner = {
         "weights": size * (s.parameters + adapters) / weights,
         "gradients": sums / gradients,
-        "gradients again, flat, for the step": 4 * trained / optimizer if t.zero_stage in (1, 2) else 0,
+        "gradients again, flat, for the step": 4 * trained / optimizer
+        if t.zero_stage in (1, 2) and not offloaded
+        else 0,
         "masters and Adam": 0 if offloaded else states / optimizer,
         "reference model": size * s.parameters / weights if config.objective.needs_reference and not adapters else 0,
         "head": 4 * s.vocabulary * (2 * chunk + 2 * s.hidden),
         "activations": size * tokens * kept,
     }
     engine = {"weights": size * s.parameters / config.rollout.tensor_parallel}
-    host = {"offloaded masters and Adam": states if offloaded else 0}
+    host = {"offloaded masters, gradients and Adam": states + copies * trained if offloaded else 0}
     if config.save_every:
         host["checkpoint, a layer at a time"] = 12 * max(s.vocabulary * s.hidden, trained // s.layers)
     if placement.device == "cpu":
@@ -109,10 +114,11 @@ def there(config: Config, placement: Placement) -> dict[str, float]:
 
 def _cgroup_room() -> float:
     """Bytes that a container may still take."""
-    group = Path("/sys/fs/cgroup")
-    if not (group / "memory.max").exists() or (limit := (group / "memory.max").read_text().strip()) == "max":
+    if not (CGROUP / "memory.max").exists() or (limit := (CGROUP / "memory.max").read_text().strip()) == "max":
         return math.inf
-    return int(limit) - int((group / "memory.current").read_text())
+    # What was read from files may be given back at any moment, and counts as current all the same.
+    stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    return int(limit) - int((CGROUP / "memory.current").read_text()) + int(stat["inactive_file"])
 
 
 def check_memory(config: Config, found: Needs, limits: dict[str, float]) -> None:

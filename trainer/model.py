@@ -1,6 +1,7 @@
 """The policy as the trainer sees it: a Hugging Face body, our head, and a value head if the objective has a critic."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -32,7 +33,7 @@ class Policy(nn.Module):
         if self.packs:
             use_segments(hf)
         hf.set_output_embeddings(LogprobHead(hf.get_output_embeddings(), fp32=fp32_head))
-        self.value_head = nn.Linear(hf.config.get_text_config().hidden_size, 1, dtype=hf.dtype) if with_values else None
+        self.value_head = ValueHead(hf.config.get_text_config().hidden_size, 1, dtype=hf.dtype) if with_values else None
         if self.value_head is not None:
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
@@ -60,7 +61,7 @@ class Policy(nn.Module):
         answers = list(self.hf.get_output_embeddings()(picked, targets, temperature, truncation, support))
         if self.value_head is not None:
             seen = picked.detach() if head_alone else picked
-            answers.append(self.value_head(seen)[:, 0].float())
+            answers.append(self.value_head(seen)[:, 0])
         if self.ulysses and mine is not None:
             answers = list(self.ulysses.whole(torch.stack(answers), mine))
         logprobs, entropy, *values = [_scatter(answer, mask) for answer in answers]
@@ -94,6 +95,14 @@ class Policy(nn.Module):
         # Not by indexing: many sequences read their prompt's last column, and the backward of an index adds up
         # what they send there in whatever order the threads come.
         return hidden[0].index_select(0, packed.source.to(device)), mine
+
+
+class ValueHead(nn.Linear):
+    """A linear layer computed in fp32: bf16 would round a value of 1 to steps of 0.008."""
+
+    def forward(self, input: Float[Tensor, "N H"]) -> Float[Tensor, "N 1"]:
+        """Values of hidden states."""
+        return F.linear(input.float(), self.weight.float(), self.bias.float())
 
 
 def _scatter(picked: Float[Tensor, " N"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:

@@ -84,6 +84,17 @@ def default_threads(config: Config, cores: int) -> int:
     return cores if alone else 1
 
 
+def engine_threads(config: Config, cores: int) -> int:
+    """OpenMP threads of an engine."""
+    return config.rollout.threads or default_threads(config, cores)
+
+
+def learner_threads(config: Config, cores: int) -> int:
+    """OpenMP threads of a rank. On a GPU it computes nothing on the host, unless Adam is offloaded there."""
+    shared = max(1, cores // config.trainer.ranks) if config.trainer.offload != "none" else None
+    return config.trainer.threads or shared or default_threads(config, cores)
+
+
 def check_fits(placement: Placement, *, gpus: float) -> None:
     """Raise ValueError, naming both numbers, when a run asks for more GPUs than the cluster has."""
     if placement.gpus > gpus:

@@ -105,6 +105,7 @@ def test_two_ranks_learn_what_one_learns(model: Path, objective: str, ranks: int
         ("grpo", 2, 2, "float32"),
         ("grpo", 2, 3, "float32"),
         ("grpo", 2, 1, "bfloat16"),
+        ("grpo", 2, 2, "bfloat16"),
     ],
 )
 def test_ranks_that_go_on_from_a_state_learn_bit_for_bit_as_if_they_had_never_stopped(
@@ -126,7 +127,7 @@ def test_ranks_that_go_on_from_a_state_learn_bit_for_bit_as_if_they_had_never_st
 
 @pytest.mark.parametrize(
     ("stage", "dtype"),
-    [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16"), (3, "bfloat16")],
+    [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")],
 )
 def test_what_engines_get_is_the_gathered_master_rounded_bit_for_bit(model: Path, stage: int, dtype: str) -> None:
     _, weights = trained(model, "grpo", 2, stage, dtype)

@@ -172,6 +172,14 @@ def test_no_micro_batch_of_several_units_exceeds_the_budget(budget):
                 assert units <= 1 or prompts + int(replies[micro].sum()) <= budget
 
 
+def test_rows_that_are_not_packed_count_as_long_as_the_longest_beside_them():
+    batch = groups_of([1] * 6, prompt=2, replies=[1, 1, 1, 1, 1, 9])
+    rows = {"ranks": 1, "budget": 20, "share_prompts": False}
+    (packed,), (padded,) = (micro_batches(batch, torch.arange(6), packed=on, **rows) for on in (True, False))
+    assert [len(m) for m in packed] == [6]  # 5 * 2 + 10 columns
+    assert [len(m) for m in padded] == [5, 1]  # 6 * 10 would be 60
+
+
 def test_a_budget_for_everything_makes_one_micro_batch():
     ((only,),) = micro_batches(STEP, torch.arange(18), ranks=1, budget=10**6, share_prompts=False)
     assert len(only) == 18

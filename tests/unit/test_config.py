@@ -10,7 +10,7 @@ from rl.corrections import TokenTIS
 from rl.objectives import GRPO, GSPO, M2PO, PPO, ReinforcePP
 from rl.truncation import Truncation
 from rl.types import Data
-from trainer.placement import check_fits, default_threads, plan
+from trainer.placement import check_fits, default_threads, engine_threads, learner_threads, plan
 from trainer.preflight import check_truncation, place
 
 
@@ -50,6 +50,10 @@ def config_of(**settings):
         ),
         ({"objective": PPO(critic_warmup=100)}, "critic_warmup=100 covers all 100 optimizer steps of the run"),
         ({"objective": M2PO(), "old_logprobs": "rollout"}, "use old_logprobs='recompute' (or 'auto')"),
+        (
+            {"correction": TokenTIS(), "old_logprobs": "rollout"},
+            "TokenTIS weighs by the trainer's log-probabilities against the engine's",
+        ),
         ({"objective": M2PO(), "correction": TokenTIS()}, "so TokenTIS would count the mismatch twice"),
         ({"rollout": RolloutConfig(top_p=0.0)}, "rollout.top_p=0.0 must be above 0 and at most 1 (1 is off)"),
         ({"rollout": RolloutConfig(top_k=-1)}, "rollout.top_k=-1 must be at least 1, or 0 (which is off)"),
@@ -195,3 +199,11 @@ def test_actors_that_take_turns_get_all_cores_and_others_one():
     assert default_threads(replace(alone, max_staleness=1), 8) == 1
     assert default_threads(replace(alone, rollout=RolloutConfig(engines=2)), 8) == 1
     assert default_threads(replace(alone, trainer=TrainerConfig(ranks=2)), 8) == 1
+    assert (engine_threads(alone, 8), learner_threads(alone, 8)) == (8, 8)
+
+
+def test_ranks_share_the_cores_where_adam_steps_on_the_host():
+    def threads(**trainer):
+        return learner_threads(config_of(max_staleness=1, trainer=TrainerConfig(ranks=4, **trainer)), 32)
+
+    assert (threads(), threads(offload="optimizer"), threads(offload="optimizer", threads=3)) == (1, 8, 3)

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from rl.config import Config, TrackingConfig
+from rl.corrections import TokenTIS
 from rl.diagnosis import Finding
 from rl.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
 from rl.hypotheses import Hypothesis
@@ -318,6 +319,14 @@ def test_a_well_run_gets_one_line_and_how_old_logprobs_was_settled(monkeypatch):
     ]
     assert plain(shown(monkeypatch, make_checkup())).splitlines() == expected
     assert plain(shown(monkeypatch, make_checkup(old_logprobs="rollout"))).splitlines() == expected[:1]
+
+
+def test_a_correction_has_the_old_log_probabilities_recomputed_for_else_it_would_see_no_gap():
+    examination = make_checkup().examination
+    quiet = replace(examination, evidence=replace(examination.evidence, clip=NoiseClip(tokens=0.0, sequences=0.0)))
+    assert quiet.old_logprobs()[0] == "rollout"
+    corrected = replace(quiet, config=replace(quiet.config, correction=TokenTIS()))
+    assert corrected.old_logprobs() == ("recompute", "TokenTIS compares the trainer's own with the engine's")
 
 
 def test_of_several_engines_the_worst_is_told(monkeypatch):

@@ -7,6 +7,7 @@ from mmap import mmap
 import pytest
 import torch
 
+import trainer.memory
 from models import SIZES, make_model
 from rl.config import Config, Lora, RolloutConfig, TrainerConfig
 from rl.objectives import GRPO
@@ -49,7 +50,22 @@ def test_memory_of_a_billion_parameters_by_zero_stage(stage, dtype, weights, gra
 def test_offload_moves_masters_and_moments_of_all_ranks_to_the_host():
     _, places = found(ranks=4, zero_stage=2, offload="optimizer")
     assert "masters and Adam" not in places["learner rank"]
-    assert places["host"]["offloaded masters and Adam"] == 12.0
+    # fp32 masters and two moments, fp32 gradients, a bf16 copy of the masters.
+    assert places["host"]["offloaded masters, gradients and Adam"] == 12.0 + 4.0 + 2.0
+    assert "gradients again, flat, for the step" not in places["learner rank"]
+    _, sharded = found(ranks=4, zero_stage=3, offload="optimizer")
+    assert sharded["host"]["offloaded masters, gradients and Adam"] == 20.0
+
+
+def test_a_container_may_have_what_it_only_holds_of_files(monkeypatch, tmp_path):
+    for name, text in {"max": 8 * 2**30, "current": 7 * 2**30, "stat": f"anon 1\ninactive_file {5 * 2**30}\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(f"{text}\n" if name != "stat" else text)
+    monkeypatch.setattr(trainer.memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(trainer.memory.psutil, "virtual_memory", lambda: type("Free", (), {"available": 2**40}))
+    config, _ = found(cuda=False)
+    assert there(config, plan(config, cuda=False))["host"] == 6.0
+    (tmp_path / "memory.max").write_text("max\n")
+    assert there(config, plan(config, cuda=False))["host"] == 1024.0
 
 
 def test_adapters_need_neither_a_reference_model_nor_gradients_of_the_base():
