@@ -1,5 +1,6 @@
 """Does this process still work for anybody? One whose parents are gone ends itself, and what stands between."""
 
+import ctypes
 import os
 import signal
 import time
@@ -19,6 +20,13 @@ def end_with(generations: int) -> None:
         with suppress(ProcessLookupError):
             os.kill(between, signal.SIGKILL)
     os._exit(1)
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process with the thread that forked it (Linux): also in its own exit, where Python's
+    threads no longer run and gloo may wait for a peer that is gone."""
+    pr_set_pdeathsig = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def parent_of(pid: int) -> int:

@@ -26,7 +26,7 @@ from rl.protocols import UpdateFailed
 from rl.weights import digest
 from rollout.channel import Inbox, Layout, join
 from rollout.head import forget_heads
-from rollout.orphan import end_with
+from rollout.orphan import die_with_parent, end_with
 from rollout.staging import Twin, keep_freed_memory
 from rollout.trace import Tracer
 
@@ -272,6 +272,8 @@ class WorkerExtension:
         """From now on this process ends when the one that started it is gone, however that ended: vLLM's own processes
         live on after a kill, and keep their memory. A worker of several stands a generation lower: it sees to the
         engine's process, too."""
+        if isinstance(self.weight_transfer_engine, GlooEngine):
+            die_with_parent()  # on CPU the parent is a fork server of one thread
         several = self.weight_transfer_engine.parallel_config.world_size > 1
         threading.Thread(target=end_with, args=(2 if several else 1,), daemon=True, name="end with parent").start()
 

@@ -43,6 +43,19 @@ def test_nobody_is_left_of_a_killed_line(generations: int) -> None:
                     os.kill(pid, 9)
 
 
+def test_one_that_hangs_in_its_own_exit_dies_with_its_parent() -> None:
+    code = "from rollout.orphan import die_with_parent; import os, signal; die_with_parent(); " + (
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {15}); print(os.getpid(), flush=True); signal.pause()"
+    )
+    actor = subprocess.Popen([sys.executable, "-c", START.format(code=code)], stdout=subprocess.PIPE, text=True)
+    assert actor.stdout
+    with actor.stdout:
+        _, child = int(actor.stdout.readline()), int(actor.stdout.readline())
+        actor.kill()
+        actor.wait()
+        assert gone(child, 10)
+
+
 def test_a_process_that_is_not_there_has_no_parent() -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
