@@ -4,21 +4,16 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import writer
+from writer import write
 
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointError
-
-
-def write(run: Path, step: int, *, keep_last: int = 2, name: str = "t") -> Path:
-    """A checkpoint with a learner's file of its own."""
-    draft = checkpoint.draft(run, step)
-    (draft / "learner" / "layer-0000.safetensors").write_bytes(bytes([step % 251]) * 1000)
-    (draft / "history.jsonl").write_text(f'{{"step": {step}}}\n')
-    return checkpoint.commit(draft, step, {"name": name, "step": step}, keep_last=keep_last)
 
 
 def steps(run: Path) -> list[int]:
@@ -46,28 +41,9 @@ def test_steps_are_ordered_as_numbers(tmp_path):
 def killed_at(moment: int, run: Path) -> bool:
     """Write the checkpoint of step 6 in a process that is gone before its moment-th operation on a file; False when it
     has no such operation."""
-    child = os.fork()
-    if child == 0:
-        seen = 0
-
-        def count(event: str, arguments: tuple) -> None:
-            nonlocal seen
-            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "fsync"):
-                seen += 1
-                if seen > moment:
-                    os._exit(9)
-
-        fsync = os.fsync
-
-        def audited_fsync(descriptor: int) -> None:
-            sys.audit("fsync", descriptor)
-            fsync(descriptor)
-
-        os.fsync = audited_fsync
-        sys.addaudithook(count)
-        write(run, 6)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    ended = subprocess.run([sys.executable, writer.__file__, run, "6", str(moment)], timeout=60).returncode
+    assert ended in (0, writer.KILLED)
+    return ended == writer.KILLED
 
 
 def test_a_writer_that_is_killed_before_any_of_its_file_operations_leaves_a_whole_checkpoint(tmp_path):
