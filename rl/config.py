@@ -285,6 +285,11 @@ def _check_objective(config: Config) -> None:
             f"kl_target={objective.kl_target:g} needs to be above 0, and a kl_coef above 0 to begin with: e.g. "
             f"{name}(kl_coef=0.01, kl_target=0.02)"
         )
+    if objective.entropy_target is not None and objective.entropy_target <= 0:
+        raise ValueError(
+            f"entropy_target={objective.entropy_target:g} must be above 0 nats per token, e.g. "
+            f"{name}(entropy_target=0.2)"
+        )
     if t.value_lr is not None and not objective.uses_values:
         raise ValueError(
             f"trainer.value_lr={t.value_lr:g} has no value head to move: {name} has no critic; leave it out"

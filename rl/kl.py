@@ -40,12 +40,3 @@ def kl_estimate(
         return k3
     k2 = 0.5 * d * d
     return k2 + (k3 - k2).detach()
-
-
-def adapted(coef: float, kl: float, target: float) -> float:
-    """The coefficient of the next step: at most 2 % up where the step's KL (nats per token) was above its target, or
-    down where it was below: coef (1 + 0.1 clip(kl / target - 1, -0.2, 0.2)).
-
-    Source: Ziegler et al., "Fine-tuning language models from human preferences", arXiv 1909.08593, section 2.2.
-    """
-    return coef * (1.0 + 0.1 * max(-0.2, min(0.2, kl / target - 1.0)))

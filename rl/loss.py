@@ -71,6 +71,8 @@ def full_loss(
     """
     if batch.old_logprobs is None:
         batch = replace(batch, old_logprobs=policy.logprobs.detach())
+    if objective.entropy_coef and objective.entropy_in == "advantages":
+        advantages = advantages + torch.minimum(objective.entropy_coef * policy.entropy.detach(), advantages.abs() / 2)
     weighted: Metrics = {}
     if not isinstance(correction, Uncorrected):
         # On the advantages rather than on the loss: a value loss must not be weighted.
@@ -92,7 +94,7 @@ def full_loss(
         if objective.kl_in == "loss":
             loss = loss + objective.kl_coef * kl
         metrics[f"actor/kl_{objective.kl_in}"] = kl.detach()
-    if objective.entropy_coef:
+    if objective.entropy_coef and objective.entropy_in == "loss":
         loss = loss - objective.entropy_coef * policy.entropy
     metrics |= {
         "actor/entropy": policy.entropy.detach(),

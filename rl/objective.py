@@ -30,9 +30,14 @@ class Objective(ABC):
     kl_in: Literal["loss", "reward"] = "loss"
     """A term of the loss, or subtracted from the reward of every token before the advantages are made."""
     kl_target: float | None = None
-    """Nats per token: after each step the learner moves `kl_coef` so that the KL comes near it (`rl.kl.adapted`)."""
+    """Nats per token: after each step the learner moves `kl_coef` so that the KL comes near it (rl/adaptive.py)."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
+    entropy_in: Literal["loss", "advantages"] = "loss"
+    """A term of the loss; or min(entropy_coef * entropy, |A| / 2), a constant, on each token's advantage: that raises
+    uncertain tokens, turns no advantage round, and has no gradient of its own (arXiv 2506.14758)."""
+    entropy_target: float | None = None
+    """Nats per token: after each step the learner moves `entropy_coef` so that entropy does not stay below it."""
     average_over: AverageOver = "tokens"
 
     # What the trainer must know, and the contract checker with it.
@@ -65,7 +70,8 @@ class Objective(ABC):
     def may_skip(self) -> bool:
         """Whether a row of zero advantages has no gradient at all: no KL, no entropy bonus, no critic."""
         kl = self.kl_coef > 0 and self.kl_in == "loss"
-        return self.skippable and not (kl or self.entropy_coef or self.uses_values)
+        entropy = (self.entropy_coef > 0 or self.entropy_target is not None) and self.entropy_in == "loss"
+        return self.skippable and not (kl or entropy or self.uses_values)
 
     @abstractmethod
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:

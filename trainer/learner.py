@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rl.adaptive import adapted, coefficients
 from rl.batch import micro_batches, take
 from rl.config import Config
 from rl.evidence import LayerError
 from rl.hypotheses import Hypothesis
-from rl.kl import adapted
 from rl.loss import critic_alone, finish, full_loss, prepare
 from rl.reduce import Meter, Totals, loss_weights
 from rl.types import Batch, PolicyOutput
@@ -46,7 +46,7 @@ class Learner:
     ) -> None:
         self.config, self.rank, self.ranks = config, rank, config.trainer.ranks
         self.objective = config.objective
-        """With the `kl_coef` of now."""
+        """With the coefficients of now."""
         self.device = torch.device(device)
         torch.set_num_threads(threads)
         self.share_prompts = shares_prompts(config, device)
@@ -116,10 +116,8 @@ class Learner:
         metrics |= {"actor/grad_norm": sum(grad_norms) / len(grad_norms), "actor/lr": rates[0]}
         if objective.uses_values:
             metrics["critic/lr"] = rates[-1]
-        if objective.kl_target is not None:
-            metrics["actor/kl_coef"] = objective.kl_coef
-            coef = adapted(objective.kl_coef, metrics[f"actor/kl_{objective.kl_in}"], objective.kl_target)
-            self.objective = replace(objective, kl_coef=coef)
+        metrics |= {f"actor/{name}": coef for name, coef in coefficients(objective).items()}
+        self.objective = adapted(objective, metrics)
         return metrics
 
     def _shuffle(self, epoch: int) -> torch.Generator:
@@ -323,13 +321,13 @@ class Learner:
 
     def save_state(self, folder: str) -> None:
         """Write all that another learner needs to go on: see `trainer.state`."""
-        state.save(self.engine, Path(folder), kl_coef=self.objective.kl_coef, base=self.base)
+        state.save(self.engine, Path(folder), coefs=coefficients(self.objective), base=self.base)
 
     def load_state(self, folder: str) -> None:
         """Go on where the learner that wrote it was."""
-        kl_coef = state.load(self.engine, Path(folder), base=self.base)
-        if self.objective.kl_target is not None:
-            self.objective = replace(self.objective, kl_coef=kl_coef)
+        saved = state.load(self.engine, Path(folder), base=self.base)
+        moving = coefficients(self.objective)
+        self.objective = replace(self.objective, **{name: saved.get(name, now) for name, now in moving.items()})
 
     def peak_memory_gib(self) -> float:
         """Highest memory of this rank so far: see `PeakMemory`. 0 where it is not known."""

@@ -28,7 +28,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 COUNTERS, RANDOM = "counters.json", "random.safetensors"
 
 
-def save(engine: Any, folder: Path, *, kl_coef: float, base: str) -> None:
+def save(engine: Any, folder: Path, *, coefs: dict[str, float], base: str) -> None:
     """Write a learner between two steps: masters, Adam's moments, counters and generators; rank 0 writes.
 
     Weights that are not trained stay out; `base` says which they were.
@@ -58,7 +58,7 @@ def save(engine: Any, folder: Path, *, kl_coef: float, base: str) -> None:
         # Only now: a rank that left early would leave the others waiting in a collective.
         raise OSError(f"the learner's state could not be written to {folder}: {failed}") from failed
     if rank == 0:
-        counters = {"optimizer_steps": int(engine.global_steps), "kl_coef": kl_coef, "base": base}
+        counters = {"optimizer_steps": int(engine.global_steps), "coefficients": coefs, "base": base}
         (folder / COUNTERS).write_text(json.dumps(counters))
 
 
@@ -91,8 +91,8 @@ def _written(tensors: dict[str, Tensor], path: Path, rank: int) -> Exception | N
     return None
 
 
-def load(engine: Any, folder: Path, *, base: str) -> float:
-    """Put a fresh engine where the saved one was; every rank reads, whatever wrote. Returns the KL coefficient.
+def load(engine: Any, folder: Path, *, base: str) -> dict[str, float]:
+    """Put a fresh engine where the saved one was; every rank reads, whatever wrote. Returns the coefficients.
 
     Raises ValueError, before anything changes, when the files are of another model.
     """
@@ -111,7 +111,7 @@ def load(engine: Any, folder: Path, *, base: str) -> float:
         engine.optimizer.update_lp_params()
     _set_steps(engine, steps)
     _restore_generators(folder, dist.get_rank())
-    return float(counters["kl_coef"])
+    return counters["coefficients"]
 
 
 def _put(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor) -> None:

@@ -22,7 +22,10 @@ config = Config(
     model=model,
     data=lambda: Data(train=[]),
     reward=lambda reply: 0.0,
-    objective={"grpo": GRPO(kl_coef=0.01, kl_target=1e-6, entropy_coef=0.01), "ppo": PPO(critic_warmup=2)}[objective],
+    objective={
+        "grpo": GRPO(kl_coef=0.01, kl_target=1e-6, entropy_coef=0.01, entropy_target=99.0),
+        "ppo": PPO(critic_warmup=2),
+    }[objective],
     dtype=dtype,
     steps=12,
     trainer=TrainerConfig(

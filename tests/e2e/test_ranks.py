@@ -221,8 +221,9 @@ def test_another_number_of_ranks_or_another_zero_stage_goes_on_with_the_same_sta
     counters = json.loads((state / "counters.json").read_text())
     assert counters == json.loads((again / "counters.json").read_text())
     assert counters["optimizer_steps"] == 18
-    # GRPO's began at 0.01 and was adapted in each of the nine steps.
-    assert counters["kl_coef"] == pytest.approx({"grpo": 0.01 * 1.02**9, "ppo": 0.0}[objective])
+    # GRPO's began at 0.01 and were adapted in each of the nine steps.
+    moved = {"kl_coef": 0.01 * 1.02**9, "entropy_coef": 0.01 + 9 * 0.005} if objective == "grpo" else {}
+    assert counters["coefficients"] == pytest.approx(moved)
     assert resumed[0]["actor/lr"] == whole[9]["actor/lr"]
     for name in whole[9]:
         assert resumed[0][name] == pytest.approx(whole[9][name], rel=1e-5, abs=1e-6), name

@@ -44,6 +44,7 @@ def config_of(**settings):
         ({"trainer": TrainerConfig(lora=Lora(rank=4, alpha=0.0))}, "alpha=0 above 0"),
         ({"trainer": TrainerConfig(value_lr=-1.0)}, "trainer.value_lr=-1.0 must not be negative"),
         ({"objective": GSPO(kl_target=0.02)}, "kl_target=0.02 needs to be above 0, and a kl_coef above 0"),
+        ({"objective": GSPO(entropy_target=0.0)}, "entropy_target=0 must be above 0 nats per token"),
         (
             {"trainer": TrainerConfig(value_lr=1e-3)},
             "value_lr=0.001 has no value head to move: GSPO has",

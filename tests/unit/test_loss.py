@@ -56,6 +56,32 @@ def test_the_entropy_bonus_pushes_entropy_up():
     assert entropy.grad.flatten().tolist() == pytest.approx([-0.01] * 6)
 
 
+def test_entropy_in_the_advantages_lifts_uncertain_tokens_and_turns_none_round():
+    entropy = torch.tensor([[0.0, 1.5, 10.0], [0.0, 1.5, 10.0]], requires_grad=True)
+    now = NOW.clone().requires_grad_()
+    policy = PolicyOutput(logprobs=now, entropy=entropy)
+    shaped = GRPO(entropy_coef=0.1, entropy_in="advantages")
+    loss, _ = full_loss(shaped, Uncorrected(), policy, batch_of(old=None), ADVANTAGES)
+    # A = +1: + 0, + 0.15, + 1 / 2 (not 1.0); A = -0.5: + 0, + 0.15, + 0.25.
+    assert torch.allclose(-loss, torch.tensor([[1.0, 1.15, 1.5], [-0.5, -0.35, -0.25]]))
+    loss.sum().backward()
+    assert entropy.grad is None
+    assert torch.allclose(now.grad, loss.detach())
+    nothing, _ = full_loss(shaped, Uncorrected(), policy, batch_of(old=None), torch.zeros(2, 3))
+    assert not nothing.any()
+    assert shaped.may_skip
+    assert not GRPO(entropy_coef=0.1).may_skip
+    assert not GRPO(entropy_target=0.2).may_skip
+
+
+def test_what_is_too_far_from_the_engine_is_left_out_with_its_entropy():
+    policy = PolicyOutput(logprobs=NOW, entropy=torch.full((2, 3), 1.5))
+    batch = batch_of(old=NOW, rollout=NOW - 3.0)
+    shaped = GRPO(entropy_coef=0.1, entropy_in="advantages")
+    loss, _ = full_loss(shaped, IcePop(), policy, batch, ADVANTAGES)
+    assert not loss.any()
+
+
 @OBJECTIVES
 def test_without_old_logprobs_the_ratio_is_exactly_1(objective):
     now = NOW.clone().requires_grad_()
