@@ -1,5 +1,6 @@
 """The processes of a run: which are left behind, and a way to kill one."""
 
+import time
 from collections.abc import Iterator
 
 import psutil
@@ -15,9 +16,12 @@ def marked(mark: str) -> Iterator[tuple[psutil.Process, str]]:
             continue
 
 
-def left_behind(mark: str) -> list[str]:
-    """Processes that carry the mark and live on."""
-    return [command for _, command in marked(mark)]
+def assert_gone(mark: str, within_s: float = 60) -> None:
+    """No process that carries the mark lives on; Ray's own agents take seconds to see that their raylet has ended."""
+    deadline = time.monotonic() + within_s
+    while (left := [command for _, command in marked(mark)]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == []
 
 
 def kill_one(mark: str, name: str) -> None:

@@ -8,12 +8,15 @@ import sys
 import uuid
 from pathlib import Path
 
+STARTED: list[str] = []
+"""The marks of all runs so far: tests/e2e/conftest.py ends what a failed test left of them."""
 RECIPE = Path(__file__).parent / "e2e" / "recipes" / "echo.py"
 
 
 def start(model: Path, folder: Path, *flags: str) -> tuple[subprocess.Popen, str]:
     """A recipe in a process group of its own, and a mark that its environment hands to every process it starts."""
     mark = uuid.uuid4().hex
+    STARTED.append(mark)
     command = [sys.executable, "-W", "ignore", str(RECIPE), "--model", str(model), "--output-dir", str(folder), *flags]
     env = os.environ | {"UNISON_TEST_MARK": mark}
     log = (folder / "terminal.log").open("w")
@@ -26,7 +29,7 @@ def start(model: Path, folder: Path, *flags: str) -> tuple[subprocess.Popen, str
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options), mark
 
 
-def finish(process: subprocess.Popen, folder: Path, seconds: float = 280) -> tuple[int, dict, list[dict]]:
+def finish(process: subprocess.Popen, folder: Path, seconds: float = 560) -> tuple[int, dict, list[dict]]:
     code = process.wait(seconds)
     run = folder / "echo"
     text = (folder / "terminal.log").read_text()

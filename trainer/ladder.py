@@ -3,7 +3,9 @@
 import asyncio
 import math
 import time
+from collections import deque
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -118,17 +120,30 @@ class Ladder:
         """New weights reach the engine while it samples: what was said before, after, and over the old KV."""
         new, room = version + 1, self.patient.config.rollout.max_model_len - max(len(p.token_ids) for p in self.prompts)
         length = min(max(48, math.ceil(LONG_S / self.token_s)), room)
+        was_aborted = await self._aborted()
         await self.cluster.ask_learners("disturb", DISTURBED_BIT)
-        running = asyncio.create_task(self._sample(max_tokens=length))
+        sent = asyncio.Event()
+
+        async def keep_sampling() -> list[list[Completion]]:
+            # Lot after lot, for how long one takes is not known well; the last two are around the update.
+            lots: deque[list[list[Completion]]] = deque(maxlen=2)
+            while not (lots and sent.is_set()):
+                lots.append(await self._sample(max_tokens=length))
+            return [list(chain(*groups)) for groups in zip(*lots, strict=True)]
+
+        running = asyncio.create_task(keep_sampling())
         await asyncio.sleep(0.3 * length * self.token_s)
-        await self.patient.learner.send(new, digesting=False)
+        try:
+            await self.patient.learner.send(new, digesting=False)
+        finally:
+            sent.set()
         batch = self._batch(await running)
         fresh = self._batch(await self._sample())
         after, afresh = await self._trainer(batch), await self._trainer(fresh)
         await self.cluster.ask_learners("disturb", DISTURBED_BIT)
         before = await self._trainer(batch)
         across = ((batch.versions == version).any(1) & (batch.versions == new).any(1))[:, None]
-        aborted = sum(c["aborted"] for c in await self.cluster.ask_engines("counters"))
+        aborted = await self._aborted() - was_aborted
         if aborted:
             text = f"{aborted} requests were aborted by an update"
             self.findings.append(Finding(cause="aborted", severity="fault", where="engine 0", evidence=text))
@@ -139,6 +154,9 @@ class Ladder:
             against("in flight: after it, over the KV that was kept | new weights", after, batch, new_part, held=False),
             against("in flight: begun after it | trainer's new weights", afresh, fresh, fresh.mask),
         ]
+
+    async def _aborted(self) -> int:
+        return sum(c["aborted"] for c in await self.cluster.ask_engines("counters"))
 
     def _batch(self, groups: list[list[Completion]]) -> Batch:
         pairs = zip(self.prompts, groups, strict=True)

@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from models import make_model
-from processes import left_behind, marked
+from processes import assert_gone, marked
 from runs import finish, start
 
 KILLS = int(os.environ.get("UNISON_KILLS", "2"))
-STEPS = 6 * KILLS
+STEPS = 30 + 6 * KILLS
 PROMPTS, SAMPLES = 8, 4
 FLAGS = (
     f"--steps {STEPS} --save-every 2 --prompts-per-step {PROMPTS} --group-size {SAMPLES} --rollout.max-tokens 4 "
@@ -75,6 +75,8 @@ def killed_again_and_again(model: Path, folder: Path, flags: list[str], seed: in
         else:
             wait_for(process, folder, step_of(folder) + 1)
             time.sleep(rng.uniform(0.0, 1.5))
+        if process.poll() == 0:
+            break
         hit = process.poll() is None and strike(mark, process, victim)
         if hit:
             struck[victim] += 1
@@ -82,16 +84,14 @@ def killed_again_and_again(model: Path, folder: Path, flags: list[str], seed: in
         # A run survives its engines, but for one that is struck in its very start.
         if (hit and victim in ("driver", "learner")) or process.poll() is not None:
             assert process.wait(120) != 0, (folder / "terminal.log").read_text()[-3000:]
-            deadline = time.monotonic() + 300  # Ray's own agents give up late where they never met their raylet
-            while left_behind(mark) and time.monotonic() < deadline:
-                time.sleep(0.2)
-            assert left_behind(mark) == []
+            assert_gone(mark, 300)  # Ray's own agents give up late where they never met their raylet
             again = ["--resume", str(folder / "echo")]
             if not (folder / "echo" / "checkpoints").exists():  # struck before the first: it begins anew
                 shutil.rmtree(folder / "echo", ignore_errors=True)
                 again = flags
             process, mark = start(model, folder, *again)
     process.wait(900)
+    assert sum(struck.values()) == KILLS, "the run ended before its last kill: give it more steps"
     return struck
 
 

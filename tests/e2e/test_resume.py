@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,26 +14,44 @@ import torch
 from safetensors.torch import load_file
 
 from models import make_model
-from processes import left_behind
+from processes import assert_gone
 from runs import finish, start
+from trainer.checkpoint import finished
 
-FLAGS = "--steps 9 --save-every 2 --rollout.max-tokens 4 --old-logprobs recompute"
+STEPS = 20
+FLAGS = f"--steps {STEPS} --save-every 2 --rollout.max-tokens 4 --old-logprobs recompute"
 
 
-def wait_for(process: subprocess.Popen, folder: Path, step: int) -> None:
-    """Return once this step is in metrics.jsonl."""
-    path, deadline = folder / "echo" / "metrics.jsonl", time.monotonic() + 600
-    while not (path.exists() and f'"step": {step}.0' in path.read_text()):
+def wait_for(process: subprocess.Popen, folder: Path, what: str, seen: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not seen():
         assert process.poll() is None, (folder / "terminal.log").read_text()[-3000:]
-        assert time.monotonic() < deadline, f"no step {step} within 300 s"
+        assert time.monotonic() < deadline, f"no {what} within 300 s"
         time.sleep(0.02)
 
 
-def gone(mark: str) -> None:
-    deadline = time.monotonic() + 60
-    while left_behind(mark) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert left_behind(mark) == []
+def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+    """Return once this step is in metrics.jsonl."""
+    path = folder / "echo" / "metrics.jsonl"
+    wait_for(process, folder, f"step {step}", lambda: path.exists() and f'"step": {step}.0' in path.read_text())
+
+
+def go_on(model: Path, folder: Path) -> tuple[subprocess.Popen, str, int]:
+    """Resume the run, and return once the steps after its checkpoint are taken back; the checkpoint's step too.
+
+    Flags need not be said again.
+    """
+    path, at = folder / "echo" / "metrics.jsonl", saved(folder)
+    before = path.stat().st_ino
+    process, mark = start(model, folder, "--resume", str(folder / "echo"))
+    wait_for(process, folder, "new file of metrics", lambda: path.stat().st_ino != before)
+    assert f"resuming after step {at}" in (folder / "terminal.log").read_text()
+    return process, mark, at
+
+
+def saved(folder: Path) -> int:
+    """The step of the newest checkpoint."""
+    return int(finished(folder / "echo" / "checkpoints")[-1].name.removeprefix("step-"))
 
 
 def learner(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -60,21 +79,19 @@ def test_kill_9_and_sigterm_at_any_moment_change_nothing_but_the_clock(tmp_path:
 
     # In the middle of step 4, after the checkpoint of step 2.
     process, mark = start(model, killed, *FLAGS.split())
-    wait_for(process, killed, 3)
+    wait_for_step(process, killed, 3)
     os.kill(process.pid, signal.SIGKILL)
     process.wait(10)
-    gone(mark)
-    # Flags need not be said again; those that are count. Killed as it writes the checkpoint of step 4, or just after.
-    again = ("--resume", str(killed / "echo"))
-    process, mark = start(model, killed, *again)
-    wait_for(process, killed, 4)
+    assert_gone(mark)
+    # Killed as it writes its next checkpoint, or just after.
+    process, mark, at = go_on(model, killed)
+    wait_for_step(process, killed, at + 2)
     os.kill(process.pid, signal.SIGKILL)
     process.wait(10)
-    assert "resuming after step 2" in (killed / "terminal.log").read_text()
-    gone(mark)
+    assert_gone(mark)
     # Told to stop, it saves between two checkpoints.
-    process, mark = start(model, killed, *again)
-    wait_for(process, killed, 5)
+    process, mark, at = go_on(model, killed)
+    wait_for_step(process, killed, at + 3)
     os.kill(process.pid, signal.SIGTERM)
     code, summary, _ = finish(process, killed, seconds=60)
     assert (code, summary["status"]) == (143, "interrupted"), (killed / "terminal.log").read_text()[-3000:]
@@ -82,26 +99,26 @@ def test_kill_9_and_sigterm_at_any_moment_change_nothing_but_the_clock(tmp_path:
     assert summary["resume"] in (killed / "terminal.log").read_text()
     stopped = summary["steps"]
     assert (killed / "echo" / "checkpoints" / f"step-{stopped:06d}" / "manifest.json").exists()
-    gone(mark)
-    process, mark = start(model, killed, *again)
+    assert_gone(mark)
+    process, mark, at = go_on(model, killed)
+    assert at == stopped
     code, summary, resumed = finish(process, killed)
     assert code == 0, (killed / "terminal.log").read_text()[-3000:]
-    assert f"resuming after step {stopped}" in (killed / "terminal.log").read_text()
-    gone(mark)
+    assert_gone(mark)
 
     # Weights, Adam's moments, generators; then what was sampled; then every number that is no time.
-    mine, theirs = learner(killed, 8), learner(whole, 8)
+    mine, theirs = learner(killed, STEPS), learner(whole, STEPS)
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
     final = [load_file(folder / "echo" / "model" / "model.safetensors") for folder in (killed, whole)]
     assert [name for name in final[0] if not torch.equal(final[0][name], final[1][name])] == []
     assert sampled(killed) == sampled(whole)
-    assert [row["step"] for row in resumed] == [row["step"] for row in rows] == list(range(1, 10))
+    assert [row["step"] for row in resumed] == [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for one, other in zip(resumed, rows, strict=True):
         for name in one.keys() & other.keys():
             if name.startswith(("reward/", "actor/", "ledger/", "response_length/", "staleness/", "eval/")):
                 assert one[name] == other[name], (one["step"], name)
-    assert summary["ledger"] == expected["ledger"] == {"pending": 0, "trained": 72}
+    assert summary["ledger"] == expected["ledger"] == {"pending": 0, "trained": 8 * STEPS}
     assert summary["tokens"] == expected["tokens"]
     assert summary["eval_before"] == expected["eval_before"]
     assert summary["eval_after"] == expected["eval_after"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from models import make_model
-from processes import kill_one, left_behind
+from processes import assert_gone, kill_one
 from runs import finish, start
 
 
@@ -38,7 +38,7 @@ def test_a_users_objective_learns_and_every_step_agrees_with_the_engine(model: P
     for name in ("config.json", "samples.jsonl", "curves.png", "model/model.safetensors", "model/tokenizer.json"):
         assert (run / name).stat().st_size > 0, name
     assert list(run.glob("wandb/offline-run-*")), "W&B must have recorded the run offline"
-    assert left_behind(mark) == []
+    assert_gone(mark)
 
 
 def test_two_engines_and_two_ranks_overlap_sampling_with_updates_and_lose_no_request(
@@ -63,6 +63,7 @@ def test_two_engines_and_two_ranks_overlap_sampling_with_updates_and_lose_no_req
     assert rows[0]["rollout_corr/logprob_abs_diff_mean"] <= 1e-5
 
 
+@pytest.mark.timeout(1200)
 def test_engines_that_are_killed_come_back_with_the_weights_of_now_and_no_prompt_is_lost(
     model: Path, tmp_path: Path
 ) -> None:
@@ -86,7 +87,7 @@ def test_engines_that_are_killed_come_back_with_the_weights_of_now_and_no_prompt
     assert all(engine["version"] == 10 for engine in summary["engines"])
     assert all(engine["aborted"] == 0 for engine in summary["engines"])
     assert max(row["staleness/max"] for row in steps) <= 1
-    assert left_behind(mark) == []
+    assert_gone(mark)
 
 
 def test_ctrl_c_leaves_no_process_and_a_readable_folder(model: Path, tmp_path: Path) -> None:
@@ -105,7 +106,4 @@ def test_ctrl_c_leaves_no_process_and_a_readable_folder(model: Path, tmp_path: P
     assert summary["steps"] == len(rows) >= 2
     assert summary["ledger"]["trained"] == 8 * len(rows)
     assert (tmp_path / "echo" / "curves.png").stat().st_size > 0
-    deadline = time.monotonic() + 15
-    while left_behind(mark) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert left_behind(mark) == []
+    assert_gone(mark)

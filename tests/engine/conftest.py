@@ -21,8 +21,10 @@ def live() -> Iterator[Callable[..., Live]]:
         started.append(Live(config, **overrides))
         return started[-1]
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield start
+    torch.set_num_threads(threads)
     for one in started:
         one.close()
 

@@ -139,7 +139,7 @@ def test_every_rung_of_the_ladder_agrees_and_an_update_in_flight_loses_nothing(p
     assert ladder.findings == []
     for name, rung in rungs.items():
         assert rung.gap is not None, (name, rung.note)
-        assert rung.gap.tokens > 30, name
+        assert rung.gap.tokens > (3 if "in flight" in name else 30), name
         if rung.held:
             assert rung.gap.mean_abs <= 1e-5, name
             assert rung.gap.k3 <= 1e-9, name

@@ -4,7 +4,6 @@ Whatever happens, no request is aborted, every token was sampled with the whole 
 next update arrives.
 """
 
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -164,7 +163,7 @@ def test_no_fault_aborts_a_request_mixes_versions_or_stops_the_next_update(
     if (phase, fault) == ("tensors", "corrupt"):
         # In shared memory nothing is on its way: both ends read the same bytes.
         monkeypatch.setattr(rollout.sender, "reserve", lambda nbytes: "")
-    sender = updates.open(client, timeout_s=4 if (phase, fault) == ("begin", "drop") else 60)
+    sender = updates.open(client, timeout_s=8 if (phase, fault) == ("begin", "drop") else 60)
     if phase == "tensors":
         with_fault(sender.outbox, FAULTS[fault])
     running = updates.sampling()
@@ -216,4 +215,3 @@ def test_an_engine_killed_in_an_update_is_told_at_once_as_lost(live: Callable, t
     with pytest.raises(EngineLost):
         engine.wait(engine.engine.alive())
     assert time.perf_counter() - began < 30
-    assert threading.active_count() < 100

@@ -86,13 +86,13 @@ def test_an_fp32_head_on_bf16_weights_computes_its_logits_in_fp32():
     for ours, want in both(0.9, of=("logprob", "entropy"), dtype=torch.bfloat16, fp32=True):
         assert ours.dtype == want.dtype
         exact = ours.dtype == torch.float32
-        assert torch.allclose(ours.float(), want.float(), atol=2e-6 if exact else 1e-2, rtol=1e-2 * (not exact))
+        assert torch.allclose(ours.float(), want.float(), atol=5e-6 if exact else 1e-2, rtol=1e-2 * (not exact))
 
 
 def test_a_bf16_head_rounds_its_logits_as_the_dense_one_does():
     for ours, want in both(0.9, of=("logprob", "entropy"), dtype=torch.bfloat16, fp32=False):
         exact = ours.dtype == torch.float32
-        assert torch.allclose(ours.float(), want.float(), atol=2e-6 if exact else 3e-2, rtol=2e-2 * (not exact))
+        assert torch.allclose(ours.float(), want.float(), atol=5e-6 if exact else 3e-2, rtol=2e-2 * (not exact))
 
 
 def test_the_switch_between_fp32_and_bf16_changes_the_numbers():
@@ -200,7 +200,7 @@ def test_over_the_kept_tokens_values_and_gradients_are_those_of_a_dense_softmax_
     ways = ("dense", "truncation", "support", "both")
     for want, *ours in zip(*(over_the_kept(way, truncation, temperature, of) for way in ways), strict=True):
         assert want.abs().max() > 1e-3
-        assert torch.allclose(ours[0], want.float(), atol=1e-6, rtol=1e-6)
+        assert (ours[0] - want).norm() <= 3e-6 * want.norm()
         assert torch.equal(ours[0], ours[1])
         assert torch.equal(ours[0], ours[2])
 
