@@ -18,13 +18,13 @@ config = replace(
     gspo,
     name="gsm8k_ppo",
     # lam=1: the only reward is at the end, and 0.95 would fade it to nothing within a hundred tokens.
-    objective=PPO(lam=1.0),
+    objective=PPO(lam=1.0, critic_warmup=80),
     correction=TokenTIS(cap=2.0),
     steps=150,  # ten epochs
     prompts_per_step=512,
     group_size=1,
-    # Two passes: the critic starts from zero and has the policy's learning rate.
-    trainer=replace(gspo.trainer, epochs=2),
+    # The critic starts from zero: it has ten steps (of two passes over four minibatches) alone, and its own lr.
+    trainer=replace(gspo.trainer, epochs=2, value_lr=1e-5),
 )
 
 if __name__ == "__main__":

@@ -12,14 +12,16 @@ def group_relative(
 ) -> Float[Tensor, " B"]:
     """Reward minus the mean of its group, over the group's standard deviation (unbiased, plus `eps`) if asked.
 
-    Source: GRPO, arXiv 2402.03300, section 4.1.2; without the division: Dr. GRPO, arXiv 2503.20783.
+    Equal rewards give exactly 0: in fp32 the mean of eight times 0.7 is not 0.7, hence fp64. Source: GRPO, arXiv
+    2402.03300, section 4.1.2; without the division: Dr. GRPO, arXiv 2503.20783.
     """
-    count = group_sums(torch.ones_like(rewards), group_ids)
-    centred = rewards - group_sums(rewards, group_ids) / count
-    if not divide_by_std:
-        return centred
-    var = group_sums(centred**2, group_ids) / (count - 1).clamp(min=1)
-    return centred / (var.sqrt() + eps)
+    precise = rewards.double()
+    count = group_sums(torch.ones_like(precise), group_ids)
+    centred = precise - group_sums(precise, group_ids) / count
+    if divide_by_std:
+        var = group_sums(centred**2, group_ids) / (count - 1).clamp(min=1)
+        centred = centred / (var.sqrt() + eps)
+    return centred.to(rewards.dtype)
 
 
 def leave_one_out(rewards: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -27,8 +29,10 @@ def leave_one_out(rewards: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) ->
 
     R_i - (S - R_i) / (k - 1) = (R_i - S / k) k / (k - 1), with S the group's sum and k its size.
     """
-    count = group_sums(torch.ones_like(rewards), group_ids)
-    return (rewards - group_sums(rewards, group_ids) / count) * count / (count - 1).clamp(min=1)
+    precise = rewards.double()
+    count = group_sums(torch.ones_like(precise), group_ids)
+    others = (precise - group_sums(precise, group_ids) / count) * count / (count - 1).clamp(min=1)
+    return others.to(rewards.dtype)
 
 
 def length_weighted(
@@ -38,8 +42,9 @@ def length_weighted(
 
     Source: OPO, arXiv 2505.23585, eq. 7.
     """
-    tokens = mask.sum(dim=1).to(rewards.dtype)
-    return rewards - group_sums(tokens * rewards, group_ids) / group_sums(tokens, group_ids).clamp(min=1)
+    precise, tokens = rewards.double(), mask.sum(dim=1).double()
+    baseline = group_sums(tokens * precise, group_ids) / group_sums(tokens, group_ids).clamp(min=1)
+    return (precise - baseline).to(rewards.dtype)
 
 
 def group_sums(x: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:

@@ -71,7 +71,7 @@ def take(batch: Batch, rows: Tensor) -> Batch:
     No rows give one row whose mask is empty: a forward and backward pass of it runs every layer and adds nothing.
     """
     chosen = rows if len(rows) else torch.zeros(1, dtype=torch.long)
-    width = int(lengths(batch)[chosen].max())
+    width = max(1, int(lengths(batch)[chosen].max()))  # an empty reply needs no column, and a model needs one
     picked: dict[str, Any] = {}
     for f in fields(batch):
         value = getattr(batch, f.name)

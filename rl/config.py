@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rl.corrections import Correction, Uncorrected
-from rl.filters import GroupFilter
+from rl.filters import GroupFilter, ZeroAdvantage
 from rl.objectives import GSPO, M2PO, Objective
 from rl.rewards import Reward
+from rl.shaping import SoftOverlong
 from rl.truncation import Truncation
 from rl.types import Data
 
@@ -148,6 +149,8 @@ class Config:
     data: Callable[[], Data]
     """Called once, on the driver."""
     reward: Reward
+    eval_reward: Reward | None = None
+    """For evaluations, where the one of training is shaped; None: `reward`. pass@k counts what is at least 1."""
     objective: Objective = field(default_factory=GSPO)
     steps: int = 100
     prompts_per_step: int = 8
@@ -198,7 +201,7 @@ class Config:
     """Checkpoints that are kept: one more than needed, for the newest may be found damaged."""
     save_final: bool = True
     """Export the trained model (safetensors and tokenizer) into the run's folder."""
-    chat_template_kwargs: dict[str, str] = field(default_factory=dict)
+    chat_template_kwargs: dict[str, bool | int | str] = field(default_factory=dict)
     seed: int = 0
     output_dir: str = "runs"
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -223,10 +226,18 @@ def check(config: Config) -> None:
         if (getattr(t, name) or 0.0) < 0:
             raise ValueError(f"trainer.{name}={getattr(t, name)} must not be negative")
     _check_memory_settings(config)
-    if config.save_every < 0:
-        raise ValueError(f"save_every={config.save_every} must be at least 0 (0 makes no checkpoint)")
-    if config.max_staleness < 0:
-        raise ValueError(f"max_staleness={config.max_staleness} must be at least 0 (0 is synchronous)")
+    off = {
+        "save_every": (config.save_every, "makes no checkpoint"),
+        "eval_every": (config.eval_every, "evaluates at the start and the end only"),
+        "verify_every": (config.verify_every, "looks at the first update only"),
+        "record_batches": (config.record_batches, "keeps none"),
+        "max_staleness": (config.max_staleness, "is synchronous"),
+        "rollout.retries": (r.retries, "gives a group up with its engine"),
+        "rollout.restarts": (r.restarts, "ends the run with an engine"),
+    }
+    for name, (value, meaning) in off.items():
+        if value < 0:
+            raise ValueError(f"{name}={value} must be at least 0 (0 {meaning})")
     if config.temperature <= 0:
         raise ValueError(
             f"temperature={config.temperature}: greedy samples have no log-probability to learn from; use a "
@@ -279,6 +290,26 @@ def _check_objective(config: Config) -> None:
         raise ValueError(
             f"M2PO's ratio is policy / rollout already, so {type(config.correction).__name__} would count the mismatch "
             "twice: leave `correction` at its default"
+        )
+    if objective.kl_coef < 0 or objective.entropy_coef < 0:
+        raise ValueError(
+            f"kl_coef={objective.kl_coef:g} and entropy_coef={objective.entropy_coef:g} must not be negative: both are "
+            "counted so that a larger one holds the policy closer, or keeps it more random"
+        )
+    if objective.kl_coef and (objective.kl_in, objective.kl_estimator) == ("loss", "k1"):
+        raise ValueError(
+            f"k1 in the loss has no gradient on average (rl/kl.py), so kl_coef={objective.kl_coef:g} would do nothing: "
+            f'use {name}(kl_estimator="k2") or "k3+", or kl_in="reward"'
+        )
+    if config.group_size == 1 and any(isinstance(each, ZeroAdvantage) for each in config.filters):
+        raise ValueError(
+            "filters: the rewards of a group of one are all equal, so ZeroAdvantage would take every group: leave it "
+            "out, or use group_size >= 2"
+        )
+    if isinstance(config.reward, SoftOverlong) and config.reward.max_tokens != config.rollout.max_tokens:
+        raise ValueError(
+            f"SoftOverlong(max_tokens={config.reward.max_tokens}) punishes by another limit than "
+            f"rollout.max_tokens={config.rollout.max_tokens}: give both the same"
         )
     if objective.kl_target is not None and not (objective.kl_target > 0 and objective.kl_coef > 0):
         raise ValueError(

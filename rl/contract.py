@@ -76,7 +76,10 @@ def _shapes(objective: Objective, bench: Bench, batch: Batch) -> Iterator[Findin
     try:
         advantages = objective.advantages(bench.seen_by_advantages(batch))
     except Exception as error:
-        yield _undeclared(objective, bench, batch) or _raised("in advantages(batch)", error)
+        seen = bench.seen_by_advantages(batch)
+        yield _undeclared(bench, seen, "advantages(batch)", objective.advantages) or _raised(
+            "in advantages(batch)", error
+        )
         return
     if advantages.shape != (b, t):
         yield Finding(
@@ -85,13 +88,20 @@ def _shapes(objective: Objective, bench: Bench, batch: Batch) -> Iterator[Findin
             remedy="Give one number per sequence to its tokens with rl.advantages.spread(per_sequence, batch.mask)",
         )
         return
-    policy = bench.policy(batch)
+    policy, seen = bench.policy(batch), bench.seen_by_loss(batch)
     policy.logprobs.requires_grad_()
+    advantages = torch.where(batch.mask, advantages, 0.0)
     try:
-        loss, metrics = objective.loss(policy, batch, torch.where(batch.mask, advantages, 0.0))
+        loss, metrics = objective.loss(policy, seen, advantages)
     except Exception as error:
-        hint = " A [B] tensor beside a [B, T] one needs spread(x, batch.mask) or x[:, None]."
-        yield _raised("in loss(policy, batch, advantages)", error, hint)
+        where, hint = (
+            "loss(policy, batch, advantages)",
+            " A [B] tensor beside a [B, T] one needs spread(x, batch.mask) or x[:, None].",
+        )
+        valued = replace(policy, values=batch.values)
+        yield _undeclared(
+            bench, seen, where, lambda rich: objective.loss(policy if rich.values is None else valued, rich, advantages)
+        ) or _raised(f"in {where}", error, hint)
         return
     if loss.shape != (b, t):
         yield Finding(
@@ -168,7 +178,7 @@ def _ranks(trial: Trial) -> Iterator[Finding]:
 
 
 def _empty_rows(trial: Trial) -> Iterator[Finding]:
-    """A row without sampled tokens gives no NaN, and changes nothing."""
+    """A row without sampled tokens gives no NaN."""
     rows = torch.arange(len(trial.batch.rewards))
     idle_rank = trial.bench.step(trial.batch, [rows, rows[:0]])
     silent = trial.bench.step(replace(trial.batch, mask=trial.batch.mask & (rows != 2)[:, None]))
@@ -372,19 +382,19 @@ def _raised(where: str, error: Exception, hint: str = "") -> Finding:
     return Finding(law="runs", what=f"{where} it raised {said}", remedy=f"Mend that first.{hint}")
 
 
-def _undeclared(objective: Objective, bench: Bench, batch: Batch) -> Finding | None:
-    """When `advantages` runs once it has what it did not ask for."""
+def _undeclared(bench: Bench, seen: Batch, where: str, call: Callable[[Batch], object]) -> Finding | None:
+    """When a method runs once it has what it did not ask for."""
     flags = {"values": "uses_values", "old_logprobs": "uses_old_logprobs", "ref_logprobs": "uses_reference"}
     for name, flag in flags.items():
-        if getattr(objective, flag):
+        if getattr(bench.objective, flag):
             continue
         try:
-            objective.advantages(replace(bench.seen_by_advantages(batch), **{name: getattr(bench.rich(batch), name)}))
+            call(replace(seen, **{name: getattr(bench.rich(seen), name)}))
         except Exception:
             continue
         return Finding(
             law="declares",
-            what=f"advantages(batch) reads batch.{name}, which is None unless the objective asks for it",
+            what=f"{where} reads {name}, which are None unless the objective asks for them",
             remedy=f"Declare `{flag}: ClassVar[bool] = True` in the class",
         )
     return None

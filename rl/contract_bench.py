@@ -113,6 +113,10 @@ class Bench:
             values=batch.values if o.uses_values else None,
         )
 
+    def seen_by_loss(self, batch: Batch) -> Batch:
+        """The same, and the old log-probabilities, which are always there by then."""
+        return replace(self.seen_by_advantages(batch), old_logprobs=batch.old_logprobs)
+
     def policy(self, batch: Batch, drift: float | None = None) -> PolicyOutput:
         """What the policy says now, up to some 0.5 nats from before; `drift` puts it that far off instead."""
         moved = self._noise(batch, 5, 0.35) if drift is None else torch.full(batch.mask.shape, drift)
@@ -129,8 +133,7 @@ class Bench:
     def advantages(self, batch: Batch) -> tuple[Batch, Tensor]:
         """What the trainer makes of a whole step before it cuts it."""
         seen, advantages = prepare(self.objective, self.seen_by_advantages(batch))
-        kept = {n: getattr(batch, n) for n in ("old_logprobs", "ref_logprobs")}
-        return replace(seen, **kept), advantages
+        return replace(seen, old_logprobs=batch.old_logprobs), advantages
 
     def weights(self, batch: Batch) -> Tensor:
         """The trainer's averaging as a weight on every token of the step."""

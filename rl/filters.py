@@ -49,4 +49,4 @@ class Difficulty:
 
 def reason(filters: tuple[GroupFilter, ...], group: list[Trajectory]) -> str | None:
     """The first filter's reason, None when all of them let the group pass."""
-    return next((found for each in filters if (found := each(group)) is not None), None)
+    return next((found for each in filters if (found := each(group))), None)

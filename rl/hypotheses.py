@@ -19,7 +19,7 @@ class Hypothesis:
     """One guess, and what it leaves unexplained."""
 
     cause: str
-    """Key of `rl.findings.REMEDIES`."""
+    """Key of `rl.remedies`."""
     says: str
     """What the engine would be doing."""
     residual: float

@@ -21,6 +21,8 @@ from rl.types import Completion, Prompt, Reply, Trajectory
 Evaluate = Callable[[], Awaitable[dict[str, float]]]
 Judge = Callable[[Reward, Reply, int, float], Awaitable[tuple[float, dict[str, float]]]]
 """`rl.rewards.judge_in_time`, or what stands in for it."""
+JUDGES = 64
+"""Rewards that are asked for at a time, each in a thread: many wait for a sandbox or a model, and do not compute."""
 Save = Callable[[Progress], Awaitable[None]]
 
 
@@ -66,6 +68,9 @@ class Loop:
     """Mean rewards of the groups judged since the last step, kept or not."""
     _filtered: int = 0
     """How many of them the filters took."""
+    _nonfinite: int = 0
+    """Groups since the last step of which a log-probability was no number."""
+    _judges: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(JUDGES))
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def __post_init__(self) -> None:
@@ -136,16 +141,19 @@ class Loop:
     async def _group(self, prompt: Prompt) -> None:
         c, ordinal = self.config, prompt.ordinal
         completions = await self._sample(prompt)
-        group: list[Trajectory] = []
-        for completion in completions:
+
+        async def judged(completion: Completion) -> Trajectory:
             reply = Reply(
                 text=self.decode(completion.token_ids),
                 finished=completion.finish_reason == "stop",
                 task=prompt.task,
                 token_ids=completion.token_ids,
             )
-            reward, parts = await self.judge(c.reward, reply, ordinal, c.deadlines.reward_s)
-            group.append(trajectory(prompt, completion, reward, parts))
+            async with self._judges:
+                reward, parts = await self.judge(c.reward, reply, ordinal, c.deadlines.reward_s)
+            return trajectory(prompt, completion, reward, parts)
+
+        group = list(await asyncio.gather(*map(judged, completions)))
         async with self._changed:
             self._forget(ordinal)
             if not group:
@@ -155,11 +163,18 @@ class Loop:
                 self.flow.move(ordinal, f"filtered({why})" if why else "ready")
                 if not why:
                     self._ready[ordinal] = group
-                self._count(group, filtered=why is not None)
+                self._count(group, filtered=bool(why))
             else:
                 # Never replaced by a number that looks right: the group is set aside, counted, and another admitted.
                 self.flow.move(ordinal, "filtered(nonfinite_logprobs)")
                 self.on_samples(-1, group)
+                self._nonfinite += 1
+                if self._nonfinite > c.max_filtered * c.prompts_per_step:
+                    raise StallError(
+                        f"{self._nonfinite} groups since the last step have log-probabilities that are NaN or infinite "
+                        f"(step -1 in samples.jsonl): weights of version {self.flow.version} are not to be trusted. "
+                        "Look at rollout_corr/* and actor/* of the last steps; lower trainer.lr"
+                    )
             self._changed.notify_all()
 
     def _count(self, group: list[Trajectory], *, filtered: bool) -> None:
@@ -183,6 +198,8 @@ class Loop:
             self.flow.move(prompt.ordinal, "sampling")
             try:
                 completions = await self.rollouts.sample(prompt.token_ids, c.group_size, seed=seed)
+                if any(completion.finish_reason == "abort" for completion in completions):
+                    raise EngineLost("vLLM aborted a request: half a reply is no sample")
             except EngineLost:
                 if again:
                     self.flow.move(prompt.ordinal, "admitted")
@@ -211,7 +228,7 @@ class Loop:
         if c.filters and self._judged:
             metrics["filter/taken_frac"] = self._filtered / len(self._judged)
             metrics["filter/reward_mean"] = fmean(self._judged)
-        self._judged, self._filtered = [], 0
+        self._judged, self._filtered, self._nonfinite = [], 0, 0
 
         learning = time.perf_counter()
         metrics |= await self.learner.step(collate(trajectories))

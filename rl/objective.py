@@ -68,10 +68,12 @@ class Objective(ABC):
 
     @property
     def may_skip(self) -> bool:
-        """Whether a row of zero advantages has no gradient at all: no KL, no entropy bonus, no critic."""
+        """Whether a row of zero advantages may be left out: no KL, no entropy bonus, no critic, nothing that adapts."""
         kl = self.kl_coef > 0 and self.kl_in == "loss"
-        entropy = (self.entropy_coef > 0 or self.entropy_target is not None) and self.entropy_in == "loss"
-        return self.skippable and not (kl or entropy or self.uses_values)
+        entropy = self.entropy_coef > 0 and self.entropy_in == "loss"
+        # A coefficient that moves follows the numbers of all rows.
+        moves = self.kl_target is not None or self.entropy_target is not None
+        return self.skippable and not (kl or entropy or moves or self.uses_values)
 
     @abstractmethod
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:

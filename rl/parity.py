@@ -8,11 +8,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rl.corrections import LOG_RATIO_BOUND
 from rl.objectives import Objective
 from rl.types import Batch, PolicyOutput
-
-LOG_RATIO_LIMIT = 20.0
-"""A sequence's log-ratio is cut here before it is exponentiated: e^20 already outweighs any batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +60,7 @@ def gap(trainer: Float[Tensor, "B T"], rollout: Float[Tensor, "B T"], mask: Bool
     flat, rows = d[mask], mask.any(dim=1)
     ratio = flat.exp()
     k3 = torch.where(mask, d.exp() - d - 1.0, 0.0)
-    sequence = d[rows].sum(dim=1).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    sequence = d[rows].sum(dim=1).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
     worst = int(d.abs().argmax())
     return Gap(
         tokens=int(mask.sum()),
@@ -115,7 +113,7 @@ def clipped_by_noise(objective: Objective, batch: Batch, trainer: Float[Tensor, 
     None when the objective has no clip range (its `loss` returns no `actor/clip_frac` of shape [B, T]).
     """
     nothing = torch.zeros_like(trainer)
-    batch = replace(batch, old_logprobs=batch.rollout_logprobs, values=nothing)
+    batch = replace(batch, old_logprobs=batch.rollout_logprobs, ref_logprobs=trainer, values=nothing)
     policy = PolicyOutput(logprobs=trainer, entropy=nothing, values=nothing)
     tokens, sequences = [], []
     for sign in (1.0, -1.0):

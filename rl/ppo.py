@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rl.advantages import gae, token_rewards, whiten
 from rl.objective import Objective
-from rl.surrogates import check_dual_clip, clipped_surrogate
+from rl.surrogates import check_clip, clipped_surrogate
 from rl.types import Batch, Metrics, PolicyOutput
 
 
@@ -38,7 +38,7 @@ class PPO(Objective):
     group_relative: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_dual_clip(self.dual_clip)
+        check_clip(self.clip_low, self.clip_high, self.dual_clip)
 
     def _raw(self, batch: Batch) -> Float[Tensor, "B T"]:
         return gae(token_rewards(batch), batch.values, batch.mask, gamma=self.gamma, lam=self.lam)

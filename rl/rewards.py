@@ -24,7 +24,7 @@ def judge(reward: Reward, reply: Reply, ordinal: int) -> tuple[float, dict[str, 
     except Exception as error:
         raise RewardError(f"{where} raised {type(error).__name__}: {error}") from error
     parts = dict(result) if isinstance(result, Mapping) else {}
-    if not all(isinstance(part, int | float) for part in parts.values()):
+    if result == {} or not all(isinstance(part, int | float) for part in parts.values()):
         raise RewardError(f"{where} is {result!r}; return a finite float, or a dict of finite floats")
     total = sum(parts.values()) if isinstance(result, Mapping) else result
     if not isinstance(total, int | float) or not math.isfinite(total):

@@ -1,13 +1,16 @@
-"""Objectives whose ratio belongs to a whole sequence: GSPO, GSPO-token and GMPO."""
+"""Objectives whose ratio belongs to a whole sequence: GSPO, GSPO-token and GMPO.
+
+Each is computed token by token (`rl.surrogates.token_by_token`), so that what differs within a sequence, as a token's
+correction, its entropy or a process reward, stays with its token.
+"""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
 from rl.reduce import AverageOver
-from rl.surrogates import clipped_surrogate, geometric_mean, sequence_log_ratio
+from rl.surrogates import check_clip, clipped_surrogate, geometric_mean, token_by_token
 from rl.token_objectives import GRPO
 from rl.types import Batch, Metrics, PolicyOutput
 
@@ -16,7 +19,8 @@ from rl.types import Batch, Metrics, PolicyOutput
 class GSPO(GRPO):
     """Group sequence policy optimisation (arXiv 2507.18071, eq. 5 to 7): one ratio per sequence.
 
-    The ratio is the geometric mean of the token ratios, s = exp(mean_t(log pi_t - log old_t)). Its clip range is some
+    The ratio is the geometric mean of the token ratios, s = exp(mean_t(log pi_t - log old_t)), written as in eq. 13 and
+    14: the same value, and the same gradient where a sequence has one advantage. Its clip range is some
     600 times tighter than GRPO's; bf16 noise between engine and trainer alone exceeds it. With
     `Config.old_logprobs="auto"` the doctor finds that out and has the trainer recompute the old log-probabilities.
     """
@@ -28,26 +32,13 @@ class GSPO(GRPO):
     def loss(
         self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T"], Metrics]:
-        log_s = sequence_log_ratio(policy.logprobs - batch.old_logprobs, batch.mask)
+        log_s = token_by_token(policy.logprobs - batch.old_logprobs, batch.mask)
         return clipped_surrogate(log_s, advantages, self.clip_low, self.clip_high, self.dual_clip)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GSPOToken(GSPO):
-    """GSPO-token (arXiv 2507.18071, eq. 13 and 14): GSPO's ratio and clip, with a gradient token by token.
-
-    s_t = sg(s) pi_t / sg(pi_t) is as large as s, but token t alone moves it. The same as GSPO while all tokens of a
-    sequence share one advantage; for advantages that differ within a sequence.
-    """
-
-    stop_gradient: ClassVar[bool] = True
-
-    def loss(
-        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
-    ) -> tuple[Float[Tensor, "B T"], Metrics]:
-        log_s = sequence_log_ratio(policy.logprobs - batch.old_logprobs, batch.mask).detach()
-        own = policy.logprobs - policy.logprobs.detach()
-        return clipped_surrogate(log_s + own, advantages, self.clip_low, self.clip_high, self.dual_clip)
+    """GSPO-token (arXiv 2507.18071, eq. 13 and 14): the form in which `GSPO` is computed here, under its own name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +54,7 @@ class GMPO(GRPO):
     average_over: AverageOver = "sequences"
 
     def __post_init__(self) -> None:
+        check_clip(self.clip_low, self.clip_high)
         if self.dual_clip is not None:
             raise ValueError("GMPO clips in log space, before the mean: leave dual_clip=None")
 

@@ -88,9 +88,14 @@ def soft_gate(
     return -4.0 / tau * p * advantages, {"actor/gate": (4.0 * p * (1.0 - p)).detach()}
 
 
-def sequence_log_ratio(log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """The mean log-ratio of each sequence's sampled tokens, at every one of them: log of GSPO's s, eq. 7."""
-    return spread(masked_mean(log_ratio, mask), mask)
+def token_by_token(log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """The mean log-ratio of each sequence's sampled tokens, at every one of them, where token t alone moves it.
+
+    log s_t = sg(mean log r) + log r_t - sg(log r_t), outside the mask 0. A loss s_t A_t then has the gradient s A_t
+    grad log pi_t at token t; while A is shared, their sum is that of s A itself. Source: arXiv 2507.18071, eq. 14.
+    """
+    own = torch.where(mask, log_ratio - log_ratio.detach(), 0.0)
+    return spread(masked_mean(log_ratio.detach(), mask), mask) + own
 
 
 def geometric_mean(
@@ -106,10 +111,15 @@ def geometric_mean(
     """
     low, high = (log_ratio < -clip_low) & (advantages < 0), (log_ratio > clip_high) & (advantages > 0)
     held = torch.where(low, -clip_low, torch.where(high, clip_high, log_ratio))
-    return reinforce(sequence_log_ratio(held, mask), advantages), clip_metrics(low, high)
+    return reinforce(token_by_token(held, mask), advantages), clip_metrics(low, high)
 
 
-def check_dual_clip(dual_clip: float | None) -> None:
-    """Raise ValueError for a bound that would cut tokens on which old and new policy agree (ratio 1)."""
+def check_clip(clip_low: float, clip_high: float, dual_clip: float | None = None) -> None:
+    """Raise ValueError for bounds that would cut tokens on which old and new policy agree (ratio 1)."""
+    if clip_low < 0 or clip_high < 0:
+        raise ValueError(
+            f"clip_low={clip_low:g} and clip_high={clip_high:g} must not be negative: ratios are kept between "
+            "1 - clip_low and 1 + clip_high"
+        )
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip={dual_clip:g} must be above 1, e.g. 3.0, or None (off)")

@@ -20,7 +20,7 @@ from rl.advantages import (
 from rl.kl import Estimator
 from rl.objective import Objective
 from rl.reduce import AverageOver
-from rl.surrogates import check_dual_clip, clipped_surrogate, reinforce, soft_gate, truncated_reinforce
+from rl.surrogates import check_clip, clipped_surrogate, reinforce, soft_gate, truncated_reinforce
 from rl.types import Batch, Metrics, PolicyOutput
 
 
@@ -39,7 +39,7 @@ class GRPO(Objective):
     """Above 1, e.g. 3.0: bounds the loss of tokens with A < 0 whose ratio exploded (arXiv 1912.09729, eq. 5)."""
 
     def __post_init__(self) -> None:
-        check_dual_clip(self.dual_clip)
+        check_clip(self.clip_low, self.clip_high, self.dual_clip)
 
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
         return spread(group_relative(batch.rewards, batch.group_ids, divide_by_std=self.divide_by_std), batch.mask)
@@ -157,6 +157,7 @@ class CISPO(GRPO):
     stop_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_clip(self.clip_low, self.clip_high)
         if self.dual_clip is not None:
             raise ValueError("CISPO bounds the weight of every token already: leave dual_clip=None")
 
@@ -180,6 +181,10 @@ class SAPO(Objective):
     divide_by_std: bool = True
     average_over: AverageOver = "sequences"
 
+    def __post_init__(self) -> None:
+        if min(self.tau_positive, self.tau_negative) <= 0:
+            raise ValueError(f"SAPO's tau ({self.tau_positive:g}, {self.tau_negative:g}) must be above 0")
+
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
         return spread(group_relative(batch.rewards, batch.group_ids, divide_by_std=self.divide_by_std), batch.mask)
 
@@ -202,6 +207,10 @@ class M2PO(Objective):
     divide_by_std: bool = True
 
     uses_old_logprobs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.second_moment <= 0:
+            raise ValueError(f"second_moment={self.second_moment:g} must be above 0: no token would be left")
 
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
         advantages = group_relative(batch.rewards, batch.group_ids, divide_by_std=self.divide_by_std)

@@ -49,21 +49,29 @@ class Examination:
 
     def old_logprobs(self) -> tuple[str, str]:
         """What `old_logprobs="auto"` means for this run, and why."""
-        config, clip = self.config, self.evidence.clip
-        name = type(config.objective).__name__
-        if config.old_logprobs != "auto":
-            return config.old_logprobs, "as configured"
-        if config.objective.uses_old_logprobs:
-            return "recompute", f"{name} compares the trainer's own with the engine's"
-        if not isinstance(config.correction, Uncorrected):
-            return "recompute", f"{type(config.correction).__name__} compares the trainer's own with the engine's"
-        if config.max_staleness:
-            return "recompute", f"max_staleness={config.max_staleness}: a sample's age must not use up the clip range"
+        settled, clip = by_settings(self.config), self.evidence.clip
+        name = type(self.config.objective).__name__
+        if settled:
+            return settled
         if clip is None:
             return "recompute", f"{name} reports no clip range to hold against the noise"
         if clip.sequences > CLIPPED:
             return "recompute", f"noise alone would clip {clip.sequences:.0%} of {name}'s sequences"
         return "rollout", f"noise alone clips {clip.sequences:.1%} of {name}'s sequences"
+
+
+def by_settings(config: Config) -> tuple[str, str] | None:
+    """What `Config.old_logprobs` comes to, and why, where the settings alone say so; None where noise must decide."""
+    name = type(config.objective).__name__
+    if config.old_logprobs != "auto":
+        return config.old_logprobs, "as configured"
+    if config.objective.uses_old_logprobs:
+        return "recompute", f"{name} compares the trainer's own with the engine's"
+    if not isinstance(config.correction, Uncorrected):
+        return "recompute", f"{type(config.correction).__name__} compares the trainer's own with the engine's"
+    if config.max_staleness:
+        return "recompute", f"max_staleness={config.max_staleness}: a sample's age must not use up the clip range"
+    return None
 
 
 class Patient:

@@ -20,7 +20,7 @@ async def evaluate(
 ) -> dict[str, float]:
     """Metrics by set, with k = `config.eval_samples`: avg@k is the mean reward, pass@k the share of problems with at
     least one reward of 1, avg@k_se the standard error of the mean over problems. Seeds do not change between calls."""
-    k = config.eval_samples
+    k, judged_by = config.eval_samples, config.eval_reward or config.reward
 
     async def problem(name: str, prompt: Prompt) -> list[float]:
         seed = sample_seed(config.seed + 7919, prompt.ordinal)
@@ -32,7 +32,7 @@ async def evaluate(
         for c in completions:
             text = decode(c.token_ids)
             reply = Reply(text=text, finished=c.finish_reason == "stop", task=prompt.task, token_ids=c.token_ids)
-            rewards.append((await judge_in_time(config.reward, reply, prompt.ordinal, config.deadlines.reward_s))[0])
+            rewards.append((await judge_in_time(judged_by, reply, prompt.ordinal, config.deadlines.reward_s))[0])
         return rewards
 
     async def patiently(sample: Callable[[], Awaitable[list[Completion]]], retries: int) -> list[Completion]:

@@ -108,7 +108,8 @@ def prepare(config: Config) -> Prepared:
         name: encode_all(tokenizer, examples, config, f"data.evals[{name!r}]") for name, examples in data.evals.items()
     }
     # An empty reply is the one every reward must be able to judge; it finds wrong signatures before anything starts.
-    judge(config.reward, Reply(text="", finished=False, task=train[0].task, token_ids=[]), 0)
+    for reward in (config.reward, config.eval_reward or config.reward):
+        judge(reward, Reply(text="", finished=False, task=train[0].task, token_ids=[]), 0)
     return Prepared(tokenizer=tokenizer, first_prompt=data.train[0].prompt, train=train, evals=evals)
 
 

@@ -20,6 +20,7 @@ from rl.watch import Watch
 from trainer import checkpoint, report
 from trainer.checkup import checkup
 from trainer.cluster import Cluster
+from trainer.doctor import by_settings
 from trainer.doctor_report import save, show, token_table
 from trainer.evaluate import evaluate
 from trainer.fleet import Fleet
@@ -217,9 +218,11 @@ class Run:
     async def _check(self, learner: RemoteLearner) -> None:
         """Give the engines their first weights, and see that both sides mean the same. Raises ParityError."""
         config, cluster, version = self.config, self.cluster, self.progress.version
-        source = self.resumed.saved("old_logprobs") if self.resumed else None
+        before = self.resumed.saved("old_logprobs") if self.resumed and not by_settings(config) else None
         if config.doctor == "off":
             await learner.publish(version)
+            if before:
+                await self._settle(before)
             return
         with status("checking that engines and trainer agree"):
             report = await checkup(cluster, learner, self.prepared, version)
@@ -229,11 +232,14 @@ class Run:
         self.summary["doctor"] = report.verdict
         if report.faults:
             raise ParityError(report.message())
-        # What was decided on the start model holds for the whole run.
-        source = source or report.old_logprobs[0]
+        # What noise decided on the start model holds for the whole run.
+        await self._settle(before or report.old_logprobs[0])
+
+    async def _settle(self, source: str) -> None:
+        """What `old_logprobs="auto"` comes to."""
         self.summary["old_logprobs"] = source
         self.watch.settle(source)
-        await cluster.ask_learners("use_old_logprobs", source)
+        await self.cluster.ask_learners("use_old_logprobs", source)
 
     def __enter__(self) -> "Run":
         return self

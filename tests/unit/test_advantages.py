@@ -39,6 +39,15 @@ def test_a_group_of_equal_rewards_has_no_advantage():
     assert got.tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("reward", [0.7, -0.1, 10.1, 1000.1])
+def test_equal_rewards_that_fp32_cannot_average_have_none_either(reward):
+    rewards, group_ids = torch.full((24,), reward), torch.arange(24) // 8
+    mask = torch.arange(5)[None] < torch.randint(1, 6, (24, 1), generator=torch.Generator().manual_seed(0))
+    assert not group_relative(rewards, group_ids, divide_by_std=True).any()
+    assert not leave_one_out(rewards, group_ids).any()
+    assert not length_weighted(rewards, group_ids, mask).any()
+
+
 def test_group_names_do_not_matter():
     rewards = torch.tensor([1.0, 0.0, 3.0, 1.0])
     small = group_relative(rewards, torch.tensor([0, 1, 0, 1]), divide_by_std=True)

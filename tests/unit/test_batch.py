@@ -116,6 +116,13 @@ def test_taking_rows_keeps_their_order_and_every_column_of_the_longest():
     assert part.group_ids.tolist() == [2, 5]
 
 
+def test_an_empty_reply_still_has_a_column():
+    silent = replace(SHORT, token_ids=[20], mask=[False], logprobs=[0.0], versions=[-1])
+    part = take(collate([TWO_TURNS, silent]), torch.tensor([1]))
+    assert part.input_ids.shape == (1, 2)
+    assert part.mask.tolist() == [[False]]
+
+
 def test_taking_no_rows_gives_a_row_that_adds_nothing():
     part = take(collate([TWO_TURNS, SHORT]), torch.empty(0, dtype=torch.long))
     assert len(part.input_ids) == 1

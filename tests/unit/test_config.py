@@ -7,7 +7,9 @@ import pytest
 
 from rl.config import Config, Lora, RolloutConfig, TrainerConfig, check
 from rl.corrections import TokenTIS
-from rl.objectives import GRPO, GSPO, M2PO, PPO, ReinforcePP
+from rl.filters import ZeroAdvantage
+from rl.objectives import GRPO, GSPO, M2PO, PPO, RLOO, ReinforcePP
+from rl.shaping import SoftOverlong
 from rl.truncation import Truncation
 from rl.types import Data
 from trainer.placement import check_fits, default_threads, engine_threads, learner_threads, plan
@@ -44,6 +46,19 @@ def config_of(**settings):
         ({"trainer": TrainerConfig(lora=Lora(rank=4, alpha=0.0))}, "alpha=0 above 0"),
         ({"trainer": TrainerConfig(value_lr=-1.0)}, "trainer.value_lr=-1.0 must not be negative"),
         ({"objective": GSPO(kl_target=0.02)}, "kl_target=0.02 needs to be above 0, and a kl_coef above 0"),
+        ({"objective": RLOO(kl_coef=0.05, kl_in="loss")}, "k1 in the loss has no gradient on average (rl/kl.py), so"),
+        ({"objective": GRPO(kl_coef=-0.1)}, "kl_coef=-0.1 and entropy_coef=0 must not be negative"),
+        ({"objective": GRPO(entropy_coef=-0.1)}, "kl_coef=0 and entropy_coef=-0.1 must not be negative"),
+        ({"eval_every": -1}, "eval_every=-1 must be at least 0 (0 evaluates at the start and the end only)"),
+        ({"rollout": RolloutConfig(retries=-1)}, "rollout.retries=-1 must be at least 0"),
+        (
+            {"filters": (ZeroAdvantage(),), "objective": PPO(), "group_size": 1},
+            "ZeroAdvantage would take every group: leave it out",
+        ),
+        (
+            {"reward": SoftOverlong(reward=lambda reply: 1.0, max_tokens=1024, buffer=128)},
+            "SoftOverlong(max_tokens=1024) punishes by another limit than rollout.max_tokens=256",
+        ),
         ({"objective": GSPO(entropy_target=0.0)}, "entropy_target=0 must be above 0 nats per token"),
         (
             {"trainer": TrainerConfig(value_lr=1e-3)},

@@ -189,6 +189,25 @@ def test_a_planted_mistake_in_the_advantages_is_named(method, found):
     assert laws(planted(advantages=method)) == found
 
 
+@pytest.mark.parametrize(
+    ("reads", "flag"),
+    [
+        (lambda policy, batch: batch.ref_logprobs, "uses_reference"),
+        (lambda policy, batch: batch.values, "uses_values"),
+        (lambda policy, batch: policy.values, "uses_values"),
+    ],
+)
+def test_what_a_loss_reads_without_declaring_it_is_named_with_its_flag(reads, flag):
+    def loss(self, policy, batch, advantages):
+        plain, metrics = right(self, policy, batch, advantages)
+        return plain + 0.01 * (policy.logprobs - reads(policy, batch).detach()) ** 2, metrics
+
+    (finding,) = check_objective(planted(loss=loss))
+    assert finding.law == "declares"
+    assert f"Declare `{flag}: ClassVar[bool] = True`" in finding.remedy
+    assert "loss(policy, batch, advantages) reads" in finding.what
+
+
 def test_a_baseline_other_than_the_group_can_be_declared():
     assert not laws(planted(advantages=mean_of_the_step, group_relative=False))
     assert not laws(planted(loss=penalised, skippable=False))

@@ -16,13 +16,13 @@ from rl.corrections import TokenTIS
 from rl.diagnosis import Finding
 from rl.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
 from rl.hypotheses import Hypothesis
-from rl.objectives import GRPO, GSPO
+from rl.objectives import GRPO, GSPO, M2PO
 from rl.parity import NoiseClip, gap
 from rl.truncation import Truncation
 from rl.types import Batch, Data
 from trainer import doctor_report
 from trainer.checkup import Checkup
-from trainer.doctor import Examination
+from trainer.doctor import Examination, by_settings
 from trainer.doctor_report import as_dict, bit_for_bit, save, show, token_table
 from trainer.ladder import Rung
 from trainer.tracking import RunTracker
@@ -327,6 +327,20 @@ def test_a_correction_has_the_old_log_probabilities_recomputed_for_else_it_would
     assert quiet.old_logprobs()[0] == "rollout"
     corrected = replace(quiet, config=replace(quiet.config, correction=TokenTIS()))
     assert corrected.old_logprobs() == ("recompute", "TokenTIS compares the trainer's own with the engine's")
+
+
+def test_noise_decides_only_where_the_settings_leave_it_open():
+    config = replace(make_checkup().config, old_logprobs="auto", max_staleness=0, objective=GSPO())
+    assert by_settings(config) is None
+    for changed, source in (
+        ({"old_logprobs": "rollout"}, "rollout"),
+        ({"max_staleness": 2}, "recompute"),
+        ({"correction": TokenTIS()}, "recompute"),
+        ({"objective": M2PO()}, "recompute"),
+    ):
+        settled = by_settings(replace(config, **changed))
+        assert settled is not None
+        assert settled[0] == source
 
 
 def test_of_several_engines_the_worst_is_told(monkeypatch):

@@ -5,7 +5,7 @@ from math import exp, log, sqrt
 import pytest
 import torch
 
-from rl.corrections import Uncorrected
+from rl.corrections import IcePop, Uncorrected
 from rl.loss import critic_alone, full_loss, prepare
 from rl.objectives import (
     CISPO,
@@ -168,19 +168,38 @@ def test_gmpo_clips_each_token_in_log_space_before_the_mean():
     assert metrics["actor/clip_frac"].tolist() == [[1, 0, 0], [0, 0, 1]]
 
 
-def test_gspo_token_is_gspo_while_a_sequence_has_one_advantage():
-    ratio, advantages = [[1.1, 0.9, 1.2], [1.0, 1.3, 0.9]], [[1.0] * 3, [-2.0] * 3]
-    wide = {"clip_low": 0.2, "clip_high": 0.2}
-    plain, token = (loss_of(each(**wide), ratio, advantages, mask=MASK) for each in (GSPO, GSPOToken))
-    assert token[0] == close(plain[0])
-    assert token[2] == close(plain[2])
+@pytest.mark.parametrize(
+    "objective", [GSPO(clip_low=0.2, clip_high=0.2), GSPOToken(clip_low=0.2, clip_high=0.2), GMPO()]
+)
+def test_a_sequences_ratio_has_the_gradient_of_the_whole_ratio_while_its_advantage_is_shared(objective):
+    ratio, advantages = [[1.1, 0.9, 1.2], [1.0, 1.3, 0.9]], torch.tensor([[1.0] * 3, [-2.0] * 3])
+    loss, _, grad = loss_of(objective, ratio, advantages.tolist(), mask=MASK)
+    # exp(mean of log r) as the papers write it, by autograd: each token moves the whole sequence's ratio.
+    now = (OLD + torch.tensor(ratio).log()).requires_grad_()
+    log_s = torch.where(MASK, now - OLD, 0.0).sum(dim=1, keepdim=True) / MASK.sum(dim=1, keepdim=True)
+    whole = torch.where(MASK, -log_s.exp() * advantages, 0.0)
+    whole.sum().backward()
+    kept = MASK.flatten().tolist()
+    assert [x for x, keep in zip(loss, kept, strict=True) if keep] == close(whole[MASK].tolist())
+    assert grad == close(now.grad.flatten().tolist())
 
 
-def test_gspo_token_gives_each_token_its_own_advantage():
+@pytest.mark.parametrize("objective", [GSPO(clip_low=0.5, clip_high=0.5), GMPO()])
+def test_what_differs_within_a_sequence_stays_with_its_token(objective):
     ratio, advantages = [[1.1, 0.9, 1.2]] * 2, [[1.0, 0.0, -3.0]] * 2
-    _, _, grad = loss_of(GSPOToken(clip_low=0.5, clip_high=0.5), ratio, advantages)
+    _, _, grad = loss_of(objective, ratio, advantages)
     s = (1.1 * 0.9 * 1.2) ** (1 / 3)
     assert grad[:3] == close([-s, 0.0, 3 * s])
+
+
+@pytest.mark.parametrize("objective", [each() for each in FAMILY if each not in (PPO, M2PO)], ids=repr)
+def test_a_token_that_a_correction_rejects_has_no_gradient(objective):
+    now = OLD.clone().requires_grad_()
+    rollout = OLD - torch.tensor([[0.0, 3.0, 0.0], [0.0, 0.0, 0.0]])
+    policy = PolicyOutput(logprobs=now, entropy=torch.zeros_like(now))
+    loss, _ = full_loss(objective, IcePop(), policy, batch_of(rollout=rollout), torch.ones(2, 3))
+    torch.where(MASK, loss, 0.0).sum().backward()
+    assert now.grad.flatten().tolist() == close([-1.0, 0.0, -1.0, 0.0, -1.0, -1.0])
 
 
 def test_m2po_masks_what_drifted_furthest_and_weighs_the_rest_by_policy_over_rollout():

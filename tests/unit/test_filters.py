@@ -39,6 +39,7 @@ def test_the_first_filter_with_a_reason_gives_it():
     assert reason(filters, group(1.0, 1.0)) == "zero_advantage"
     assert reason(filters, group(1.0, 0.0)) is None
     assert reason((), group(1.0, 1.0)) is None
+    assert reason((lambda group: False, ZeroAdvantage()), group(1.0, 1.0)) == "zero_advantage"
 
 
 def reply(tokens):

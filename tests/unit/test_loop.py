@@ -4,6 +4,8 @@ import asyncio
 import math
 import time
 from collections import Counter
+from dataclasses import replace
+from threading import Barrier
 
 import pytest
 
@@ -188,7 +190,7 @@ def test_a_reward_that_raises_ends_the_run_and_names_its_prompt():
     assert balanced(loop)["pending"] >= 1
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, None, "1", {"a": 1.0, "b": math.nan}, {"a": None}])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None, "1", {"a": 1.0, "b": math.nan}, {"a": None}, {}])
 def test_a_reward_that_is_no_number_ends_the_run(bad):
     engines = Engines()
     trainer = Trainer(engines)
@@ -215,6 +217,37 @@ def test_a_group_with_nan_logprobs_is_set_aside_and_replaced(bound):
     assert all(math.isnan(t.logprobs[-1]) for t in set_aside), "kept as it came, for inspection"
     assert all(batch.rollout_logprobs.isfinite().all() for batch in trainer.batches)
     assert max(trainer.ages) <= bound
+
+
+def test_engines_that_say_nothing_but_nan_end_the_run_and_it_says_so():
+    engines = Engines(broken=range(1000))
+    trainer = Trainer(engines)
+    with pytest.raises(StallError, match=r"^7 groups since the last step have log-probabilities that are NaN or inf"):
+        run(loop_of(engines, trainer, max_filtered=3))
+    assert trainer.batches == []
+
+
+def test_a_group_of_which_a_reply_was_aborted_is_sampled_again():
+    class Aborting(Engines):
+        async def sample(self, token_ids, n, *, seed, temperature=None):
+            call, said = self.calls, await super().sample(token_ids, n, seed=seed)
+            return [*said[1:], replace(said[0], finish_reason="abort")] if call in (1, 4) else said
+
+    engines, ends = Aborting(), set()
+    loop = run(loop_of(engines, Trainer(engines), reward=lambda reply: float(ends.add(reply.finished) or 1.0)))
+    assert balanced(loop) == {"trained": 12}
+    assert ends == {True}
+
+
+def test_the_replies_of_a_group_are_judged_at_the_same_time():
+    meet = Barrier(2, timeout=10)  # of two threads, the replies of one group
+
+    def reward(reply):
+        meet.wait()
+        return 1.0
+
+    engines = Engines()
+    assert balanced(run(loop_of(engines, Trainer(engines), reward=reward, steps=1)))["trained"] == 2
 
 
 def odd_prompts_tell_replies_apart():

@@ -80,6 +80,20 @@ def test_noise_clips_gspo_long_before_grpo() -> None:
         assert (free.tokens, free.sequences) == (0.0, 0.0)
 
 
+def test_the_noise_of_an_objective_that_reads_the_reference_can_be_told() -> None:
+    class Near(GRPO):
+        uses_reference = True
+
+        def loss(self, policy: PolicyOutput, batch: Batch, advantages: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+            loss, metrics = super().loss(policy, batch, advantages)
+            return loss + (policy.logprobs - batch.ref_logprobs) ** 2, metrics
+
+    rollout = torch.full((2, 2), -1.0)
+    clip = clipped_by_noise(Near(), batch_of(rollout, torch.ones(2, 2, dtype=torch.bool)), rollout)
+    assert clip is not None
+    assert clip.tokens == 0.0
+
+
 def test_an_objective_without_clip_range_has_no_noise_to_clip() -> None:
     class Plain(Objective):
         def advantages(self, batch: Batch) -> torch.Tensor:
