@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterable, Iterator
 from types import FrameType
@@ -10,6 +11,25 @@ from typing import Any
 
 LINES = 6
 """Innermost frames shown of each thread."""
+
+
+class Heartbeat:
+    """When this process last did what it was asked to."""
+
+    def __init__(self) -> None:
+        self.did, self.at = "", time.monotonic()
+
+    def beat(self, did: str) -> None:
+        """It did that just now."""
+        self.did, self.at = did, time.monotonic()
+
+    def __str__(self) -> str:
+        seconds = time.monotonic() - self.at
+        return (
+            f"it last answered to {self.did}, {seconds:.0f} s ago"
+            if self.did
+            else f"no answer in {seconds:.0f} s of life"
+        )
 
 
 def stacks(calls: Iterable[Any] = ()) -> str:

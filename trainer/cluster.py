@@ -17,7 +17,7 @@ from rl import checkout
 from rl.config import Config
 from rl.loop import StallError, first_error
 from rl.protocols import EngineLost
-from rl.stacks import stacks
+from rl.stacks import Heartbeat, stacks
 from rl.weights import check_complete
 from rollout import forkserver
 from rollout.settings import engine_env
@@ -30,8 +30,8 @@ class Host:
     """One actor process. Builds its object there, so that the driver imports neither vLLM nor DeepSpeed."""
 
     def __init__(self) -> None:
-        self.calls: set[Any] = set()
-        """Coroutines under way."""
+        self.heartbeat = Heartbeat()
+        self.calls: set[Any] = set()  # coroutines under way
 
     def address(self) -> tuple[str, int]:
         """This node's address and a free port on it."""
@@ -59,12 +59,14 @@ class Host:
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the hosted object."""
-        return getattr(self.object, method)(*args, **kwargs)
+        result = getattr(self.object, method)(*args, **kwargs)
+        self.heartbeat.beat(method)
+        return result
 
     @ray.method(concurrency_group="watch")
     def stacks(self) -> str:
         """Where this process is, told by a thread of its own."""
-        return stacks(list(self.calls))
+        return f"{self.heartbeat}\n{stacks(list(self.calls))}"
 
     def connect(self, client: "EngineClient", **channel: Any) -> None:
         """On a learner rank: open the weight channel. Here, because only this file may hand rollout to trainer."""
@@ -94,9 +96,11 @@ class AsyncHost(Host):
         call = getattr(self.object, method)(*args, **kwargs)
         self.calls.add(call)
         try:
-            return await call
+            result = await call
         finally:
             self.calls.discard(call)
+        self.heartbeat.beat(method)
+        return result
 
 
 def actor_of(host: type) -> Any:
@@ -122,8 +126,7 @@ class EngineClient:
             _, late = ray.wait(refs, num_returns=len(refs), timeout=0)
             names = [i for i, ref in enumerate(refs) if ref in late]
             raise StallError(
-                f"the learner waited {self.deadline_s:g} s for engines {names} to {what} "
-                f"(weight version {self.version})"
+                f"the learner waited {self.deadline_s:g} s for engines {names} to {what} (version {self.version})"
             ) from None
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -316,9 +319,6 @@ class Cluster:
         return await gather_answers(
             [a.call.remote(method, *args) for a in self.learners], late, deadline_s, self.learners
         )
-
-
-# -- waiting -----------------------------------------------------------------------------------------------------
 
 
 async def answer(ref: Any, late: str, deadline_s: float, actor: Any = None) -> Any:

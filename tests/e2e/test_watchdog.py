@@ -19,6 +19,9 @@ CONFIG = Config(name="t", model="m", data=lambda: Data(train=[]), reward=lambda 
 class Sleeper:
     """Stands in for a learner rank that is stuck in a collective, or an engine that waits for vLLM."""
 
+    def wake(self) -> None:
+        """Done."""
+
     def step(self) -> None:
         time.sleep(60)
 
@@ -36,8 +39,13 @@ class SleepingHost(Host):
     object = Sleeper()
 
 
+class AsyncSleeper(Sleeper):
+    async def wake(self) -> None:
+        """Done."""
+
+
 class SleepingAsyncHost(AsyncHost):
-    object = Sleeper()
+    object = AsyncSleeper()
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,7 @@ def stuck():
     one.learners = [actor_of(SleepingHost).remote()]
     one.engines = [actor_of(SleepingAsyncHost).options(max_concurrency=8).remote() for _ in range(2)]
     for actor in (*one.learners, *one.engines):
-        asyncio.run(cluster.answer(actor.stacks.remote(), "an actor did not start", 120.0))
+        asyncio.run(cluster.answer(actor.call.remote("wake"), "an actor did not start", 120.0))
     yield one
     asyncio.run(one.close())
 
@@ -66,4 +74,5 @@ def test_a_late_actor_is_named_with_its_stack_within_seconds_of_the_deadline(stu
         asyncio.run(ask(stuck))
     assert f"the driver waited 2 s for {who}" in str(error.value)
     assert where in str(error.value)
+    assert "It is here:\nit last answered to wake, " in str(error.value)
     assert time.perf_counter() - began < 30
