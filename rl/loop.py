@@ -197,9 +197,7 @@ class Loop:
         for again in range(c.rollout.retries, -1, -1):
             self.flow.move(prompt.ordinal, "sampling")
             try:
-                completions = await self.rollouts.sample(prompt.token_ids, c.group_size, seed=seed)
-                if any(completion.finish_reason == "abort" for completion in completions):
-                    raise EngineLost("vLLM aborted a request: half a reply is no sample")
+                completions = whole(await self.rollouts.sample(prompt.token_ids, c.group_size, seed=seed))
             except EngineLost:
                 if again:
                     self.flow.move(prompt.ordinal, "admitted")
@@ -309,6 +307,13 @@ class Loop:
                 f"{self.config.prompts_per_step} groups are ready, {len(self._since)} are being sampled or judged"
                 f"{age}. Look at the engines' log, or raise `deadlines.sample_s`"
             ) from None
+
+
+def whole(completions: list[Completion]) -> list[Completion]:
+    """The completions. Raises EngineLost where one was aborted: half a reply is no sample."""
+    if any(completion.finish_reason == "abort" for completion in completions):
+        raise EngineLost("vLLM aborted a request")
+    return completions
 
 
 def now() -> float:
