@@ -52,7 +52,7 @@ def judge(
     """
     for field, needed in (("values", objective.uses_values), ("ref_logprobs", objective.needs_reference)):
         if needed and getattr(batch, field) is None:
-            raise ValueError(f"{name} reads {field}, which records do not hold: only the learner has them")
+            raise ValueError(f"{name} reads {field}, which this record has not: record a run that has them")
     seen, advantages = prepare(objective, batch)
     now = policy.logprobs.detach().clone().requires_grad_()
     said = PolicyOutput(logprobs=now, entropy=policy.entropy, values=policy.values)

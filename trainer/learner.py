@@ -237,9 +237,19 @@ class Learner:
 
     def logprobs_and_entropy(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The same, and the entropy of the distribution at each token: [B, T] in nats each, on CPU."""
-        said = self._forward_all(self.engine, batch, torch.arange(len(batch.rewards)))
+        said = self.answer(batch)
         assert said.entropy is not None
         return said.logprobs, said.entropy
+
+    def answer(self, batch: Batch) -> PolicyOutput:
+        """The policy's answer of now: [B, T] each, on CPU; `values` None without a critic."""
+        said = self._forward_all(self.engine, batch, torch.arange(len(batch.rewards)))
+        return said if self.objective.uses_values else replace(said, values=None)
+
+    def reference_logprobs(self, batch: Batch) -> Tensor | None:
+        """The frozen start model's log-probabilities [B, T] in nats, on CPU; None where the objective needs none."""
+        rows = torch.arange(len(batch.rewards))
+        return self._ask_reference(batch, rows) if self.objective.needs_reference else None
 
     # -- examining -----------------------------------------------------------------------------------------------
 

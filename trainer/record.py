@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,8 +16,8 @@ from rl.types import Batch, PolicyOutput
 from trainer.remote import RemoteLearner
 
 SCHEMA = "unison-batch/1"
-AskLogprobs = Callable[[Batch], Awaitable[tuple[Tensor, Tensor]]]
-"""Log-probabilities and entropies of a batch's tokens, by the learner as it is: [B, T] in nats each."""
+Ask = Callable[[str, Batch], Awaitable[Any]]
+"""`answer` or `reference_logprobs` of the learner as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Record:
     """One step as it was."""
 
     batch: Batch
-    """`old_logprobs` are the trainer's before the step."""
+    """`old_logprobs` and `values` are the trainer's before the step; values and reference where the run has them."""
     policy: PolicyOutput
     """What the trainer says after it."""
     horizon: int
@@ -65,9 +66,10 @@ def load(path: Path) -> Record:
 
 
 class Recorder:
-    """`rl.protocols.Learner` that writes every n-th step's record, at the price of two forward passes for each."""
+    """`rl.protocols.Learner` that writes every n-th step's record, at the price of two forward passes for each, and of
+    one of the reference where there is one."""
 
-    def __init__(self, learner: RemoteLearner, ask: AskLogprobs, folder: Path, config: Config) -> None:
+    def __init__(self, learner: RemoteLearner, ask: Ask, folder: Path, config: Config) -> None:
         self.learner, self.ask, self.folder, self.config = learner, ask, folder, config
         self.steps = learner.version
         """Done so far, also before a resume."""
@@ -79,12 +81,12 @@ class Recorder:
             return await self.learner.step(batch)
         async with self.learner.published:
             # Alone with the ranks: an engine that comes back asks them for weights.
-            before, _ = await self.ask(batch)
+            before: PolicyOutput = await self.ask("answer", batch)
+            reference: Tensor | None = await self.ask("reference_logprobs", batch)
         metrics = await self.learner.step(batch)
-        logprobs, entropy = await self.ask(batch)
         record = Record(
-            batch=replace(batch, old_logprobs=before),
-            policy=PolicyOutput(logprobs=logprobs, entropy=entropy),
+            batch=replace(batch, old_logprobs=before.logprobs, values=before.values, ref_logprobs=reference),
+            policy=await self.ask("answer", batch),
             horizon=self.config.rollout.max_tokens,
             objective=type(self.config.objective).__name__,
         )

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from rl.config import Config
 from rl.data import stream
 from rl.diagnosis import ParityError
@@ -180,8 +178,8 @@ class Run:
         if not self.config.record_batches:
             return learner
 
-        async def ask(batch: Batch) -> tuple[Tensor, Tensor]:
-            return (await self.cluster.ask_learners("logprobs_and_entropy", batch))[0]
+        async def ask(method: str, batch: Batch) -> Any:
+            return (await self.cluster.ask_learners(method, batch))[0]
 
         return Recorder(learner, ask, self.folder / "batches", self.config)
 

@@ -67,7 +67,7 @@ def test_where_nothing_moved_all_agree_but_for_their_averaging():
 def test_a_record_without_what_an_objective_reads_is_refused():
     record = record_of([[1.0, 1.0], [1.0, 1.0]])
     for objective, lacks in ((PPO(), "values"), (GRPO(kl_coef=0.1), "ref_logprobs")):
-        with pytest.raises(ValueError, match=f"x reads {lacks}, which records do not hold"):
+        with pytest.raises(ValueError, match=f"x reads {lacks}, which this record has not"):
             judge("x", objective, record.batch, record.policy, 4)
 
 
@@ -112,8 +112,11 @@ class Ranks:
         self.published.release()
         return SyncReport(seconds=0.0, pause_seconds=0.0, bytes=version, verified=True)
 
-    async def ask(self, batch):
-        return torch.full(batch.mask.shape, float(-1 - self.steps)), torch.zeros(batch.mask.shape)
+    async def ask(self, method, batch):
+        of_now = torch.full(batch.mask.shape, float(-1 - self.steps))
+        if method == "reference_logprobs":
+            return torch.full(batch.mask.shape, -9.0)
+        return PolicyOutput(logprobs=of_now, entropy=torch.zeros(batch.mask.shape), values=of_now + 10.0)
 
 
 def test_every_nth_step_is_kept_with_what_the_trainer_said_before_and_after(tmp_path):
@@ -131,7 +134,11 @@ def test_every_nth_step_is_kept_with_what_the_trainer_said_before_and_after(tmp_
     assert sorted(p.name for p in (tmp_path / "batches").iterdir()) == ["step-2.safetensors", "step-4.safetensors"]
     second = load(tmp_path / "batches" / "step-2.safetensors")
     assert (float(second.batch.old_logprobs.max()), float(second.policy.logprobs.max())) == (-2.0, -3.0)
+    assert (float(second.batch.values.max()), float(second.policy.values.max())) == (8.0, 7.0)
     assert second.objective == "GSPO"
+    # So that a critic, or a KL in the reward, can be judged too.
+    for objective in (PPO(), GRPO(kl_coef=0.1, kl_in="reward", kl_estimator="k1")):
+        assert judge("x", objective, second.batch, second.policy, 4).gradient.isfinite().all()
 
 
 def test_after_a_resume_records_keep_the_numbers_of_their_steps(tmp_path):
