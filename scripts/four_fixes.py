@@ -1,6 +1,6 @@
 """What does each of the four fixes of vLLM V0 -> V1 do? All four on, then each off alone, in numbers and in curves.
 
-python scripts/four_fixes.py                  # half an hour on two cores that others use as well
+python scripts/four_fixes.py                  # 20 to 35 minutes on two cores
 python scripts/four_fixes.py --static-only    # without the learning curves: 6 minutes
 """
 
