@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from models import make_model
 from processes import assert_gone, marked
 from runs import finish, start
+from trainer.checkpoint import finished
 
 KILLS = int(os.environ.get("UNISON_KILLS", "2"))
 STEPS = 30 + 6 * KILLS
@@ -86,7 +87,7 @@ def killed_again_and_again(model: Path, folder: Path, flags: list[str], seed: in
             assert process.wait(120) != 0, (folder / "terminal.log").read_text()[-3000:]
             assert_gone(mark, 300)  # Ray's own agents give up late where they never met their raylet
             again = ["--resume", str(folder / "echo")]
-            if not (folder / "echo" / "checkpoints").exists():  # struck before the first: it begins anew
+            if not finished(folder / "echo" / "checkpoints"):  # struck before the first, or in it: it begins anew
                 shutil.rmtree(folder / "echo", ignore_errors=True)
                 again = flags
             process, mark = start(model, folder, *again)
