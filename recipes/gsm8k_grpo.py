@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from gsm8k_gspo import config as gspo
 
-from rl.corrections import TokenTIS
 from rl.objectives import GRPO
+from rl.objectives.corrections import TokenTIS
 from trainer.launch import launch
 
 config = replace(

@@ -12,8 +12,8 @@ import sympy
 from math_verify import LatexExtractionConfig, parse, verify
 
 from rl.config import Config, RolloutConfig, TrainerConfig
-from rl.corrections import GeometricMask
 from rl.objectives import GSPO
+from rl.objectives.corrections import GeometricMask
 from rl.types import Data, Example, Reply
 from trainer.launch import launch
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from gsm8k_gspo import config as gspo
 
-from rl.corrections import Uncorrected
+from rl.objectives.corrections import Uncorrected
 from trainer.launch import launch
 
 config = replace(

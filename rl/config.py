@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rl.corrections import Correction, Uncorrected
 from rl.filters import GroupFilter, ZeroAdvantage
 from rl.objectives import GSPO, M2PO, Objective
-from rl.rewards import Reward
-from rl.shaping import SoftOverlong
+from rl.objectives.corrections import Correction, Uncorrected
+from rl.rewards.score import Reward
+from rl.rewards.shaping import SoftOverlong
 from rl.truncation import Truncation
 from rl.types import Data
 
@@ -170,7 +170,7 @@ class Config:
     """The proximal policy: the trainer's own log-probabilities at the start of the step, or the engine's. auto: the
     engine's where `max_staleness` is 0 and the doctor finds that noise alone would not clip, else the trainer's."""
     correction: Correction = field(default_factory=Uncorrected)
-    """Importance weight old / rollout on the policy loss, e.g. `TokenTIS(cap=2.0)` of rl/corrections.py."""
+    """Importance weight old / rollout on the policy loss, e.g. `TokenTIS(cap=2.0)` of rl/objectives/corrections.py."""
     doctor: Literal["short", "full", "off"] = "short"
     """Before the first step, check that the engines' log-probabilities mean what the loss thinks, and end the run with
     the cause and the remedy when not. full: with the ladder of `unison doctor`, which takes minutes."""
@@ -298,8 +298,8 @@ def _check_objective(config: Config) -> None:
         )
     if objective.kl_coef and (objective.kl_in, objective.kl_estimator) == ("loss", "k1"):
         raise ValueError(
-            f"k1 in the loss has no gradient on average (rl/kl.py), so kl_coef={objective.kl_coef:g} would do nothing: "
-            f'use {name}(kl_estimator="k2") or "k3+", or kl_in="reward"'
+            f"k1 in the loss has no gradient on average (rl/objectives/kl.py), so kl_coef={objective.kl_coef:g} would "
+            f'do nothing: use {name}(kl_estimator="k2") or "k3+", or kl_in="reward"'
         )
     if config.group_size == 1 and any(isinstance(each, ZeroAdvantage) for each in config.filters):
         raise ValueError(

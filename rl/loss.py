@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl.advantages import token_rewards
-from rl.corrections import Correction, Uncorrected, sequence_log_ratio, token_log_ratio
-from rl.kl import kl_estimate
-from rl.objective import Objective
+from rl.objectives.advantages import token_rewards
+from rl.objectives.corrections import Correction, Uncorrected, sequence_log_ratio, token_log_ratio
+from rl.objectives.kl import kl_estimate
+from rl.objectives.objective import Objective
 from rl.types import Batch, Metrics, PolicyOutput
 
 MOMENTS = {
@@ -40,7 +40,8 @@ def prepare(objective: Objective, batch: Batch) -> tuple[Batch, Float[Tensor, "B
     if advantages.shape != batch.mask.shape:
         raise ValueError(
             f"{type(objective).__name__}.advantages returned shape {tuple(advantages.shape)}; it must return "
-            f"[B, T]={tuple(batch.mask.shape)}: rl.advantages.spread gives one number per sequence to its tokens"
+            f"[B, T]={tuple(batch.mask.shape)}: rl.objectives.advantages.spread gives one number per sequence to its "
+            "tokens"
         )
     return batch, torch.where(batch.mask, advantages, 0.0)
 

@@ -16,7 +16,7 @@ from rl.config import Config
 from rl.protocols import EngineLost, UpdateFailed
 from rl.tokens import encode
 from rl.types import Completion
-from rollout import forkserver
+from rollout import process as forkserver
 from rollout.settings import engine_args
 
 T = TypeVar("T")

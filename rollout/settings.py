@@ -37,7 +37,7 @@ def engine_args(config: Config, *, device: str, backend: str, model: str) -> dic
         # A model's own generation_config (top_k, top_p, temperature) must not slip into the sampler.
         "generation_config": "vllm",
         "enforce_eager": cpu if r.enforce_eager is None else r.enforce_eager,
-        "worker_extension_cls": "rollout.weights.WorkerExtension",
+        "worker_extension_cls": "rollout.worker.WorkerExtension",
         "weight_transfer_config": {"backend": TRANSFER_ENGINES[backend]},
         "disable_log_stats": True,
     }

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import Config, Deadlines, RolloutConfig, TrackingConfig, TrainerConfig
-from rl.corrections import TokenTIS, Uncorrected
 from rl.objectives import GRPO
+from rl.objectives.corrections import TokenTIS, Uncorrected
 from rl.types import Data, Reply
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,7 +130,7 @@ def main() -> None:
     args = parser.parse_args()
     from gpu_check import make_model
 
-    from trainer.cluster import Cluster
+    from trainer.cluster.cluster import Cluster
 
     Cluster.engine = "heavy_tailed:HeavyTailed"
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}

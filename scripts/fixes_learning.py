@@ -14,7 +14,7 @@ import torch
 
 from rl.config import Config, Deadlines, TrackingConfig
 from rl.objectives import GRPO
-from rl.parity import clustered_error
+from rl.parity.gap import clustered_error
 from rl.types import Data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,8 +33,8 @@ METRICS = (
 
 def learn(engine: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     """The curves of one short run; a run that breaks gives those that it got to, and says what broke it."""
-    from trainer.cluster import Cluster
-    from trainer.remote import RemoteLearner
+    from trainer.cluster.cluster import Cluster
+    from trainer.cluster.remote import RemoteLearner
     from trainer.run import run
 
     recipe = runpy.run_path(str(ROOT / "recipes" / "quickstart.py"))
@@ -72,7 +72,7 @@ def learn(engine: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"seed": seed, "error": None, "refusals": refusals}
     began = time.perf_counter()
     # A run samples a group again of which a reply was aborted; these shall learn from what they get.
-    as_it_is = patch("rl.loop.whole", lambda completions: completions)
+    as_it_is = patch("rl.loop.loop.whole", lambda completions: completions)
     with patch.object(Cluster, "engine", engine), patch.object(RemoteLearner, "_verify", noted), as_it_is:
         try:
             run(config)

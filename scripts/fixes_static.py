@@ -15,7 +15,7 @@ import torch
 from rl.batch import collate, trajectory
 from rl.config import Config, RolloutConfig
 from rl.objectives import GRPO, GSPO
-from rl.parity import Gap, clipped_by_noise, clustered_error, gap
+from rl.parity.gap import Gap, clipped_by_noise, clustered_error, gap
 from rl.types import Data, Example, Prompt, Trajectory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,8 +72,8 @@ class Channel:
 
 async def open_channel(engine: Any, policy: Any) -> Any:
     """What sends a policy's weights to the engine."""
-    from rollout.sender import open_sender
-    from trainer.weights import LearnerWeights
+    from rollout.weights.sender import open_sender
+    from trainer.learner.weights import LearnerWeights
 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -165,8 +165,8 @@ def _k3(g: Gap) -> Number:
 
 def prompts_and_policies() -> tuple[list[Prompt], Any, Any]:
     """The prompts of the V0 reference as chat messages, the trainer before the update, and after it."""
-    from trainer.model import load
-    from trainer.tokens import encode_all, load_tokenizer
+    from trainer.model.policy import load
+    from trainer.prompts import encode_all, load_tokenizer
 
     tokenizer = load_tokenizer(MODEL)
     items = json.loads((ROOT / "tests" / "data" / "vllm_v0_fp32.json").read_text())["items"]

@@ -21,7 +21,7 @@ from fixes_learning import learn
 from fixes_static import OBJECTIVES, Number, prompts_and_policies, static
 
 from rollout.settings import engine_env
-from trainer.report import stack_versions
+from trainer.runs.settings import stack_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = {

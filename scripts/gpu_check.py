@@ -29,13 +29,13 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from rl.batch import collate, take, trajectory
 from rl.config import Config, Deadlines, RolloutConfig, TrackingConfig, TrainerConfig
 from rl.objectives import GRPO
-from rl.parity import Gap, gap
+from rl.parity.gap import Gap, gap
 from rl.types import Data, Example, Prompt, Reply
 from rollout.settings import engine_env
-from trainer.model import load
-from trainer.placement import plan
-from trainer.report import stack_versions
-from trainer.tokens import load_tokenizer
+from trainer.cluster.placement import plan
+from trainer.model.policy import load
+from trainer.prompts import load_tokenizer
+from trainer.runs.settings import stack_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 470  # of the whole script; the phases' own limits add up to more, for not all of them will hang
@@ -202,8 +202,8 @@ def loop(args: argparse.Namespace) -> dict[str, Any]:
 
 def weight_sync(args: argparse.Namespace) -> dict[str, Any]:
     """Seven updates of a model with Qwen2.5-0.5B's shape through the run's own cluster; the first is verified."""
-    from trainer.cluster import Cluster
-    from trainer.remote import RemoteLearner
+    from trainer.cluster.cluster import Cluster
+    from trainer.cluster.remote import RemoteLearner
 
     shape = {"hidden": 896, "inner": 4864, "layers": 24, "vocabulary": 151936}
     shape = {"hidden": 256, "inner": 1024, "layers": 4, "vocabulary": 8192} if args.device == "cpu" else shape

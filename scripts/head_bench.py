@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import trainer.head
-from trainer.head import LogprobHead
+import trainer.model.head
+from trainer.model.head import LogprobHead
 
 Said = tuple[Tensor, Tensor]
 """Log-probability and entropy, [N] each."""
@@ -35,7 +35,7 @@ def whole(head: LogprobHead, hidden: Tensor, targets: Tensor) -> Said:
 
 def chunked(rows: int) -> Callable[[LogprobHead, Tensor, Tensor], Said]:
     def ask(head: LogprobHead, hidden: Tensor, targets: Tensor) -> Said:
-        trainer.head.CHUNK = rows
+        trainer.model.head.CHUNK = rows
         return head(hidden, targets, 1.0)
 
     return ask

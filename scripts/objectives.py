@@ -43,8 +43,8 @@ def learn(name: str, seed: int, steps: int, lr: float, folder: str) -> dict[str,
     from staleness import sample
     from transformers import AutoModelForCausalLM
 
-    import trainer.learner
-    from trainer.learner import Learner
+    import trainer.learner.learner
+    from trainer.learner.learner import Learner
 
     objective, began = SETTINGS[name], time.perf_counter()
     torch.manual_seed(seed)
@@ -68,7 +68,7 @@ def learn(name: str, seed: int, steps: int, lr: float, folder: str) -> dict[str,
         port = s.getsockname()[1]
     if torch.distributed.is_initialized():
         # The learners of one process, one after the other, share its group.
-        trainer.learner.join_group = lambda *_: None
+        trainer.learner.learner.join_group = lambda *_: None
     learner = Learner(config, rank=0, device="cpu", address="127.0.0.1", port=port, model=model)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     targets = dict(plain.named_parameters())

@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rl.batch import collate, lengths, micro_batches, take
 from rl.types import Batch, Trajectory
-from trainer.model import Policy
-from trainer.packing import pack
+from trainer.model.packing import pack
+from trainer.model.policy import Policy
 
 
 def step_of(groups: int, size: int, prompt: int, median: int, longest: int) -> Batch:

@@ -15,10 +15,10 @@ import torch
 
 from rl.batch import collate, trajectory
 from rl.config import Config, RolloutConfig
-from rl.parity import Gap, gap
+from rl.parity.gap import Gap, gap
 from rl.types import Batch, Data, Prompt
 from rollout.settings import engine_env
-from trainer.model import load
+from trainer.model.policy import load
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = str(ROOT / "models" / "smollm2-135m")

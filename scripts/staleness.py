@@ -24,8 +24,8 @@ import torch
 
 from rl.batch import collate, trajectory
 from rl.config import Config, TrainerConfig
-from rl.corrections import TokenTIS, Uncorrected
 from rl.objectives import GRPO, GSPO
+from rl.objectives.corrections import TokenTIS, Uncorrected
 from rl.types import Completion, Data, Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,8 +66,8 @@ def learn(setting: str, lag: int, seed: int, steps: int, lr: float, folder: str)
     from gpu_check import make_model
     from transformers import AutoModelForCausalLM
 
-    import trainer.learner
-    from trainer.learner import Learner
+    import trainer.learner.learner
+    from trainer.learner.learner import Learner
 
     torch.manual_seed(seed)
     model = make_model(Path(folder) / f"seed-{seed}", hidden=128, inner=256, layers=2)
@@ -85,7 +85,7 @@ def learn(setting: str, lag: int, seed: int, steps: int, lr: float, folder: str)
         port = s.getsockname()[1]
     if torch.distributed.is_initialized():
         # The learners of one process, one after the other, share its group.
-        trainer.learner.join_group = lambda *_: None
+        trainer.learner.learner.join_group = lambda *_: None
     learner = Learner(config, rank=0, device="cpu", address="127.0.0.1", port=port, model=model)
     versions: deque[dict[str, torch.Tensor]] = deque(maxlen=lag + 1)
     generator, rewards, ess = torch.Generator().manual_seed(1000 + seed), [], []

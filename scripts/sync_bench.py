@@ -29,8 +29,8 @@ from torch import Tensor
 from rl.config import Config, RolloutConfig
 from rl.types import Data
 from rl.weights import TensorMeta
-from trainer.cluster import Cluster, EngineClient, started
-from trainer.placement import plan
+from trainer.cluster.cluster import Cluster, EngineClient, started
+from trainer.cluster.placement import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts")]
@@ -130,28 +130,28 @@ def memcpy_seconds(training: Training, place: Tensor) -> float:
 
 
 def open_channel(kind: str, training: Training, engine: Engine) -> Any:
-    import rollout.channel
-    import rollout.sender
+    import rollout.weights.channel
+    import rollout.weights.sender
 
     port = free_port()
     if kind == "tensor by tensor":
         joined = engine.begin("rpc", "join_per_tensor", port)
-        group = rollout.channel.join("127.0.0.1", port, 0, 2, 120)
+        group = rollout.weights.channel.join("127.0.0.1", port, 0, 2, 120)
         joined()
         return group
-    reserve = rollout.sender.reserve
-    rollout.sender.reserve = reserve if kind == "shared memory" else lambda nbytes: ""
-    rollout.channel.ANCHOR_EVERY = 1 if kind == "gloo, whole" else 10**9
+    reserve = rollout.weights.sender.reserve
+    rollout.weights.sender.reserve = reserve if kind == "shared memory" else lambda nbytes: ""
+    rollout.weights.channel.ANCHOR_EVERY = 1 if kind == "gloo, whole" else 10**9
     ends = {"weights": training, "expected": engine.expected, "client": engine.client, "rank": 0, "timeout_s": 120.0}
     try:
-        return rollout.sender.open_sender("gloo", **ends, address="127.0.0.1", port=port, world_size=2)
+        return rollout.weights.sender.open_sender("gloo", **ends, address="127.0.0.1", port=port, world_size=2)
     finally:
-        rollout.sender.reserve = reserve
+        rollout.weights.sender.reserve = reserve
 
 
 def one_by_one(group: Any, training: Training, engine: Engine) -> float:
     """An update tensor by tensor; returns the seconds in which sampling stood still."""
-    from rollout.channel import broadcast
+    from rollout.weights.channel import broadcast
 
     engine.call("pause")
     engine.call("rpc", "begin_per_tensor")
@@ -167,7 +167,7 @@ def measure(
     training: Training, engine: Engine, updates: int, turns: int, channels: tuple[str, ...] = CHANNELS
 ) -> dict[str, Record]:
     """The channels in turns, so that a slow minute of the machine meets every one."""
-    from rollout.sparse import density
+    from rollout.weights.sparse import density
 
     records = {kind: Record() for kind in channels}
     place = torch.ones(2 * training.flat().numel(), dtype=torch.uint8)  # touched: `empty` and `zeros` are not
@@ -234,13 +234,13 @@ async def run(load: str, updates: int, turns: int) -> dict[str, Any]:
 
 async def by_size(layers: int, bucket_mib: list[int], updates: int) -> list[dict[str, Any]]:
     """Rows of a model with so many layers: every bucket size, and tensor by tensor."""
-    import rollout.channel
+    import rollout.weights.channel
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         async with engine_of(replace(CONFIG, model=make(layers, folder)), "engine waits") as (_, training, engine):
             for mib in bucket_mib:
-                rollout.channel.BUCKET_BYTES = mib * 2**20
+                rollout.weights.channel.BUCKET_BYTES = mib * 2**20
                 channels = ("shared memory", "gloo, whole") + ("tensor by tensor",) * (mib == bucket_mib[-1])
                 records = await asyncio.to_thread(measure, training, engine, updates, 1, channels)
                 for kind, r in records.items():

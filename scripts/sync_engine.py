@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from rollout.engine import Engine
-from rollout.weights import WorkerExtension
+from rollout.worker import WorkerExtension
 
 
 class PerTensor(WorkerExtension):
     """A worker that receives tensor by tensor, as vLLM's own example for RL does: a call and a broadcast for each."""
 
     def join_per_tensor(self, port: int) -> None:
-        from rollout.channel import join
+        from rollout.weights.channel import join
 
         self.group = join("127.0.0.1", port, 1, 2, 120)
 
@@ -24,7 +24,7 @@ class PerTensor(WorkerExtension):
         initialize_layerwise_reload(self.weight_transfer_engine.model)
 
     def receive_one(self, name: str, shape: list[int]) -> None:
-        from rollout.channel import broadcast
+        from rollout.weights.channel import broadcast
 
         tensor = broadcast(self.group, torch.empty(shape, dtype=torch.bfloat16))
         self.weight_transfer_engine.model.load_weights([(name, tensor)])

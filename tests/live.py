@@ -66,7 +66,7 @@ class Live:
         self.wait(self.engine.finish_weight_update(self.version))
 
     def open_sender(self, weights: Any, timeout_s: float = 60) -> Any:
-        from rollout.sender import open_sender
+        from rollout.weights.sender import open_sender
 
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""One real engine and one real learner rank in this process, answering as `trainer.cluster.Cluster` does."""
+"""One real engine and one real learner rank in this process, answering as `trainer.cluster.cluster.Cluster` does."""
 
 import asyncio
 import socket
@@ -11,16 +11,16 @@ import torch.distributed as dist
 from live import Live
 from rl.config import Config
 from rl.types import Data, Example
-from trainer.doctor import Patient
-from trainer.learner import Learner
-from trainer.preflight import Prepared, prepare
-from trainer.remote import RemoteLearner
+from trainer.cluster.remote import RemoteLearner
+from trainer.doctor.examine import Patient
+from trainer.learner.learner import Learner
+from trainer.plan.preflight import Prepared, prepare
 
 
 def make_learner(config: Config) -> Learner:
     """A rank alone in its group; all learners of a process share that group, for DeepSpeed knows only one."""
     if dist.is_initialized():
-        with patch("trainer.learner.join_group"):
+        with patch("trainer.learner.learner.join_group"):
             return Learner(config, rank=0, device="cpu", address="", port=0, model=config.model)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rl.protocols import UpdateFailed
 from rl.weights import TensorMeta
-from rollout.channel import Inbox, Layout, Outbox, join, reserve, this_host
+from rollout.weights.channel import Inbox, Layout, Outbox, join, reserve, this_host
 
 
 class Receiver:

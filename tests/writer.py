@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from trainer import checkpoint
+from trainer.runs import checkpoint
 
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "fsync"}
 KILLED = 9

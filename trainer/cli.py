@@ -11,7 +11,7 @@ from types import ModuleType
 from rl.config import Config
 from rl.objectives import Objective
 from trainer.launch import hurry, override, readable_errors
-from trainer.terminal import console
+from trainer.tracking.terminal import console
 
 USAGE = """unison doctor RECIPE.py [--short] [--FLAGS of the recipe]
 
@@ -54,12 +54,12 @@ def doctor(recipe: str, flags: list[str]) -> None:
     short = "--short" in flags
     config = override(load_recipe(recipe), [f for f in flags if f != "--short"])
 
-    from trainer import report
-    from trainer.checkup import Checkup, full_checkup, short_checkup
-    from trainer.doctor_report import save, show, token_table
-    from trainer.preflight import Prepared, place, prepare
+    from trainer.doctor.doctor import Checkup, full_checkup, short_checkup
+    from trainer.doctor.report import save, show, token_table
+    from trainer.plan.preflight import Prepared, place, prepare
     from trainer.run import fresh_folder
-    from trainer.tracking import RunTracker, wandb_mode
+    from trainer.runs import settings as report
+    from trainer.tracking.tracker import RunTracker, wandb_mode
 
     place(config)
     tracking = config.tracking
@@ -100,8 +100,8 @@ def check_objective(target: str, flags: list[str]) -> None:
     """Hold an objective to its contract; exits with 1 when it breaks it."""
     if flags:
         raise ValueError(f"check-objective takes one objective and no flags, but got {flags}")
-    from rl import contract
-    from trainer.contract_report import show
+    from rl.contract import check as contract
+    from trainer.commands.check_objective import show
 
     objective = load_objective(target)
     found = contract.check_objective(objective)
@@ -111,7 +111,7 @@ def check_objective(target: str, flags: list[str]) -> None:
 
 def what_if(path: str, flags: list[str]) -> None:
     """Compare objectives on a recorded step."""
-    from trainer.what_if import compare
+    from trainer.commands.what_if import compare
 
     compare(path, flags)
 

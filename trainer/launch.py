@@ -11,15 +11,15 @@ import tyro
 from rich.table import Table
 
 from rl.config import Config, check
-from rl.diagnosis import ParityError
-from rl.loop import StallError
+from rl.loop.loop import StallError
 from rl.protocols import EngineLost, UpdateFailed
-from rl.rewards import RewardError
-from trainer import report
-from trainer.blame import StartError
-from trainer.placement import plan
-from trainer.resume import Resumed, resume
-from trainer.terminal import console
+from rl.rewards.score import RewardError
+from trainer.cluster.placement import plan
+from trainer.cluster.start_error import StartError
+from trainer.doctor.diagnosis import ParityError
+from trainer.runs import settings as report
+from trainer.runs.resume import Resumed, resume
+from trainer.tracking.terminal import console
 
 _OURS = (RewardError, ParityError, StallError, StartError, EngineLost, UpdateFailed)
 USER_ERRORS = (ValueError, OSError, ImportError, *_OURS)
@@ -103,10 +103,10 @@ def readable_errors() -> Iterator[None]:
 def dry_run(config: Config) -> None:
     """Print the resolved config, the placement and what memory it needs. Starts no actor."""
     check(config)
-    from trainer.cluster import cluster_gpus
-    from trainer.memory import check_memory, needs, shape_of, there
-    from trainer.memory import rows as memory_rows
-    from trainer.preflight import check_rows, check_truncation
+    from trainer.cluster.cluster import cluster_gpus
+    from trainer.plan.memory import check_memory, needs, shape_of, there
+    from trainer.plan.memory import rows as memory_rows
+    from trainer.plan.preflight import check_rows, check_truncation
 
     gpus = cluster_gpus()
     placement = plan(config, cuda=gpus > 0, gpus=gpus)

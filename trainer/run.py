@@ -9,29 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import Config
-from rl.data import stream
-from rl.diagnosis import ParityError
-from rl.loop import Loop
-from rl.resume import Progress
+from rl.loop.evaluate import evaluate
+from rl.loop.loop import Loop
+from rl.loop.progress import Progress
+from rl.loop.stream import stream
+from rl.parity.watch import Watch
 from rl.types import Batch
-from rl.watch import Watch
-from trainer import checkpoint, report
-from trainer.checkup import checkup
-from trainer.cluster import Cluster
-from trainer.doctor import by_settings
-from trainer.doctor_report import save, show, token_table
-from trainer.evaluate import evaluate
-from trainer.fleet import Fleet
-from trainer.memory import check_memory, needs, shape_of, there
-from trainer.model_card import write_card
-from trainer.placement import Placement
-from trainer.preflight import Prepared, check_rows, place, prepare
-from trainer.record import Recorder
-from trainer.remote import RemoteLearner, RemoteRollouts
-from trainer.resume import Resumed, data_digest, state_of, write_history
+from trainer.cluster.cluster import Cluster
+from trainer.cluster.fleet import Fleet
+from trainer.cluster.placement import Placement
+from trainer.cluster.remote import RemoteLearner, RemoteRollouts
+from trainer.doctor.diagnosis import ParityError
+from trainer.doctor.doctor import checkup
+from trainer.doctor.examine import by_settings
+from trainer.doctor.report import save, show, token_table
+from trainer.plan.memory import check_memory, needs, shape_of, there
+from trainer.plan.preflight import Prepared, check_rows, place, prepare
+from trainer.runs import checkpoint
+from trainer.runs import settings as report
+from trainer.runs.model_card import write_card
+from trainer.runs.records import Recorder
+from trainer.runs.resume import Resumed, data_digest, state_of, write_history
 from trainer.stop import EXIT_CODE, Stop
-from trainer.terminal import Lines, closing_table, console, status
-from trainer.tracking import RunTracker
+from trainer.tracking.terminal import Lines, closing_table, console, status
+from trainer.tracking.tracker import RunTracker
 
 
 def run(config: Config, *, resumed: Resumed | None = None, flags: Sequence[str] = ()) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rl.batch import collate, trajectory
 from rl.config import Config, Lora, TrainerConfig
 from rl.objectives import GRPO, PPO
 from rl.types import Completion, Data, Prompt
-from trainer.learner import Learner
+from trainer.learner.learner import Learner
 
 rank, ranks, stage, dtype, port, objective, model, out, folder, action, more = sys.argv[1:]
 config = Config(

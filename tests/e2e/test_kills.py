@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from models import make_model
 from processes import assert_gone, marked
 from runs import finish, start
-from trainer.checkpoint import finished
+from trainer.runs.checkpoint import finished
 
 KILLS = int(os.environ.get("UNISON_KILLS", "2"))
 STEPS = 30 + 6 * KILLS

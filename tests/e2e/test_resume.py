@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from models import make_model
 from processes import assert_gone
 from runs import finish, start
-from trainer.checkpoint import finished
+from trainer.runs.checkpoint import finished
 
 STEPS = 20
 FLAGS = f"--steps {STEPS} --save-every 2 --rollout.max-tokens 4 --old-logprobs recompute"

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from rl.config import Config, Deadlines
-from rl.loop import StallError
+from rl.loop.loop import StallError
 from rl.types import Data
-from trainer import cluster
-from trainer.cluster import AsyncHost, Cluster, Host, actor_of
+from trainer.cluster import cluster
+from trainer.cluster.cluster import AsyncHost, Cluster, Host, actor_of
 
 CONFIG = Config(name="t", model="m", data=lambda: Data(train=[]), reward=lambda reply: 1.0)
 

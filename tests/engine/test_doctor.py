@@ -12,8 +12,8 @@ from live import engine_config
 from pair import Pair, make_learner, patient
 from rl.config import RolloutConfig
 from rl.types import Completion
-from trainer.doctor import Examination
-from trainer.ladder import Ladder
+from trainer.doctor.comparisons import Ladder
+from trainer.doctor.examine import Examination
 
 TEMPLATE = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}>"
 PROMPTS = [[{"role": "user", "content": f"{a} plus {7 * a % 10} is"}] for a in range(16)]

@@ -14,14 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from wire import FAULTS, with_fault
 
-import rollout.channel
-import rollout.sender
+import rollout.weights.channel
+import rollout.weights.sender
 from live import Live, engine_config
 from rl.batch import collate, trajectory
 from rl.protocols import EngineLost, UpdateFailed
 from rl.types import Completion, Prompt
-from trainer.model import load
-from trainer.weights import LearnerWeights
+from trainer.learner.weights import LearnerWeights
+from trainer.model.policy import load
 
 PROMPT = list(range(10, 40))
 TOLERANCE = 1e-5
@@ -94,7 +94,7 @@ def updates(live: Callable, tiny: Callable) -> Updates:
 
 @pytest.fixture(autouse=True)
 def many_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout.channel, "BUCKET_BYTES", 200_000)
+    monkeypatch.setattr(rollout.weights.channel, "BUCKET_BYTES", 200_000)
 
 
 class Faulty:
@@ -162,7 +162,7 @@ def test_no_fault_aborts_a_request_mixes_versions_or_stops_the_next_update(
     client = Faulty(updates.engine, phase, fault)
     if (phase, fault) == ("tensors", "corrupt"):
         # In shared memory nothing is on its way: both ends read the same bytes.
-        monkeypatch.setattr(rollout.sender, "reserve", lambda nbytes: "")
+        monkeypatch.setattr(rollout.weights.sender, "reserve", lambda nbytes: "")
     sender = updates.open(client, timeout_s=8 if (phase, fault) == ("begin", "drop") else 60)
     if phase == "tensors":
         with_fault(sender.outbox, FAULTS[fault])

@@ -17,7 +17,7 @@ from rl.batch import collate, trajectory
 from rl.config import RolloutConfig
 from rl.truncation import Truncation
 from rl.types import Batch, Completion, Prompt
-from trainer.model import Policy, load
+from trainer.model.policy import Policy, load
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "smollm2-135m"

@@ -15,9 +15,9 @@ from pair import make_learner
 from rl.batch import collate, trajectory
 from rl.types import Completion, Prompt
 from rl.weights import TensorMeta, check_digests
-from trainer.model import load
-from trainer.tokens import load_tokenizer
-from trainer.weights import LearnerWeights
+from trainer.learner.weights import LearnerWeights
+from trainer.model.policy import load
+from trainer.prompts import load_tokenizer
 
 PROMPT = list(range(10, 80))
 
@@ -97,7 +97,7 @@ def test_with_recompute_kv_what_follows_an_update_is_the_new_weights_alone(live:
 
 
 def test_two_threads_load_halves_of_about_the_same_size_and_no_layer_is_split() -> None:
-    from rollout.weights import Deal
+    from rollout.worker import Deal
 
     names = ["embed", *[f"layers.{i}.{part}" for i in range(12) for part in ("q", "o")], "head"]
     sizes = {"embed": 600, "head": 600}
@@ -205,7 +205,7 @@ def test_an_incomplete_update_is_refused_and_names_what_is_missing(pair: tuple[L
 
 
 def test_an_update_that_fails_gathers_to_its_end_so_that_no_rank_waits_for_the_sender() -> None:
-    from rollout.sender import GlooSender
+    from rollout.weights.sender import GlooSender
 
     class Three:
         left = ["a", "b", "c"]

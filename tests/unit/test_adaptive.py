@@ -2,8 +2,8 @@
 
 import pytest
 
-from rl.adaptive import adapted, coefficients, next_entropy_coef, next_kl_coef
 from rl.objectives import GRPO, GSPO
+from rl.objectives.adaptive import adapted, coefficients, next_entropy_coef, next_kl_coef
 
 
 @pytest.mark.parametrize(

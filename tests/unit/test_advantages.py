@@ -5,7 +5,7 @@ from math import sqrt
 import pytest
 import torch
 
-from rl.advantages import (
+from rl.objectives.advantages import (
     at_end,
     gae,
     group_relative,

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rl.corrections import Uncorrected
 from rl.loss import full_loss
 from rl.objectives import CISPO, DAPO, GMPO, GRPO, GSPO, SAPO, DrGRPO
+from rl.objectives.corrections import Uncorrected
 from rl.reduce import Totals, loss_weights
 from rl.types import Batch, PolicyOutput
 

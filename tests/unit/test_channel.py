@@ -8,10 +8,10 @@ import pytest
 import torch
 from wire import FAULTS, Receiver, Wire, steps, with_fault
 
-import rollout.channel
+import rollout.weights.channel
 from rl.protocols import UpdateFailed
 from rl.weights import digest
-from rollout import sparse
+from rollout.weights import sparse
 
 REFUSED = ("drop", "duplicate", "reorder")
 
@@ -19,7 +19,7 @@ REFUSED = ("drop", "duplicate", "reorder")
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
     # Several buckets from small tensors.
-    monkeypatch.setattr(rollout.channel, "BUCKET_BYTES", 40_000)
+    monkeypatch.setattr(rollout.weights.channel, "BUCKET_BYTES", 40_000)
 
 
 def holds(receiver, tensors, version):
@@ -42,12 +42,12 @@ def test_every_update_arrives_bit_for_bit_at_every_receiver(shared, count):
 
 def names() -> set[str]:
     """What this process has in shared memory under a name."""
-    return {path.name for path in rollout.channel.SHARED.glob(f"unison-{os.getpid()}-*")}
+    return {path.name for path in rollout.weights.channel.SHARED.glob(f"unison-{os.getpid()}-*")}
 
 
 def test_shared_memory_leaves_no_name_behind():
     before = names()
-    path = rollout.channel.reserve(4096)
+    path = rollout.weights.channel.reserve(4096)
     assert names() - before == {os.path.basename(path)}
     os.unlink(path)
 
@@ -58,12 +58,12 @@ def test_where_shared_memory_has_no_room_the_update_goes_over_gloo(monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     before = names()
-    assert rollout.channel.reserve(4096) == ""
+    assert rollout.weights.channel.reserve(4096) == ""
     assert names() == before
 
 
 def test_only_changes_travel_and_every_so_often_the_whole(monkeypatch):
-    monkeypatch.setattr(rollout.channel, "ANCHOR_EVERY", 4)
+    monkeypatch.setattr(rollout.weights.channel, "ANCHOR_EVERY", 4)
     receiver = Receiver()
     updates = list(islice(steps(0, lr=1e-5), 10))
     wire = Wire(updates[0], [receiver], shared=False)

@@ -12,8 +12,8 @@ import pytest
 import writer
 from writer import write
 
-from trainer import checkpoint
-from trainer.checkpoint import CheckpointError
+from trainer.runs import checkpoint
+from trainer.runs.checkpoint import CheckpointError
 
 
 def steps(run: Path) -> list[int]:

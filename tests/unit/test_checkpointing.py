@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models import SIZES
-from trainer.model import load
+from trainer.model.policy import load
 
 
 @pytest.fixture(scope="module")

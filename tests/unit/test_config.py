@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 
 from rl.config import Config, Lora, RolloutConfig, TrainerConfig, check
-from rl.corrections import TokenTIS
 from rl.filters import ZeroAdvantage
 from rl.objectives import GRPO, GSPO, M2PO, PPO, RLOO, ReinforcePP
-from rl.shaping import SoftOverlong
+from rl.objectives.corrections import TokenTIS
+from rl.rewards.shaping import SoftOverlong
 from rl.truncation import Truncation
 from rl.types import Data
-from trainer.placement import check_fits, default_threads, engine_threads, learner_threads, plan
-from trainer.preflight import check_truncation, place
+from trainer.cluster.placement import check_fits, default_threads, engine_threads, learner_threads, plan
+from trainer.plan.preflight import check_truncation, place
 
 
 def config_of(**settings):
@@ -46,7 +46,10 @@ def config_of(**settings):
         ({"trainer": TrainerConfig(lora=Lora(rank=4, alpha=0.0))}, "alpha=0 above 0"),
         ({"trainer": TrainerConfig(value_lr=-1.0)}, "trainer.value_lr=-1.0 must not be negative"),
         ({"objective": GSPO(kl_target=0.02)}, "kl_target=0.02 needs to be above 0, and a kl_coef above 0"),
-        ({"objective": RLOO(kl_coef=0.05, kl_in="loss")}, "k1 in the loss has no gradient on average (rl/kl.py), so"),
+        (
+            {"objective": RLOO(kl_coef=0.05, kl_in="loss")},
+            "k1 in the loss has no gradient on average (rl/objectives/kl.py)",
+        ),
         ({"objective": GRPO(kl_coef=-0.1)}, "kl_coef=-0.1 and entropy_coef=0 must not be negative"),
         ({"objective": GRPO(entropy_coef=-0.1)}, "kl_coef=0 and entropy_coef=-0.1 must not be negative"),
         ({"eval_every": -1}, "eval_every=-1 must be at least 0 (0 evaluates at the start and the end only)"),

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rl.advantages import spread
-from rl.contract import assert_objective, check_objective
+from rl.contract.check import assert_objective, check_objective
 from rl.objectives import CISPO, FAMILY, GRPO, GSPO, M2PO, PPO, ReinforcePP, clipped_surrogate
+from rl.objectives.advantages import spread
+from rl.objectives.surrogates import ratio_of
 from rl.reduce import masked_mean
-from rl.surrogates import ratio_of
 from trainer.cli import main
 
 

@@ -6,7 +6,7 @@ from math import exp, inf, log, nan
 import pytest
 import torch
 
-from rl.corrections import (
+from rl.objectives.corrections import (
     MIS,
     GeometricMask,
     IcePop,

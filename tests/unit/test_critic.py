@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from rl.corrections import Uncorrected
 from rl.loss import critic_alone, full_loss, prepare
 from rl.objectives import PPO
+from rl.objectives.corrections import Uncorrected
 from rl.types import Batch
-from trainer.deepspeed_engine import parameter_groups
-from trainer.model import Policy
+from trainer.learner.deepspeed_engine import parameter_groups
+from trainer.model.policy import Policy
 
 
 def policy(with_values=True):

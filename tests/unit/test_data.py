@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 
-from rl.data import sample_seed, stream
+from rl.loop.stream import sample_seed, stream
 from rl.types import Prompt
 
 PROMPTS = [Prompt(ordinal=i, token_ids=[100 + i], task={"index": i}) for i in range(10)]

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from rl.diagnosis import diagnose
-from rl.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
-from rl.hypotheses import Hypothesis
-from rl.parity import Gap, NoiseClip, gap
-from rl.remedies import REMEDIES
+from rl.parity.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
+from rl.parity.gap import Gap, NoiseClip, gap
+from rl.parity.hypotheses import Hypothesis
 from rl.truncation import Truncation
+from trainer.doctor.diagnosis import diagnose
+from trainer.doctor.remedies import REMEDIES
 
 ENGINE = {
     "logprobs_mode": "processed_logprobs",

@@ -12,20 +12,20 @@ import torch
 from rich.console import Console
 
 from rl.config import Config, TrackingConfig
-from rl.corrections import TokenTIS
-from rl.diagnosis import Finding
-from rl.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
-from rl.hypotheses import Hypothesis
 from rl.objectives import GRPO, GSPO, M2PO
-from rl.parity import NoiseClip, gap
+from rl.objectives.corrections import TokenTIS
+from rl.parity.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
+from rl.parity.gap import NoiseClip, gap
+from rl.parity.hypotheses import Hypothesis
 from rl.truncation import Truncation
 from rl.types import Batch, Data
-from trainer import doctor_report
-from trainer.checkup import Checkup
-from trainer.doctor import Examination, by_settings
-from trainer.doctor_report import as_dict, bit_for_bit, save, show, token_table
-from trainer.ladder import Rung
-from trainer.tracking import RunTracker
+from trainer.doctor import report as doctor_report
+from trainer.doctor.comparisons import Rung
+from trainer.doctor.diagnosis import Finding
+from trainer.doctor.doctor import Checkup
+from trainer.doctor.examine import Examination, by_settings
+from trainer.doctor.report import as_dict, bit_for_bit, save, show, token_table
+from trainer.tracking.tracker import RunTracker
 
 # Two prompts of three tokens, a reply of four and one of three; column t is about token t + 1.
 IDS = torch.tensor([[1, 2, 3, 10, 11, 12, 13], [1, 2, 4, 20, 21, 22, 0]])

@@ -5,7 +5,6 @@ from math import exp, log, sqrt
 import pytest
 import torch
 
-from rl.corrections import IcePop, Uncorrected
 from rl.loss import critic_alone, full_loss, prepare
 from rl.objectives import (
     CISPO,
@@ -24,6 +23,7 @@ from rl.objectives import (
     ReinforcePP,
     ReinforcePPBaseline,
 )
+from rl.objectives.corrections import IcePop, Uncorrected
 from rl.reduce import Totals, loss_weights
 from rl.types import Batch, PolicyOutput
 

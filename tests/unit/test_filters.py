@@ -3,7 +3,7 @@
 import pytest
 
 from rl.filters import Difficulty, Overlong, ZeroAdvantage, reason
-from rl.shaping import SoftOverlong
+from rl.rewards.shaping import SoftOverlong
 from rl.types import Reply, Trajectory
 
 

@@ -9,9 +9,9 @@ from rl.config import Config, RolloutConfig
 from rl.protocols import EngineLost, UpdateFailed
 from rl.types import Completion, Data
 from rl.weights import WeightManifest
-from trainer.blame import StartError
-from trainer.fleet import Fleet
-from trainer.remote import RemoteLearner, RemoteRollouts
+from trainer.cluster.fleet import Fleet
+from trainer.cluster.remote import RemoteLearner, RemoteRollouts
+from trainer.cluster.start_error import StartError
 
 
 class Cluster:

@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import save_file
 
 from rl.config import Config, TrackingConfig
-from rl.resume import Progress
+from rl.loop.progress import Progress
+from rl.parity.watch import Watch
 from rl.types import Data, Prompt
-from rl.watch import Watch
-from trainer import checkpoint
-from trainer.checkpoint import CheckpointError
 from trainer.launch import launch, override, resume_folder
-from trainer.report import resolved
-from trainer.resume import data_digest, resume, state_of, write_history
+from trainer.runs import checkpoint
+from trainer.runs.checkpoint import CheckpointError
+from trainer.runs.resume import data_digest, resume, state_of, write_history
+from trainer.runs.settings import resolved
 from trainer.stop import EXIT_CODE, Stop
-from trainer.tracking import RunTracker
+from trainer.tracking.tracker import RunTracker
 
 CONFIG = Config(name="t", model="m", data=lambda: Data(train=[]), reward=lambda reply: 1.0, steps=6, prompts_per_step=1)
 PROGRESS = Progress(version=2, trained_tokens=9, ends={0: "trained", 2: "trained"}, pending=frozenset({1}))
@@ -161,7 +161,7 @@ def test_the_command_line_says_where_it_goes_on_and_what_is_wrong(tmp_path, monk
 
 
 def test_a_state_of_another_model_is_refused_with_the_name_of_its_file_and_tensor(tmp_path):
-    from trainer.state import check_shapes
+    from trainer.learner.state import check_shapes
 
     kinds = ("weights", "exp_avg", "exp_avg_sq")
     save_file({f"{kind}/a.weight": torch.zeros(2, 3) for kind in kinds}, tmp_path / "layer-0000.safetensors")

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import trainer.head
+import trainer.model.head
 from rl.truncation import Truncation, keep
-from trainer.head import LogprobHead
+from trainer.model.head import LogprobHead
 
 TOKENS, HIDDEN, VOCABULARY = 7, 8, 23
 
@@ -15,7 +15,7 @@ TOKENS, HIDDEN, VOCABULARY = 7, 8, 23
 @pytest.fixture(autouse=True)
 def _several_chunks(monkeypatch):
     """7 tokens make chunks of 3, 3 and 1."""
-    monkeypatch.setattr(trainer.head, "CHUNK", 3)
+    monkeypatch.setattr(trainer.model.head, "CHUNK", 3)
 
 
 def make(dtype=torch.float32, scale=1.0):
@@ -71,7 +71,7 @@ def test_values_and_gradients_are_those_of_a_dense_softmax(of, temperature):
 
 def test_one_chunk_and_many_give_the_same(monkeypatch):
     def run(size):
-        monkeypatch.setattr(trainer.head, "CHUNK", size)
+        monkeypatch.setattr(trainer.model.head, "CHUNK", size)
         lm_head, hidden, targets, upstream = make()
         logprob, entropy = LogprobHead(lm_head, fp32=True)(hidden, targets, 0.8)
         (upstream[0] * logprob + upstream[1] * entropy).sum().backward()

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from rl.hypotheses import explain, fit_temperature, shifts
-from rl.parity import surprise
+from rl.parity.gap import surprise
+from rl.parity.hypotheses import explain, fit_temperature, shifts
 from rl.truncation import Truncation, keep
 
 torch.manual_seed(0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rl.kl import kl_estimate
+from rl.objectives.kl import kl_estimate
 
 P = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05], dtype=torch.float64)
 Q = torch.tensor([0.1, 0.3, 0.2, 0.35, 0.05], dtype=torch.float64)

@@ -10,11 +10,11 @@ from threading import Barrier
 import pytest
 
 from rl.config import Config, Deadlines, RolloutConfig
-from rl.data import stream
 from rl.filters import Difficulty, ZeroAdvantage
-from rl.loop import Loop, StallError
+from rl.loop.loop import Loop, StallError
+from rl.loop.stream import stream
 from rl.protocols import EngineLost, SyncReport
-from rl.rewards import RewardError
+from rl.rewards.score import RewardError
 from rl.types import Completion, Data, Prompt
 
 PROMPTS = [Prompt(ordinal=i, token_ids=[i], task={"index": i}) for i in range(5)]

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from models import make_model
 from rl.config import Lora
-from trainer.lora import adapted, adapter_parameters, as_engines_have_it, inject, save_adapter, switched_off
-from trainer.weights import LearnerWeights
+from trainer.learner.weights import LearnerWeights
+from trainer.model.lora import adapted, adapter_parameters, as_engines_have_it, inject, save_adapter, switched_off
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from math import log
 import pytest
 import torch
 
-from rl.corrections import IcePop, TokenTIS, Uncorrected
 from rl.loss import finish, full_loss, mismatch
 from rl.objectives import GRPO, GSPO, PPO
+from rl.objectives.corrections import IcePop, TokenTIS, Uncorrected
 from rl.reduce import Meter
 from rl.types import Batch, PolicyOutput
 

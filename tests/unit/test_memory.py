@@ -7,15 +7,15 @@ from mmap import mmap
 import pytest
 import torch
 
-import trainer.memory
+import trainer.plan.memory
 from models import SIZES, make_model
 from rl.config import Config, Lora, RolloutConfig, TrainerConfig
 from rl.objectives import GRPO
 from rl.types import Data
-from trainer.memory import Shape, check_memory, needs, rows, shape_of, there
-from trainer.model import load
-from trainer.peak_memory import PeakMemory
-from trainer.placement import plan
+from trainer.cluster.placement import plan
+from trainer.learner.memory_meter import PeakMemory
+from trainer.model.policy import load
+from trainer.plan.memory import Shape, check_memory, needs, rows, shape_of, there
 
 BILLION = Shape(parameters=2**30, layers=16, hidden=1024, inner=4096, vocabulary=2**15, adapted=2**20)
 
@@ -60,8 +60,8 @@ def test_offload_moves_masters_and_moments_of_all_ranks_to_the_host():
 def test_a_container_may_have_what_it_only_holds_of_files(monkeypatch, tmp_path):
     for name, text in {"max": 8 * 2**30, "current": 7 * 2**30, "stat": f"anon 1\ninactive_file {5 * 2**30}\n"}.items():
         (tmp_path / f"memory.{name}").write_text(f"{text}\n" if name != "stat" else text)
-    monkeypatch.setattr(trainer.memory, "CGROUP", tmp_path)
-    monkeypatch.setattr(trainer.memory.psutil, "virtual_memory", lambda: type("Free", (), {"available": 2**40}))
+    monkeypatch.setattr(trainer.plan.memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(trainer.plan.memory.psutil, "virtual_memory", lambda: type("Free", (), {"available": 2**40}))
     config, _ = found(cuda=False)
     assert there(config, plan(config, cuda=False))["host"] == 6.0
     (tmp_path / "memory.max").write_text("max\n")

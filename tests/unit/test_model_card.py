@@ -8,8 +8,8 @@ from huggingface_hub import ModelCard
 from rl.config import Config
 from rl.objectives import GSPO
 from rl.types import Data
-from trainer.model_card import write_card
-from trainer.report import resolved
+from trainer.runs.model_card import write_card
+from trainer.runs.settings import resolved
 
 CONFIG = Config(
     name="half",

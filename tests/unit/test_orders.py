@@ -10,9 +10,9 @@ import jaxtyping
 import pytest
 
 from rl.config import Config, RolloutConfig
-from rl.data import stream
-from rl.flow import Flow
-from rl.loop import Loop, StallError
+from rl.loop.admission import Flow
+from rl.loop.loop import Loop, StallError
+from rl.loop.stream import stream
 from rl.protocols import EngineLost, SyncReport
 from rl.types import Completion, Data, Prompt
 from tests.orders import DeadlockError, run_seeded

@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import trainer.attention
-import trainer.packing
+import trainer.model.attention
+import trainer.model.packing
 from rl.batch import micro_batches, take
 from rl.types import Batch
-from trainer.attention import NAME, PLAIN, check_split, packs
-from trainer.model import Policy
-from trainer.packing import BUNDLE, pack
+from trainer.model.attention import NAME, PLAIN, check_split, packs
+from trainer.model.packing import BUNDLE, pack
+from trainer.model.policy import Policy
 
 VOCABULARY = 40
 SIZES = {
@@ -104,8 +104,8 @@ def test_a_long_completion_that_needs_no_mask_sees_its_prompt_as_well(monkeypatc
     policy = policy_of()
     rows = rows_of((B, "xxxxxxxxx"), (B, "xx"), (B, "xx.xxxxx"))
     masked = answers(policy, *rows, "shared")
-    monkeypatch.setattr(trainer.attention, "LONG", 4)
-    monkeypatch.setattr(trainer.packing, "BUNDLE", 1)
+    monkeypatch.setattr(trainer.model.attention, "LONG", 4)
+    monkeypatch.setattr(trainer.model.packing, "BUNDLE", 1)
     assert [s.mask is None for s in pack(*rows, share_prompts=True).segments] == [True, False, True, True]
     causal = answers(policy, *rows, "shared")
     assert apart(causal[0], masked[0]) < 1e-6

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rl.objectives import GRPO, GSPO, PPO, Objective
-from rl.parity import clipped_by_noise, clustered_error, gap
+from rl.parity.gap import clipped_by_noise, clustered_error, gap
 from rl.types import Batch, Metrics, PolicyOutput
 
 MASK = torch.tensor([[True, True, False], [False, True, True]])

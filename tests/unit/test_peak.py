@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.peak import peak_flops, peak_of
+from trainer.learner.hardware import peak_flops, peak_of
 
 
 @pytest.mark.parametrize(

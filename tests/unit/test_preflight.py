@@ -9,9 +9,9 @@ import pytest
 
 from models import make_model
 from rl.config import Config, RolloutConfig, TrainerConfig
-from rl.rewards import RewardError
+from rl.rewards.score import RewardError
 from rl.types import Data, Example, Reply
-from trainer.preflight import check_rows, place, prepare
+from trainer.plan.preflight import check_rows, place, prepare
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from models import make_model
 from rl.config import check
 from rl.objectives import Objective
 from rl.types import Reply
-from trainer.deepspeed_engine import deepspeed_settings
-from trainer.placement import plan
-from trainer.report import resolved
+from trainer.cluster.placement import plan
+from trainer.learner.deepspeed_engine import deepspeed_settings
+from trainer.runs.settings import resolved
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))

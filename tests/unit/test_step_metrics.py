@@ -2,7 +2,7 @@
 
 import pytest
 
-from rl.step_metrics import batch_metrics, trainer_speed
+from rl.loop.step_metrics import batch_metrics, trainer_speed
 from rl.types import Trajectory
 
 

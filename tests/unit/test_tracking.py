@@ -10,11 +10,11 @@ import pytest
 from rl.config import Config, RolloutConfig, TrackingConfig
 from rl.filters import Difficulty
 from rl.objectives import GRPO, GSPO
+from rl.parity.watch import Watch
 from rl.types import Data, Trajectory
-from rl.watch import Watch
-from trainer import report
 from trainer.run import fresh_folder
-from trainer.tracking import RunTracker, wandb_mode
+from trainer.runs import settings as report
+from trainer.tracking.tracker import RunTracker, wandb_mode
 
 
 @pytest.fixture(autouse=True)

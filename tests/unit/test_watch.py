@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rl.config import Config, TrainerConfig
+from rl.parity.watch import THRESHOLDS, Watch
 from rl.types import Data
-from rl.watch import THRESHOLDS, Watch
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
 EACH = pytest.mark.parametrize("threshold", THRESHOLDS, ids=lambda t: t.metric.removeprefix("rollout_corr/"))

@@ -5,7 +5,7 @@ import torch
 
 import rl.weights
 from rl.weights import TensorMeta, WeightManifest, check_complete, check_digests, digest
-from rollout.buckets import buckets, pack, unpack
+from rollout.weights.buckets import buckets, pack, unpack
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
@@ -134,7 +134,7 @@ def test_a_bucket_keeps_to_its_limit_and_a_larger_tensor_travels_alone():
 
 @pytest.mark.parametrize("refused_after", [0, 2, None])
 def test_a_sender_takes_part_in_all_of_the_gathering_even_when_an_engine_refuses(refused_after):
-    from rollout.vllm_sender import DrainingSender, Source
+    from rollout.weights.vllm_sender import DrainingSender, Source
 
     gathered = []
 
@@ -179,7 +179,7 @@ def test_a_tensor_that_was_not_announced_is_refused(yields):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_flipping_a_bit_moves_half_the_weights_by_its_worth_and_again_restores_every_bit(dtype: torch.dtype) -> None:
-    from trainer.weights import LearnerWeights
+    from trainer.learner.weights import LearnerWeights
 
     torch.manual_seed(0)
     model = torch.nn.Linear(200, 50, dtype=dtype)

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from rl.config import Config
+from rl.contract.what_if import cosines, judge
 from rl.objectives import CISPO, GRPO, GSPO, PPO
 from rl.protocols import SyncReport
 from rl.types import Batch, Data, PolicyOutput
-from rl.what_if import cosines, judge
-from trainer.record import Record, Recorder, load, save
-from trainer.what_if import compare
+from trainer.commands.what_if import compare
+from trainer.runs.records import Record, Recorder, load, save
 
 MASK = torch.tensor([[True, True], [True, False]])
 OLD = torch.tensor([[-1.0, -2.0], [-1.5, 0.0]])

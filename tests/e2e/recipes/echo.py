@@ -6,9 +6,9 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from rl.advantages import spread
 from rl.config import Config, RolloutConfig, TrackingConfig, TrainerConfig
 from rl.objectives import Objective
+from rl.objectives.advantages import spread
 from rl.types import Batch, Data, Example, Metrics, PolicyOutput, Reply
 from trainer.launch import launch
 

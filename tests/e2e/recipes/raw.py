@@ -6,7 +6,7 @@ from typing import Any
 from echo import config as echo
 
 from rl.config import Config
-from trainer.cluster import Cluster
+from trainer.cluster.cluster import Cluster
 from trainer.launch import launch
 
 

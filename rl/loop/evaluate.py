@@ -1,0 +1,53 @@
+"""How good is the policy now? Samples on held-out sets, with standard errors."""
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from statistics import fmean, pstdev
+
+from rl.config import Config
+from rl.loop.stream import sample_seed
+from rl.protocols import EngineLost, Rollouts
+from rl.rewards.score import judge_in_time
+from rl.types import Completion, Prompt, Reply
+
+
+async def evaluate(
+    config: Config,
+    rollouts: Rollouts,
+    decode: Callable[[list[int]], str],
+    sets: Mapping[str, list[Prompt]],
+) -> dict[str, float]:
+    """Metrics by set, with k = `config.eval_samples`: avg@k is the mean reward, pass@k the share of problems with at
+    least one reward of 1, avg@k_se the standard error of the mean over problems. Seeds do not change between calls."""
+    k, judged_by = config.eval_samples, config.eval_reward or config.reward
+
+    async def problem(name: str, prompt: Prompt) -> list[float]:
+        seed = sample_seed(config.seed + 7919, prompt.ordinal)
+        completions = await patiently(
+            lambda: rollouts.sample(prompt.token_ids, k, seed=seed, temperature=config.eval_temperature),
+            config.rollout.retries,
+        )
+        rewards = []
+        for c in completions:
+            text = decode(c.token_ids)
+            reply = Reply(text=text, finished=c.finish_reason == "stop", task=prompt.task, token_ids=c.token_ids)
+            rewards.append((await judge_in_time(judged_by, reply, prompt.ordinal, config.deadlines.reward_s))[0])
+        return rewards
+
+    async def patiently(sample: Callable[[], Awaitable[list[Completion]]], retries: int) -> list[Completion]:
+        try:
+            return await sample()
+        except EngineLost:
+            if not retries:
+                raise
+            return await patiently(sample, retries - 1)
+
+    metrics: dict[str, float] = {}
+    for name, prompts in sets.items():
+        rewards = await asyncio.gather(*(problem(name, p) for p in prompts))
+        means = [fmean(r) for r in rewards]
+        metrics[f"eval/{name}/avg@{k}"] = fmean(means)
+        metrics[f"eval/{name}/avg@{k}_se"] = pstdev(means) / math.sqrt(len(means))
+        metrics[f"eval/{name}/pass@{k}"] = fmean(max(r) >= 1.0 for r in rewards)
+    return metrics

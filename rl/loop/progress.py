@@ -1,0 +1,91 @@
+"""What of a loop outlives its process? How far it came, and where every prompt of the stream ended."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from rl.loop.ledger import NEXT, Ledger
+from rl.types import Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """A loop between two steps.
+
+    A prompt that had reached no end is pending. Its group, finished or not, is sampled again by the loop that goes on:
+    under the same ordinal and with the same seeds, so that no prompt is lost and none is trained on twice.
+    """
+
+    version: int = 0
+    """Steps done, which is the weight version that the engines serve."""
+    trained_tokens: int = 0
+    ends: dict[int, str] = field(default_factory=dict)
+    """`trained`, `filtered(reason)` or `failed(reason)` by ordinal."""
+    pending: frozenset[int] = frozenset()
+    owes_evaluation: bool = False
+    """Whether the last step's evaluation was given up when the run was told to stop."""
+
+    def ledger(self) -> Ledger:
+        """The ledger to go on with: ends as they were, and pending prompts yet to be admitted."""
+        return Ledger(states=dict(self.ends), counts=Counter(self.ends.values()))
+
+    def remaining(self, prompts: Iterator[Prompt]) -> Iterator[Prompt]:
+        """The stream without the prompts that have reached an end: the pending ones first, in their order."""
+        return (prompt for prompt in prompts if prompt.ordinal not in self.ends)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; ordinals as runs of [first, last], for there may be millions."""
+        by_state: dict[str, list[int]] = {"pending": sorted(self.pending)}
+        for ordinal, state in sorted(self.ends.items()):
+            by_state.setdefault(state, []).append(ordinal)
+        return {
+            "version": self.version,
+            "trained_tokens": self.trained_tokens,
+            "owes_evaluation": self.owes_evaluation,
+            "ledger": {state: _runs(ordinals) for state, ordinals in by_state.items()},
+        }
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> "Progress":
+        """Raises ValueError when some ordinal is in no state, or in two."""
+        states: dict[int, str] = {}
+        for state, runs in plain["ledger"].items():
+            for first, last in runs:
+                for ordinal in range(first, last + 1):
+                    if ordinal in states:
+                        raise ValueError(f"prompt {ordinal} is both {states[ordinal]} and {state}")
+                    states[ordinal] = state
+        missing = set(range(len(states))) - set(states)
+        if missing:
+            raise ValueError(f"prompt {min(missing)} is nowhere, although later ones are somewhere")
+        return cls(
+            version=plain["version"],
+            trained_tokens=plain["trained_tokens"],
+            owes_evaluation=plain["owes_evaluation"],
+            ends={o: s for o, s in states.items() if s != "pending"},
+            pending=frozenset(o for o, s in states.items() if s == "pending"),
+        )
+
+
+def progress_of(version: int, ledger: Ledger, trained_tokens: int, owes_evaluation: bool) -> Progress:
+    """What to remember of a loop now. Between two steps only: a group that is being trained on is neither here nor
+    there."""
+    assert not ledger.count("training"), "a step is under way"
+    return Progress(
+        version=version,
+        trained_tokens=trained_tokens,
+        ends={o: s for o, s in ledger.states.items() if s not in NEXT},
+        pending=frozenset(o for o, s in ledger.states.items() if s in NEXT),
+        owes_evaluation=owes_evaluation,
+    )
+
+
+def _runs(ordinals: Iterable[int]) -> list[list[int]]:
+    runs: list[list[int]] = []
+    for ordinal in ordinals:
+        if runs and runs[-1][1] == ordinal - 1:
+            runs[-1][1] = ordinal
+        else:
+            runs.append([ordinal, ordinal])
+    return runs

@@ -1,0 +1,33 @@
+"""Which objectives are there? All of them by name, to be imported from here."""
+
+from rl.objectives.grpo import CISPO, DAPO, GRPO, M2PO, OPO, RLOO, SAPO, DrGRPO, ReinforcePP, ReinforcePPBaseline
+from rl.objectives.gspo import GMPO, GSPO, GSPOToken
+from rl.objectives.objective import Objective
+from rl.objectives.ppo import PPO
+from rl.objectives.surrogates import clipped_surrogate
+
+FAMILY: tuple[type[Objective], ...] = (
+    *(GRPO, DrGRPO, DAPO, GSPO, GSPOToken, GMPO, CISPO, SAPO, M2PO, RLOO, OPO, ReinforcePP, ReinforcePPBaseline),
+    PPO,
+)
+"""Every objective that comes with the framework; each works with its defaults."""
+
+__all__ = [
+    "CISPO",
+    "DAPO",
+    "FAMILY",
+    "GMPO",
+    "GRPO",
+    "GSPO",
+    "M2PO",
+    "OPO",
+    "PPO",
+    "RLOO",
+    "SAPO",
+    "DrGRPO",
+    "GSPOToken",
+    "Objective",
+    "ReinforcePP",
+    "ReinforcePPBaseline",
+    "clipped_surrogate",
+]

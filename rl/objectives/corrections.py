@@ -1,0 +1,148 @@
+"""How to weigh tokens that another policy sampled: importance weights old / rollout, apart from the policy ratio.
+
+d_t = log old - log rollout (nats) and r_t = e^{d_t}. A weight is without unit, detached from the gradient, and 0
+outside the mask. A rejected token still counts in the loss's denominator: rejecting some never makes the rest louder.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl.objectives.advantages import spread
+from rl.reduce import masked_mean
+from rl.types import Batch
+
+LOG_RATIO_BOUND = 20.0
+"""Nats to which d is clamped before any exp, as in verl: e^20 is 5e8, and its square is still far from fp32's 3e38."""
+
+
+def token_log_ratio(batch: Batch) -> Float[Tensor, "B T"]:
+    """d_t in nats, detached and clamped to +-20; 0 outside the mask."""
+    d = (batch.old_logprobs - batch.rollout_logprobs).detach()
+    return torch.where(batch.mask, d, 0.0).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+
+def sequence_log_ratio(batch: Batch) -> Float[Tensor, " B"]:
+    """sum_t d_t over the sampled tokens of each sequence in nats, detached; every d_t and the sum clamped to +-20."""
+    return token_log_ratio(batch).sum(dim=1).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+
+def inside(ratio: Tensor, low: float, high: float) -> Tensor:
+    """The ratio where low <= ratio <= high, else 0. A NaN stays one: it must be seen."""
+    return torch.where((ratio < low) | (ratio > high), 0.0, ratio)
+
+
+def check_range(low: float, high: float) -> None:
+    """Raise ValueError for bounds that would cut tokens about which both sides agree (ratio 1)."""
+    if not 0 <= low <= 1 <= high:
+        raise ValueError(
+            f"ratios from {low:g} to {high:g} leave out 1, where both sides agree; use 0 <= low <= 1 <= high"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction(ABC):
+    """Weight of every token's advantage, for tokens that another policy sampled."""
+
+    @abstractmethod
+    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+        """Weight [B, T], without unit; 0 outside the mask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uncorrected(Correction):
+    """w_t = 1."""
+
+    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+        return batch.mask.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTIS(Correction):
+    """Truncated importance sampling of each token: w_t = min(r_t, cap).
+
+    Source: "Your efficient RL framework secretly brings you off-policy RL training" (Yao et al., 2025).
+    """
+
+    cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_range(0.0, self.cap)
+
+    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+        return token_log_ratio(batch).exp().clamp(max=self.cap) * batch.mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceTIS(Correction):
+    """Truncated importance sampling of each sequence: w = min(prod_t r_t, cap), the same for all of its tokens.
+
+    Without the cap it is unbiased; its variance grows exponentially with the length. Sources: "Truncated importance
+    sampling" (Ionides, 2008); "When speed kills stability" (Liu, Li et al., 2025), Seq-TIS.
+    """
+
+    cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_range(0.0, self.cap)
+
+    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+        return spread(sequence_log_ratio(batch).exp().clamp(max=self.cap), batch.mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MIS(Correction):
+    """Masked importance sampling of each sequence: w = prod_t r_t if low <= prod_t r_t <= high, else 0.
+
+    Source: "When speed kills stability: demystifying RL collapse from the training-inference mismatch" (Liu, Li et
+    al., 2025), Seq-MIS; a lower bound beside the upper one as in slime.
+    """
+
+    low: float = 0.5
+    high: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_range(self.low, self.high)
+
+    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+        return spread(inside(sequence_log_ratio(batch).exp(), self.low, self.high), batch.mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IcePop(Correction):
+    """Masked importance sampling of each token: w_t = r_t if low <= r_t <= high, else 0.
+
+    Fixed bounds may reject fewer tokens while the gap widens, so read `rejected_frac` beside `k3_kl`. Source: Ring-1T,
+    arXiv 2510.18855.
+    """
+
+    low: float = 0.5
+    high: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_range(self.low, self.high)
+
+    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+        return inside(token_log_ratio(batch).exp(), self.low, self.high) * batch.mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeometricMask(Correction):
+    """Keep a sequence whole or not at all: w = 1 if low <= exp(mean_t d_t) <= high, else 0.
+
+    bf16 alone moves the mean by about 0.05 / sqrt(tokens) nats: below some 50 tokens the default range rejects clean
+    sequences. Source: geometric rejection in verl and SkyRL, whose range this is.
+    """
+
+    low: float = 0.99
+    high: float = 1.01
+
+    def __post_init__(self) -> None:
+        check_range(self.low, self.high)
+
+    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+        mean = masked_mean(token_log_ratio(batch), batch.mask).exp()
+        return spread(((mean >= self.low) & (mean <= self.high)).float(), batch.mask)

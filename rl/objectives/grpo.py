@@ -1,0 +1,224 @@
+"""Objectives without a critic whose ratio belongs to a token: GRPO and what the field made of it."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl.objectives.advantages import (
+    gae,
+    group_relative,
+    kept_by_second_moment,
+    leave_one_out,
+    length_weighted,
+    spread,
+    token_rewards,
+    whiten,
+)
+from rl.objectives.kl import Estimator
+from rl.objectives.objective import Objective
+from rl.objectives.surrogates import check_clip, clipped_surrogate, reinforce, soft_gate, truncated_reinforce
+from rl.reduce import AverageOver
+from rl.types import Batch, Metrics, PolicyOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO(Objective):
+    """Group-relative policy optimisation (arXiv 2402.03300, eq. 3), token-level ratio, clipped.
+
+    A = (R - mean of its group) / (std of its group + 1e-4); loss = -min(r A, clip(r) A). The paper averages over
+    sequences (`average_over="sequences"`); the default counts every token alike, as most do since DAPO.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    divide_by_std: bool = True
+    dual_clip: float | None = None
+    """Above 1, e.g. 3.0: bounds the loss of tokens with A < 0 whose ratio exploded (arXiv 1912.09729, eq. 5)."""
+
+    def __post_init__(self) -> None:
+        check_clip(self.clip_low, self.clip_high, self.dual_clip)
+
+    def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
+        return spread(group_relative(batch.rewards, batch.group_ids, divide_by_std=self.divide_by_std), batch.mask)
+
+    def loss(
+        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B T"], Metrics]:
+        log_ratio = policy.logprobs - batch.old_logprobs
+        return clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrGRPO(GRPO):
+    """GRPO done right (Dr. GRPO, arXiv 2503.20783, section 3.2): A = R - mean of its group, a sum over tokens.
+
+    Without the division by std, easy and hard prompts count alike; with a constant divisor instead of each reply's
+    length, long wrong replies are not favoured.
+    """
+
+    divide_by_std: bool = False
+    average_over: AverageOver = "constant"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DAPO(GRPO):
+    """The loss of DAPO (arXiv 2503.14476, eq. 8): GRPO with clip-higher, averaged over tokens.
+
+    Its other two parts are not the loss's: `filters=(ZeroAdvantage(),)` is its dynamic sampling (rl/filters.py), and
+    `reward=SoftOverlong(...)` its soft punishment of long replies (rl/rewards/shaping.py).
+    """
+
+    clip_high: float = 0.28
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOO(Objective):
+    """REINFORCE leave-one-out (arXiv 2402.14740, section 2.2): the baseline is the mean reward of the group's others.
+
+    A_i = R_i - mean_{j != i} R_j; loss = -r A, unclipped, a sum over tokens. The paper has its KL in the reward.
+    """
+
+    kl_estimator: Estimator = "k1"
+    kl_in: Literal["loss", "reward"] = "reward"
+    average_over: AverageOver = "constant"
+
+    def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
+        return spread(leave_one_out(batch.rewards, batch.group_ids), batch.mask)
+
+    def loss(
+        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B T"], Metrics]:
+        return reinforce(policy.logprobs - batch.old_logprobs, advantages), {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OPO(RLOO):
+    """On-policy RL with the optimal baseline (arXiv 2505.23585, eq. 7): A_i = R_i - sum_j l_j R_j / sum_j l_j.
+
+    The length-weighted mean of the group minimises the gradient's variance where a gradient's size grows with the
+    reply's length l. Strictly on-policy: one optimizer step per batch, no KL, no entropy bonus.
+    """
+
+    average_over: AverageOver = "tokens"
+
+    def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
+        return spread(length_weighted(batch.rewards, batch.group_ids, batch.mask), batch.mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforcePP(GRPO):
+    """REINFORCE++ (arXiv 2501.03262): advantages are the rewards still to come, normalised over the whole batch.
+
+    A_t = sum_{k >= t} reward_k, then mean 0 and variance 1 over the step's tokens; PPO's clipped loss. With `kl_coef`
+    the k1 penalty is in the reward of every token. Needs no group, so `group_size=1` is enough.
+    """
+
+    kl_estimator: Estimator = "k1"
+    kl_in: Literal["loss", "reward"] = "reward"
+
+    group_relative: ClassVar[bool] = False
+
+    def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
+        # Without values and with gamma = lam = 1, GAE is the sum of the rewards to come.
+        nothing = torch.zeros_like(batch.rollout_logprobs)
+        to_come = gae(token_rewards(batch), nothing, batch.mask, gamma=1.0, lam=1.0)
+        return whiten(to_come, batch.mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforcePPBaseline(GRPO):
+    """REINFORCE++-baseline (arXiv 2501.03262): reward minus group mean, then normalised over the whole batch.
+
+    Unlike GRPO it divides by one deviation for all groups, so that a group in which rewards hardly differ is not blown
+    up. With `kl_coef`, k2 in the loss.
+    """
+
+    kl_estimator: Estimator = "k2"
+
+    def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
+        centred = group_relative(batch.rewards, batch.group_ids, divide_by_std=False)
+        return whiten(spread(centred, batch.mask), batch.mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CISPO(GRPO):
+    """Clipped importance-sampling policy optimisation (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
+
+    loss = -sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi: rare tokens that PPO would clip away keep a gradient. No
+    lower bound by default, as in the paper, which gives no number for the upper one; TRL advises a weight of at most 5.
+    """
+
+    clip_low: float = 1.0
+    clip_high: float = 4.0
+
+    stop_gradient: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_clip(self.clip_low, self.clip_high)
+        if self.dual_clip is not None:
+            raise ValueError("CISPO bounds the weight of every token already: leave dual_clip=None")
+
+    def loss(
+        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B T"], Metrics]:
+        log_ratio = policy.logprobs - batch.old_logprobs
+        return truncated_reinforce(policy.logprobs, log_ratio, advantages, self.clip_low, self.clip_high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAPO(Objective):
+    """Soft adaptive policy optimisation (arXiv 2511.20347, eq. 5 to 8): a soft gate in place of the clip.
+
+    loss = -4 / tau sigmoid(tau (r - 1)) A. Gradients of negative advantages spread over the whole vocabulary, so their
+    gate fades a little faster.
+    """
+
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
+    divide_by_std: bool = True
+    average_over: AverageOver = "sequences"
+
+    def __post_init__(self) -> None:
+        if min(self.tau_positive, self.tau_negative) <= 0:
+            raise ValueError(f"SAPO's tau ({self.tau_positive:g}, {self.tau_negative:g}) must be above 0")
+
+    def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
+        return spread(group_relative(batch.rewards, batch.group_ids, divide_by_std=self.divide_by_std), batch.mask)
+
+    def loss(
+        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B T"], Metrics]:
+        return soft_gate(policy.logprobs - batch.old_logprobs, advantages, self.tau_positive, self.tau_negative)
+
+
+@dataclass(frozen=True, kw_only=True)
+class M2PO(Objective):
+    """Second-moment trust policy optimisation (arXiv 2510.01161), for samples many versions old.
+
+    Tokens leave the step, largest (log r)^2 first, until the mean of (log r)^2 over those that stay is at most
+    `second_moment`; loss = -r A over them, unclipped. Here r is policy / rollout, so leave `Config.correction` off. The
+    mask is made once, from the policy at the start of the step. Tokens that left still count in the denominator.
+    """
+
+    second_moment: float = 0.04
+    divide_by_std: bool = True
+
+    uses_old_logprobs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.second_moment <= 0:
+            raise ValueError(f"second_moment={self.second_moment:g} must be above 0: no token would be left")
+
+    def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
+        advantages = group_relative(batch.rewards, batch.group_ids, divide_by_std=self.divide_by_std)
+        drift = batch.old_logprobs - batch.rollout_logprobs
+        return spread(advantages, batch.mask) * kept_by_second_moment(drift, batch.mask, self.second_moment)
+
+    def loss(
+        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B T"], Metrics]:
+        log_ratio = policy.logprobs - batch.rollout_logprobs
+        return reinforce(log_ratio, advantages), {"actor/second_moment": log_ratio.detach() ** 2}

@@ -1,0 +1,70 @@
+"""The objective with a critic: PPO, whose value head says what to expect of every token."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl.objectives.advantages import gae, token_rewards, whiten
+from rl.objectives.objective import Objective
+from rl.objectives.surrogates import check_clip, clipped_surrogate
+from rl.types import Batch, Metrics, PolicyOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPO(Objective):
+    """Proximal policy optimisation (arXiv 1707.06347) with a value head and GAE (arXiv 1506.02438, eq. 16).
+
+    loss = -min(r A, clip(r) A) + value_coef / 2 max((V - R)^2, (clip(V, V_old +- value_clip) - R)^2), with A whitened
+    over the step and R = A_raw + V_old. The value head sits on the policy's body and has a learning rate of its own,
+    `trainer.value_lr`.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    """Above 1, e.g. 3.0: bounds the loss of tokens with A < 0 whose ratio exploded (arXiv 1912.09729, eq. 5)."""
+    gamma: float = 1.0
+    lam: float = 0.95
+    value_coef: float = 0.5
+    value_clip: float = 0.2
+    critic_warmup: int = 0
+    """Optimizer steps at the start in which the value head alone learns, and the policy stays as it is (but for weight
+    decay)."""
+
+    uses_values: ClassVar[bool] = True
+    group_relative: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_clip(self.clip_low, self.clip_high, self.dual_clip)
+
+    def _raw(self, batch: Batch) -> Float[Tensor, "B T"]:
+        return gae(token_rewards(batch), batch.values, batch.mask, gamma=self.gamma, lam=self.lam)
+
+    def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
+        return whiten(self._raw(batch), batch.mask)
+
+    def loss(
+        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B T"], Metrics]:
+        log_ratio = policy.logprobs - batch.old_logprobs
+        surrogate, metrics = clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip)
+        old = batch.values
+        returns = old + self._raw(batch)
+        moved = policy.values - old
+        clipped = old + moved.clamp(-self.value_clip, self.value_clip)
+        free, held = (policy.values - returns) ** 2, (clipped - returns) ** 2
+        vf_loss = 0.5 * torch.max(free, held)
+        metrics |= {
+            "critic/vf_loss": vf_loss.detach(),
+            # By the bound too: old + (values - old) is not `values` to the last bit.
+            "critic/vf_clipfrac": ((held > free) & (moved.abs() > self.value_clip)).float(),
+            # Moments from which the step's explained variance is made once all micro-batches are in.
+            "critic/returns": returns,
+            "critic/returns_sq": returns**2,
+            "critic/residual": returns - old,
+            "critic/residual_sq": (returns - old) ** 2,
+        }
+        return surrogate + self.value_coef * vf_loss, metrics

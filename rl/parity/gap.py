@@ -1,0 +1,138 @@
+"""How far the trainer is from the engine about the same tokens, each number with what chance alone could make it."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rl.objectives import Objective
+from rl.objectives.corrections import LOG_RATIO_BOUND
+from rl.types import Batch, PolicyOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """d = trainer - rollout in nats over the sampled tokens of a batch. Standard errors (`_se`) are between sequences,
+    for the tokens of one sequence are not independent."""
+
+    tokens: int
+    sequences: int
+    mean_abs: float
+    p99_abs: float
+    max_abs: float
+    k1: float
+    """mean(-d): estimates KL(rollout || trainer), one-signed when the two mean different things."""
+    k1_se: float
+    k3: float
+    """mean(e^d - d - 1): estimates the same divergence, never negative."""
+    k3_se: float
+    chi2: float
+    """mean(e^2d) - 1; negative when the engine samples from a part of the trainer's support."""
+    mult: float
+    """mean(e^|d|), NeMo-RL's token_mult_prob_error."""
+    outside: float
+    """Share of ratios e^d outside [0.5, 2]."""
+    ess_token: float
+    """(mean w)^2 / mean w^2 of w = e^d: share of the tokens that would count."""
+    ess_sequence: float
+    """The same of w = e^(sum of a sequence's d)."""
+    worst: tuple[int, int]
+    """Row and column of the largest |d|."""
+
+    @property
+    def detectable_k3(self) -> float:
+        """The smallest k3 that this sample could have told from the one it shows (two standard errors), in nats."""
+        return 2 * self.k3_se
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def gap(trainer: Float[Tensor, "B T"], rollout: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Gap:
+    """Compare two sides' log-probabilities (nats). Raises ValueError when the mask is empty."""
+    if not mask.any():
+        raise ValueError("there is no sampled token to compare")
+    d = torch.where(mask, trainer.double() - rollout.double(), 0.0)
+    flat, rows = d[mask], mask.any(dim=1)
+    ratio = flat.exp()
+    k3 = torch.where(mask, d.exp() - d - 1.0, 0.0)
+    sequence = d[rows].sum(dim=1).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+    worst = int(d.abs().argmax())
+    return Gap(
+        tokens=int(mask.sum()),
+        sequences=int(rows.sum()),
+        mean_abs=float(flat.abs().mean()),
+        p99_abs=float(flat.abs().quantile(0.99)),
+        max_abs=float(flat.abs().max()),
+        k1=float(-flat.mean()),
+        k1_se=clustered_error(-d[rows], mask[rows]),
+        k3=float(k3[mask].mean()),
+        k3_se=clustered_error(k3[rows], mask[rows]),
+        chi2=float((ratio**2).mean() - 1.0),
+        mult=float(flat.abs().exp().mean()),
+        outside=float(((ratio < 0.5) | (ratio > 2.0)).double().mean()),
+        ess_token=effective_share(ratio),
+        ess_sequence=effective_share(sequence),
+        worst=(worst // d.shape[1], worst % d.shape[1]),
+    )
+
+
+def clustered_error(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
+    """Standard error of the mean of x over the mask, with whole sequences as the independent draws.
+
+    sqrt(S / (S - 1) sum_s (sum of s - mean * length of s)^2) / tokens; NaN for a single sequence.
+    """
+    sums, lengths = torch.where(mask, x, 0.0).sum(dim=1), mask.sum(dim=1)
+    count = len(sums)
+    if count < 2:
+        return math.nan
+    residual = sums - sums.sum() / lengths.sum() * lengths
+    return float((count / (count - 1) * (residual**2).sum()).sqrt() / lengths.sum())
+
+
+def effective_share(weights: Float[Tensor, " N"]) -> float:
+    """Kish's effective sample size over the sample size: (mean w)^2 / mean(w^2)."""
+    return float(weights.mean() ** 2 / (weights**2).mean())
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseClip:
+    """Share that an objective would clip although the policy has not moved, were `old_logprobs` the rollout's."""
+
+    tokens: float
+    sequences: float
+
+
+def clipped_by_noise(objective: Objective, batch: Batch, trainer: Float[Tensor, "B T"]) -> NoiseClip | None:
+    """What the gap to the engine alone does to an objective's clip range, averaged over both signs of the advantage.
+
+    None when the objective has no clip range (its `loss` returns no `actor/clip_frac` of shape [B, T]).
+    """
+    nothing = torch.zeros_like(trainer)
+    batch = replace(batch, old_logprobs=batch.rollout_logprobs, ref_logprobs=trainer, values=nothing)
+    policy = PolicyOutput(logprobs=trainer, entropy=nothing, values=nothing)
+    tokens, sequences = [], []
+    for sign in (1.0, -1.0):
+        _, metrics = objective.loss(policy, batch, sign * batch.mask.float())
+        bound = metrics.get("actor/clip_frac")
+        if bound is None or bound.shape != batch.mask.shape:
+            return None
+        held = (bound > 0) & batch.mask
+        tokens.append(float(held[batch.mask].float().mean()))
+        sequences.append(float(held.any(dim=1)[batch.mask.any(dim=1)].float().mean()))
+    return NoiseClip(tokens=sum(tokens) / 2, sequences=sum(sequences) / 2)
+
+
+def surprise(logprobs: Tensor, entropy: Tensor, mask: Tensor) -> float:
+    """How much less likely the sampled tokens are than draws from the distributions they came from, in standard
+    deviations. Takes the tokens' log-probabilities and those distributions' entropies, [B, T] in nats.
+
+    The excess -log p - H of a token has mean 0 when it was drawn, so sum(excess) / sqrt(sum(excess^2)) is about N(0, 1)
+    then, whatever the engine said about log-probabilities. NaN when a token has no number.
+    """
+    excess = (-logprobs - entropy)[mask].double()
+    return float(excess.sum() / excess.square().sum().clamp(min=1e-12).sqrt())

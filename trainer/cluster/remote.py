@@ -1,0 +1,158 @@
+"""The engines and the ranks of a cluster, in the loop's own terms: sampling spread over engines, updates proven."""
+
+import asyncio
+import time
+
+import torch
+
+from rl.batch import collate, trajectory
+from rl.loop.loop import StallError
+from rl.protocols import EngineLost, SyncReport, UpdateFailed
+from rl.types import Batch, Completion, Prompt
+from rl.weights import WeightManifest, check_digests
+from trainer.cluster.cluster import Cluster
+from trainer.cluster.fleet import Fleet
+from trainer.cluster.start_error import StartError
+
+PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
+"""Mean |trainer - engine| in nats of the probe after a verified update; bf16 is noisy even against itself."""
+PROBE_TOKENS = 16
+UPDATE_RETRIES = 3
+"""How often an update that no engine took is sent again, over a new channel."""
+
+
+class RemoteRollouts:
+    """`rl.protocols.Rollouts` over the engines: each group goes to the engine with the fewest samples under way."""
+
+    def __init__(self, cluster: Cluster, fleet: Fleet | None = None) -> None:
+        self.cluster = cluster
+        self.fleet = fleet or Fleet(cluster)
+        self.load = [0] * len(cluster.engines)
+
+    async def sample(
+        self, token_ids: list[int], n: int, *, seed: int | None, temperature: float | None = None
+    ) -> list[Completion]:
+        """n completions of one prompt. Raises EngineLost when the engine is gone before it answers."""
+        index = min(await self.fleet.serving(), key=lambda i: self.load[i])
+        birth = self.fleet.births[index]
+        self.load[index] += n
+        try:
+            deadline = self.cluster.config.deadlines.sample_s
+            return await self.cluster.ask_engine(index, "sample", token_ids, n, seed, temperature, deadline_s=deadline)
+        except EngineLost as error:
+            self.fleet.lose(index, birth, str(error))
+            raise
+        finally:
+            self.load[index] -= n
+
+
+class RemoteLearner:
+    """`rl.protocols.Learner` over the ranks. `probe` is a prompt for checking engines after a verified update.
+
+    `version` is the first that the engines get: 0, or where a checkpoint was.
+    """
+
+    def __init__(self, cluster: Cluster, *, probe: list[int], fleet: Fleet | None = None, version: int = 0) -> None:
+        self.cluster = cluster
+        self.fleet = fleet or Fleet(cluster)
+        self.fleet.mend = self._mend
+        self.probe = Prompt(ordinal=-1, token_ids=probe, task={})
+        self.first = self.version = version
+        self.published = asyncio.Lock()
+        """Held while the learner's weights are not the published ones: from a step's start to its update's end."""
+        self.failed_updates = 0
+        """Updates that the engines refused as a whole, and that were sent again."""
+
+    async def step(self, batch: Batch) -> dict[str, float]:
+        """Train on one step's batch; all ranks return the same metrics. Only `publish` may follow."""
+        await self.published.acquire()
+        return (await self.cluster.ask_learners("step", batch))[0]
+
+    async def publish(self, version: int) -> SyncReport:
+        """Send to all engines, each of which commits once all are ready. Verified for the start weights, the first
+        update, and each `verify_every`."""
+        every = self.cluster.config.verify_every
+        verify = version <= self.first + 1 or bool(every and version % every == 0)
+        began, failed = time.perf_counter(), self.failed_updates
+        manifest, pause_seconds, verify = await self._deliver(version, verify)
+        seconds = time.perf_counter() - began
+        self.version = version
+        if self.published.locked():
+            self.published.release()
+        return SyncReport(
+            seconds=seconds,
+            pause_seconds=pause_seconds,
+            bytes=manifest.total_bytes(),
+            verified=verify,
+            failed=self.failed_updates - failed,
+        )
+
+    async def _deliver(self, version: int, verify: bool) -> tuple[WeightManifest, float, bool]:
+        """Send to every engine, and whether that was verified.
+
+        Lost engines come back first, also those that are lost in the update itself; then it is verified.
+        """
+        failures = 0
+        while True:
+            try:
+                if self.fleet.lost:
+                    verify = True
+                    await self.fleet.revive()
+                manifest, pause_seconds = await self.send(version, digesting=verify)
+                if verify:
+                    await self._verify(manifest)
+            except StartError:
+                raise
+            except Exception as error:
+                if isinstance(error, StallError) and self.cluster.placement.backend == "nccl":
+                    # NCCL has no end for a broadcast that an engine has left: the learner's rank 0 stays in it.
+                    raise
+                # With every engine whole it is no loss but an error of its own, such as a tensor without a name.
+                if await self.fleet.look_for_lost():
+                    continue
+                failures += isinstance(error, UpdateFailed)
+                if not isinstance(error, UpdateFailed) or failures > UPDATE_RETRIES:
+                    raise
+                self.failed_updates += 1
+                await self.cluster.open_channel()
+            else:
+                await self.fleet.back()
+                return manifest, pause_seconds, verify
+
+    async def _mend(self) -> None:
+        """Bring back lost engines between two updates, with the published weights."""
+        async with self.published:
+            while self.fleet.lost:
+                await self._deliver(self.version, True)
+
+    async def send(self, version: int, *, digesting: bool) -> tuple[WeightManifest, float]:
+        """Give every engine the weights of now; returns what was sent and the longest pause in seconds."""
+        cluster = self.cluster
+        await cluster.ask_engines("listen_to_weights", digesting)
+        deadline = cluster.config.deadlines.sync_s
+        manifests = await cluster.ask_learners("publish", version, digesting, deadline_s=deadline)
+        return manifests[0], max(await cluster.ask_engines("last_pause"))
+
+    async def _verify(self, manifest: WeightManifest) -> None:
+        """Did every tensor arrive, bit for bit, and does each engine act like the trainer?
+
+        Digests show what arrived, not what CPU packing made of it; the probe shows that, within PROBE_TOLERANCE.
+        """
+        cluster, config = self.cluster, self.cluster.config
+        for index, workers in enumerate(await cluster.ask_engines("received_digests")):
+            for digests in workers:
+                check_digests(manifest.digests, digests, f"engine {index}")
+        for index in range(len(cluster.engines)):
+            question = (self.probe.token_ids, 1, 0, None, PROBE_TOKENS)
+            # It waits behind what is being sampled.
+            sampled = await cluster.ask_engine(index, "sample", *question, deadline_s=config.deadlines.sample_s)
+            batch = collate([trajectory(self.probe, sampled[0], 0.0, {})])
+            trainer: torch.Tensor = (await cluster.ask_learners("logprobs", batch))[0]
+            gap = float((trainer - batch.rollout_logprobs)[batch.mask].abs().mean())
+            limit = PROBE_TOLERANCE[config.dtype]
+            if not gap <= limit:
+                raise RuntimeError(
+                    f"after update {manifest.version}, engine {index} and the trainer disagree by {gap:.2e} nats on "
+                    f"average about the engine's own tokens (limit {limit:g}), although every tensor arrived: the "
+                    "engine did not load what it received"
+                )

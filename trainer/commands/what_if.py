@@ -1,0 +1,99 @@
+"""What `unison what-if` shows: objectives side by side on one recorded step, as a table, a plot and JSON."""
+
+import argparse
+import math
+from pathlib import Path
+
+from rich.table import Table
+
+from rl.contract.what_if import Verdict, cosines, judge
+from rl.objectives import FAMILY, Objective
+from trainer.runs.records import load
+from trainer.runs.settings import write_json
+from trainer.tracking.terminal import console
+
+DEFAULT = "grpo,dapo,gspo,cispo,sapo,gmpo,m2po"
+
+
+def compare(path: str, flags: list[str]) -> None:
+    """Judge a record by every objective asked for. Raises ValueError for an objective that does not exist."""
+    parser = argparse.ArgumentParser(prog="unison what-if", description=__doc__)
+    parser.add_argument("--objectives", default=DEFAULT, help="names, or FILE.py:CLASS, separated by commas")
+    parser.add_argument("--out", help="folder for what-if-NAME.json and .png; by default beside the record")
+    asked = parser.parse_args(flags)
+    record = load(Path(path))
+    named = {n.rpartition(":")[2]: by_name(n) for n in asked.objectives.split(",")}
+    verdicts = [judge(n, o, record.batch, record.policy, record.horizon) for n, o in named.items()]
+    folder = Path(asked.out) if asked.out else Path(path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    console.print(table(verdicts, f"{Path(path).name}, recorded with {record.objective}"))
+    console.print(agreement(verdicts))
+    stem = folder / f"what-if-{Path(path).stem}"
+    write_json(stem.with_suffix(".json"), as_dict(verdicts))
+    plot(verdicts, stem.with_suffix(".png"))
+    console.print(f"look at {stem.with_suffix('.png')}", highlight=False)
+
+
+def by_name(name: str) -> Objective:
+    """One of the family by its name in any case, or one of the user's own from a file."""
+    if ":" in name:
+        from trainer.cli import load_objective
+
+        return load_objective(name)
+    known = {each.__name__.lower(): each for each in FAMILY}
+    if name.lower() not in known:
+        raise ValueError(f"there is no objective {name!r}; there are {', '.join(sorted(known))}, and FILE.py:CLASS")
+    return known[name.lower()]()
+
+
+def table(verdicts: list[Verdict], title: str) -> Table:
+    """One row per objective."""
+    out = Table(title=title, title_justify="left")
+    for header in ("objective", "loss", "|gradient|", "clipped low", "clipped high", "ESS", "effective tokens"):
+        out.add_column(header, justify="left" if header == "objective" else "right")
+    for v in verdicts:
+        clips = ("-" if math.isnan(clip) else f"{clip:.3f}" for clip in (v.clip_low, v.clip_high))
+        out.add_row(v.name, f"{v.loss:+.4g}", f"{v.grad_norm:.3g}", *clips, f"{v.ess:.3f}", f"{v.effective_tokens:.0f}")
+    return out
+
+
+def agreement(verdicts: list[Verdict]) -> Table:
+    """Cosine of each pair's gradients."""
+    out = Table("cosine", *(v.name for v in verdicts), title="do their gradients agree?", title_justify="left")
+    for v, row in zip(verdicts, cosines(verdicts).tolist(), strict=True):
+        out.add_row(v.name, *(f"{x:.3f}" for x in row))
+    return out
+
+
+def as_dict(verdicts: list[Verdict]) -> dict[str, object]:
+    """Everything but the gradients, as JSON can hold it."""
+    names = ("loss", "grad_norm", "clip_low", "clip_high", "ess", "effective_tokens")
+    rows = {v.name: {n: float(getattr(v, n)) for n in names} for v in verdicts}
+    return {"objectives": rows, "cosine": cosines(verdicts).tolist()}
+
+
+def plot(verdicts: list[Verdict], path: Path) -> None:
+    """Two panels: how much the gradients agree, and how each spreads over the tokens, largest first."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    names, similar = [v.name for v in verdicts], cosines(verdicts)
+    left.imshow(similar, vmin=-1, vmax=1, cmap="RdBu")
+    left.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    left.set_yticks(range(len(names)), names)
+    for i, row in enumerate(similar.tolist()):
+        for j, x in enumerate(row):
+            left.text(j, i, f"{x:.2f}", ha="center", va="center", fontsize=8)
+    left.set_title("cosine of the gradients")
+    for v in verdicts:
+        size = v.gradient.abs().flatten().sort(descending=True).values
+        right.plot((size.cumsum(0) / size.sum().clamp(min=1e-30)).tolist(), label=v.name)
+    right.set_xlabel("tokens, largest gradient first")
+    right.set_ylabel("share of the gradient")
+    right.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,245 @@
+"""Do the engines' log-probabilities mean what the loss thinks? Asks both sides; `trainer.doctor.diagnosis` judges."""
+
+import asyncio
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from rl.batch import collate, trajectory
+from rl.config import Config
+from rl.objectives.corrections import Uncorrected
+from rl.parity.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
+from rl.parity.gap import clipped_by_noise, gap, surprise
+from rl.types import Batch, Completion
+from trainer.cluster.cluster import Cluster
+from trainer.cluster.remote import RemoteLearner
+from trainer.doctor.diagnosis import Finding, ParityError, agrees, diagnose
+from trainer.plan.preflight import Prepared
+
+PROMPTS = 8
+TOKENS = 300
+"""About how many sampled tokens an examination looks at."""
+TRACED_TOKENS = 6
+Trace = list[dict[str, Any]]
+"""What one engine's workers traced."""
+CLIPPED = 0.01
+"""Share of sequences clipped by noise from which on `old_logprobs="auto"` recomputes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """One engine-and-learner pair, examined."""
+
+    config: Config
+    evidence: Evidence
+    findings: list[Finding]
+    batches: list[Batch]
+    """What each engine sampled."""
+    trainer: list[torch.Tensor]
+    """What the trainer says about it: [B, T] in nats, by engine."""
+    seconds: float
+
+    @property
+    def faults(self) -> list[Finding]:
+        """What must be mended before a run may start."""
+        return [f for f in self.findings if f.severity == "fault"]
+
+    def old_logprobs(self) -> tuple[str, str]:
+        """What `old_logprobs="auto"` means for this run, and why."""
+        settled, clip = by_settings(self.config), self.evidence.clip
+        name = type(self.config.objective).__name__
+        if settled:
+            return settled
+        if clip is None:
+            return "recompute", f"{name} reports no clip range to hold against the noise"
+        if clip.sequences > CLIPPED:
+            return "recompute", f"noise alone would clip {clip.sequences:.0%} of {name}'s sequences"
+        return "rollout", f"noise alone clips {clip.sequences:.1%} of {name}'s sequences"
+
+
+def by_settings(config: Config) -> tuple[str, str] | None:
+    """What `Config.old_logprobs` comes to, and why, where the settings alone say so; None where noise must decide."""
+    name = type(config.objective).__name__
+    if config.old_logprobs != "auto":
+        return config.old_logprobs, "as configured"
+    if config.objective.uses_old_logprobs:
+        return "recompute", f"{name} compares the trainer's own with the engine's"
+    if not isinstance(config.correction, Uncorrected):
+        return "recompute", f"{type(config.correction).__name__} compares the trainer's own with the engine's"
+    if config.max_staleness:
+        return "recompute", f"max_staleness={config.max_staleness}: a sample's age must not use up the clip range"
+    return None
+
+
+class Patient:
+    """A cluster whose engines hold no weights yet, and the prompts of its run."""
+
+    def __init__(self, cluster: Cluster, learner: RemoteLearner, prepared: Prepared, seed: int = 0) -> None:
+        self.cluster, self.learner, self.prepared, self.seed = cluster, learner, prepared, seed
+        self.config = cluster.config
+        train, count = prepared.train, min(PROMPTS, len(prepared.train))
+        self.prompts = [replace(train[i * len(train) // count], ordinal=i) for i in range(count)]
+        self.max_tokens = min(self.config.rollout.max_tokens, 48)
+        self.per_prompt = max(3, min(32, math.ceil(TOKENS / (len(self.prompts) * self.max_tokens))))
+
+    async def examine(self, version: int) -> Examination:
+        """Publish the learner's weights as `version`, and check what the engines then are, hold and say."""
+        began = time.perf_counter()
+        facts, mine, driver = await self._facts()
+        weights, traces = await self._weights(version)
+        # The engines sample while the learner runs its layers on what they traced.
+        sampling = [asyncio.ensure_future(self._sample(i)) for i in range(len(self.cluster.engines))]
+        try:
+            weights, notes = await self._layers(weights, traces)
+            examined = [await self._samples(i, version, await groups) for i, groups in enumerate(sampling)]
+        finally:
+            for task in sampling:
+                task.cancel()
+        samples = [s for s, _, _ in examined]
+        batches, trainer = [b for _, b, _ in examined], [t for _, _, t in examined]
+        if not any(s.ended for s in samples):
+            notes.append("EOS: no reply ended by itself, so nothing was seen of how the end of a reply is counted")
+        evidence = Evidence(
+            dtype=self.config.dtype,
+            engine_facts=facts,
+            learner_facts=mine,
+            driver_facts=driver,
+            weights=weights,
+            samples=samples,
+            clip=clipped_by_noise(self.config.objective, batches[0], trainer[0]),
+            notes=notes,
+        )
+        return Examination(
+            config=self.config,
+            evidence=evidence,
+            findings=diagnose(evidence),
+            batches=batches,
+            trainer=trainer,
+            seconds=time.perf_counter() - began,
+        )
+
+    async def _facts(self) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+        prepared, template = self.prepared, self.config.chat_template_kwargs
+        engines = await self.cluster.ask_engines("describe", prepared.first_prompt, template)
+        driver = {
+            "chat_template": prepared.tokenizer.chat_template,
+            "prompt": prepared.train[0].token_ids,
+            "eos": prepared.tokenizer.eos_token_id,
+            "vocabulary": len(prepared.tokenizer),
+        }
+        return engines, (await self.cluster.ask_learners("describe"))[0], driver
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    async def _weights(self, version: int) -> tuple[list[WeightEvidence], list[Trace]]:
+        """Digests on every side after an update, and what the engines' layers then do."""
+        cluster, probe = self.cluster, self.long_prompt()
+        # Fills the prefix cache under the weights of before: nothing of it may be used afterwards.
+        await cluster.ask_engines("sample", probe, 1, self.seed, None, 1)
+        manifest, _ = await self.learner.send(version, digesting=True)
+        received = await cluster.ask_engines("received_digests")
+        counting = asyncio.ensure_future(cluster.ask_learners("digests"))
+        again = await cluster.ask_engines("sample", probe, 1, self.seed, None, 1)
+        traces = await cluster.ask_engines("trace", self.prompts[0].token_ids[:TRACED_TOKENS])
+        live = (await counting)[0]
+        weights = [
+            WeightEvidence(
+                engine=index,
+                version=version,
+                sent=manifest.digests,
+                live=live,
+                received=received[index],
+                layers=[],
+                cached_after_update=again[index][0].cached_prompt_tokens,
+            )
+            for index in range(len(traces))
+        ]
+        return weights, traces
+
+    async def _layers(
+        self, weights: list[WeightEvidence], traces: list[Trace]
+    ) -> tuple[list[WeightEvidence], list[str]]:
+        found, notes = [], []
+        for evidence, trace in zip(weights, traces, strict=True):
+            layers, note = await self._layer_errors(trace)
+            if note:
+                notes.append(f"layers of engine {evidence.engine}: {note}")
+            found.append(replace(evidence, layers=layers, uncovered=note))
+        return found, notes
+
+    async def _layer_errors(self, trace: Trace) -> tuple[list[LayerError], str]:
+        if len(trace) > 1:
+            return [], "not compared, for each worker of a tensor-parallel engine has a shard of them"
+        layers, unknown = (await self.cluster.ask_learners("layer_errors", trace[0]))[0]
+        if len(trace[0]) <= 1:
+            return (
+                layers,
+                "not seen in a compiled forward pass, but for the lm_head; --rollout.enforce-eager shows them",
+            )
+        return layers, f"not compared, the trainer has none of that name: {', '.join(unknown[:3])}" if unknown else ""
+
+    def long_prompt(self) -> list[int]:
+        """A prompt of several blocks of the prefix cache, as far as the context has room."""
+        r = self.config.rollout
+        ids = self.prompts[-1].token_ids
+        return (ids * 200)[: min(max(len(ids), 160), r.max_model_len - r.max_tokens)]
+
+    # -- samples ---------------------------------------------------------------------------------------------------
+
+    async def _sample(self, engine: int) -> list[list[Completion]]:
+        deadline = self.config.deadlines.sample_s
+        return await asyncio.gather(
+            *(
+                self.cluster.ask_engine(
+                    engine,
+                    "sample",
+                    p.token_ids,
+                    self.per_prompt,
+                    self.seed * 7919 + engine * 101 + 1000 * p.ordinal,
+                    None,
+                    self.max_tokens,
+                    deadline_s=deadline,
+                )
+                for p in self.prompts
+            )
+        )
+
+    async def _samples(
+        self, engine: int, version: int, groups: list[list[Completion]]
+    ) -> tuple[SampleEvidence, Batch, torch.Tensor]:
+        cluster, prompts = self.cluster, self.prompts
+        rows = [trajectory(p, c, 0.0, {}) for p, group in zip(prompts, groups, strict=True) for c in group]
+        batch = collate(rows)
+        said: tuple[torch.Tensor, torch.Tensor] = (await cluster.ask_learners("logprobs_and_entropy", batch))[0]
+        trainer, entropy = said
+        finite = batch.mask & batch.rollout_logprobs.isfinite() & trainer.isfinite()
+        nonfinite = int(batch.mask.sum() - finite.sum())
+        if not finite.any():
+            raise ParityError(f"none of {nonfinite} tokens that engine {engine} sampled has a finite log-probability")
+        # A token without a number is counted, and then left out of the averages: one NaN would hide all the others.
+        clean = replace(batch, mask=finite, rollout_logprobs=batch.rollout_logprobs.nan_to_num(0.0, 0.0, 0.0))
+        g = gap(trainer, clean.rollout_logprobs, clean.mask)
+        agreed = agrees(g, self.config.dtype)
+        hypotheses = [] if agreed else (await cluster.ask_learners("explain", clean))[0]
+        eos = self.prepared.tokenizer.eos_token_id
+        ended = [(row, t) for row, t in zip(batch.mask, rows, strict=True) if t.finish_reason == "stop"]
+        evidence = SampleEvidence(
+            engine=engine,
+            gap=g,
+            hypotheses=hypotheses,
+            surprise=surprise(trainer, entropy, clean.mask),
+            nonfinite=nonfinite,
+            ended=len(ended),
+            ended_without_stop_token=sum(_last_trained(row, t.token_ids) != eos for row, t in ended),
+            wrong_version=int((batch.versions[batch.mask] != version).sum()),
+        )
+        return evidence, clean, trainer
+
+
+def _last_trained(mask: torch.Tensor, token_ids: list[int]) -> int:
+    """The last token that a row trains on."""
+    columns = mask.nonzero()[:, 0]
+    return token_ids[int(columns[-1]) + 1] if len(columns) else -1

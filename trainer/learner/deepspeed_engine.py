@@ -1,0 +1,98 @@
+"""How does DeepSpeed come around the policy? Its settings, each with its reason, the optimizer and its schedule."""
+
+import importlib
+import math
+from typing import Any
+
+import deepspeed
+import torch
+from transformers.integrations import HfDeepSpeedConfig
+
+from rl.config import Config
+from trainer.model.policy import Policy, load
+
+
+def deepspeed_engine(config: Config, model: str, device: str, *, share_prompts: bool) -> Any:
+    """DeepSpeed around the policy, with the settings that agree with plain torch."""
+    if device == "cpu":
+        # Would compile a C++ operator for minutes that only inference uses; a killed compile leaves a lock that
+        # hangs every later run. (`import deepspeed.comm.torch` would bind the real torch.)
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    t = config.trainer
+    settings = deepspeed_settings(config)
+    sharding = HfDeepSpeedConfig(settings) if t.zero_stage == 3 else None
+    policy = load(
+        model,
+        dtype=config.dtype,
+        fp32_head=config.fp32_head,
+        share_prompts=share_prompts,
+        with_values=config.objective.uses_values,
+        checkpointing=t.gradient_checkpointing,
+        lora=t.lora,
+    )
+    groups = parameter_groups(policy, t.value_lr)
+    optimizer = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, weight_decay=t.weight_decay, fused=True)
+    if t.zero_stage == 0:
+        clip_before_step(optimizer, t.max_grad_norm)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(config, step))
+    engine, *_ = deepspeed.initialize(
+        model=policy, optimizer=optimizer, lr_scheduler=scheduler, config=settings, dist_init_required=False
+    )
+    engine.hf_deepspeed_config = sharding  # transformers keeps only a weak reference
+    return engine
+
+
+def clip_before_step(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """Under ZeRO 0 DeepSpeed clips, but never tells the norm: do both here, and put the norm where it looks for one."""
+
+    def clip(optimizer: Any, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+
+    optimizer.register_step_pre_hook(clip)
+
+
+def parameter_groups(policy: Policy, value_lr: float | None) -> list[dict[str, Any]]:
+    """All trained weights in one group; the value head in another one where it has a learning rate of its own."""
+    if policy.value_head is None or value_lr is None:
+        return [{"params": [p for p in policy.parameters() if p.requires_grad]}]
+    body = [p for p in policy.hf.parameters() if p.requires_grad]
+    return [{"params": body}, {"params": list(policy.value_head.parameters()), "lr": value_lr}]
+
+
+def deepspeed_settings(config: Config) -> dict[str, Any]:
+    """DeepSpeed's own configuration."""
+    t = config.trainer
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": t.max_grad_norm if t.zero_stage else 0.0,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": t.zero_stage},
+        "steps_per_print": 10**9,
+    }
+    if t.offload == "optimizer":
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        # torch's own fused Adam runs there too; DeepSpeed's would have to be compiled first.
+        settings["zero_force_ds_cpu_optimizer"] = False
+    if config.dtype == "bfloat16":
+        settings["bf16"] = {"enabled": True}
+    if t.zero_stage == 3:
+        # zero.Init would round the rotary embedding's inverse frequencies to bf16, without a word.
+        settings["data_types"]["keep_in_fp32_modules"] = ["inv_freq"]
+    return settings
+
+
+def lr_factor(config: Config, step: int) -> float:
+    """Learning rate over its peak at optimizer step `step` (from 0)."""
+    t = config.trainer
+    total = config.steps * t.epochs * t.minibatches
+    if step < t.warmup_steps:
+        return (step + 1) / t.warmup_steps
+    done = min(1.0, (step - t.warmup_steps) / max(total - t.warmup_steps, 1))
+    if t.lr_schedule == "linear":
+        return 1.0 - done
+    if t.lr_schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+    return 1.0

@@ -1,0 +1,47 @@
+"""Which sampler would have said what an engine said about its samples? From the logits of those samples."""
+
+from typing import Any
+
+import deepspeed
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rl.batch import take
+from rl.config import Config
+from rl.parity.hypotheses import Hypothesis, explain, shifts
+from rl.types import Batch
+from trainer.model.head import LogprobHead
+
+TOKENS = 256
+"""Most sampled tokens whose whole logits are looked at: [256, 150,000] in fp32 are 150 MB."""
+
+
+def explain_batch(model: Any, head: LogprobHead, batch: Batch, config: Config, sharded: bool) -> list[Hypothesis]:
+    """Guesses, best first; trying them takes several times as long as the forward pass.
+
+    `model` is what takes a forward pass (a `Policy`, or DeepSpeed's engine around one). A collective under ZeRO-3.
+    """
+    counts = batch.mask.sum(dim=1).cumsum(dim=0)
+    rows = torch.arange(max(1, int((counts <= TOKENS).sum())))
+    part = take(batch, rows)
+    truncation = config.rollout.truncation
+    seen: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    trainer = model(part.input_ids, part.mask, config.temperature, truncation, part.support).logprobs
+    hook.remove()
+    with deepspeed.zero.GatheredParameters([head.weight], enabled=sharded):
+        logits = _logits(seen[0], head.weight, head.fp32)
+        other = _logits(seen[0], head.weight, not head.fp32)
+    targets, rollout = part.input_ids[:, 1:][part.mask], part.rollout_logprobs[part.mask]
+    guesses = explain(logits, targets, rollout, temperature=config.temperature, truncation=truncation)
+    said = (other / config.temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    says = f"its lm_head is in {'bf16' if head.fp32 else 'fp32'}"
+    guesses.append(Hypothesis(cause="head_dtype", says=says, residual=float((said - rollout).abs().mean())))
+    guesses += shifts(trainer, part.rollout_logprobs, part.mask)
+    return sorted(guesses, key=lambda g: g.residual)
+
+
+def _logits(hidden: Tensor, weight: Tensor, fp32: bool) -> Tensor:
+    dtype = torch.float32 if fp32 else torch.bfloat16
+    return F.linear(hidden.to(dtype), weight.to(dtype)).float()

@@ -1,0 +1,81 @@
+"""The trainer's weights as they leave: HF names, full tensors, gathered layer by layer over the ranks."""
+
+from collections.abc import Iterator
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from rl.weights import TensorMeta, WeightManifest, digest
+from trainer.model.lora import adapted, adapter_parameters, base_parameters, merged
+
+
+class LearnerWeights:
+    """The tensors that the engines need, in a fixed order; iterating is a collective over all ranks under ZeRO-3.
+
+    A tied head has one name, a value head is not sent, adapters leave in the weights that they change. With
+    `digesting` on, every tensor is digested as it leaves.
+    """
+
+    def __init__(self, hf: nn.Module, *, sharded: bool) -> None:
+        self.parameters = base_parameters(hf)
+        self.adapted = adapted(hf)
+        self.sharded = sharded
+        self.digesting = False
+        self.digests: dict[str, str] = {}
+
+    def metadata(self) -> list[TensorMeta]:
+        """Names, dtypes and full shapes, without gathering anything."""
+        return [
+            TensorMeta(
+                name=name,
+                dtype=str(p.dtype).removeprefix("torch."),
+                shape=tuple(p.ds_shape if self.sharded else p.shape),
+            )
+            for name, p in self.parameters.items()
+        ]
+
+    def manifest(self, version: int) -> WeightManifest:
+        """What the last pass over the tensors sent."""
+        return WeightManifest(version=version, tensors=tuple(self.metadata()), digests=dict(self.digests))
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self.digests = {}
+        for group in layers(list(self.parameters)):
+            parameters = [self.parameters[name] for name in group]
+            # Per layer: gathering tensor by tensor is twice as slow, and all at once needs the whole model in memory.
+            adapters = [p for name in group if name in self.adapted for p in adapter_parameters(self.adapted[name])]
+            with deepspeed.zero.GatheredParameters(parameters + adapters, enabled=self.sharded):
+                for name, parameter in zip(group, parameters, strict=True):
+                    tensor = merged(self.adapted[name]) if name in self.adapted else parameter.detach()
+                    # The gathered storage is freed on leaving; a consumer may still be copying from it then.
+                    tensor = tensor.clone() if self.sharded else tensor
+                    if self.digesting:
+                        self.digests[name] = digest(tensor)
+                    yield name, tensor
+
+    @torch.no_grad()
+    def flip(self, bit: int) -> None:
+        """Flip the mantissa bit worth 2^-bit (1 to 7) of a value in a random half of every tensor; the same call again
+        restores every bit, without a copy of the weights. A collective over all ranks under ZeRO-3."""
+        for index, parameter in enumerate(self.parameters.values()):
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.sharded):
+                integer, mantissa = {2: (torch.int16, 7), 4: (torch.int32, 23)}[parameter.element_size()]
+                generator = torch.Generator(parameter.device).manual_seed(index)
+                half = torch.randint(0, 2, parameter.shape, generator=generator, device=parameter.device, dtype=integer)
+                parameter.data.view(integer).bitwise_xor_(half << (mantissa - bit))
+
+
+def layers(names: list[str]) -> list[list[str]]:
+    """Consecutive names that share everything before their first number."""
+    groups: list[list[str]] = []
+    last: object = None
+    for name in names:
+        parts = name.split(".")
+        number = next((i for i, p in enumerate(parts) if p.isdigit()), None)
+        key = name if number is None else tuple(parts[: number + 1])
+        if key != last:
+            groups.append([])
+        groups[-1].append(name)
+        last = key
+    return groups

@@ -1,0 +1,158 @@
+"""Attention of a packed row: sequences side by side without padding, none of which sees another."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+
+NAME = "segments"
+"""Of this attention, among those of transformers."""
+
+PLAIN = frozenset({"llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"})
+"""Families in which attention is causal and nothing else mixes tokens. A test holds each against its rows apart."""
+
+SPECIAL = ("sliding_window", "softcap", "s_aux", "position_bias")
+"""What a model may ask of attention and does not get here."""
+
+LONG = 512
+"""From so many tokens a completion asks its prompt's questions again rather than carry a mask: on CPU causal attention
+leaves out what lies ahead, and a mask does not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Neighbouring sequences of a row whose attention is one call: itself causal, and what they go on from."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each; several only where they are short, for a call has its price too."""
+    prompt: int | None = None
+    """The segment (by its place in the row) that each of them goes on from, and sees the whole of."""
+    prompt_length: int = 0
+
+    @cached_property
+    def mask(self) -> Bool[Tensor, "L K"] | None:
+        """True where a token may look: at the prompt, and at its own sequence up to itself. None: simply causal, from
+        the prompt's first token on."""
+        causal = self.prompt is None or self.lengths[0] >= max(LONG, 2 * self.prompt_length)
+        if causal and len(self.lengths) == 1:
+            return None
+        own = torch.block_diag(*[torch.ones(n, n, dtype=torch.bool).tril() for n in self.lengths])
+        return F.pad(own, (self.prompt_length, 0), value=True)
+
+
+@runtime_checkable
+class Split(Protocol):
+    """Ranks that share a row: see `trainer.model.ulysses`."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Float[Tensor, "B S H D"]:
+        """Attention of the whole row, from and to this rank's tokens."""
+        ...
+
+
+def packs(config: PreTrainedConfig) -> bool:
+    """Whether a model's rows can be packed: its family is known to be `PLAIN`, and no layer has a sliding window.
+
+    Others run on padded rows. To pack a family, show with tests/unit/test_packing.py that nothing leaks, and add it.
+    """
+    text = config.get_text_config()
+    plain = text.model_type in PLAIN and "sliding_attention" not in (getattr(text, "layer_types", None) or [])
+    return plain and getattr(text, "sliding_window", None) is None
+
+
+def check_split(config: PreTrainedConfig, ranks: int) -> None:
+    """Raise ValueError where so many ranks cannot share the rows of a model."""
+    text = config.get_text_config()
+    if not packs(config):
+        raise ValueError(
+            f"trainer.sequence_parallel={ranks} divides packed rows, and rows of {text.model_type} stay padded: leave "
+            "it at 1"
+        )
+    heads, groups = text.num_attention_heads, text.num_key_value_heads
+    if heads % ranks or groups % ranks:
+        raise ValueError(
+            f"trainer.sequence_parallel={ranks} must divide the model's attention heads ({heads}) and key-value heads "
+            f"({groups})"
+        )
+
+
+def use_segments(hf: PreTrainedModel) -> None:
+    """Make a model take `segments=` in its forward call. Without them a row is one causal sequence, as ever."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, _no_mask)
+    hf.set_attn_implementation(NAME)
+
+
+def attend(
+    module: nn.Module,
+    query: Float[Tensor, "B H S D"],
+    key: Float[Tensor, "B G S D"],
+    value: Float[Tensor, "B G S D"],
+    attention_mask: None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    segments: Sequence[Segment] | None = None,
+    split: "Split | None" = None,
+    **asked: Any,
+) -> tuple[Float[Tensor, "B S H D"], None]:
+    """transformers' interface of attention. With `split` the arguments hold a part of the row that `segments` describe.
+
+    Raises ValueError for a model that asks for more than causal attention, for it would get wrong numbers.
+    """
+    special = [name for name in SPECIAL if asked.get(name) is not None] + ["dropout"] * (dropout > 0)
+    if special:
+        raise ValueError(f"this model's attention wants {', '.join(special)}, which packed rows do not have")
+    if segments is None:
+        segments = [Segment(lengths=(query.shape[2],))]
+    attention = attend_segments if split is None else split.attend
+    return attention(query, key, value, segments=segments, scaling=scaling), None
+
+
+def attend_segments(
+    query: Float[Tensor, "B H S D"],
+    key: Float[Tensor, "B G S D"],
+    value: Float[Tensor, "B G S D"],
+    *,
+    segments: Sequence[Segment],
+    scaling: float,
+) -> Float[Tensor, "B S H D"]:
+    """Attention of a whole row. On CUDA in half precision, where no prompt is shared, one varlen kernel takes it (this
+    branch has not run yet: no GPU was at hand); else one call per segment.
+    """
+    one_row = len(query) == 1 and all(s.prompt is None for s in segments)
+    if query.is_cuda and query.dtype != torch.float32 and one_row:
+        lengths = [n for s in segments for n in s.lengths]
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        most = max(lengths)
+        out = varlen_attn(q, k, v, ends, ends, most, most, scale=scaling, window_size=(-1, 0), enable_gqa=True)
+        assert isinstance(out, Tensor)
+        return out[None]
+    # Split, not sliced: the backward of a slice writes a whole row of zeros.
+    sizes = [sum(s.lengths) for s in segments]
+    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
+    outs = []
+    for s, q, k, v in zip(segments, queries, keys, values, strict=True):
+        if s.prompt is not None:
+            k, v = torch.cat([keys[s.prompt], k], dim=2), torch.cat([values[s.prompt], v], dim=2)
+            if s.mask is None:
+                q = torch.cat([queries[s.prompt], q], dim=2)
+        mask = None if s.mask is None else s.mask.to(q.device)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
+        outs.append(out.transpose(1, 2)[:, -sum(s.lengths) :])
+    return torch.cat(outs, dim=1)
+
+
+def _no_mask(*, attention_mask: Tensor | None = None, **_: Any) -> None:
+    if attention_mask is not None:
+        raise ValueError("packed rows have no padding: pass `segments`, or rows of one length without attention_mask")

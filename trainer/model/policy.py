@@ -1,0 +1,141 @@
+"""The policy as the trainer sees it: a Hugging Face body, our head, and a value head if the objective has a critic."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rl.config import Lora
+from rl.truncation import Truncation
+from rl.types import PolicyOutput
+from trainer.model.attention import packs, use_segments
+from trainer.model.head import LogprobHead
+from trainer.model.lora import inject
+from trainer.model.packing import pack
+from trainer.model.ulysses import Ulysses
+
+
+class Policy(nn.Module):
+    """A causal language model that answers: how likely were these tokens?"""
+
+    def __init__(self, hf: PreTrainedModel, *, fp32_head: bool, with_values: bool, share_prompts: bool) -> None:
+        super().__init__()
+        self.hf = hf
+        self.packs = packs(hf.config)
+        """Whether micro-batches run as one row without padding; else as padded rows, which share no prompt."""
+        self.share_prompts = share_prompts and self.packs
+        self.tokens = torch.zeros(2, dtype=torch.long)
+        """So far: tokens that some answer needed, and those that went through the layers."""
+        self.ulysses: Ulysses | None = None
+        """The ranks that share each row, if some do."""
+        if self.packs:
+            use_segments(hf)
+        hf.set_output_embeddings(LogprobHead(hf.get_output_embeddings(), fp32=fp32_head))
+        self.value_head = ValueHead(hf.config.get_text_config().hidden_size, 1, dtype=hf.dtype) if with_values else None
+        if self.value_head is not None:
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B S"],
+        mask: Bool[Tensor, "B T"],
+        temperature: float,
+        truncation: Truncation | None = None,
+        support: Int[Tensor, "B T K"] | None = None,
+        *,
+        head_alone: bool = False,
+    ) -> PolicyOutput:
+        """What the policy says at every column of `mask`; 0 elsewhere, where nothing is computed.
+
+        With truncated sampling, over the tokens kept: those that the engine reports in `support` (padded with -1),
+        else those that `truncation` keeps of the policy's own logits. With `head_alone` the gradient of the values
+        stops at the value head, and leaves the body as it is.
+        """
+        picked, mine = self._hidden(input_ids, mask)
+        targets, support = input_ids[:, 1:][mask], None if support is None else support[mask]
+        if mine is not None:
+            targets, support = targets[mine], None if support is None else support[mine]
+        answers = list(self.hf.get_output_embeddings()(picked, targets, temperature, truncation, support))
+        if self.value_head is not None:
+            seen = picked.detach() if head_alone else picked
+            answers.append(self.value_head(seen)[:, 0])
+        if self.ulysses and mine is not None:
+            answers = list(self.ulysses.whole(torch.stack(answers), mine))
+        logprobs, entropy, *values = [_scatter(answer, mask) for answer in answers]
+        return PolicyOutput(logprobs=logprobs, entropy=entropy, values=values[0] if values else None)
+
+    def _hidden(
+        self, input_ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "N H"], Bool[Tensor, " M"] | None]:
+        """Last hidden states of the masked columns, in the batch's order; where ranks share a row, of those that are
+        this rank's, and which these are."""
+        body, device = self.hf.get_decoder(), input_ids.device
+        if not self.packs:
+            # Rows are right-padded, so causal attention never sees padding and needs no mask of its own.
+            columns = torch.arange(1, mask.shape[1] + 1, device=device)
+            self.tokens += torch.tensor([int((mask * columns).amax(dim=1).sum()), mask.numel()])
+            return body(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state[mask], None
+        packed = pack(input_ids.cpu(), mask.cpu(), share_prompts=self.share_prompts)
+        # The one token of a rank that has nothing to do is no work.
+        self.tokens += packed.input_ids.numel() if len(packed.source) else 0
+        mine = None
+        if self.ulysses:
+            packed, mine = self.ulysses.part(packed)
+            mine = mine.to(device)
+        hidden = body(
+            input_ids=packed.input_ids.to(device),
+            position_ids=packed.position_ids.to(device),
+            segments=packed.segments,
+            split=self.ulysses,
+            use_cache=False,
+        ).last_hidden_state
+        # Not by indexing: many sequences read their prompt's last column, and the backward of an index adds up
+        # what they send there in whatever order the threads come.
+        return hidden[0].index_select(0, packed.source.to(device)), mine
+
+
+class ValueHead(nn.Linear):
+    """A linear layer computed in fp32: bf16 would round a value of 1 to steps of 0.008."""
+
+    def forward(self, input: Float[Tensor, "N H"]) -> Float[Tensor, "N 1"]:
+        """Values of hidden states."""
+        return F.linear(input.float(), self.weight.float(), self.bias.float())
+
+
+def _scatter(picked: Float[Tensor, " N"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    return torch.zeros(mask.shape, dtype=picked.dtype, device=picked.device).masked_scatter(mask, picked)
+
+
+def load(
+    path: str,
+    *,
+    dtype: str,
+    fp32_head: bool,
+    share_prompts: bool,
+    with_values: bool = False,
+    checkpointing: bool = False,
+    lora: Lora | None = None,
+) -> Policy:
+    """Load a causal LM from a folder or the hub. Raises whatever transformers raises when it is not one."""
+    hf = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    if checkpointing:
+        _checkpoint(hf)
+    if lora and lora.rank:
+        inject(hf, lora)
+    return Policy(hf, fp32_head=fp32_head, with_values=with_values, share_prompts=share_prompts)
+
+
+def _checkpoint(hf: PreTrainedModel) -> None:
+    """Compute each layer again in backward. transformers does so in layers that are in training mode only, where
+    dropout would change what the policy says: so the layers are, and all that is in them is not."""
+    hf.gradient_checkpointing_enable({"use_reentrant": False})
+    found = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not found:
+        raise ValueError(
+            f"trainer.gradient_checkpointing: transformers cannot do it for {type(hf).__name__}; leave it off"
+        )
+    for layer in found:
+        layer.training = True

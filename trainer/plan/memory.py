@@ -1,0 +1,168 @@
+"""Will it fit? What each rank, each engine and the host need, by what for, against what there is. GiB."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from rl.config import Config
+from trainer.cluster.placement import Placement
+from trainer.model.head import CHUNK
+
+GIB = 2**30
+CGROUP = Path("/sys/fs/cgroup")
+PROCESS = {"learner rank": 0.8, "engine": 1.2}
+"""Libraries (on a GPU also its context), before any weight."""
+Needs = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What of a model decides its memory."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    inner: int
+    """Features inside an MLP."""
+    vocabulary: int
+    adapted: int
+    """Parameters of adapters of rank 1: inputs and outputs of every linear layer but the head."""
+
+
+def shape_of(path: str) -> Shape:
+    """From a model's config alone. Raises OSError when there is none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    text, head = model.config.get_text_config(), model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    return Shape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        inner=max((m.out_features for m in linear), default=4 * text.hidden_size),
+        vocabulary=text.vocab_size,
+        adapted=sum(m.in_features + m.out_features for m in linear),
+    )
+
+
+def needs(config: Config, placement: Placement, shape: Shape) -> Needs:
+    """GiB by place and by what for; on CPU the host's are those of all processes.
+
+    Activations: size * tokens * layers * (12 hidden + 4 inner), or with gradient checkpointing size * tokens * hidden
+    for each layer and one layer in full; tokens are `micro_batch_tokens`, over the ranks that share a row. Head: two
+    [chunk, vocabulary] in fp32, the head's weight in fp32 and its gradient.
+    """
+    t, size, s = config.trainer, {"bfloat16": 2, "float32": 4}[config.dtype], shape
+    optimizer, gradients, weights = (t.ranks if t.zero_stage >= stage else 1 for stage in (1, 2, 3))
+    adapters = t.lora.rank * s.adapted
+    trained, offloaded = adapters or s.parameters, t.offload == "optimizer"
+    # Without shards torch's Adam works on the fp32 weights themselves; bf16 gradients lie beside their fp32 sums.
+    states, sums = (12 if t.zero_stage else 8) * trained, (6 if size == 2 and t.zero_stage == 1 else 4) * trained
+    # Offloaded, DeepSpeed keeps fp32 gradients and a copy of the weights there, too.
+    copies = 8 if t.zero_stage == 3 else 4 + size + (4 if size == 4 and t.zero_stage == 2 else 0)
+    layer = 12 * s.hidden + 4 * s.inner
+    kept = s.layers * s.hidden + layer if t.gradient_checkpointing else s.layers * layer
+    tokens = -(-t.micro_batch_tokens // t.sequence_parallel)
+    chunk = min(CHUNK, tokens, config.prompts_per_step * config.group_size * config.rollout.max_tokens)
+    learner = {
+        "weights": size * (s.parameters + adapters) / weights,
+        "gradients": sums / gradients,
+        "gradients again, flat, for the step": 4 * trained / optimizer
+        if t.zero_stage in (1, 2) and not offloaded
+        else 0,
+        "masters and Adam": 0 if offloaded else states / optimizer,
+        "reference model": size * s.parameters / weights if config.objective.needs_reference and not adapters else 0,
+        "head": 4 * s.vocabulary * (2 * chunk + 2 * s.hidden),
+        "activations": size * tokens * kept,
+    }
+    engine = {"weights": size * s.parameters / config.rollout.tensor_parallel}
+    host = {"offloaded masters, gradients and Adam": states + copies * trained if offloaded else 0}
+    if config.save_every:
+        host["checkpoint, a layer at a time"] = 12 * max(s.vocabulary * s.hidden, trained // s.layers)
+    if placement.device == "cpu":
+        engine |= {"weights of an update": size * s.parameters, "KV cache": config.rollout.kv_cache_gib * GIB}
+        host["weights under way"] = size * s.parameters
+    places = {"learner rank": learner, "engine": engine, "host": host}
+    found = {place: {what: n / GIB for what, n in parts.items() if n} for place, parts in places.items()}
+    for place, gib in PROCESS.items():
+        found[place]["process"] = gib
+    for place, count in (("learner rank", placement.learners), ("engine", placement.engines)):
+        own = found[place] if placement.device == "cpu" else {"process": PROCESS[place]}
+        found["host"][f"{count} x {place}"] = count * sum(own.values())
+    return found
+
+
+def there(config: Config, placement: Placement) -> dict[str, float]:
+    """GiB that each place may use; infinite where this machine cannot tell, such as for a cluster's other nodes."""
+    limits = {"learner rank": math.inf, "engine": math.inf, "host": math.inf}
+    if os.environ.get("RAY_ADDRESS") or (placement.device == "cuda" and not torch.cuda.is_available()):
+        return limits
+    limits["host"] = min(psutil.virtual_memory().available, _cgroup_room()) / GIB
+    if placement.device == "cuda":
+        gpu = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / GIB
+        share = config.rollout.gpu_memory_utilization
+        limits |= {"engine": share * gpu, "learner rank": gpu * (1 - share if placement.backend == "ipc" else 1)}
+    return limits
+
+
+def _cgroup_room() -> float:
+    """Bytes that a container may still take."""
+    if not (CGROUP / "memory.max").exists() or (limit := (CGROUP / "memory.max").read_text().strip()) == "max":
+        return math.inf
+    # What was read from files may be given back at any moment, and counts as current all the same.
+    stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    return int(limit) - int((CGROUP / "memory.current").read_text()) + int(stat["inactive_file"])
+
+
+def check_memory(config: Config, found: Needs, limits: dict[str, float]) -> None:
+    """Raise ValueError, with what would help, for the first place that is too small."""
+    if os.environ.get("UNISON_IGNORE_MEMORY"):
+        return
+    for place, parts in found.items():
+        if sum(parts.values()) <= limits[place]:
+            continue
+        listed = ", ".join(f"{what} {gib:.2f}" for what, gib in sorted(parts.items(), key=lambda p: -p[1]))
+        raise ValueError(
+            f"this run does not fit: the {place} needs {sum(parts.values()):.1f} GiB ({listed}), and there are "
+            f"{limits[place]:.1f}. What would help: {'; '.join(remedies(config, place))}. UNISON_IGNORE_MEMORY=1 tries "
+            "it all the same"
+        )
+
+
+def remedies(config: Config, place: str) -> list[str]:
+    """Settings that make a place's need smaller, and are not set yet."""
+    t, r = config.trainer, config.rollout
+    learner = {
+        f"trainer.zero_stage={t.zero_stage + 1} or more": t.zero_stage < 3 and t.ranks > 1,
+        f"trainer.sequence_parallel={2 * t.sequence_parallel}": t.ranks % (2 * t.sequence_parallel) == 0,
+        "trainer.gradient_checkpointing": not t.gradient_checkpointing,
+        f"trainer.micro_batch_tokens below {t.micro_batch_tokens}": t.micro_batch_tokens > CHUNK,
+        "trainer.lora.rank, e.g. 16": not t.lora.rank,
+        "trainer.offload=optimizer": place == "learner rank" and t.offload == "none" and t.zero_stage > 0,
+        "dtype=bfloat16": config.dtype == "float32",
+    }
+    engine = {
+        f"rollout.kv_cache_gib below {r.kv_cache_gib:g}": place == "host",
+        "fewer rollout.engines": place == "host" and r.engines > 1,
+        "rollout.tensor_parallel": place == "engine",
+    }
+    smaller = {"a smaller model": True}
+    options = {"learner rank": learner | smaller, "engine": engine | smaller, "host": engine | learner | smaller}[place]
+    return [remedy for remedy, helps in options.items() if helps]
+
+
+def rows(found: Needs, limits: dict[str, float]) -> list[tuple[str, str]]:
+    """For the terminal: each place with its sum, then what it is made of."""
+    lines = []
+    for place, parts in found.items():
+        of = f" of {limits[place]:.1f}" if math.isfinite(limits[place]) else ""
+        lines.append((f"memory: {place}", f"{sum(parts.values()):.2f}{of} GiB"))
+        lines += [(f"  {what}", f"{gib:.2f}") for what, gib in parts.items()]
+    return lines

@@ -1,0 +1,98 @@
+"""How a step's batch is kept: one safetensors file with what engine and trainer said, before and after the step."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rl.config import Config
+from rl.protocols import SyncReport
+from rl.types import Batch, PolicyOutput
+from trainer.cluster.remote import RemoteLearner
+
+SCHEMA = "unison-batch/1"
+Ask = Callable[[str, Batch], Awaitable[Any]]
+"""`answer` or `reference_logprobs` of the learner as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One step as it was."""
+
+    batch: Batch
+    """`old_logprobs` and `values` are the trainer's before the step; values and reference where the run has them."""
+    policy: PolicyOutput
+    """What the trainer says after it."""
+    horizon: int
+    objective: str
+
+
+def save(record: Record, path: Path) -> None:
+    """Write a record; readable by any safetensors library, its meaning stated in the header."""
+    tensors = {f.name: getattr(record.batch, f.name) for f in fields(Batch)}
+    tensors |= {f"now.{f.name}": getattr(record.policy, f.name) for f in fields(PolicyOutput)}
+    kept = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items() if t is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = {"schema": SCHEMA, "horizon": str(record.horizon), "objective": record.objective}
+    save_file(kept, path, metadata=header)
+
+
+def load(path: Path) -> Record:
+    """Read a record. Raises ValueError for a file of another kind or schema."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; `--record-batches 1` keeps every step in runs/NAME/batches/")
+    foreign = f"{path} is no recorded batch ({SCHEMA}): `--record-batches 1` keeps every step in runs/NAME/batches/"
+    try:
+        file = safe_open(path, framework="pt")
+    except SafetensorError:
+        raise ValueError(foreign) from None
+    with file:
+        header = file.metadata() or {}
+        if header.get("schema") != SCHEMA:
+            raise ValueError(foreign)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    now = {f.name: tensors.pop(f"now.{f.name}", None) for f in fields(PolicyOutput)}
+    return Record(
+        batch=Batch(**tensors),
+        policy=PolicyOutput(**now),
+        horizon=int(header["horizon"]),
+        objective=header["objective"],
+    )
+
+
+class Recorder:
+    """`rl.protocols.Learner` that writes every n-th step's record, at the price of two forward passes for each, and of
+    one of the reference where there is one."""
+
+    def __init__(self, learner: RemoteLearner, ask: Ask, folder: Path, config: Config) -> None:
+        self.learner, self.ask, self.folder, self.config = learner, ask, folder, config
+        self.steps = learner.version
+        """Done so far, also before a resume."""
+
+    async def step(self, batch: Batch) -> dict[str, float]:
+        """Train on a step's batch, and keep it when its turn has come."""
+        self.steps += 1
+        if self.steps % self.config.record_batches:
+            return await self.learner.step(batch)
+        async with self.learner.published:
+            # Alone with the ranks: an engine that comes back asks them for weights.
+            before: PolicyOutput = await self.ask("answer", batch)
+            reference: Tensor | None = await self.ask("reference_logprobs", batch)
+        metrics = await self.learner.step(batch)
+        record = Record(
+            batch=replace(batch, old_logprobs=before.logprobs, values=before.values, ref_logprobs=reference),
+            policy=await self.ask("answer", batch),
+            horizon=self.config.rollout.max_tokens,
+            objective=type(self.config.objective).__name__,
+        )
+        save(record, self.folder / f"step-{self.steps}.safetensors")
+        return metrics
+
+    async def publish(self, version: int) -> SyncReport:
+        """Passed on."""
+        return await self.learner.publish(version)
