@@ -58,3 +58,7 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record one step."""
         ...
+
+
+class StallError(RuntimeError):
+    """A wait passed its deadline; the message says who waited for whom."""

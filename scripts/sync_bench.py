@@ -29,7 +29,9 @@ from torch import Tensor
 from rl.config import Config, RolloutConfig
 from rl.types import Data
 from rl.weights import TensorMeta
-from trainer.cluster.cluster import Cluster, EngineClient, started
+from trainer.cluster.calls import started
+from trainer.cluster.cluster import Cluster
+from trainer.cluster.engine_client import EngineClient
 from trainer.cluster.placement import plan
 
 ROOT = Path(__file__).resolve().parent.parent

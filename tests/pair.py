@@ -14,7 +14,7 @@ from rl.types import Data, Example
 from trainer.cluster.remote import RemoteLearner
 from trainer.doctor.examine import Patient
 from trainer.learner.learner import Learner
-from trainer.plan.preflight import Prepared, prepare
+from trainer.prompts import Prepared, prepare
 
 
 def make_learner(config: Config) -> Learner:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from rl.protocols import UpdateFailed
 from rl.weights import TensorMeta
-from rollout.weights.channel import Inbox, Layout, Outbox, join, reserve, this_host
+from rollout.weights.channel import Layout, join, reserve, this_host
+from rollout.weights.inbox import Inbox
+from rollout.weights.outbox import Outbox
 
 
 class Receiver:

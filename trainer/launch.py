@@ -8,15 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import tyro
-from rich.table import Table
 
-from rl.config import Config, check
-from rl.loop.loop import StallError
-from rl.protocols import EngineLost, UpdateFailed
+from rl.config import Config
+from rl.protocols import EngineLost, StallError, UpdateFailed
 from rl.rewards.score import RewardError
-from trainer.cluster.placement import plan
 from trainer.cluster.start_error import StartError
 from trainer.doctor.diagnosis import ParityError
+from trainer.plan.dry_run import dry_run
 from trainer.runs import settings as report
 from trainer.runs.resume import Resumed, resume
 from trainer.tracking.terminal import console
@@ -98,41 +96,3 @@ def readable_errors() -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def dry_run(config: Config) -> None:
-    """Print the resolved config, the placement and what memory it needs. Starts no actor."""
-    check(config)
-    from trainer.cluster.cluster import cluster_gpus
-    from trainer.plan.memory import check_memory, needs, shape_of, there
-    from trainer.plan.memory import rows as memory_rows
-    from trainer.plan.preflight import check_rows, check_truncation
-
-    gpus = cluster_gpus()
-    placement = plan(config, cuda=gpus > 0, gpus=gpus)
-    check_truncation(config, placement.device)
-    console.print(report.plain_config(config), markup=False, highlight=False)
-    table = Table("placement", "", show_header=True)
-    for row in placement.table():
-        table.add_row(*row)
-    table.add_row("GPUs", f"{placement.gpus:g} asked for, {gpus:g} here")
-    try:
-        shape = shape_of(config.model)
-    except OSError as error:
-        table.add_row("memory", f"unknown: the config of {config.model} cannot be read ({str(error).splitlines()[0]})")
-        console.print(table)
-        return
-    check_rows(config)
-    found, limits = needs(config, placement, shape), there(config, placement)
-    table.add_row("parameters", f"{shape.parameters:,}")
-    trained = config.trainer.lora.rank * shape.adapted or shape.parameters
-    if trained != shape.parameters:
-        table.add_row("of adapters, trained alone", f"{trained:,}")
-    for row in memory_rows(found, limits):
-        table.add_row(*row)
-    if config.save_every:
-        # Adam's two moments and the masters, each in fp32; a new one is whole before an old one goes.
-        disk = (config.keep_last + 1) * 12 * trained / 2**30
-        table.add_row("disk for checkpoints", f"{disk:.2f} GiB, one every {config.save_every} steps")
-    console.print(table)
-    check_memory(config, found, limits)

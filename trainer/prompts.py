@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rl.config import Config
+from rl.rewards.score import judge
 from rl.tokens import encode
-from rl.types import Example, Prompt
+from rl.types import Data, Example, Prompt, Reply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,3 +39,37 @@ def encode_all(tokenizer: PreTrainedTokenizerBase, examples: list[Example], conf
             raise ValueError(f"{where}[{index}] is an empty prompt")
         prompts.append(Prompt(ordinal=index, token_ids=ids, task=example.task))
     return prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The data of a run as tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    first_prompt: str | list[dict[str, str]]
+    """The first training prompt before it became tokens."""
+    train: list[Prompt]
+    evals: Mapping[str, list[Prompt]]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text as a reward sees it, without special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def prepare(config: Config) -> Prepared:
+    """Load and tokenise the data, and try the reward on it. Raises ValueError, RewardError, or what the data raises."""
+    data: Data = config.data()
+    if not data.train:
+        raise ValueError("the training data is empty: `Config.data()` returned no `train` examples")
+    for name, examples in data.evals.items():
+        if not examples:
+            raise ValueError(f"the evaluation set {name!r} is empty: fill it, or leave it out of `Data.evals`")
+    tokenizer = load_tokenizer(config.model)
+    train = encode_all(tokenizer, data.train, config, "data.train")
+    evals = {
+        name: encode_all(tokenizer, examples, config, f"data.evals[{name!r}]") for name, examples in data.evals.items()
+    }
+    # An empty reply is the one every reward must be able to judge; it finds wrong signatures before anything starts.
+    for reward in (config.reward, config.eval_reward or config.reward):
+        judge(reward, Reply(text="", finished=False, task=train[0].task, token_ids=[]), 0)
+    return Prepared(tokenizer=tokenizer, first_prompt=data.train[0].prompt, train=train, evals=evals)

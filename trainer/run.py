@@ -23,10 +23,11 @@ from trainer.doctor.diagnosis import ParityError
 from trainer.doctor.doctor import checkup
 from trainer.doctor.examine import by_settings
 from trainer.doctor.report import save, show, token_table
-from trainer.plan.memory import check_memory, needs, shape_of, there
-from trainer.plan.preflight import Prepared, check_rows, place, prepare
+from trainer.plan.preflight import _read, place
+from trainer.prompts import Prepared
 from trainer.runs import checkpoint
 from trainer.runs import settings as report
+from trainer.runs.files import fresh_folder
 from trainer.runs.model_card import write_card
 from trainer.runs.records import Recorder
 from trainer.runs.resume import Resumed, data_digest, state_of, write_history
@@ -66,13 +67,6 @@ async def _run(config: Config, placement: Placement, resumed: Resumed | None, fl
     finally:
         # A second Ctrl-C while this runs would leave processes behind; its steps are bounded, so it may wait.
         await asyncio.shield(cluster.close())
-
-
-def _read(config: Config, placement: Placement) -> Prepared:
-    check_rows(config)
-    found, limits = needs(config, placement, shape_of(config.model)), there(config, placement)
-    check_memory(config, found, limits)
-    return prepare(config)
 
 
 class Run:
@@ -275,12 +269,3 @@ class Run:
         if not checkpoint.finished(self.folder / "checkpoints"):
             return None
         return f"python {sys.argv[0]} --resume {self.folder}"
-
-
-def fresh_folder(wanted: Path) -> Path:
-    """The wanted folder, or the first of wanted-2, wanted-3, ... that does not exist: no run overwrites another."""
-    number, folder = 1, wanted
-    while folder.exists():
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-    return folder

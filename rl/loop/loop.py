@@ -14,7 +14,7 @@ from rl.loop.admission import Flow
 from rl.loop.progress import Progress, progress_of
 from rl.loop.step_metrics import batch_metrics, trainer_speed
 from rl.loop.stream import sample_seed
-from rl.protocols import EngineLost, Learner, Rollouts, Tracker
+from rl.protocols import EngineLost, Learner, Rollouts, StallError, Tracker
 from rl.rewards.score import Reward, judge_in_time
 from rl.types import Completion, Prompt, Reply, Trajectory
 
@@ -24,10 +24,6 @@ Judge = Callable[[Reward, Reply, int, float], Awaitable[tuple[float, dict[str, f
 JUDGES = 64
 """Rewards that are asked for at a time, each in a thread: many wait for a sandbox or a model, and do not compute."""
 Save = Callable[[Progress], Awaitable[None]]
-
-
-class StallError(RuntimeError):
-    """A wait passed its deadline; the message says who waited for whom."""
 
 
 async def keep_nothing(progress: Progress) -> None:

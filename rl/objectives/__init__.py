@@ -1,9 +1,10 @@
 """Which objectives are there? All of them by name, to be imported from here."""
 
-from rl.objectives.grpo import CISPO, DAPO, GRPO, M2PO, OPO, RLOO, SAPO, DrGRPO, ReinforcePP, ReinforcePPBaseline
+from rl.objectives.grpo import CISPO, DAPO, GRPO, M2PO, SAPO, DrGRPO
 from rl.objectives.gspo import GMPO, GSPO, GSPOToken
 from rl.objectives.objective import Objective
 from rl.objectives.ppo import PPO
+from rl.objectives.reinforce import OPO, RLOO, ReinforcePP, ReinforcePPBaseline
 from rl.objectives.surrogates import clipped_surrogate
 
 FAMILY: tuple[type[Objective], ...] = (

@@ -15,7 +15,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from rl.objectives.corrections import LOG_RATIO_BOUND
+from rl.objectives.ratios import LOG_RATIO_BOUND
 
 Estimator = Literal["k1", "k2", "k3", "k3+"]
 

@@ -9,14 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rl.objectives.advantages import spread
-from rl.objectives.corrections import LOG_RATIO_BOUND
+from rl.objectives.ratios import ratio_of
 from rl.reduce import masked_mean
 from rl.types import Metrics
-
-
-def ratio_of(log_ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """e^d with d clamped to +-20."""
-    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
 
 
 def clipped_surrogate(

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rl.objectives import Objective
-from rl.objectives.corrections import LOG_RATIO_BOUND
+from rl.objectives.ratios import LOG_RATIO_BOUND
 from rl.types import Batch, PolicyOutput
 
 

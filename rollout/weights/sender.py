@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from rl.weights import TensorMeta, check_complete
-from rollout.weights.channel import Layout, Outbox, join, reserve, this_host
+from rollout.weights.channel import Layout, join, reserve, this_host
+from rollout.weights.outbox import Outbox
 
 
 class Weights(Protocol):

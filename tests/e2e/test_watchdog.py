@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from rl.config import Config, Deadlines
-from rl.loop.loop import StallError
+from rl.protocols import StallError
 from rl.types import Data
 from trainer.cluster import cluster
-from trainer.cluster.cluster import AsyncHost, Cluster, Host, actor_of
+from trainer.cluster.actors import AsyncHost, Host, actor_of
+from trainer.cluster.cluster import Cluster
 
 CONFIG = Config(name="t", model="m", data=lambda: Data(train=[]), reward=lambda reply: 1.0)
 

@@ -97,7 +97,7 @@ def test_with_recompute_kv_what_follows_an_update_is_the_new_weights_alone(live:
 
 
 def test_two_threads_load_halves_of_about_the_same_size_and_no_layer_is_split() -> None:
-    from rollout.worker import Deal
+    from rollout.weights.receive import Deal
 
     names = ["embed", *[f"layers.{i}.{part}" for i in range(12) for part in ("q", "o")], "head"]
     sizes = {"embed": 600, "head": 600}

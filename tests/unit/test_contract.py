@@ -10,7 +10,7 @@ import torch
 from rl.contract.check import assert_objective, check_objective
 from rl.objectives import CISPO, FAMILY, GRPO, GSPO, M2PO, PPO, ReinforcePP, clipped_surrogate
 from rl.objectives.advantages import spread
-from rl.objectives.surrogates import ratio_of
+from rl.objectives.ratios import ratio_of
 from rl.reduce import masked_mean
 from trainer.cli import main
 

@@ -6,16 +6,8 @@ from math import exp, inf, log, nan
 import pytest
 import torch
 
-from rl.objectives.corrections import (
-    MIS,
-    GeometricMask,
-    IcePop,
-    SequenceTIS,
-    TokenTIS,
-    Uncorrected,
-    sequence_log_ratio,
-    token_log_ratio,
-)
+from rl.objectives.corrections import MIS, GeometricMask, IcePop, SequenceTIS, TokenTIS, Uncorrected
+from rl.objectives.ratios import sequence_log_ratio, token_log_ratio
 from rl.types import Batch
 
 MASK = torch.tensor([[False, True, True, False], [True, True, True, True]])

@@ -263,7 +263,7 @@ def test_advantages_of_another_shape_are_refused_with_the_name_of_the_objective(
         def advantages(self, batch):
             return batch.rewards
 
-    with pytest.raises(ValueError, match=r"Flat\.advantages returned shape \(2,\).*rl\.advantages\.spread"):
+    with pytest.raises(ValueError, match=r"Flat\.advantages returned shape \(2,\).*rl\.objectives\.advantages\.spread"):
         prepare(Flat(), batch_of())
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from rl.config import Config, Deadlines, RolloutConfig
 from rl.filters import Difficulty, ZeroAdvantage
-from rl.loop.loop import Loop, StallError
+from rl.loop.loop import Loop
 from rl.loop.stream import stream
-from rl.protocols import EngineLost, SyncReport
+from rl.protocols import EngineLost, StallError, SyncReport
 from rl.rewards.score import RewardError
 from rl.types import Completion, Data, Prompt
 

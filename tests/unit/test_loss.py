@@ -7,9 +7,10 @@ from math import log
 import pytest
 import torch
 
-from rl.loss import finish, full_loss, mismatch
+from rl.loss import full_loss
 from rl.objectives import GRPO, GSPO, PPO
 from rl.objectives.corrections import IcePop, TokenTIS, Uncorrected
+from rl.parity.mismatch import finish, mismatch
 from rl.reduce import Meter
 from rl.types import Batch, PolicyOutput
 

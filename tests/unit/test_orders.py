@@ -11,9 +11,9 @@ import pytest
 
 from rl.config import Config, RolloutConfig
 from rl.loop.admission import Flow
-from rl.loop.loop import Loop, StallError
+from rl.loop.loop import Loop
 from rl.loop.stream import stream
-from rl.protocols import EngineLost, SyncReport
+from rl.protocols import EngineLost, StallError, SyncReport
 from rl.types import Completion, Data, Prompt
 from tests.orders import DeadlockError, run_seeded
 

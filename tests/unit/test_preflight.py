@@ -11,7 +11,8 @@ from models import make_model
 from rl.config import Config, RolloutConfig, TrainerConfig
 from rl.rewards.score import RewardError
 from rl.types import Data, Example, Reply
-from trainer.plan.preflight import check_rows, place, prepare
+from trainer.plan.preflight import check_rows, place
+from trainer.prompts import prepare
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from dataclasses import replace
 import pytest
 
 from rl.loop.ledger import Ledger
-from rl.loop.loop import Loop, StallError
+from rl.loop.loop import Loop
 from rl.loop.progress import Progress, progress_of
 from rl.loop.stream import stream
+from rl.protocols import StallError
 from rl.types import Completion
 from tests.orders import run_seeded
 from tests.unit.test_orders import PROMPTS, World, check

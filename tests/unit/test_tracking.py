@@ -12,9 +12,10 @@ from rl.filters import Difficulty
 from rl.objectives import GRPO, GSPO
 from rl.parity.watch import Watch
 from rl.types import Data, Trajectory
-from trainer.run import fresh_folder
 from trainer.runs import settings as report
-from trainer.tracking.tracker import RunTracker, wandb_mode
+from trainer.runs.files import fresh_folder
+from trainer.tracking.tracker import RunTracker
+from trainer.tracking.wandb_run import wandb_mode
 
 
 @pytest.fixture(autouse=True)

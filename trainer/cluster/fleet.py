@@ -4,8 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from rl.loop.loop import StallError
-from rl.protocols import EngineLost
+from rl.protocols import EngineLost, StallError
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.start_error import StartError
 

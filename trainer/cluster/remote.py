@@ -6,8 +6,7 @@ import time
 import torch
 
 from rl.batch import collate, trajectory
-from rl.loop.loop import StallError
-from rl.protocols import EngineLost, SyncReport, UpdateFailed
+from rl.protocols import EngineLost, StallError, SyncReport, UpdateFailed
 from rl.types import Batch, Completion, Prompt
 from rl.weights import WeightManifest, check_digests
 from trainer.cluster.cluster import Cluster

@@ -1,10 +1,14 @@
 """What `unison check-objective` shows: a table of findings, or what was checked."""
 
+import sys
+
 from rich.markup import escape
 from rich.table import Table
 
-from rl.contract.check import LAWS, Finding
-from rl.objectives.objective import Objective
+from rl.contract.check import LAWS
+from rl.contract.trial import Finding
+from rl.objectives import Objective
+from trainer.commands.load import load_objective
 from trainer.tracking.terminal import console
 
 
@@ -22,3 +26,16 @@ def show(objective: Objective, found: list[Finding]) -> None:
     for finding in found:
         table.add_row(*(escape(text) for text in (finding.law, finding.what, finding.remedy)))
     console.print(table)
+
+
+def check_objective(target: str, flags: list[str]) -> None:
+    """Hold an objective to its contract; exits with 1 when it breaks it."""
+    if flags:
+        raise ValueError(f"check-objective takes one objective and no flags, but got {flags}")
+    from rl.contract import check as contract
+    from trainer.commands.check_objective import show
+
+    objective = load_objective(target)
+    found = contract.check_objective(objective)
+    show(objective, found)
+    sys.exit(1 if found else 0)

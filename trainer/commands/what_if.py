@@ -8,8 +8,8 @@ from rich.table import Table
 
 from rl.contract.what_if import Verdict, cosines, judge
 from rl.objectives import FAMILY, Objective
+from trainer.runs.files import write_json
 from trainer.runs.records import load
-from trainer.runs.settings import write_json
 from trainer.tracking.terminal import console
 
 DEFAULT = "grpo,dapo,gspo,cispo,sapo,gmpo,m2po"
@@ -37,7 +37,7 @@ def compare(path: str, flags: list[str]) -> None:
 def by_name(name: str) -> Objective:
     """One of the family by its name in any case, or one of the user's own from a file."""
     if ":" in name:
-        from trainer.cli import load_objective
+        from trainer.commands.load import load_objective
 
         return load_objective(name)
     known = {each.__name__.lower(): each for each in FAMILY}
@@ -97,3 +97,10 @@ def plot(verdicts: list[Verdict], path: Path) -> None:
     right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def what_if(path: str, flags: list[str]) -> None:
+    """Compare objectives on a recorded step."""
+    from trainer.commands.what_if import compare
+
+    compare(path, flags)

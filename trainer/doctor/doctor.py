@@ -13,7 +13,8 @@ from trainer.cluster.remote import RemoteLearner
 from trainer.doctor.comparisons import Ladder, Rung
 from trainer.doctor.diagnosis import Finding
 from trainer.doctor.examine import Examination, Patient
-from trainer.plan.preflight import Prepared, place
+from trainer.plan.preflight import place
+from trainer.prompts import Prepared
 from trainer.runs.settings import stack_versions
 from trainer.tracking.terminal import status
 

@@ -17,7 +17,7 @@ from rl.types import Batch, Completion
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.remote import RemoteLearner
 from trainer.doctor.diagnosis import Finding, ParityError, agrees, diagnose
-from trainer.plan.preflight import Prepared
+from trainer.prompts import Prepared
 
 PROMPTS = 8
 TOKENS = 300

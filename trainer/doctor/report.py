@@ -15,8 +15,10 @@ from torch import Tensor
 from rl.objectives import GSPO
 from rl.parity.evidence import WeightEvidence
 from trainer.doctor.doctor import Checkup
-from trainer.doctor.page import number, page
-from trainer.runs.settings import resolved, without_nan, write_json
+from trainer.doctor.page import page
+from trainer.pages.kit import number
+from trainer.runs.files import without_nan, write_json
+from trainer.runs.settings import resolved
 from trainer.tracking.terminal import console
 
 Decode = Callable[[list[int]], str]

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from rl.batch import micro_batches, take
 from rl.config import Config
-from rl.loss import critic_alone, finish, full_loss, prepare
+from rl.loss import critic_alone, full_loss, prepare
 from rl.objectives.adaptive import adapted, coefficients
 from rl.parity.evidence import LayerError
 from rl.parity.hypotheses import Hypothesis
+from rl.parity.mismatch import finish
 from rl.reduce import Meter, Totals, loss_weights
 from rl.types import Batch, PolicyOutput
 from rl.weights import WeightManifest, digest

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rl.config import Config, check
-from rl.rewards.score import judge
-from rl.types import Data, Prompt, Reply
-from trainer.cluster.cluster import cluster_gpus
 from trainer.cluster.placement import Device, Placement, check_fits, plan
-from trainer.prompts import encode_all, load_tokenizer
+from trainer.cluster.ray_session import cluster_gpus
+from trainer.plan.memory import check_memory, needs, shape_of, there
+from trainer.prompts import Prepared, prepare
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """The data of a run as tokens."""
-
-    tokenizer: PreTrainedTokenizerBase
-    first_prompt: str | list[dict[str, str]]
-    """The first training prompt before it became tokens."""
-    train: list[Prompt]
-    evals: Mapping[str, list[Prompt]]
-
-    def decode(self, ids: list[int]) -> str:
-        """Text as a reward sees it, without special tokens."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+    pass
 
 
 def place(config: Config) -> Placement:
@@ -94,25 +76,13 @@ def check_rows(config: Config) -> None:
         )
 
 
-def prepare(config: Config) -> Prepared:
-    """Load and tokenise the data, and try the reward on it. Raises ValueError, RewardError, or what the data raises."""
-    data: Data = config.data()
-    if not data.train:
-        raise ValueError("the training data is empty: `Config.data()` returned no `train` examples")
-    for name, examples in data.evals.items():
-        if not examples:
-            raise ValueError(f"the evaluation set {name!r} is empty: fill it, or leave it out of `Data.evals`")
-    tokenizer = load_tokenizer(config.model)
-    train = encode_all(tokenizer, data.train, config, "data.train")
-    evals = {
-        name: encode_all(tokenizer, examples, config, f"data.evals[{name!r}]") for name, examples in data.evals.items()
-    }
-    # An empty reply is the one every reward must be able to judge; it finds wrong signatures before anything starts.
-    for reward in (config.reward, config.eval_reward or config.reward):
-        judge(reward, Reply(text="", finished=False, task=train[0].task, token_ids=[]), 0)
-    return Prepared(tokenizer=tokenizer, first_prompt=data.train[0].prompt, train=train, evals=evals)
-
-
 def looks_local(model: str) -> bool:
     """Whether a model name means a folder rather than an `owner/name` on the hub."""
     return model.startswith((".", "/", "~", "models/")) or model.count("/") != 1 or Path(model).exists()
+
+
+def _read(config: Config, placement: Placement) -> Prepared:
+    check_rows(config)
+    found, limits = needs(config, placement, shape_of(config.model)), there(config, placement)
+    check_memory(config, found, limits)
+    return prepare(config)

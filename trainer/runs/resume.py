@@ -11,7 +11,7 @@ from rl.loop.progress import Progress
 from rl.types import Prompt
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import Checkpoint, CheckpointError
-from trainer.runs.settings import without_nan
+from trainer.runs.files import without_nan
 
 FIXED = ("name", "seed", "prompts_per_step")
 """Settings that say which prompt an ordinal is, and how many make a step."""

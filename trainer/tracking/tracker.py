@@ -1,8 +1,6 @@
 """Where the numbers go: Weights & Biases, metrics.jsonl and the terminal, all under the same names."""
 
 import json
-import netrc
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,21 +9,9 @@ from typing import Any
 from rl.config import TrackingConfig
 from rl.parity.watch import Alert
 from rl.types import Trajectory
-from trainer.runs.settings import without_nan
+from trainer.runs.files import without_nan
 from trainer.tracking.terminal import alert_line
-
-
-def wandb_mode(config: TrackingConfig) -> str:
-    """online when asked for, or when a key is at hand; never a prompt for one."""
-    if config.wandb != "auto":
-        return {"off": "disabled"}.get(config.wandb, config.wandb)
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    try:
-        known = "api.wandb.ai" in netrc.netrc().hosts
-    except (FileNotFoundError, netrc.NetrcParseError):
-        known = False
-    return "online" if known or os.environ.get("WANDB_API_KEY") else "offline"
+from trainer.tracking.wandb_run import wandb_mode
 
 
 @dataclass(kw_only=True)

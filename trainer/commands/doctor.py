@@ -1,0 +1,59 @@
+"""`unison doctor`: examine a recipe."""
+
+import asyncio
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from trainer.commands.load import load_recipe
+from trainer.launch import override
+from trainer.tracking.terminal import console
+
+
+def doctor(recipe: str, flags: list[str]) -> None:
+    """Examine a recipe; exits with 1 when a fault was found."""
+    short = "--short" in flags
+    config = override(load_recipe(recipe), [f for f in flags if f != "--short"])
+
+    from trainer.doctor.doctor import Checkup, full_checkup, short_checkup
+    from trainer.doctor.report import save, show, token_table
+    from trainer.plan.preflight import place
+    from trainer.prompts import Prepared, prepare
+    from trainer.runs import settings as report
+    from trainer.runs.files import fresh_folder
+    from trainer.tracking.tracker import RunTracker
+    from trainer.tracking.wandb_run import wandb_mode
+
+    place(config)
+    tracking = config.tracking
+    if tracking.wandb == "auto" and wandb_mode(tracking) == "offline":
+        # Nobody looks for a doctor's report in an offline W&B run: page and JSON hold the same, seconds earlier.
+        tracking = replace(tracking, wandb="off")
+    name = f"{config.name}-doctor"
+    folder = fresh_folder(Path(config.output_dir) / name)
+
+    async def record(reading: asyncio.Task[Prepared]) -> RunTracker:
+        """Open the record once the data was found good, while the actors start."""
+        await reading
+        settings = report.resolved(config)
+        return await asyncio.to_thread(lambda: RunTracker(folder=folder, config=tracking, name=name, settings=settings))
+
+    async def examined() -> Checkup:
+        reading = asyncio.create_task(asyncio.to_thread(prepare, config))
+        opening = asyncio.create_task(record(reading))
+        try:
+            result = await (short_checkup if short else full_checkup)(config, reading)
+        except BaseException:
+            if opening.done() and not opening.exception():
+                opening.result().close({"status": "failed"})
+            raise
+        decode, tracker = (await reading).tokenizer.decode, await opening
+        show(result, decode)
+        save(result, folder, decode)
+        tracker.table("doctor", token_table(result, decode))
+        tracker.close({"status": "finished", "doctor": result.verdict})
+        return result
+
+    result = asyncio.run(examined())
+    console.print(f"look at {folder / 'doctor.html'} and {folder / 'doctor.json'}", highlight=False)
+    sys.exit(1 if result.faults else 0)
