@@ -133,6 +133,7 @@ def memcpy_seconds(training: Training, place: Tensor) -> float:
 
 def open_channel(kind: str, training: Training, engine: Engine) -> Any:
     import rollout.weights.channel
+    import rollout.weights.outbox
     import rollout.weights.sender
 
     port = free_port()
@@ -143,7 +144,7 @@ def open_channel(kind: str, training: Training, engine: Engine) -> Any:
         return group
     reserve = rollout.weights.sender.reserve
     rollout.weights.sender.reserve = reserve if kind == "shared memory" else lambda nbytes: ""
-    rollout.weights.channel.ANCHOR_EVERY = 1 if kind == "gloo, whole" else 10**9
+    rollout.weights.outbox.ANCHOR_EVERY = 1 if kind == "gloo, whole" else 10**9
     ends = {"weights": training, "expected": engine.expected, "client": engine.client, "rank": 0, "timeout_s": 120.0}
     try:
         return rollout.weights.sender.open_sender("gloo", **ends, address="127.0.0.1", port=port, world_size=2)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from trainer.commands.check_objective import check_objective
 from trainer.commands.doctor import doctor
 from trainer.commands.what_if import what_if
-from trainer.launch import hurry, readable_errors
+from trainer.launch import readable_errors, relax_gc
 
 USAGE = """unison doctor RECIPE.py [--short] [--FLAGS of the recipe]
 
@@ -27,7 +27,7 @@ unison what-if BATCH.safetensors [--objectives gspo,grpo,cispo] [--out FOLDER]
 
 def main() -> None:
     """Entry point of the console script."""
-    hurry()
+    relax_gc()
     word, *rest = sys.argv[1:] or [""]
     words: dict[str, Callable[[str, list[str]], None]] = {
         "doctor": doctor,

@@ -15,8 +15,8 @@ from rl.rewards.score import RewardError
 from trainer.cluster.start_error import StartError
 from trainer.doctor.diagnosis import ParityError
 from trainer.plan.dry_run import dry_run
-from trainer.runs import settings as report
 from trainer.runs.resume import Resumed, resume
+from trainer.runs.settings import resolved
 from trainer.tracking.terminal import console
 
 _OURS = (RewardError, ParityError, StallError, StartError, EngineLost, UpdateFailed)
@@ -26,7 +26,7 @@ USER_ERRORS = (ValueError, OSError, ImportError, *_OURS)
 
 def launch(config: Config) -> None:
     """Run a recipe from the command line: `--help`, typed overrides of every field, `--dry-run`, `--resume FOLDER`."""
-    hurry()
+    relax_gc()
     folder, flags = resume_folder(sys.argv[1:])
     dry, flags = "--dry-run" in flags, [f for f in flags if f != "--dry-run"]
     with readable_errors():
@@ -35,7 +35,7 @@ def launch(config: Config) -> None:
         flags = [*(resumed.flags if resumed else []), *flags]
         config = override(config, flags)
         if resumed:
-            announce(resumed, resumed.check(report.resolved(config), config.steps))
+            announce(resumed, resumed.check(resolved(config), config.steps))
         if dry:
             dry_run(config)
         else:
@@ -44,7 +44,7 @@ def launch(config: Config) -> None:
             run(config, resumed=resumed, flags=flags)
 
 
-def hurry() -> None:
+def relax_gc() -> None:
     """Look for garbage less often: a start is imports, which leave none, and the search takes a fifth of their time."""
     gc.set_threshold(50_000, 20, 20)
 

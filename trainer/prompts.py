@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rl.config import Config
-from rl.rewards.score import judge
+from rl.rewards.score import score
 from rl.tokens import encode
 from rl.types import Data, Example, Prompt, Reply
 
@@ -71,5 +71,5 @@ def prepare(config: Config) -> Prepared:
     }
     # An empty reply is the one every reward must be able to judge; it finds wrong signatures before anything starts.
     for reward in (config.reward, config.eval_reward or config.reward):
-        judge(reward, Reply(text="", finished=False, task=train[0].task, token_ids=[]), 0)
+        score(reward, Reply(text="", finished=False, task=train[0].task, token_ids=[]), 0)
     return Prepared(tokenizer=tokenizer, first_prompt=data.train[0].prompt, train=train, evals=evals)

@@ -23,14 +23,15 @@ from trainer.doctor.diagnosis import ParityError
 from trainer.doctor.doctor import checkup
 from trainer.doctor.examine import by_settings
 from trainer.doctor.report import save, show, token_table
+from trainer.pages.curves import plot
 from trainer.plan.preflight import _read, place
 from trainer.prompts import Prepared
 from trainer.runs import checkpoint
-from trainer.runs import settings as report
-from trainer.runs.files import fresh_folder
+from trainer.runs.files import fresh_folder, write_json
 from trainer.runs.model_card import write_card
 from trainer.runs.records import Recorder
 from trainer.runs.resume import Resumed, data_digest, state_of, write_history
+from trainer.runs.settings import config_digest, resolved, stack_versions
 from trainer.stop import EXIT_CODE, Stop
 from trainer.tracking.terminal import Lines, closing_table, console, status
 from trainer.tracking.tracker import RunTracker
@@ -84,7 +85,7 @@ class Run:
     ) -> None:
         self.config, self.cluster, self.prepared, self.stop = config, cluster, prepared, stop
         self.resumed, self.flags = resumed, list(flags)
-        self.settings = report.resolved(config)
+        self.settings = resolved(config)
         self.data = data_digest(prepared.train)
         if resumed:
             resumed.check_data(self.data)
@@ -95,7 +96,7 @@ class Run:
             self.folder = fresh_folder(Path(config.output_dir) / config.name)
             self.folder.mkdir(parents=True)
             self.lock = checkpoint.lock(self.folder)
-        report.write_json(self.folder / "config.json", self.settings)
+        write_json(self.folder / "config.json", self.settings)
         self.watch = Watch(config)
         self.tracker = RunTracker(
             folder=self.folder,
@@ -116,8 +117,8 @@ class Run:
             "name": config.name,
             "status": "failed",
             "seed": config.seed,
-            "config_digest": report.config_digest(self.settings),
-            "stack": report.stack_versions(),
+            "config_digest": config_digest(self.settings),
+            "stack": stack_versions(),
         }
 
     async def train(self) -> None:
@@ -248,18 +249,18 @@ class Run:
         summary |= {
             "steps": len(rows),
             "tokens": loop.trained_tokens if loop else 0,
-            "weight_version": loop.flow.version if loop else 0,
+            "weight_version": loop.admission.version if loop else 0,
             "resume": self._how_to_resume() if summary["status"] != "finished" else None,
             "engines_lost": self.fleet.causes if self.fleet else [],
-            "ledger": loop.flow.ledger.summary() if loop else {},
+            "ledger": loop.admission.ledger.summary() if loop else {},
             "reward_first": rows[0]["reward/mean"] if rows else None,
             "reward_last": rows[-1]["reward/mean"] if rows else None,
             "alerts": len(self.tracker.alerts),
             "worst_logprob_gap": max(gaps, key=lambda gap: (math.isnan(gap), gap), default=None),
         }
-        report.write_json(self.folder / "summary.json", summary)
+        write_json(self.folder / "summary.json", summary)
         if rows:
-            report.plot(self.tracker.history, self.folder / "curves.png", summary["name"])
+            plot(self.tracker.history, self.folder / "curves.png", summary["name"])
         self.tracker.close(summary)
         closing_table(summary, self.folder)
         self.lock.close()

@@ -20,7 +20,7 @@ PLAIN = Uncorrected()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class ObjectiveReport:
     """One objective's view of a step."""
 
     name: str
@@ -38,14 +38,14 @@ class Verdict:
     """(sum |g|)^2 / sum g^2: how many tokens of equal gradient would carry as much."""
 
 
-def judge(
+def evaluate_objective(
     name: str,
     objective: Objective,
     batch: Batch,
     policy: PolicyOutput,
     horizon: int,
     correction: Correction = PLAIN,
-) -> Verdict:
+) -> ObjectiveReport:
     """An objective's verdict on a whole step, with `policy` as the policy of now.
 
     Raises ValueError when the record lacks what the objective reads.
@@ -67,7 +67,7 @@ def judge(
     live = batch.mask & (advantages != 0)
     pull = (gradient / (advantages * weights))[live]
     size = gradient.abs()
-    return Verdict(
+    return ObjectiveReport(
         name=name,
         loss=float(total.detach()),
         gradient=gradient,
@@ -85,7 +85,7 @@ def share(weights: Float[Tensor, " N"]) -> float:
     return float(weights.abs().sum()) ** 2 / square if square else 0.0
 
 
-def cosines(verdicts: list[Verdict]) -> Float[Tensor, "N N"]:
+def cosines(verdicts: list[ObjectiveReport]) -> Float[Tensor, "N N"]:
     """How much the gradients of each pair agree: 1 the same direction, 0 at right angles; NaN where one has none."""
     flat = torch.stack([v.gradient.flatten() for v in verdicts]).double()
     unit = flat / flat.norm(dim=1, keepdim=True)

@@ -7,7 +7,7 @@ from rl.loop.ledger import Ledger
 
 
 @dataclass(kw_only=True)
-class Flow:
+class Admission:
     """Every group of a run, by its prompt's ordinal.
 
     The bound on staleness holds by admission: groups that were, are, or will be trained on never outnumber

@@ -8,7 +8,7 @@ from statistics import fmean, pstdev
 from rl.config import Config
 from rl.loop.stream import sample_seed
 from rl.protocols import EngineLost, Rollouts
-from rl.rewards.score import judge_in_time
+from rl.rewards.score import score_in_time
 from rl.types import Completion, Prompt, Reply
 
 
@@ -32,7 +32,7 @@ async def evaluate(
         for c in completions:
             text = decode(c.token_ids)
             reply = Reply(text=text, finished=c.finish_reason == "stop", task=prompt.task, token_ids=c.token_ids)
-            rewards.append((await judge_in_time(judged_by, reply, prompt.ordinal, config.deadlines.reward_s))[0])
+            rewards.append((await score_in_time(judged_by, reply, prompt.ordinal, config.deadlines.reward_s))[0])
         return rewards
 
     async def patiently(sample: Callable[[], Awaitable[list[Completion]]], retries: int) -> list[Completion]:

@@ -10,29 +10,29 @@ from statistics import fmean
 from rl.batch import collate, trajectory
 from rl.config import Config
 from rl.filters import reason
-from rl.loop.admission import Flow
+from rl.loop.admission import Admission
 from rl.loop.progress import Progress, progress_of
 from rl.loop.step_metrics import batch_metrics, trainer_speed
 from rl.loop.stream import sample_seed
 from rl.protocols import EngineLost, Learner, Rollouts, StallError, Tracker
-from rl.rewards.score import Reward, judge_in_time
+from rl.rewards.score import Reward, score_in_time
 from rl.types import Completion, Prompt, Reply, Trajectory
 
 Evaluate = Callable[[], Awaitable[dict[str, float]]]
-Judge = Callable[[Reward, Reply, int, float], Awaitable[tuple[float, dict[str, float]]]]
-"""`rl.rewards.score.judge_in_time`, or what stands in for it."""
-JUDGES = 64
+Score = Callable[[Reward, Reply, int, float], Awaitable[tuple[float, dict[str, float]]]]
+"""`rl.rewards.score.score_in_time`, or what stands in for it."""
+MAX_SCORING = 64
 """Rewards that are asked for at a time, each in a thread: many wait for a sandbox or a model, and do not compute."""
 Save = Callable[[Progress], Awaitable[None]]
 
 
-async def keep_nothing(progress: Progress) -> None:
+async def no_checkpoint(progress: Progress) -> None:
     """A checkpoint for a loop that needs none."""
 
 
 @dataclass(kw_only=True)
 class Loop:
-    """One run. `flow.version` counts published updates, so that after step k the engines serve version k."""
+    """One run. `admission.version` counts published updates, so that after step k the engines serve version k."""
 
     config: Config
     rollouts: Rollouts
@@ -42,13 +42,13 @@ class Loop:
     tracker: Tracker
     evaluate: Evaluate
     on_samples: Callable[[int, list[Trajectory]], None] = lambda step, trajectories: None
-    judge: Judge = judge_in_time
+    score: Score = score_in_time
     progress: Progress = field(default_factory=Progress)
     """Where to go on. `prompts` is the whole stream in any case; what has reached an end is skipped."""
-    save: Save = keep_nothing
+    save: Save = no_checkpoint
     """Makes a checkpoint of this progress and of the learner as it is now; called between two steps."""
     trained_tokens: int = field(init=False)
-    flow: Flow = field(init=False)
+    admission: Admission = field(init=False)
     _owes_evaluation: bool = field(init=False)
     _saved: int = field(init=False)
     """The step of the last checkpoint."""
@@ -66,13 +66,13 @@ class Loop:
     """How many of them the filters took."""
     _nonfinite: int = 0
     """Groups since the last step of which a log-probability was no number."""
-    _judges: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(JUDGES))
+    _judges: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_SCORING))
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def __post_init__(self) -> None:
         c = self.config
         p = self.progress
-        self.flow = Flow(
+        self.admission = Admission(
             prompts_per_step=c.prompts_per_step,
             max_staleness=c.max_staleness,
             steps=c.steps,
@@ -86,7 +86,7 @@ class Loop:
     @property
     def done(self) -> bool:
         """Whether every step was made, and every evaluation."""
-        return self.flow.version == self.config.steps and not self._owes_evaluation
+        return self.admission.version == self.config.steps and not self._owes_evaluation
 
     async def run(self) -> None:
         """Train up to `config.steps` steps, or until `stop`; `done` says which it was. Any task's failure ends the run
@@ -96,9 +96,9 @@ class Loop:
             async with asyncio.TaskGroup() as tasks:
                 sampler = tasks.create_task(self._admit(tasks), name="admit prompts")
                 if self._owes_evaluation and (metrics := await self._evaluated()):
-                    self.tracker.log(self.flow.version, metrics)
-                while self.flow.version < c.steps and await self._step(self.flow.version + 1):
-                    if c.save_every and self.flow.version % c.save_every == 0:
+                    self.tracker.log(self.admission.version, metrics)
+                while self.admission.version < c.steps and await self._step(self.admission.version + 1):
+                    if c.save_every and self.admission.version % c.save_every == 0:
                         await self._save()
                 sampler.cancel()
                 if not self.done:
@@ -116,18 +116,20 @@ class Loop:
             self._changed.notify_all()
 
     async def _save(self) -> None:
-        if self._saved == self.flow.version:
+        if self._saved == self.admission.version:
             return
-        await self.save(progress_of(self.flow.version, self.flow.ledger, self.trained_tokens, self._owes_evaluation))
-        self._saved = self.flow.version
+        await self.save(
+            progress_of(self.admission.version, self.admission.ledger, self.trained_tokens, self._owes_evaluation)
+        )
+        self._saved = self.admission.version
 
     async def _admit(self, tasks: asyncio.TaskGroup) -> None:
         """Start a group whenever the staleness bound has room for it."""
         while True:
             async with self._changed:
-                await self._changed.wait_for(self.flow.room)
+                await self._changed.wait_for(self.admission.room)
             prompt = next(self.prompts)
-            self.flow.admit(prompt.ordinal)
+            self.admission.admit(prompt.ordinal)
             if not self._since:
                 self._busy_since = now()
             self._since[prompt.ordinal] = now()
@@ -146,30 +148,30 @@ class Loop:
                 token_ids=completion.token_ids,
             )
             async with self._judges:
-                reward, parts = await self.judge(c.reward, reply, ordinal, c.deadlines.reward_s)
+                reward, parts = await self.score(c.reward, reply, ordinal, c.deadlines.reward_s)
             return trajectory(prompt, completion, reward, parts)
 
         group = list(await asyncio.gather(*map(judged, completions)))
         async with self._changed:
             self._forget(ordinal)
             if not group:
-                self.flow.move(ordinal, "failed(engine_lost)")
+                self.admission.move(ordinal, "failed(engine_lost)")
             elif all(math.isfinite(x) for t in group for x in t.logprobs):
                 why = reason(c.filters, group)
-                self.flow.move(ordinal, f"filtered({why})" if why else "ready")
+                self.admission.move(ordinal, f"filtered({why})" if why else "ready")
                 if not why:
                     self._ready[ordinal] = group
                 self._count(group, filtered=bool(why))
             else:
                 # Never replaced by a number that looks right: the group is set aside, counted, and another admitted.
-                self.flow.move(ordinal, "filtered(nonfinite_logprobs)")
+                self.admission.move(ordinal, "filtered(nonfinite_logprobs)")
                 self.on_samples(-1, group)
                 self._nonfinite += 1
                 if self._nonfinite > c.max_filtered * c.prompts_per_step:
                     raise StallError(
                         f"{self._nonfinite} groups since the last step have log-probabilities that are NaN or infinite "
-                        f"(step -1 in samples.jsonl): weights of version {self.flow.version} are not to be trusted. "
-                        "Look at rollout_corr/* and actor/* of the last steps; lower trainer.lr"
+                        f"(step -1 in samples.jsonl): weights of version {self.admission.version} are not to be "
+                        "trusted. Look at rollout_corr/* and actor/* of the last steps; lower trainer.lr"
                     )
             self._changed.notify_all()
 
@@ -179,7 +181,7 @@ class Loop:
         self._judged.append(fmean(t.reward for t in group))
         self._filtered += filtered
         if filtered and self._filtered > c.max_filtered * c.prompts_per_step:
-            reasons = {s: n for s, n in self.flow.ledger.summary().items() if s.startswith("filtered") and n}
+            reasons = {s: n for s, n in self.admission.ledger.summary().items() if s.startswith("filtered") and n}
             raise StallError(
                 f"the filters took {self._filtered} groups since the last step (in all: {reasons}), mean "
                 f"reward {fmean(self._judged):.3g}: the task is too hard, too easy or solved for this policy. Change "
@@ -191,14 +193,14 @@ class Loop:
         c = self.config
         seed = sample_seed(c.seed, prompt.ordinal) if c.rollout.seeded else None
         for again in range(c.rollout.retries, -1, -1):
-            self.flow.move(prompt.ordinal, "sampling")
+            self.admission.move(prompt.ordinal, "sampling")
             try:
-                completions = whole(await self.rollouts.sample(prompt.token_ids, c.group_size, seed=seed))
+                completions = reject_aborted(await self.rollouts.sample(prompt.token_ids, c.group_size, seed=seed))
             except EngineLost:
                 if again:
-                    self.flow.move(prompt.ordinal, "admitted")
+                    self.admission.move(prompt.ordinal, "admitted")
                 continue
-            self.flow.move(prompt.ordinal, "scoring")
+            self.admission.move(prompt.ordinal, "scoring")
             return completions
         return []
 
@@ -215,10 +217,12 @@ class Loop:
         if ordinals is None:
             return False
         waited = time.perf_counter() - began
-        queues = {f"queue/{state}": float(self.flow.ledger.count(state)) for state in ("sampling", "scoring", "ready")}
+        queues = {
+            f"queue/{state}": float(self.admission.ledger.count(state)) for state in ("sampling", "scoring", "ready")
+        }
         queues["queue/oldest_s"] = now() - min(self._since.values()) if self._since else 0.0
         trajectories = [t for ordinal in ordinals for t in self._ready.pop(ordinal)]
-        metrics = batch_metrics(trajectories, self.flow.version, c.group_size) | queues
+        metrics = batch_metrics(trajectories, self.admission.version, c.group_size) | queues
         if c.filters and self._judged:
             metrics["filter/taken_frac"] = self._filtered / len(self._judged)
             metrics["filter/reward_mean"] = fmean(self._judged)
@@ -228,9 +232,9 @@ class Loop:
         metrics |= await self.learner.step(collate(trajectories))
         learned = time.perf_counter() - learning
         metrics |= trainer_speed(metrics, learned)
-        sync = await self.learner.publish(self.flow.version + 1)
+        sync = await self.learner.publish(self.admission.version + 1)
         async with self._changed:
-            for late in self.flow.publish():
+            for late in self.admission.publish():
                 if late in self._tasks:
                     self._tasks[late].cancel()
                     self._forget(late)
@@ -241,14 +245,14 @@ class Loop:
         self.trained_tokens += tokens
         seconds = time.perf_counter() - began
         sampling = self._sampling_seconds() - busy
-        ledger = self.flow.ledger
+        ledger = self.admission.ledger
         metrics |= {f"ledger/{state}": float(n) for state, n in ledger.summary().items()}
         too_old = ledger.count("filtered(too_old)")
         metrics |= {
             "weight_sync/seconds": sync.seconds,
             "weight_sync/pause_seconds": sync.pause_seconds,
             "weight_sync/bytes": float(sync.bytes),
-            "weight_sync/version": float(self.flow.version),
+            "weight_sync/version": float(self.admission.version),
             "weight_sync/verified": float(sync.verified),
             "weight_sync/failed": float(sync.failed),
             "timing_s/wait_for_samples": waited,
@@ -288,12 +292,12 @@ class Loop:
         deadline = self.config.deadlines.sample_s
         try:
             async with asyncio.timeout(deadline), self._changed:
-                await self._changed.wait_for(lambda: self._stop.is_set() or self.flow.step())
+                await self._changed.wait_for(lambda: self._stop.is_set() or self.admission.step())
                 if self._stop.is_set():
                     return None
-                ordinals = self.flow.step()
+                ordinals = self.admission.step()
                 assert ordinals is not None
-                self.flow.train(ordinals)
+                self.admission.train(ordinals)
                 return ordinals
         except TimeoutError:
             oldest = min(self._since.items(), key=lambda kv: kv[1], default=None)
@@ -305,7 +309,7 @@ class Loop:
             ) from None
 
 
-def whole(completions: list[Completion]) -> list[Completion]:
+def reject_aborted(completions: list[Completion]) -> list[Completion]:
     """The completions. Raises EngineLost where one was aborted: half a reply is no sample."""
     if any(completion.finish_reason == "abort" for completion in completions):
         raise EngineLost("vLLM aborted a request")

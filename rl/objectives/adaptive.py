@@ -13,7 +13,7 @@ def coefficients(objective: Objective) -> dict[str, float]:
     return {name: getattr(objective, name) for name, target in targets.items() if target is not None}
 
 
-def adapted(objective: Objective, metrics: dict[str, float]) -> Objective:
+def next_objective(objective: Objective, metrics: dict[str, float]) -> Objective:
     """The objective of the next step, from the metrics of this one."""
     moved = coefficients(objective)
     if objective.kl_target is not None:

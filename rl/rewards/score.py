@@ -16,7 +16,7 @@ class RewardError(RuntimeError):
     """The reward function failed. It never turns into a reward of 0: that would teach the policy the bug."""
 
 
-def judge(reward: Reward, reply: Reply, ordinal: int) -> tuple[float, dict[str, float]]:
+def score(reward: Reward, reply: Reply, ordinal: int) -> tuple[float, dict[str, float]]:
     """Reward and its parts. Raises RewardError, naming the prompt, when the function raises or returns no number."""
     where = f"the reward of prompt {ordinal} (task {dict(reply.task)}, reply {reply.text[:80]!r})"
     try:
@@ -32,10 +32,10 @@ def judge(reward: Reward, reply: Reply, ordinal: int) -> tuple[float, dict[str, 
     return float(total), {name: float(part) for name, part in parts.items()}
 
 
-async def judge_in_time(
+async def score_in_time(
     reward: Reward, reply: Reply, ordinal: int, deadline_s: float
 ) -> tuple[float, dict[str, float]]:
-    """`judge` in a thread. Raises RewardError after `deadline_s` seconds.
+    """`score` in a thread. Raises RewardError after `deadline_s` seconds.
 
     The thread is a daemon: Python would wait for any other kind at exit, and a reward that hangs would hang the run.
     """
@@ -53,7 +53,7 @@ async def judge_in_time(
     def work() -> None:
         result, error = None, None
         try:
-            result = judge(reward, reply, ordinal)
+            result = score(reward, reply, ordinal)
         except BaseException as raised:
             error = raised
         with suppress(RuntimeError):  # the run has ended, and its event loop is closed

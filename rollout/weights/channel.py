@@ -21,8 +21,6 @@ from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, T
 from rl.protocols import UpdateFailed
 from rollout.weights.buckets import BUCKET_BYTES, Bucket, Meta, buckets
 
-ANCHOR_EVERY = 50
-"""Updates after which one is sent whole, whatever changed."""
 _DENSE, _SPARSE, _END = 0, 1, -1
 _FIELDS = 5
 _REPORT_BYTES = 1024

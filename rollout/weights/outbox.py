@@ -14,7 +14,6 @@ from rollout.weights.channel import (
     _DENSE,
     _END,
     _SPARSE,
-    ANCHOR_EVERY,
     Layout,
     _begin,
     _errors_of_gloo,
@@ -23,6 +22,9 @@ from rollout.weights.channel import (
     broadcast,
     gather_words,
 )
+
+ANCHOR_EVERY = 50
+"""Updates after which one is sent whole, whatever changed."""
 
 
 class Outbox:

@@ -41,11 +41,11 @@ def examine(pair: Pair, seed: int = 0) -> Examination:
 @contextmanager
 def changed_weights(pair: Pair, bit: int = 10) -> Iterator[None]:
     """The learner's weights differ from those that the engine has, until they are back."""
-    pair.learner.disturb(bit)
+    pair.learner.perturb(bit)
     try:
         yield
     finally:
-        pair.learner.disturb(bit)
+        pair.learner.perturb(bit)
 
 
 @contextmanager

@@ -184,9 +184,9 @@ def test_an_exported_model_is_one_that_transformers_and_vllm_load(
     live: Callable, tiny: Callable, tmp_path: Path
 ) -> None:
     learner = make_learner(engine_config(tiny(family="llama", tied=True)))
-    learner.disturb(2)
+    learner.perturb(2)
     learner.export(str(tmp_path))
-    learner.disturb(2)
+    learner.perturb(2)
     load_tokenizer(learner.config.model).save_pretrained(tmp_path)
     said = live(engine_config(tmp_path)).sample(PROMPT, 4, seed=1)
     assert gap(str(tmp_path), said) <= 1e-5

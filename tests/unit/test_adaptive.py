@@ -3,7 +3,7 @@
 import pytest
 
 from rl.objectives import GRPO, GSPO
-from rl.objectives.adaptive import adapted, coefficients, next_entropy_coef, next_kl_coef
+from rl.objectives.adaptive import coefficients, next_entropy_coef, next_kl_coef, next_objective
 
 
 @pytest.mark.parametrize(
@@ -32,11 +32,11 @@ def test_only_what_has_a_target_moves():
     step = {"actor/kl_loss": 0.5, "actor/kl_reward": 0.0, "actor/entropy": 0.1}
     still = GRPO(kl_coef=0.1, entropy_coef=0.01)
     assert coefficients(still) == {}
-    assert adapted(still, step) == still
+    assert next_objective(still, step) == still
     both = GSPO(kl_coef=0.1, kl_target=0.02, entropy_target=0.2)
     assert coefficients(both) == {"kl_coef": 0.1, "entropy_coef": 0.0}
-    after = adapted(both, step)
+    after = next_objective(both, step)
     assert isinstance(after, GSPO)
     assert coefficients(after) == pytest.approx({"kl_coef": 0.102, "entropy_coef": 0.005})
     paid = GRPO(kl_coef=0.1, kl_target=0.02, kl_in="reward", kl_estimator="k1")
-    assert adapted(paid, step).kl_coef == pytest.approx(0.098)
+    assert next_objective(paid, step).kl_coef == pytest.approx(0.098)

@@ -9,6 +9,7 @@ import torch
 from wire import FAULTS, Receiver, Wire, steps, with_fault
 
 import rollout.weights.channel
+import rollout.weights.outbox
 from rl.protocols import UpdateFailed
 from rl.weights import digest
 from rollout.weights import sparse
@@ -63,7 +64,7 @@ def test_where_shared_memory_has_no_room_the_update_goes_over_gloo(monkeypatch):
 
 
 def test_only_changes_travel_and_every_so_often_the_whole(monkeypatch):
-    monkeypatch.setattr(rollout.weights.channel, "ANCHOR_EVERY", 4)
+    monkeypatch.setattr(rollout.weights.outbox, "ANCHOR_EVERY", 4)
     receiver = Receiver()
     updates = list(islice(steps(0, lr=1e-5), 10))
     wire = Wire(updates[0], [receiver], shared=False)

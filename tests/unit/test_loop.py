@@ -111,7 +111,7 @@ def run(loop):
 
 def balanced(loop):
     """Every ordinal that left the stream is in exactly one state, and the counts say the same."""
-    ledger = loop.flow.ledger
+    ledger = loop.admission.ledger
     assert sorted(ledger.states) == list(range(len(ledger.states)))
     assert +ledger.counts == Counter(ledger.states.values())
     return {state: n for state, n in ledger.summary().items() if n}
@@ -152,7 +152,7 @@ def test_every_prompt_ends_in_exactly_one_state(bound):
     loop = run(loop_of(engines, trainer, max_staleness=bound))
     assert balanced(loop) == {"trained": 12}
     trained = [int(g) for batch in trainer.batches for g in batch.group_ids.unique()]
-    assert sorted(trained) == [o for o, state in loop.flow.ledger.states.items() if state == "trained"]
+    assert sorted(trained) == [o for o, state in loop.admission.ledger.states.items() if state == "trained"]
     assert all(len(batch.rewards) == 4 for batch in trainer.batches)
     assert loop.trained_tokens == 12 * 2 * 3
     assert loop.tracker.rows[-1]["ledger/trained"] == 12.0
@@ -212,7 +212,7 @@ def test_a_group_with_nan_logprobs_is_set_aside_and_replaced(bound):
     trainer, set_aside = Trainer(engines), []
     loop = run(loop_of(engines, trainer, set_aside=set_aside, max_staleness=bound))
     assert balanced(loop) == {"trained": 12, "filtered(nonfinite_logprobs)": 2}
-    filtered = {o for o, state in loop.flow.ledger.states.items() if state.startswith("filtered")}
+    filtered = {o for o, state in loop.admission.ledger.states.items() if state.startswith("filtered")}
     assert {t.group for t in set_aside} == filtered
     assert all(math.isnan(t.logprobs[-1]) for t in set_aside), "kept as it came, for inspection"
     assert all(batch.rollout_logprobs.isfinite().all() for batch in trainer.batches)
@@ -374,7 +374,7 @@ def test_a_straggler_that_became_too_old_is_dropped_and_counted_and_no_step_wait
     trainer = Trainer(engines, turns=3)
     loop = run(loop_of(engines, trainer, max_staleness=1, steps=8))
     assert balanced(loop) == {"trained": 16, "filtered(too_old)": 1}
-    assert loop.flow.ledger.states[0] == "filtered(too_old)"
+    assert loop.admission.ledger.states[0] == "filtered(too_old)"
     assert engines.cancelled, "the engines go on with other work"
     assert max(trainer.ages) <= 1
 

@@ -10,7 +10,7 @@ import jaxtyping
 import pytest
 
 from rl.config import Config, RolloutConfig
-from rl.loop.admission import Flow
+from rl.loop.admission import Admission
 from rl.loop.loop import Loop
 from rl.loop.stream import stream
 from rl.protocols import EngineLost, StallError, SyncReport
@@ -79,7 +79,7 @@ class World:
         )
         return [completion] * n
 
-    async def judge(self, reward, reply, ordinal, deadline_s):
+    async def score(self, reward, reply, ordinal, deadline_s):
         await self.delay()
         return 1.0, {}
 
@@ -117,13 +117,13 @@ def live(seed, loop_class=Loop):
         decode=str,
         tracker=world,
         evaluate=world.evaluate,
-        judge=world.judge,
+        score=world.score,
     )
 
     def nobody_waits_for_nothing():
-        waiting = loop.flow.ledger.count("training") == 0 and len(world.published) == loop.flow.version
-        evaluating = loop.flow.version == world.config.steps
-        enough = loop.flow.ledger.count("ready") >= world.config.prompts_per_step
+        waiting = loop.admission.ledger.count("training") == 0 and len(world.published) == loop.admission.version
+        evaluating = loop.admission.version == world.config.steps
+        enough = loop.admission.ledger.count("ready") >= world.config.prompts_per_step
         assert not (waiting and enough and not evaluating and world.config.late_groups == "drop"), "a step is held up"
 
     run_seeded(loop.run(), seed, nobody_waits_for_nothing)
@@ -132,17 +132,17 @@ def live(seed, loop_class=Loop):
 
 def check(world, loop):
     """What must hold at the end of every run."""
-    config, flow = world.config, loop.flow
+    config, admission = world.config, loop.admission
     assert len(world.ages) == config.steps
     assert max(world.ages) <= config.max_staleness, "staleness above its bound"
     assert world.published == list(range(1, config.steps + 1))
     assert len(set(world.trained)) == len(world.trained) == config.steps * config.prompts_per_step, "trained twice"
-    states = flow.ledger.states
+    states = admission.ledger.states
     assert sorted(states) == list(range(len(states))), "a prompt of the stream is nowhere"
     assert {o for o, state in states.items() if state == "trained"} == set(world.trained)
-    assert +flow.ledger.counts == Counter(states.values())
-    assert flow.ledger.pending() == 0, "a group was lost"
-    assert config.late_groups == "drop" or not flow.ledger.counts["filtered(too_old)"], "thrown away for its age"
+    assert +admission.ledger.counts == Counter(states.values())
+    assert admission.ledger.pending() == 0, "a group was lost"
+    assert config.late_groups == "drop" or not admission.ledger.counts["filtered(too_old)"], "thrown away for its age"
     assert not loop._ready
     assert not loop._tasks
 
@@ -156,7 +156,7 @@ def test_no_order_of_events_loses_a_group_trains_it_twice_or_makes_it_too_old(bl
             check(world, loop)
         except BaseException as error:
             raise AssertionError(f"seed {seed}: {error!r}") from error
-        ends.update(loop.flow.ledger.summary())
+        ends.update(loop.admission.ledger.summary())
         ends["restarts"] += sum(event.is_set() for event in world.gone)
     # The worlds are as bad as they are meant to be.
     assert ends["filtered(too_old)"] > 20
@@ -164,7 +164,7 @@ def test_no_order_of_events_loses_a_group_trains_it_twice_or_makes_it_too_old(bl
     assert ends["filtered(nonfinite_logprobs)"] > 20
 
 
-class TooManyAdmitted(Flow):
+class TooManyAdmitted(Admission):
     def room(self):
         self.max_staleness += 1
         try:
@@ -173,14 +173,14 @@ class TooManyAdmitted(Flow):
             self.max_staleness -= 1
 
 
-class NewestFirst(Flow):
+class NewestFirst(Admission):
     def step(self):
         ready = [o for o in self.born if self.ledger.states[o] == "ready"]
         enough = super().step() is not None
         return sorted(ready, key=lambda o: -self.born[o])[: self.prompts_per_step] if enough else None
 
 
-class KeepsTheLate(Flow):
+class KeepsTheLate(Admission):
     def publish(self):
         bound, self.max_staleness = self.max_staleness, 10**6
         try:
@@ -189,13 +189,13 @@ class KeepsTheLate(Flow):
             self.max_staleness = bound
 
 
-class WaitsForStragglers(Flow):
+class WaitsForStragglers(Admission):
     def step(self):
         under_way = self.ledger.count("admitted", "sampling", "scoring")
         return None if under_way else super().step()
 
 
-class ForgetsTheLost(Flow):
+class ForgetsTheLost(Admission):
     def move(self, ordinal, state):
         super().move(ordinal, state)
         if state == "admitted":
@@ -203,7 +203,7 @@ class ForgetsTheLost(Flow):
 
 
 @pytest.mark.parametrize(
-    ("flow", "says"),
+    ("admission", "says"),
     [
         (TooManyAdmitted, "thrown away for its age|step . waited"),
         (NewestFirst, "thrown away for its age"),
@@ -212,12 +212,12 @@ class ForgetsTheLost(Flow):
         (ForgetsTheLost, "prompt .* is unknown|KeyError"),
     ],
 )
-def test_the_orders_find_a_planted_fault(flow, says):
+def test_the_orders_find_a_planted_fault(admission, says):
     class Faulty(Loop):
         def __post_init__(self):
             super().__post_init__()
-            fine = self.flow
-            self.flow = flow(
+            fine = self.admission
+            self.admission = admission(
                 prompts_per_step=fine.prompts_per_step,
                 max_staleness=fine.max_staleness,
                 steps=fine.steps,

@@ -79,7 +79,7 @@ def live(seed, life, disk, *, kill_after=None, stop_after=None, loop_class=Loop,
         decode=str,
         tracker=world,
         evaluate=world.evaluate,
-        judge=world.judge,
+        score=world.score,
         progress=world.progress,
         save=world.save,
     )
@@ -122,7 +122,7 @@ def test_however_often_a_run_is_killed_no_prompt_is_lost_or_trained_twice(block)
         except BaseException as error:
             raise AssertionError(f"seed {seed}: {error!r}") from error
         kills, resumed = kills + killed[0], resumed + killed[1]
-        ends.update(loop.flow.ledger.summary())
+        ends.update(loop.admission.ledger.summary())
         if world.config.late_groups == "wait" and not (world.mortality or world.broken):
             # In each life and over all of them, the stream was used in order and without a gap.
             assert sorted(world.trained) == list(range(len(world.trained)))
@@ -137,8 +137,8 @@ def test_a_run_ends_with_a_checkpoint_of_its_last_step_made_once():
         world, loop, _ = live(seed, "whole", disk := [], max_staleness=0, faults=False)
         versions = [Progress.from_json(json.loads(kept)["progress"]).version for kept in disk]
         assert versions == sorted(set(versions))
-        assert versions[-1] == loop.flow.version
-        last_steps.add(loop.flow.version % world.config.save_every)
+        assert versions[-1] == loop.admission.version
+        last_steps.add(loop.admission.version % world.config.save_every)
     assert last_steps > {0}, "some ended between two checkpoints"
 
 
@@ -163,7 +163,7 @@ def test_a_run_that_is_told_to_stop_saves_what_it_has_and_goes_on_to_the_same_en
         first, loop, events = live(seed, 0, disk, stop_after=after, **settings)
         if events < after or loop.done:
             continue
-        version = loop.flow.version
+        version = loop.admission.version
         assert version == (json.loads(disk[-1])["progress"]["version"] if disk else 0), "a finished step was not saved"
         assert first.trained == (json.loads(disk[-1])["trained"] if disk else []), "a step was cut in half"
         second, loop, _ = live(seed, 1, disk, **settings)

@@ -12,8 +12,9 @@ from rl.filters import Difficulty
 from rl.objectives import GRPO, GSPO
 from rl.parity.watch import Watch
 from rl.types import Data, Trajectory
-from trainer.runs import settings as report
-from trainer.runs.files import fresh_folder
+from trainer.pages.curves import plot
+from trainer.runs.files import fresh_folder, write_json
+from trainer.runs.settings import config_digest, resolved
 from trainer.tracking.tracker import RunTracker
 from trainer.tracking.wandb_run import wandb_mode
 
@@ -172,11 +173,11 @@ def test_every_broken_sample_is_kept_with_its_numbers(tmp_path):
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "summary.json"
-    report.write_json(path, {"status": "failed"})
+    write_json(path, {"status": "failed"})
     with pytest.raises(TypeError):
-        report.write_json(path, {"status": "finished", "bad": object()})
+        write_json(path, {"status": "finished", "bad": object()})
     assert json.loads(path.read_text()) == {"status": "failed"}
-    report.write_json(path, {"status": "finished"})
+    write_json(path, {"status": "finished"})
     assert json.loads(path.read_text()) == {"status": "finished"}
     assert [p.name for p in tmp_path.glob("summary*")] == ["summary.json"]
 
@@ -184,10 +185,10 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 def test_the_curves_of_a_run_become_a_png(tmp_path):
     history = [{"step": 0.0, "eval/held/avg@1": 0.2, "eval/held/avg@1_se": 0.05}]
     history += [{"step": float(s), "reward/mean": 0.1 * s, "actor/entropy": math.nan} for s in (1, 2, 3)]
-    report.plot(history, tmp_path / "curves.png", "title")
+    plot(history, tmp_path / "curves.png", "title")
     drawn = (tmp_path / "curves.png").read_bytes()
     assert drawn[:8] == b"\x89PNG\r\n\x1a\n"
-    report.plot([{"step": 0.0}], tmp_path / "empty.png", "title")
+    plot([{"step": 0.0}], tmp_path / "empty.png", "title")
     assert len(drawn) > len((tmp_path / "empty.png").read_bytes()) > 1000, "there are curves in it"
 
 
@@ -209,13 +210,13 @@ def test_the_config_digest_differs_when_any_setting_does():
         replace(base, objective=GSPO(kl_coef=0.1)),
         replace(base, rollout=RolloutConfig(max_tokens=255)),
     ]
-    digests = [report.config_digest(report.resolved(c)) for c in variants]
+    digests = [config_digest(resolved(c)) for c in variants]
     assert len(set(digests)) == len(variants)
-    assert report.config_digest(report.resolved(config_of())) == digests[0]
+    assert config_digest(resolved(config_of())) == digests[0]
 
 
 def test_a_resolved_config_is_plain_json_with_functions_by_name():
-    settings = report.resolved(config_of(objective=GSPO(clip_high=5e-4), filters=(Difficulty(low=0.2),)))
+    settings = resolved(config_of(objective=GSPO(clip_high=5e-4), filters=(Difficulty(low=0.2),)))
     assert json.loads(json.dumps(settings)) == settings
     assert settings["reward"] == "builtins.len"
     assert settings["data"].endswith(".make_data")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from rl.config import Config
-from rl.contract.what_if import cosines, judge
+from rl.contract.what_if import cosines, evaluate_objective
 from rl.objectives import CISPO, GRPO, GSPO, PPO
 from rl.protocols import SyncReport
 from rl.types import Batch, Data, PolicyOutput
@@ -38,7 +38,7 @@ def record_of(ratio):
 
 def verdict(objective, ratio):
     record = record_of(ratio)
-    return judge("x", objective, record.batch, record.policy, record.horizon)
+    return evaluate_objective("x", objective, record.batch, record.policy, record.horizon)
 
 
 def test_a_verdict_by_hand():
@@ -68,7 +68,7 @@ def test_a_record_without_what_an_objective_reads_is_refused():
     record = record_of([[1.0, 1.0], [1.0, 1.0]])
     for objective, lacks in ((PPO(), "values"), (GRPO(kl_coef=0.1), "ref_logprobs")):
         with pytest.raises(ValueError, match=f"x reads {lacks}, which this record has not"):
-            judge("x", objective, record.batch, record.policy, 4)
+            evaluate_objective("x", objective, record.batch, record.policy, 4)
 
 
 def same(a, b):
@@ -138,7 +138,7 @@ def test_every_nth_step_is_kept_with_what_the_trainer_said_before_and_after(tmp_
     assert second.objective == "GSPO"
     # So that a critic, or a KL in the reward, can be judged too.
     for objective in (PPO(), GRPO(kl_coef=0.1, kl_in="reward", kl_estimator="k1")):
-        assert judge("x", objective, second.batch, second.policy, 4).gradient.isfinite().all()
+        assert evaluate_objective("x", objective, second.batch, second.policy, 4).gradient.isfinite().all()
 
 
 def test_after_a_resume_records_keep_the_numbers_of_their_steps(tmp_path):

@@ -19,8 +19,8 @@ def doctor(recipe: str, flags: list[str]) -> None:
     from trainer.doctor.report import save, show, token_table
     from trainer.plan.preflight import place
     from trainer.prompts import Prepared, prepare
-    from trainer.runs import settings as report
     from trainer.runs.files import fresh_folder
+    from trainer.runs.settings import resolved
     from trainer.tracking.tracker import RunTracker
     from trainer.tracking.wandb_run import wandb_mode
 
@@ -35,7 +35,7 @@ def doctor(recipe: str, flags: list[str]) -> None:
     async def record(reading: asyncio.Task[Prepared]) -> RunTracker:
         """Open the record once the data was found good, while the actors start."""
         await reading
-        settings = report.resolved(config)
+        settings = resolved(config)
         return await asyncio.to_thread(lambda: RunTracker(folder=folder, config=tracking, name=name, settings=settings))
 
     async def examined() -> Checkup:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from rl.contract.what_if import Verdict, cosines, judge
+from rl.contract.what_if import ObjectiveReport, cosines, evaluate_objective
 from rl.objectives import FAMILY, Objective
 from trainer.runs.files import write_json
 from trainer.runs.records import load
@@ -23,7 +23,7 @@ def compare(path: str, flags: list[str]) -> None:
     asked = parser.parse_args(flags)
     record = load(Path(path))
     named = {n.rpartition(":")[2]: by_name(n) for n in asked.objectives.split(",")}
-    verdicts = [judge(n, o, record.batch, record.policy, record.horizon) for n, o in named.items()]
+    verdicts = [evaluate_objective(n, o, record.batch, record.policy, record.horizon) for n, o in named.items()]
     folder = Path(asked.out) if asked.out else Path(path).parent
     folder.mkdir(parents=True, exist_ok=True)
     console.print(table(verdicts, f"{Path(path).name}, recorded with {record.objective}"))
@@ -46,7 +46,7 @@ def by_name(name: str) -> Objective:
     return known[name.lower()]()
 
 
-def table(verdicts: list[Verdict], title: str) -> Table:
+def table(verdicts: list[ObjectiveReport], title: str) -> Table:
     """One row per objective."""
     out = Table(title=title, title_justify="left")
     for header in ("objective", "loss", "|gradient|", "clipped low", "clipped high", "ESS", "effective tokens"):
@@ -57,7 +57,7 @@ def table(verdicts: list[Verdict], title: str) -> Table:
     return out
 
 
-def agreement(verdicts: list[Verdict]) -> Table:
+def agreement(verdicts: list[ObjectiveReport]) -> Table:
     """Cosine of each pair's gradients."""
     out = Table("cosine", *(v.name for v in verdicts), title="do their gradients agree?", title_justify="left")
     for v, row in zip(verdicts, cosines(verdicts).tolist(), strict=True):
@@ -65,14 +65,14 @@ def agreement(verdicts: list[Verdict]) -> Table:
     return out
 
 
-def as_dict(verdicts: list[Verdict]) -> dict[str, object]:
+def as_dict(verdicts: list[ObjectiveReport]) -> dict[str, object]:
     """Everything but the gradients, as JSON can hold it."""
     names = ("loss", "grad_norm", "clip_low", "clip_high", "ess", "effective_tokens")
     rows = {v.name: {n: float(getattr(v, n)) for n in names} for v in verdicts}
     return {"objectives": rows, "cosine": cosines(verdicts).tolist()}
 
 
-def plot(verdicts: list[Verdict], path: Path) -> None:
+def plot(verdicts: list[ObjectiveReport], path: Path) -> None:
     """Two panels: how much the gradients agree, and how each spreads over the tokens, largest first."""
     import matplotlib
 

@@ -16,7 +16,7 @@ from rl.types import Batch, Completion
 from trainer.doctor.diagnosis import MEAN_GAP, Finding
 from trainer.doctor.examine import Patient
 
-DISTURBED_BIT = 6
+PERTURBED_BIT = 6
 """An in-flight update brings changes of 2^-6 of half the weights: it must show, and must not make garbage."""
 LONG_S = 1.5
 """About how long, in seconds, sequences run for an update to meet them; at least 48 tokens, at most the context."""
@@ -121,7 +121,7 @@ class Ladder:
         new, room = version + 1, self.patient.config.rollout.max_model_len - max(len(p.token_ids) for p in self.prompts)
         length = min(max(48, math.ceil(LONG_S / self.token_s)), room)
         was_aborted = await self._aborted()
-        await self.cluster.ask_learners("disturb", DISTURBED_BIT)
+        await self.cluster.ask_learners("perturb", PERTURBED_BIT)
         sent = asyncio.Event()
 
         async def keep_sampling() -> list[list[Completion]]:
@@ -140,7 +140,7 @@ class Ladder:
         batch = self._batch(await running)
         fresh = self._batch(await self._sample())
         after, afresh = await self._trainer(batch), await self._trainer(fresh)
-        await self.cluster.ask_learners("disturb", DISTURBED_BIT)
+        await self.cluster.ask_learners("perturb", PERTURBED_BIT)
         before = await self._trainer(batch)
         across = ((batch.versions == version).any(1) & (batch.versions == new).any(1))[:, None]
         aborted = await self._aborted() - was_aborted

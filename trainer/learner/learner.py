@@ -19,7 +19,7 @@ from torch import Tensor
 from rl.batch import micro_batches, take
 from rl.config import Config
 from rl.loss import critic_alone, full_loss, prepare
-from rl.objectives.adaptive import adapted, coefficients
+from rl.objectives.adaptive import coefficients, next_objective
 from rl.parity.evidence import LayerError
 from rl.parity.hypotheses import Hypothesis
 from rl.parity.mismatch import finish
@@ -119,7 +119,7 @@ class Learner:
         if objective.uses_values:
             metrics["critic/lr"] = rates[-1]
         metrics |= {f"actor/{name}": coef for name, coef in coefficients(objective).items()}
-        self.objective = adapted(objective, metrics)
+        self.objective = next_objective(objective, metrics)
         return metrics
 
     def _shuffle(self, epoch: int) -> torch.Generator:
@@ -285,7 +285,7 @@ class Learner:
         finally:
             self.policy.ulysses = shared
 
-    def disturb(self, bit: int) -> None:
+    def perturb(self, bit: int) -> None:
         """Change a random half of all weights by 2^-bit of their size, for an update that shows; again undoes it."""
         self.weights.flip(bit)
 

@@ -4,7 +4,7 @@ from rich.table import Table
 
 from rl.config import Config, check
 from trainer.cluster.placement import plan
-from trainer.runs import settings as report
+from trainer.runs.settings import plain_config
 from trainer.tracking.terminal import console
 
 
@@ -19,7 +19,7 @@ def dry_run(config: Config) -> None:
     gpus = cluster_gpus()
     placement = plan(config, cuda=gpus > 0, gpus=gpus)
     check_truncation(config, placement.device)
-    console.print(report.plain_config(config), markup=False, highlight=False)
+    console.print(plain_config(config), markup=False, highlight=False)
     table = Table("placement", "", show_header=True)
     for row in placement.table():
         table.add_row(*row)

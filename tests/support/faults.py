@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-import rollout.worker
+import rollout.weights.receive
 from live import Live
 from rl.types import Completion
 from rollout.head import forget_heads
@@ -28,7 +28,7 @@ class FaultyExtension(WorkerExtension):
             Twin.commit = commit
             type(model).load_weights, logits.head_dtype = load, head_dtype
             sampler.logprobs_mode = sampler.topk_topp_sampler.logprobs_mode = mode
-            rollout.worker.forget_heads = forget_heads
+            rollout.weights.receive.forget_heads = forget_heads
             forget_heads(model)
 
         self.undo = undo
@@ -55,7 +55,7 @@ class FaultyExtension(WorkerExtension):
             logits.head_dtype = torch.bfloat16
             forget_heads(model)
         if name == "stale head":
-            rollout.worker.forget_heads = lambda model: None
+            rollout.weights.receive.forget_heads = lambda model: None
             logits.head = model.lm_head.weight.detach()[: logits.org_vocab_size].clone()
 
     def mend(self) -> None:

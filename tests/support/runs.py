@@ -10,7 +10,7 @@ from pathlib import Path
 
 STARTED: list[str] = []
 """The marks of all runs so far: tests/e2e/conftest.py ends what a failed test left of them."""
-RECIPE = Path(__file__).parent / "e2e" / "recipes" / "echo.py"
+RECIPE = Path(__file__).parents[1] / "e2e" / "recipes" / "echo.py"
 
 
 def start(model: Path, folder: Path, *flags: str) -> tuple[subprocess.Popen, str]:
