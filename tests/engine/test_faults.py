@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from wire import FAULTS, with_fault
 
 import rollout.weights.channel
 import rollout.weights.sender
@@ -22,6 +21,7 @@ from rl.protocols import EngineLost, UpdateFailed
 from rl.types import Completion, Prompt
 from trainer.learner.weights import LearnerWeights
 from trainer.model.policy import load
+from wire import FAULTS, with_fault
 
 PROMPT = list(range(10, 40))
 TOLERANCE = 1e-5

@@ -6,13 +6,13 @@ from threading import Timer
 
 import pytest
 import torch
-from wire import FAULTS, Receiver, Wire, steps, with_fault
 
 import rollout.weights.channel
 import rollout.weights.outbox
 from rl.protocols import UpdateFailed
 from rl.weights import digest
 from rollout.weights import sparse
+from wire import FAULTS, Receiver, Wire, steps, with_fault
 
 REFUSED = ("drop", "duplicate", "reorder")
 

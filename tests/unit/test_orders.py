@@ -9,13 +9,13 @@ from collections import Counter
 import jaxtyping
 import pytest
 
+from orders import DeadlockError, run_seeded
 from rl.config import Config, RolloutConfig
 from rl.loop.admission import Admission
 from rl.loop.loop import Loop
 from rl.loop.stream import stream
 from rl.protocols import EngineLost, StallError, SyncReport
 from rl.types import Completion, Data, Prompt
-from tests.orders import DeadlockError, run_seeded
 
 SEEDS = 5400
 PROMPTS = [Prompt(ordinal=i, token_ids=[i], task={}) for i in range(7)]

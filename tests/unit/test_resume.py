@@ -9,15 +9,15 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from unit.test_orders import PROMPTS, World, check
 
+from orders import run_seeded
 from rl.loop.ledger import Ledger
 from rl.loop.loop import Loop
 from rl.loop.progress import Progress, progress_of
 from rl.loop.stream import stream
 from rl.protocols import StallError
 from rl.types import Completion
-from tests.orders import run_seeded
-from tests.unit.test_orders import PROMPTS, World, check
 
 
 class KilledError(Exception):
