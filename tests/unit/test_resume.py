@@ -9,7 +9,6 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from unit.test_orders import PROMPTS, World, check
 
 from orders import run_seeded
 from rl.loop.ledger import Ledger
@@ -18,6 +17,7 @@ from rl.loop.progress import Progress, progress_of
 from rl.loop.stream import stream
 from rl.protocols import StallError
 from rl.types import Completion
+from tests.unit.test_orders import PROMPTS, World, check
 
 
 class KilledError(Exception):
