@@ -50,7 +50,7 @@ class Pair:
         return [await self.ask_engine(0, method, *args)]
 
     async def ask_learners(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
-        self.learner.send = self.send
+        self.learner.connect(self)
         return [await asyncio.to_thread(getattr(self.learner, method), *args)]
 
 
