@@ -1,4 +1,4 @@
-"""A run begins with a checkup: what is wrong ends it with its cause, before anything is trained."""
+"""A run begins with a check: what is wrong ends it with its cause, before anything is trained."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def say(*command: str, model: Path, folder: Path) -> tuple[int, str, str]:
     return done.returncode, done.stdout + done.stderr, mark
 
 
-def test_truncated_sampling_on_cpu_is_trained_after_the_whole_ladder_agrees(model: Path, tmp_path: Path) -> None:
+def test_truncated_sampling_on_cpu_is_trained_after_all_comparisons_agree(model: Path, tmp_path: Path) -> None:
     recipe = [sys.executable, "-W", "ignore", str(RECIPES / "echo.py"), "--doctor", "full", "--steps", "2"]
     cut = ["--rollout.top-k", "20", "--rollout.top-p", "0.9", "--temperature", "0.9", "--rollout.max-tokens", "4"]
     code, said, _ = say(*recipe, *cut, "--group-size", "4", model=model, folder=tmp_path)
@@ -44,7 +44,7 @@ def test_truncated_sampling_on_cpu_is_trained_after_the_whole_ladder_agrees(mode
     assert max(row["rollout_corr/logprob_abs_diff_mean"] for row in rows) <= 1e-5
     report = json.loads((tmp_path / "echo" / "doctor.json").read_text())
     assert report["verdict"] == "well"
-    tried = {rung["name"] for rung in report["rungs"] if rung["gap"]}
+    tried = {comparison["name"] for comparison in report["comparisons"] if comparison["gap"]}
     assert {"the same engine, asked twice", "prefix cache hit | miss"} <= tried
     assert "in flight: begun after it | trainer's new weights" in tried
     assert (tmp_path / "echo" / "doctor.html").stat().st_size > 10_000

@@ -14,7 +14,7 @@ from rl.config import Config, RolloutConfig
 from rl.loop.admission import Admission
 from rl.loop.loop import Loop
 from rl.loop.stream import stream
-from rl.protocols import EngineLost, StallError, SyncReport
+from rl.protocols import EngineLost, StallError, SyncReport, Tracker
 from rl.types import Completion, Data, Prompt
 
 SEEDS = 5400
@@ -29,7 +29,7 @@ def unchecked_types():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-class World:
+class World(Tracker):
     """Engines, a reward and a trainer whose every delay and fault is drawn from one seed."""
 
     def __init__(self, seed):
