@@ -43,7 +43,7 @@ class RunTracker:
         earlier = self.folder / "alerts.jsonl"
         self.alerts += [json.loads(line) for line in earlier.read_text().splitlines()] if earlier.exists() else []
         for row in self.history:
-            self.watch(row)  # so that it raises no alert twice
+            self.watch(row)  # it must not repeat earlier alerts
         wandb = open_wandb(
             self.config,
             folder=self.folder,
