@@ -53,6 +53,8 @@ class RolloutConfig:
     """How often a group is sampled again whose engine was lost, before it counts as failed."""
     restarts: int = 3
     """How often engines that were lost are started again in one run, before it ends."""
+    engine_class: str = "rollout.engine:Engine"
+    """Class of the engines, "module:Class". An experiment may name its own, in a file next to its recipe."""
 
     @property
     def truncation(self) -> Truncation | None:

@@ -65,7 +65,14 @@ def config(mode: str, model: str, folder: str, steps: int, seed: int) -> Config:
         group_size=8,
         max_staleness=MODES[mode]["max_staleness"],
         trainer=TrainerConfig(lr=3e-4, threads=threads),
-        rollout=RolloutConfig(max_tokens=400, max_model_len=416, max_num_seqs=32, kv_cache_gib=0.5, threads=threads),
+        rollout=RolloutConfig(
+            max_tokens=400,
+            max_model_len=416,
+            max_num_seqs=32,
+            kv_cache_gib=0.5,
+            threads=threads,
+            engine_class="heavy_tailed:HeavyTailed",
+        ),
         deadlines=Deadlines(start_s=200),
         tracking=TrackingConfig(wandb="off"),
         output_dir=folder,
@@ -130,9 +137,6 @@ def main() -> None:
     args = parser.parse_args()
     from gpu_check import make_model
 
-    from trainer.cluster.cluster import Cluster
-
-    Cluster.engine = "heavy_tailed:HeavyTailed"
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder) / "model", hidden=256, inner=768, layers=4)

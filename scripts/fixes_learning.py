@@ -33,7 +33,6 @@ METRICS = (
 
 def learn(engine: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     """The curves of one short run; a run that breaks gives those that it got to, and says what broke it."""
-    from trainer.cluster.cluster import Cluster
     from trainer.cluster.remote import RemoteLearner
     from trainer.run import run
 
@@ -47,7 +46,7 @@ def learn(engine: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
         temperature=0.7,
         steps=steps,
         # So few sequences at a time that sampling takes as long as learning: updates then meet requests in flight.
-        rollout=replace(recipe["config"].rollout, max_num_seqs=8),
+        rollout=replace(recipe["config"].rollout, max_num_seqs=8, engine_class=engine),
         # A third of the recipe's: one version of staleness then moves the policy less than a missing fix does.
         trainer=replace(recipe["config"].trainer, lr=1e-5),
         max_staleness=1,
@@ -73,7 +72,7 @@ def learn(engine: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
     # A run samples a group again of which a reply was aborted; these shall learn from what they get.
     as_it_is = patch("rl.loop.loop.reject_aborted", lambda completions: completions)
-    with patch.object(Cluster, "engine", engine), patch.object(RemoteLearner, "_verify", noted), as_it_is:
+    with patch.object(RemoteLearner, "_verify", noted), as_it_is:
         try:
             run(config)
         except Exception as error:

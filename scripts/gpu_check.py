@@ -32,7 +32,7 @@ from rl.objectives import GRPO
 from rl.parity.gap import Gap, gap
 from rl.types import Data, Example, Prompt, Reply
 from rollout.settings import engine_env
-from trainer.cluster.placement import plan
+from trainer.cluster.placement import place
 from trainer.model.policy import load
 from trainer.prompts import load_tokenizer
 from trainer.runs.settings import stack_versions
@@ -209,7 +209,7 @@ def weight_sync(args: argparse.Namespace) -> dict[str, Any]:
     shape = {"hidden": 256, "inner": 1024, "layers": 4, "vocabulary": 8192} if args.device == "cpu" else shape
     model = make_model(Path(args.work) / "large", **shape)
     config = base_config(args, "sync", model, max_tokens=32, max_model_len=256)
-    placement = plan(config, cuda=args.device == "cuda")
+    placement = place(config, cuda=args.device == "cuda")
 
     async def updates() -> list[Any]:
         cluster = Cluster(config, placement)

@@ -32,7 +32,7 @@ from rl.weights import TensorMeta
 from trainer.cluster.calls import started
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.engine_client import EngineClient
-from trainer.cluster.placement import plan
+from trainer.cluster.placement import place
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts")]
@@ -89,17 +89,17 @@ class Engine:
 
     def __init__(self, cluster: Any) -> None:
         self.actor, self.client = cluster.engines[0], EngineClient(cluster.engines, 1, 120.0)
-        self.expected: set[str] = self.call("expected_weights")
+        self.expected: set[str] = self.call(lambda e: e.expected_weights())
 
-    def begin(self, method: str, *args: Any) -> Callable[[], Any]:
+    def begin(self, ask: Callable[[Any], Any]) -> Callable[[], Any]:
         """Call it; what is returned waits for its answer."""
         import ray
 
-        ref = self.actor.call.remote(method, *args)
+        ref = self.actor.ask(ask)
         return lambda: ray.get(ref, timeout=120)
 
-    def call(self, method: str, *args: Any) -> Any:
-        return self.begin(method, *args)()
+    def call(self, ask: Callable[[Any], Any]) -> Any:
+        return self.begin(ask)()
 
 
 @dataclass
@@ -213,16 +213,16 @@ def measure(
 async def engine_of(config: Config, load: str) -> AsyncIterator[tuple[Cluster, Training, Engine]]:
     """An engine under such a load, and a trainer for it."""
     config = replace(config, max_staleness=LOADS[load])
-    Cluster.engine = "sync_engine:Measured"
-    cluster = Cluster(config, replace(plan(config, cuda=False, gpus=0), learners=0))
+    config = replace(config, rollout=replace(config.rollout, engine_class="sync_engine:Measured"))
+    cluster = Cluster(config, replace(place(config, cuda=False, gpus=0), learners=0))
     try:
         cluster.boot()
         await started("the engine", cluster.building[0], 300)
-        await cluster.ask_engines("start")
+        await cluster.ask_engines(lambda e: e.start())
         torch.set_num_threads(2 - LOADS[load])
         training, engine = Training(config.model), Engine(cluster)
         if LOADS[load]:
-            await cluster.ask_engines("sample_on")
+            await cluster.ask_engines(lambda e: e.sample_on())
         yield cluster, training, engine
     finally:
         await cluster.close()
@@ -232,7 +232,7 @@ async def run(load: str, updates: int, turns: int) -> dict[str, Any]:
     """All channels to one engine that waits or samples."""
     async with engine_of(CONFIG, load) as (cluster, training, engine):
         records = await asyncio.to_thread(measure, training, engine, updates, turns)
-        return table(records) | await cluster.ask_engine(0, "sampled", deadline_s=60)
+        return table(records) | await cluster.ask_engine(0, lambda e: e.sampled(), deadline_s=60)
 
 
 async def by_size(layers: int, bucket_mib: list[int], updates: int) -> list[dict[str, Any]]:

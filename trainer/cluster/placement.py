@@ -29,10 +29,10 @@ class Placement:
     def table(self) -> list[tuple[str, str]]:
         """Rows for the terminal."""
 
-        def place(gpus: float) -> str:
+        def devices(gpus: float) -> str:
             return "1 CPU process" if self.device == "cpu" else f"{gpus:g} GPU{'s' if gpus > 1 else ''}"
 
-        engine, learner = place(self.gpus_per_engine), place(self.gpus_per_learner)
+        engine, learner = devices(self.gpus_per_engine), devices(self.gpus_per_learner)
         return [
             ("engines", f"{self.engines} x {engine}"),
             ("learner ranks", f"{self.learners} x {learner}"),
@@ -43,7 +43,7 @@ class Placement:
         ]
 
 
-def plan(config: Config, *, cuda: bool, gpus: float = math.inf) -> Placement:
+def place(config: Config, *, cuda: bool, gpus: float = math.inf) -> Placement:
     """The placement of a run on a cluster with this many GPUs. Raises ValueError for what can never be."""
     device: Device = ("cuda" if cuda else "cpu") if config.device == "auto" else config.device
     engines, tp, ranks = config.rollout.engines, config.rollout.tensor_parallel, config.trainer.ranks

@@ -1,9 +1,10 @@
-"""Will it fit? What each rank, each engine and the host need, by what for, against what there is. GiB."""
+"""Does the run fit? Required and available memory by component, in GiB."""
 
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -12,6 +13,9 @@ from torch import nn
 from rl.config import Config
 from trainer.cluster.placement import Placement
 from trainer.model.head import CHUNK
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
@@ -34,12 +38,44 @@ class Shape:
     """Parameters of adapters of rank 1: inputs and outputs of every linear layer but the head."""
 
 
-def shape_of(path: str) -> Shape:
-    """From a model's config alone. Raises OSError when there is none."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What one run needs and what there is: GiB by place ("learner rank", "engine", "host")."""
+
+    shape: Shape
+    required: Needs
+    available: dict[str, float]
+
+    def check(self, config: Config) -> None:
+        """Raise ValueError, with what would help, for the first place that is too small."""
+        if os.environ.get("UNISON_IGNORE_MEMORY"):
+            return
+        for place, parts in self.required.items():
+            if sum(parts.values()) <= self.available[place]:
+                continue
+            listed = ", ".join(f"{what} {gib:.2f}" for what, gib in sorted(parts.items(), key=lambda p: -p[1]))
+            raise ValueError(
+                f"this run does not fit: the {place} needs {sum(parts.values()):.1f} GiB ({listed}), and "
+                f"{self.available[place]:.1f} are available. What would help: {'; '.join(remedies(config, place))}. "
+                "UNISON_IGNORE_MEMORY=1 starts the run without this check"
+            )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For the terminal: each place with its sum, then its components."""
+        lines = []
+        for place, parts in self.required.items():
+            of = f" of {self.available[place]:.1f}" if math.isfinite(self.available[place]) else ""
+            lines.append((f"memory: {place}", f"{sum(parts.values()):.2f}{of} GiB"))
+            lines += [(f"  {what}", f"{gib:.2f}") for what, gib in parts.items()]
+        return lines
+
+
+def shape_of(config: "PretrainedConfig") -> Shape:
+    """Sizes from a model's config alone; makes no weights."""
+    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        model = AutoModelForCausalLM.from_config(config)
     text, head = model.config.get_text_config(), model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     return Shape(
@@ -52,8 +88,8 @@ def shape_of(path: str) -> Shape:
     )
 
 
-def needs(config: Config, placement: Placement, shape: Shape) -> Needs:
-    """GiB by place and by what for; on CPU the host's are those of all processes.
+def required_memory(config: Config, placement: Placement, shape: Shape) -> Needs:
+    """GiB by place and component; on CPU those of the host are the sum over all processes.
 
     Activations: size * tokens * layers * (12 hidden + 4 inner), or with gradient checkpointing size * tokens * hidden
     for each layer and one layer in full; tokens are `micro_batch_tokens`, over the ranks that share a row. Head: two
@@ -99,8 +135,8 @@ def needs(config: Config, placement: Placement, shape: Shape) -> Needs:
     return found
 
 
-def there(config: Config, placement: Placement) -> dict[str, float]:
-    """GiB that each place may use; infinite where this machine cannot tell, such as for a cluster's other nodes."""
+def available_memory(config: Config, placement: Placement) -> dict[str, float]:
+    """GiB that each place may use; infinite where this machine cannot know, as for other nodes of a cluster."""
     limits = {"learner rank": math.inf, "engine": math.inf, "host": math.inf}
     if os.environ.get("RAY_ADDRESS") or (placement.device == "cuda" and not torch.cuda.is_available()):
         return limits
@@ -119,21 +155,6 @@ def _cgroup_room() -> float:
     # What was read from files may be given back at any moment, and counts as current all the same.
     stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     return int(limit) - int((CGROUP / "memory.current").read_text()) + int(stat["inactive_file"])
-
-
-def check_memory(config: Config, found: Needs, limits: dict[str, float]) -> None:
-    """Raise ValueError, with what would help, for the first place that is too small."""
-    if os.environ.get("UNISON_IGNORE_MEMORY"):
-        return
-    for place, parts in found.items():
-        if sum(parts.values()) <= limits[place]:
-            continue
-        listed = ", ".join(f"{what} {gib:.2f}" for what, gib in sorted(parts.items(), key=lambda p: -p[1]))
-        raise ValueError(
-            f"this run does not fit: the {place} needs {sum(parts.values()):.1f} GiB ({listed}), and there are "
-            f"{limits[place]:.1f}. What would help: {'; '.join(remedies(config, place))}. UNISON_IGNORE_MEMORY=1 tries "
-            "it all the same"
-        )
 
 
 def remedies(config: Config, place: str) -> list[str]:
@@ -156,13 +177,3 @@ def remedies(config: Config, place: str) -> list[str]:
     smaller = {"a smaller model": True}
     options = {"learner rank": learner | smaller, "engine": engine | smaller, "host": engine | learner | smaller}[place]
     return [remedy for remedy, helps in options.items() if helps]
-
-
-def rows(found: Needs, limits: dict[str, float]) -> list[tuple[str, str]]:
-    """For the terminal: each place with its sum, then what it is made of."""
-    lines = []
-    for place, parts in found.items():
-        of = f" of {limits[place]:.1f}" if math.isfinite(limits[place]) else ""
-        lines.append((f"memory: {place}", f"{sum(parts.values()):.2f}{of} GiB"))
-        lines += [(f"  {what}", f"{gib:.2f}") for what, gib in parts.items()]
-    return lines
