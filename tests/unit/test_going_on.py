@@ -17,7 +17,7 @@ from rl.loop.progress import Progress
 from rl.parity.watch import Watch
 from rl.types import Data, Prompt
 from trainer.launch import launch, override, resume_folder
-from trainer.plan import model_files
+from trainer.model import files as model_files
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointError
 from trainer.runs.resume import data_digest, resume, state_of, write_history

@@ -14,9 +14,9 @@ from rl.objectives import GRPO
 from rl.types import Data
 from trainer.cluster.placement import place
 from trainer.learner.memory_meter import PeakMemory
+from trainer.model.files import model_config
 from trainer.model.policy import load
 from trainer.plan.memory import Memory, Shape, available_memory, required_memory, shape_of
-from trainer.plan.model_files import model_config
 
 BILLION = Shape(parameters=2**30, layers=16, hidden=1024, inner=4096, vocabulary=2**15, adapted=2**20)
 

@@ -63,7 +63,7 @@ class Fleet:
             await self._notify()
 
     async def revive(self) -> None:
-        """Replace the processes that are gone, and open a new weight channel to all engines. New ones hold no weights yet.
+        """Replace the processes that are gone, and open a new weight channel to all. New engines hold no weights yet.
 
         Raises StartError after `rollout.restarts` rounds, and EngineLost when another one dies meanwhile.
         """

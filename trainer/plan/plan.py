@@ -6,8 +6,8 @@ from functools import cached_property
 from rl.config import Config, check
 from trainer.cluster.placement import Placement, check_fits, place
 from trainer.cluster.ray_session import cluster_gpus
+from trainer.model.files import check_model_folder, model_config
 from trainer.plan.memory import Memory, available_memory, required_memory, shape_of
-from trainer.plan.model_files import check_model_folder, model_config
 from trainer.plan.rules import check_rows, check_truncation
 
 

@@ -2,7 +2,7 @@
 
 from rl.config import Config
 from trainer.cluster.placement import Device
-from trainer.plan.model_files import model_config
+from trainer.model.files import model_config
 
 
 def check_truncation(config: Config, device: Device) -> None:
