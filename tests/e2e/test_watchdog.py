@@ -83,5 +83,5 @@ def test_a_late_actor_is_named_with_its_stack_within_seconds_of_the_deadline(stu
         asyncio.run(ask(stuck))
     assert f"the driver waited 2 s for {who}" in str(error.value)
     assert where in str(error.value)
-    assert "It is here:\nit last answered to wake, " in str(error.value)
+    assert "It is here:\nits last finished call is wake, " in str(error.value)
     assert time.perf_counter() - began < 30

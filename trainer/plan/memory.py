@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
 PROCESS = {"learner rank": 0.8, "engine": 1.2}
-"""Libraries (on a GPU also its context), before any weight."""
+"""Libraries, and on a GPU its context, before any weight."""
 Needs = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What of a model decides its memory."""
+    """Sizes of a model that decide its memory."""
 
     parameters: int
     layers: int
@@ -35,7 +35,7 @@ class Shape:
     """Features inside an MLP."""
     vocabulary: int
     adapted: int
-    """Parameters of adapters of rank 1: inputs and outputs of every linear layer but the head."""
+    """Parameters of adapters of rank 1: inputs plus outputs of every linear layer except the head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +99,9 @@ def required_memory(config: Config, placement: Placement, shape: Shape) -> Needs
     optimizer, gradients, weights = (t.ranks if t.zero_stage >= stage else 1 for stage in (1, 2, 3))
     adapters = t.lora.rank * s.adapted
     trained, offloaded = adapters or s.parameters, t.offload == "optimizer"
-    # Without shards torch's Adam works on the fp32 weights themselves; bf16 gradients lie beside their fp32 sums.
+    # Without shards torch's Adam works on the fp32 weights; bf16 gradients are kept next to their fp32 sums.
     states, sums = (12 if t.zero_stage else 8) * trained, (6 if size == 2 and t.zero_stage == 1 else 4) * trained
-    # Offloaded, DeepSpeed keeps fp32 gradients and a copy of the weights there, too.
+    # With offload DeepSpeed keeps fp32 gradients and a copy of the weights there, too.
     copies = 8 if t.zero_stage == 3 else 4 + size + (4 if size == 4 and t.zero_stage == 2 else 0)
     layer = 12 * s.hidden + 4 * s.inner
     kept = s.layers * s.hidden + layer if t.gradient_checkpointing else s.layers * layer
@@ -149,16 +149,16 @@ def available_memory(config: Config, placement: Placement) -> dict[str, float]:
 
 
 def _cgroup_room() -> float:
-    """Bytes that a container may still take."""
+    """Bytes that a container may still allocate."""
     if not (CGROUP / "memory.max").exists() or (limit := (CGROUP / "memory.max").read_text().strip()) == "max":
         return math.inf
-    # What was read from files may be given back at any moment, and counts as current all the same.
+    # Pages read from files count as current, although the kernel may free them at any moment.
     stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     return int(limit) - int((CGROUP / "memory.current").read_text()) + int(stat["inactive_file"])
 
 
 def remedies(config: Config, place: str) -> list[str]:
-    """Settings that make a place's need smaller, and are not set yet."""
+    """Settings that lower the memory of a place and are not set yet."""
     t, r = config.trainer, config.rollout
     learner = {
         f"trainer.zero_stage={t.zero_stage + 1} or more": t.zero_stage < 3 and t.ranks > 1,
