@@ -23,13 +23,13 @@ from typing import Any
 GIB = 2**30
 MARK = "UNISON_MEMORY_MARK"
 KINDS = {
-    "learner rank": r"ray::.*Learner",
-    "engine core": r"VLLM::|EngineCore|vllm.*core|forkserver",
-    "engine actor": r"ray::.*Engine",
-    "Ray, idle worker": r"ray::IDLE|default_worker",
+    "learner rank": r"^ray::Host",
+    "engine's actor": r"^ray::AsyncHost",
+    "engine core": r"^VLLM::|multiprocessing\.",
     "Ray, gcs": r"gcs_server",
-    "Ray, raylet": r"raylet",
-    "Ray, agents and monitors": r"ray/|dashboard|log_monitor|runtime_env|ray-",
+    "Ray, raylet": r"raylet/raylet",
+    "Ray, idle worker": r"^ray::IDLE|default_worker",
+    "Ray, agents and monitors": r"^ray::\w+Agent|/ray/|ray-dashboard",
     "W&B": r"wandb|gpu_stats",
 }
 """Kind of a process by what its command line holds; the first that fits. None fits: the driver."""
