@@ -28,6 +28,7 @@ def config_of(**settings):
         ({"prompts_per_step": 0}, "prompts_per_step=0 must be at least 1"),
         ({"group_size": 0}, "group_size=0 must be at least 1"),
         ({"eval_samples": 0}, "eval_samples=0 must be at least 1"),
+        ({"trainer": TrainerConfig(micro_batch_tokens=0)}, "trainer.micro_batch_tokens=0 must be at least 1"),
         ({"max_staleness": -1}, "max_staleness=-1 must be at least 0 (0 is synchronous)"),
         ({"temperature": 0.0}, "use a temperature above 0 (eval_temperature may be 0)"),
         ({"temperature": -1.0}, "temperature=-1.0: greedy"),

@@ -97,6 +97,13 @@ def test_activations_and_the_head_grow_with_the_tokens_of_a_pass():
     assert places["learner rank"]["head"] == 4 * 2**15 * (2 * 256 + 2 * 1024) / 2**30
 
 
+def test_a_pass_takes_512_tokens_on_cpu_and_4096_on_gpus_unless_the_config_sets_them():
+    per_token = 16 * 2 * (12 * 1024 + 4 * 4096) / 2**30
+    for settings, cpu, cuda in (({}, 512, 4096), ({"micro_batch_tokens": 300}, 300, 300)):
+        assert found(cuda=False, **settings)[1]["learner rank"]["activations"] == cpu * per_token
+        assert found(cuda=True, **settings)[1]["learner rank"]["activations"] == cuda * per_token
+
+
 def test_on_cpu_the_host_holds_every_process_and_the_weights_on_their_way():
     rollout = RolloutConfig(engines=2, kv_cache_gib=3.0)
     _, places = found(cuda=False, rollout=rollout, ranks=2, save_every=0)

@@ -105,7 +105,7 @@ def required_memory(config: Config, placement: Placement, shape: Shape) -> Needs
     copies = 8 if t.zero_stage == 3 else 4 + size + (4 if size == 4 and t.zero_stage == 2 else 0)
     layer = 12 * s.hidden + 4 * s.inner
     kept = s.layers * s.hidden + layer if t.gradient_checkpointing else s.layers * layer
-    tokens = -(-t.micro_batch_tokens // t.sequence_parallel)
+    tokens = -(-t.tokens_per_pass(placement.device) // t.sequence_parallel)
     chunk = min(CHUNK, tokens, config.prompts_per_step * config.group_size * config.rollout.max_tokens)
     learner = {
         "weights": size * (s.parameters + adapters) / weights,
@@ -164,7 +164,7 @@ def remedies(config: Config, place: str) -> list[str]:
         f"trainer.zero_stage={t.zero_stage + 1} or more": t.zero_stage < 3 and t.ranks > 1,
         f"trainer.sequence_parallel={2 * t.sequence_parallel}": t.ranks % (2 * t.sequence_parallel) == 0,
         "trainer.gradient_checkpointing": not t.gradient_checkpointing,
-        f"trainer.micro_batch_tokens below {t.micro_batch_tokens}": t.micro_batch_tokens > CHUNK,
+        f"trainer.micro_batch_tokens={CHUNK}": t.micro_batch_tokens is None or t.micro_batch_tokens > CHUNK,
         "trainer.lora.rank, e.g. 16": not t.lora.rank,
         "trainer.offload=optimizer": place == "learner rank" and t.offload == "none" and t.zero_stage > 0,
         "dtype=bfloat16": config.dtype == "float32",
