@@ -1,6 +1,6 @@
 """What does training while sampling save, and cost? Synchronous against asynchronous at heavy-tailed lengths.
 
-python scripts/async_bench.py [--steps 30] [--turns 3] [--out docs/data/async.json]
+python scripts/async_bench.py [--steps 30] [--turns 3] [--out docs/async.json]
 
 A small model learns to echo a digit, in whole runs through the launcher. Lengths are lognormal with their 99th
 percentile at ten times their median, so that a synchronous step waits for its longest reply with an empty engine. The

@@ -201,7 +201,7 @@ def main(out: Path, steps: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "data" / "four_fixes.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "four_fixes.json")
     parser.add_argument("--steps", type=int, default=10, help="of each run of part B")
     parser.add_argument("--static-only", action="store_true", help="leave part B out")
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
 """What do chunked log-probabilities cost, against logits held whole? Some minutes on two slow cores.
 
-python scripts/head_bench.py [--tokens 2048] [--hidden 576] [--vocabulary 49152] [--turns 3] [--out docs/data/head.json]
+python scripts/head_bench.py [--tokens 2048] [--hidden 576] [--vocabulary 49152] [--turns 3] [--out docs/head.json]
 
 Forward and backward of log-probability and entropy in fp32, in one thread. Seconds are those of the processor, so that
 neighbours on the machine count little; memory is the process's peak above what it held before. Variants take turns.

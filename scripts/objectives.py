@@ -1,6 +1,6 @@
 """Do the objectives learn, and at what pace? The same task, model, samples per step and seeds for each of them.
 
-python scripts/objectives.py [--seeds 3] [--steps 40] [--objectives GRPO,PPO,...] [--out docs/data/objectives]
+python scripts/objectives.py [--seeds 3] [--steps 40] [--objectives GRPO,PPO,...] [--out docs/objectives]
 
 A small model learns to echo a digit eight times, with the framework's own learner and two optimizer steps per batch, so
 that ratios leave 1 and clips have something to do. The sampler is plain PyTorch in fp32 (as in scripts/staleness.py).

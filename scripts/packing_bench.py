@@ -1,6 +1,6 @@
 """What does padding cost the trainer? Learning passes over heavy-tailed sequences, laid out in different ways.
 
-python scripts/packing_bench.py [--groups 16] [--group-size 4] [--turns 3] [--out docs/data/packing.json]
+python scripts/packing_bench.py [--groups 16] [--group-size 4] [--turns 3] [--out docs/packing.json]
 
 Reply lengths are lognormal, their 99th percentile ten times the median. Every layout gets the micro-batches that the
 trainer would cut for it, and makes a forward and a backward pass over all of them; layouts take turns. "padded" and

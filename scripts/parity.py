@@ -1,6 +1,6 @@
 """Does the engine say what the trainer would? The tables of docs/parity.md, made anew; about 6 minutes on two cores.
 
-python scripts/parity.py [--out docs/data/parity.json]
+python scripts/parity.py [--out docs/parity.json]
 """
 
 import argparse
@@ -140,5 +140,5 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "data" / "parity.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "parity.json")
     main(parser.parse_args().out)

@@ -1,6 +1,6 @@
 """How stale may samples be? Learning at fixed lags, uncorrected and corrected; some 15 minutes on two cores.
 
-python scripts/staleness.py [--seeds 5] [--steps 60] [--out docs/data/staleness.json]
+python scripts/staleness.py [--seeds 5] [--steps 60] [--out docs/staleness.json]
 
 A small model learns to echo a digit eight times, with the framework's own learner. Every batch is sampled from the
 weights of exactly `lag` updates ago, as if every reply of an asynchronous run were as late as `max_staleness` allows:

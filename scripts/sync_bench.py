@@ -1,7 +1,7 @@
 """How fast do new weights reach an engine? The tables of docs/performance.md; some 15 minutes on two slow cores.
 
-python scripts/sync_bench.py [--updates 8] [--turns 2] [--out docs/data/sync.json]
-python scripts/sync_bench.py --layers 8 30 60 --bucket-mib 4 64 --out docs/data/sync-sizes.json     # by size instead
+python scripts/sync_bench.py [--updates 8] [--turns 2] [--out docs/sync.json]
+python scripts/sync_bench.py --layers 8 30 60 --bucket-mib 4 64 --out docs/sync-sizes.json     # by size instead
 
 An engine with SmolLM2-135M in bf16 runs in an actor of its own, as in a run, while this process trains a little (AdamW
 in fp32, so that the bf16 weights change as they do in RL) and sends every update. Three channels: shared memory, gloo
