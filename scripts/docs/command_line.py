@@ -40,8 +40,7 @@ Environment variables:
 
 
 def help_of(*words: str) -> tuple[int, str]:
-    """Exit status and text of `unison WORDS --help`, at 100 columns and without colours."""
-    os.environ |= {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    """Exit status and text of `unison WORDS --help`."""
     from trainer.cli import main
 
     out, arguments, status = io.StringIO(), sys.argv, 0
@@ -70,4 +69,5 @@ def page() -> str:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
+    os.environ |= {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     sys.exit(write_or_check(PAGE, page(), sys.argv[1:]))
