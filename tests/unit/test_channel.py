@@ -96,7 +96,7 @@ def test_a_faulty_update_is_refused_by_name_and_changes_nothing(fault, shared):
     wire = Wire(old, [receiver], shared)
     wire.send(old, 0)
     mend = with_fault(wire.outbox, FAULTS[fault])
-    with pytest.raises(UpdateFailed, match=r"weight update 1 was not taken: engine worker 0: bucket .*from "):
+    with pytest.raises(UpdateFailed, match=r"weight update 1 was refused: engine worker 0: bucket .*from "):
         wire.send(new, 1)
     assert holds(receiver, old, 0)
     mend()
@@ -111,7 +111,7 @@ def test_bytes_that_change_on_the_way_are_noticed():
     wire.send(old, 0)
     wire.outbox.held = None  # so that it is sent whole
     with_fault(wire.outbox, FAULTS["corrupt"])
-    with pytest.raises(UpdateFailed, match=r"bucket 0 \(from embed\) changed on its way"):
+    with pytest.raises(UpdateFailed, match=r"bucket 0 \(from embed\) changed in transit"):
         wire.send(new, 1)
     assert holds(receiver, old, 0)
 
@@ -135,7 +135,7 @@ def test_changes_of_another_version_than_the_one_held_are_refused():
     wire = Wire(old, [receiver], shared=False)
     wire.send(old, 0)
     receiver.inbox.held = -5
-    with pytest.raises(UpdateFailed, match="changes version 0, and this engine holds -5"):
+    with pytest.raises(UpdateFailed, match="changes version 0, but this engine holds -5"):
         wire.send(new, 1)
     assert holds(receiver, old, 0)
 
@@ -144,14 +144,14 @@ def test_an_update_under_another_version_than_was_announced_is_refused():
     receiver, (old, new) = Receiver(), islice(steps(0), 2)
     wire = Wire(old, [receiver], shared=True)
     wire.send(old, 0)
-    tell = wire.outbox._tell
+    tell = wire.outbox._send_bucket
 
     def late(*call):
         wire.outbox.version = 0
         tell(*call)
 
-    wire.outbox._tell = late
-    with pytest.raises(UpdateFailed, match="bucket 0 is of version 0, and 1 was announced"):
+    wire.outbox._send_bucket = late
+    with pytest.raises(UpdateFailed, match="bucket 0 is of version 0, but version 1 was announced"):
         wire.send(new, 1)
     assert holds(receiver, old, 0)
 

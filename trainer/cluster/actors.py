@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from rl import checkout
-from rollout import process as forkserver
+from rollout.process import start_fork_server
 from trainer.cluster.engine_client import EngineClient
 from trainer.cluster.stacks import Heartbeat, stacks
 
@@ -75,7 +75,7 @@ class AsyncHost(Host):
     def build(self, target: str, sources: str, kwargs: dict[str, Any]) -> None:
         """Make the engine; on CPU vLLM is imported for its own process at the same time as here."""
         if kwargs["device"] == "cpu":
-            forkserver.start()
+            start_fork_server()
         super().build(target, sources, kwargs)
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:

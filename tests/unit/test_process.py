@@ -8,9 +8,12 @@ from itertools import pairwise
 
 import pytest
 
-from rollout.orphan import parent_of
+from rollout.process import parent_of
 
-WORKER = "from rollout.orphan import end_with; print(__import__('os').getpid(), flush=True); end_with({n})"
+WORKER = (
+    "from rollout.process import exit_when_orphaned; print(__import__('os').getpid(), flush=True); "
+    "exit_when_orphaned({n})"
+)
 START = "import subprocess, sys, os; print(os.getpid(), flush=True); subprocess.run([sys.executable, '-c', {code!r}])"
 
 
@@ -44,7 +47,7 @@ def test_nobody_is_left_of_a_killed_line(generations: int) -> None:
 
 
 def test_one_that_hangs_in_its_own_exit_dies_with_its_parent() -> None:
-    code = "from rollout.orphan import die_with_parent; import os, signal; die_with_parent(); " + (
+    code = "from rollout.process import kill_with_parent; import os, signal; kill_with_parent(); " + (
         "signal.pthread_sigmask(signal.SIG_BLOCK, {15}); print(os.getpid(), flush=True); signal.pause()"
     )
     actor = subprocess.Popen([sys.executable, "-c", START.format(code=code)], stdout=subprocess.PIPE, text=True)
