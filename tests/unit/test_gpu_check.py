@@ -1,4 +1,4 @@
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -11,10 +11,9 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check.py"
 
 @pytest.fixture(scope="module")
 def gpu_check():
-    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        yield importlib.import_module("gpu_check")
 
 
 def test_the_echo_reward_is_the_share_of_right_places(gpu_check):
