@@ -1,4 +1,4 @@
-"""A worker of a killed actor ends, and so does the process between them."""
+"""When an actor is killed, its vLLM processes end too."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def gone(pid: int, within_s: float) -> bool:
 
 
 @pytest.mark.parametrize("generations", [1, 2])
-def test_nobody_is_left_of_a_killed_line(generations: int) -> None:
+def test_killing_the_actor_ends_its_children_and_grandchildren(generations: int) -> None:
     code = WORKER.format(n=generations)
     for _ in range(generations):
         code = START.format(code=code)
@@ -46,7 +46,7 @@ def test_nobody_is_left_of_a_killed_line(generations: int) -> None:
                     os.kill(pid, 9)
 
 
-def test_one_that_hangs_in_its_own_exit_dies_with_its_parent() -> None:
+def test_a_process_that_hangs_in_its_exit_is_killed_with_its_parent() -> None:
     code = "from rollout.process import kill_with_parent; import os, signal; kill_with_parent(); " + (
         "signal.pthread_sigmask(signal.SIG_BLOCK, {15}); print(os.getpid(), flush=True); signal.pause()"
     )
@@ -59,7 +59,7 @@ def test_one_that_hangs_in_its_own_exit_dies_with_its_parent() -> None:
         assert gone(child, 10)
 
 
-def test_a_process_that_is_not_there_has_no_parent() -> None:
+def test_a_process_that_has_ended_has_no_parent() -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     assert parent_of(ended.pid) == 0
