@@ -13,7 +13,6 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -78,9 +77,9 @@ def pass_over(policy: Policy, batch: Batch, budget: int, layout: str) -> float:
     """CPU seconds of one forward and backward pass over a whole step."""
     policy.share_prompts, policy.packs = layout in ("shared", "dense mask"), layout in ("packed", "shared")
     policy.hf.set_attn_implementation("segments" if policy.packs else "sdpa")
-    original: Callable[..., Tensor] = policy._hidden
+    original = policy._hidden
     if layout == "dense mask":
-        policy._hidden = lambda ids, mask: trees(policy, ids, mask)
+        policy._hidden = lambda ids, mask: (trees(policy, ids, mask), None)
     policy.zero_grad()
     began = time.process_time()
     (cut,) = micro_batches(
