@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from rl import checkout
-from rollout import process as forkserver
+from rollout.process import start_fork_server
 from trainer.cluster.engine_client import EngineClient
 from trainer.cluster.stacks import Heartbeat, stacks
 from trainer.cluster.stubs import Call, EngineProcess, LearnerProcess
@@ -81,7 +81,7 @@ class EngineActor(ActorShell):
     def build(self, target: str, sources: str, kwargs: dict[str, Any]) -> None:
         """Make the engine; on CPU a fork server imports vLLM for vLLM's own process at the same time."""
         if kwargs["device"] == "cpu":
-            forkserver.start()
+            start_fork_server()
         super().build(target, sources, kwargs)
 
     async def call(self, call: Call) -> Any:
