@@ -147,7 +147,7 @@ def one_by_one(group: Any, training: Training, engine: Engine) -> float:
     engine.call(lambda e: e.pause())
     engine.call(lambda e: e.rpc("begin_per_tensor"))
     for name, tensor in training:
-        received = engine.begin(lambda e: e.rpc("receive_one", name, list(tensor.shape)))
+        received = engine.begin(lambda e, name=name, shape=list(tensor.shape): e.rpc("receive_one", name, shape))
         broadcast(group, tensor.contiguous())
         received()
     engine.call(lambda e: e.rpc("end_per_tensor"))
