@@ -13,7 +13,7 @@ from trainer.cluster.remote import RemoteLearner
 from trainer.doctor.comparisons import Comparison, Comparisons
 from trainer.doctor.diagnosis import Finding
 from trainer.doctor.examine import Examiner, ParityCheck
-from trainer.plan.preflight import place
+from trainer.plan.plan import make_plan
 from trainer.prompts import Prepared
 from trainer.runs.settings import stack_versions
 from trainer.tracking.terminal import status
@@ -157,7 +157,7 @@ async def examine_full(config: Config, reading: Reading) -> DoctorReport:
 
 def variations(config: Config) -> Iterator[tuple[str, Config | str]]:
     """The comparisons that need other engines: the config of each, or why it is left out."""
-    short, r, cpu = replace(config, doctor="short"), config.rollout, place(config).device == "cpu"
+    short, r, cpu = replace(config, doctor="short"), config.rollout, make_plan(config).placement.device == "cpu"
     for dtype, fp32_head in (("float32", True), ("bfloat16", True), ("bfloat16", False)):
         if (dtype, fp32_head) == (config.dtype, config.fp32_head):
             continue
@@ -174,7 +174,7 @@ def variations(config: Config) -> Iterator[tuple[str, Config | str]]:
 
 async def check_on_own_engines(config: Config, reading: Reading) -> DoctorReport:
     """Start engines and a learner, examine them, and stop them."""
-    cluster = Cluster(config, place(config))
+    cluster = Cluster(config, make_plan(config).placement)
     try:
         cluster.boot()
         prepared = await reading

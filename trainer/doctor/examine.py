@@ -123,14 +123,14 @@ class Examiner:
 
     async def _facts(self) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
         prepared, template = self.prepared, self.config.chat_template_kwargs
-        engines = await self.cluster.ask_engines("describe", prepared.first_prompt, template)
+        engines = await self.cluster.ask_engines(lambda e: e.describe(prepared.first_prompt, template))
         driver = {
             "chat_template": prepared.tokenizer.chat_template,
             "prompt": prepared.train[0].token_ids,
             "eos": prepared.tokenizer.eos_token_id,
             "vocabulary": len(prepared.tokenizer),
         }
-        return engines, (await self.cluster.ask_learners("describe"))[0], driver
+        return engines, (await self.cluster.ask_learners(lambda rank: rank.describe()))[0], driver
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -138,12 +138,12 @@ class Examiner:
         """Digests on every side after an update, and traces of the engines' layers."""
         cluster, probe = self.cluster, self.long_prompt()
         # Fill the prefix cache under the old weights: nothing of it may be used after the update.
-        await cluster.ask_engines("sample", probe, 1, self.seed, None, 1)
+        await cluster.ask_engines(lambda e: e.sample(probe, 1, self.seed, max_tokens=1))
         manifest, _ = await self.learner.send(version, digesting=True)
-        received = await cluster.ask_engines("received_digests")
-        counting = asyncio.ensure_future(cluster.ask_learners("digests"))
-        again = await cluster.ask_engines("sample", probe, 1, self.seed, None, 1)
-        traces = await cluster.ask_engines("trace", self.prompts[0].token_ids[:TRACED_TOKENS])
+        received = await cluster.ask_engines(lambda e: e.received_digests())
+        counting = asyncio.ensure_future(cluster.ask_learners(lambda rank: rank.digests()))
+        again = await cluster.ask_engines(lambda e: e.sample(probe, 1, self.seed, max_tokens=1))
+        traces = await cluster.ask_engines(lambda e: e.trace(self.prompts[0].token_ids[:TRACED_TOKENS]))
         live = (await counting)[0]
         weights = [
             WeightEvidence(
@@ -173,7 +173,7 @@ class Examiner:
     async def _layer_errors(self, trace: Trace) -> tuple[list[LayerError], str]:
         if len(trace) > 1:
             return [], "not compared, because each worker of a tensor-parallel engine has only a shard of them"
-        layers, unknown = (await self.cluster.ask_learners("layer_errors", trace[0]))[0]
+        layers, unknown = (await self.cluster.ask_learners(lambda rank: rank.layer_errors(trace[0])))[0]
         if len(trace[0]) <= 1:
             return (
                 layers,
@@ -198,12 +198,12 @@ class Examiner:
             *(
                 self.cluster.ask_engine(
                     engine,
-                    "sample",
-                    p.token_ids,
-                    self.per_prompt,
-                    self.seed * 7919 + engine * 101 + 1000 * p.ordinal,
-                    None,
-                    self.max_tokens,
+                    lambda e, p=p: e.sample(
+                        p.token_ids,
+                        self.per_prompt,
+                        self.seed * 7919 + engine * 101 + 1000 * p.ordinal,
+                        max_tokens=self.max_tokens,
+                    ),
                     deadline_s=deadline,
                 )
                 for p in self.prompts
@@ -216,8 +216,7 @@ class Examiner:
         cluster, prompts = self.cluster, self.prompts
         rows = [trajectory(p, c, 0.0, {}) for p, group in zip(prompts, groups, strict=True) for c in group]
         batch = collate(rows)
-        outputs: tuple[torch.Tensor, torch.Tensor] = (await cluster.ask_learners("logprobs_and_entropy", batch))[0]
-        trainer, entropy = outputs
+        trainer, entropy = (await cluster.ask_learners(lambda rank: rank.logprobs_and_entropy(batch)))[0]
         finite = batch.mask & batch.rollout_logprobs.isfinite() & trainer.isfinite()
         nonfinite = int(batch.mask.sum() - finite.sum())
         if not finite.any():
@@ -226,7 +225,7 @@ class Examiner:
         clean = replace(batch, mask=finite, rollout_logprobs=batch.rollout_logprobs.nan_to_num(0.0, 0.0, 0.0))
         g = gap(trainer, clean.rollout_logprobs, clean.mask)
         agreed = agrees(g, self.config.dtype)
-        hypotheses = [] if agreed else (await cluster.ask_learners("explain", clean))[0]
+        hypotheses = [] if agreed else (await cluster.ask_learners(lambda rank: rank.explain(clean)))[0]
         eos = self.prepared.tokenizer.eos_token_id
         ended = [(row, t) for row, t in zip(batch.mask, rows, strict=True) if t.finish_reason == "stop"]
         evidence = SampleEvidence(

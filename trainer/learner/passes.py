@@ -62,7 +62,7 @@ def own_micro_batches(rank: Rank, batch: Batch, rows: Tensor) -> list[Tensor]:
         batch,
         rows,
         ranks=rank.dp_size,
-        budget=rank.config.trainer.micro_batch_tokens,
+        budget=rank.config.trainer.tokens_per_pass(rank.device.type),
         share_prompts=rank.policy.share_prompts,
         packed=rank.policy.packs,
         features=rank.policy.hf.config.get_text_config().hidden_size,
