@@ -33,8 +33,8 @@ KINDS = {
     "W&B": r"wandb|gpu_stats",
 }
 """Kind of a process by what its command line holds; the first that fits. None fits: the driver."""
-FILES_EVERY = 8
-"""Samples between looks at every mapping, which takes some 50 ms of a core."""
+FILES_EVERY = 40
+"""Samples between looks at every mapping, which take most of a second; these pages hardly change."""
 
 
 def main(command: list[str], seconds: float, report: Path | None) -> int:
