@@ -73,7 +73,7 @@ def test_engines_that_are_killed_come_back_with_the_weights_of_now_and_no_prompt
     )
     rows = tmp_path / "echo" / "metrics.jsonl"
     # The actor that hosts an engine, and later the process that vLLM runs the model in.
-    for steps, name in ((2, "ray::AsyncHost"), (5, "VLLM::EngineCore")):
+    for steps, name in ((2, "ray::EngineActor"), (5, "VLLM::EngineCore")):
         while not (rows.exists() and rows.read_text().count("reward/mean") >= steps):
             assert process.poll() is None, (tmp_path / "terminal.log").read_text()[-3000:]
             time.sleep(0.2)

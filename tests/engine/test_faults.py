@@ -198,14 +198,14 @@ def test_an_engine_killed_in_an_update_is_told_at_once_as_lost(live: Callable, t
 
     sender = updates.open(Killing(engine, phase, "kill"))
     if phase == "tensors":
-        tell = sender.outbox._tell
+        tell = sender.outbox._send_bucket
 
         def then_kill(*call: Any) -> None:
             tell(*call)
             kill()
             time.sleep(0.2)
 
-        sender.outbox._tell = then_kill
+        sender.outbox._send_bucket = then_kill
     running = updates.sampling()
     began = time.perf_counter()
     with pytest.raises((UpdateFailed, EngineLost)):

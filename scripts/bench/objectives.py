@@ -1,11 +1,11 @@
-"""Do the objectives learn, and at what pace? The same task, model, samples per step and seeds for each of them.
+"""Do the objectives learn, and how fast? Task, model, samples per step and seeds are the same for each.
 
-python scripts/objectives.py [--seeds 3] [--steps 40] [--objectives GRPO,PPO,...] [--out docs/objectives]
+    python scripts/bench/objectives.py --seeds 3 --steps 40 --out docs/objectives     # about 10 s a run on an idle core
 
-A small model learns to echo a digit eight times, with the framework's own learner and two optimizer steps per batch, so
-that ratios leave 1 and clips have something to do. The sampler is plain PyTorch in fp32 (as in scripts/staleness.py).
-Writes OUT.json and OUT.png. A run takes some 10 seconds on an idle core. Objectives that average over other things want
-other learning rates, and all have the same one here: this shows that each learns, not which is best.
+A small model learns to echo a digit eight times, with the framework's learner and two optimizer steps per batch: so
+ratios differ from 1, and clipping has an effect. The sampler is plain PyTorch in fp32 (as in
+scripts/bench/staleness.py). Writes OUT.json and OUT.png. Objectives that average differently need different learning
+rates, but all have the same one here. So the result shows that each objective learns, not which is best.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from rl.config import Config, RolloutConfig, TrainerConfig
 from rl.objectives import FAMILY, GSPO, PPO, GSPOToken, Objective
 from rl.types import Data
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts")]
 REPLY = 8
 SETTINGS: dict[str, Objective] = {each.__name__: each() for each in FAMILY} | {
-    # The paper's range of 3e-4 is for small learning rates and long replies; one step here moves further.
+    # The paper's range of 3e-4 is for small learning rates and long replies; one step changes more here.
     "GSPO": GSPO(clip_low=0.03, clip_high=0.04),
     "GSPOToken": GSPOToken(clip_low=0.03, clip_high=0.04),
     "PPO": PPO(lam=1.0, critic_warmup=4),
@@ -38,8 +38,8 @@ SETTINGS: dict[str, Objective] = {each.__name__: each() for each in FAMILY} | {
 
 
 def learn(name: str, seed: int, steps: int, lr: float, folder: str) -> dict[str, Any]:
-    """One run: mean reward of every step, and the last step's metrics."""
-    from gpu_check import make_model
+    """One run: mean reward of every step, the last step's metrics, and seconds."""
+    from echo_task import make_model
     from staleness import sample
     from transformers import AutoModelForCausalLM
 
@@ -67,7 +67,7 @@ def learn(name: str, seed: int, steps: int, lr: float, folder: str) -> dict[str,
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     if torch.distributed.is_initialized():
-        # The learners of one process, one after the other, share its group.
+        # The learners of one process, in sequence, share one process group.
         trainer.learner.learner.join_group = lambda *_: None
     learner = Learner(config, rank=0, device="cpu", address="127.0.0.1", port=port, model=model)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -94,7 +94,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Mean reward by step, one line for each objective, its seeds averaged."""
+    """Mean reward by step: one line per objective, averaged over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -114,17 +114,17 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--objectives", default=",".join(SETTINGS), help="names, separated by commas")
-    parser.add_argument("--out", help="OUT.json and OUT.png are written")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per objective (default: 3)")
+    parser.add_argument("--steps", type=int, default=40, help="batches of a run (default: 40)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: 1e-3)")
+    parser.add_argument("--objectives", default=",".join(SETTINGS), help="names, separated by commas (default: all)")
+    parser.add_argument("--out", help="write OUT.json and OUT.png")
     args = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     names = args.objectives.split(",")
     unknown = sorted(set(names) - set(SETTINGS))
     if unknown:
-        sys.exit(f"there is no objective {unknown}; there are {', '.join(SETTINGS)}")
+        sys.exit(f"unknown objective {unknown}; choose from {', '.join(SETTINGS)}")
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):

@@ -1,7 +1,10 @@
-"""What does each of the four fixes of vLLM V0 -> V1 do? All four on, then each off alone, in numbers and in curves.
+"""What is the effect of each of the four fixes of vLLM V0 -> V1? All four on, then each one off, in numbers and curves.
 
-python scripts/four_fixes.py                  # 20 to 35 minutes on two cores
-python scripts/four_fixes.py --static-only    # without the learning curves: 6 minutes
+    python scripts/four_fixes/four_fixes.py                  # 20 to 35 minutes on two cores
+    python scripts/four_fixes/four_fixes.py --static-only    # without the learning curves: 6 minutes
+
+Part A compares engine and trainer across one weight update; part B runs the real loop for some steps. Writes OUT (JSON)
+and the curves as PNG next to it.
 """
 
 import argparse
@@ -23,7 +26,7 @@ from fixes_static import OBJECTIVES, Number, prompts_and_policies, static
 from rollout.settings import engine_env
 from trainer.runs.settings import stack_versions
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHOWN = {
     "actor/clip_frac": "clip fraction",
     "rollout_corr/k3_kl": "KL (k3)",
@@ -34,7 +37,7 @@ SHOWN = {
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One fix off (or none), and the number that this fix is about."""
+    """One fix off (or none), and the number that this fix changes."""
 
     name: str
     engine: str = "rollout.engine:Engine"
@@ -55,7 +58,7 @@ SETTINGS = [
         name="2 off: prefixes outlive their weights",
         engine="faulty_engines:UnsaltedPrefixes",
         metric="k3_after",
-        means="k3 of replies begun after the update",
+        means="k3 of replies started after the update",
     ),
     Setting(
         name="3 off: updates abort",
@@ -73,7 +76,7 @@ SETTINGS = [
 
 
 def effect(on: Number, off: Number) -> float:
-    """A difference in its standard errors."""
+    """A difference, divided by its standard error."""
     error = math.hypot(on[1], off[1])
     return (off[0] - on[0]) / error if error else 0.0 if on[0] == off[0] else math.inf
 
@@ -89,7 +92,7 @@ def pm(number: Number) -> str:
 
 
 def static_tables(rows: list[dict[str, Any]]) -> str:
-    """Two tables: every number of every setting, and each fix by the number that it is about."""
+    """Two tables: every number of every setting, and for each fix the number that it changes."""
     names = ["setting", "tokens", "mean d ± se", "mean abs d ± se", "k3 ± se", "GSPO clips", "GRPO clips"]
     names += ["ESS token", "ESS sequence", "entropy ± se", "aborted ± se"]
     out = [line(*names), "|" + "---|" * len(names)]
@@ -112,11 +115,11 @@ def static_tables(rows: list[dict[str, Any]]) -> str:
 
 
 def learning_table(runs: list[dict[str, Any]]) -> str:
-    """Means over the steps after the first, and in brackets how many standard errors a run is from the first one.
+    """Means over the steps after the first, and in brackets the distance from the first run in standard errors.
 
-    That error is of the step-by-step difference, as if steps were independent. aborted: replies that an update cut
-    off; crossed: replies that it met under way and that went on; stopped: where the framework's own check, which is
-    only noted here, would have ended the run.
+    The standard error is that of the difference per step, as if steps were independent. aborted: replies that an update
+    aborted. crossed: replies that were running during an update and continued. stopped: the update at which the
+    framework's check, which is only recorded here, would have ended the run.
     """
     shown = SHOWN | {"reward/whole": "reward of whole replies"}
     out = [line("setting", "steps", *shown.values(), "aborted", "crossed", "stopped"), "|" + "---|" * 10]
@@ -138,7 +141,7 @@ def learning_table(runs: list[dict[str, Any]]) -> str:
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Four panels, one line for each run; a band is one standard error."""
+    """Four panels, one line per run; bands are one standard error."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -167,18 +170,18 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(out: Path, steps: int) -> None:
-    """Print the tables; keep their numbers and the picture."""
+    """Print the tables; save their numbers and the plot."""
     os.environ.update(engine_env(device="cpu", backend="gloo", threads=os.cpu_count() or 1))
     os.environ.update(VLLM_LOGGING_LEVEL="ERROR", HF_HUB_DISABLE_PROGRESS_BARS="1")
     began = time.perf_counter()
     result: dict[str, Any] = {"stack": stack_versions(), "static": [], "learning": []}
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         print(f"[{time.perf_counter() - began:.0f} s] {text}", file=sys.stderr, flush=True)
 
     prompts, old, new = prompts_and_policies()
     for setting in SETTINGS:
-        say(f"across an update: {setting.name}")
+        log(f"across an update: {setting.name}")
         try:
             row = static(setting.engine, old, new, prompts)
         except Exception as error:
@@ -187,7 +190,7 @@ def main(out: Path, steps: int) -> None:
     print(static_tables(result["static"]), flush=True)
     del old, new
     for setting in [*SETTINGS, replace(SETTINGS[0], name="all four on, another seed", seed=1)] if steps else []:
-        say(f"learning: {setting.name}")
+        log(f"learning: {setting.name}")
         with tempfile.TemporaryDirectory() as folder:
             run = learn(setting.engine, setting.seed, steps, Path(folder))
         result["learning"].append({"setting": setting.name} | run)
@@ -196,13 +199,13 @@ def main(out: Path, steps: int) -> None:
         plot(result["learning"], out.with_suffix(".png"))
     result["seconds"] = time.perf_counter() - began
     out.write_text(json.dumps(result, indent=1) + "\n")
-    say(f"done; the numbers are in {out}")
+    log(f"done; the numbers are in {out}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "four_fixes.json")
-    parser.add_argument("--steps", type=int, default=10, help="of each run of part B")
-    parser.add_argument("--static-only", action="store_true", help="leave part B out")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "four_fixes.json", help="JSON file")
+    parser.add_argument("--steps", type=int, default=10, help="steps of each run of part B (default: 10)")
+    parser.add_argument("--static-only", action="store_true", help="without part B")
     arguments = parser.parse_args()
     main(arguments.out, 0 if arguments.static_only else arguments.steps)

@@ -1,18 +1,19 @@
-"""What does vLLM V1 do where this framework does otherwise? One engine for each of the four fixes, with it off.
+"""One engine per fix of vLLM V1, with that fix off: what V1 does by default.
 
-Only scripts/four_fixes.py hosts these; no run can ask for them.
+Only scripts/four_fixes/four_fixes.py runs them; no config can select them.
 """
 
 import time
 from typing import Any, ClassVar
 
 from vllm import SamplingParams
+from vllm.outputs import RequestOutput
 
 from rollout.engine import Engine
 
 
-class _Overridden(Engine):
-    """An engine with vLLM's own value for some of its arguments."""
+class EngineWithArguments(Engine):
+    """An engine with vLLM's default for some of its arguments."""
 
     arguments: ClassVar[dict[str, Any]] = {}
 
@@ -20,19 +21,19 @@ class _Overridden(Engine):
         super().__init__(*args, overrides=self.arguments | (overrides or {}), **kwargs)
 
 
-class RawLogprobs(_Overridden):
-    """Fix 1 off. V1 reports log-probabilities from before the temperature unless told otherwise."""
+class RawLogprobs(EngineWithArguments):
+    """Fix 1 off. By default V1 reports log-probabilities from before the temperature."""
 
     arguments: ClassVar[dict[str, Any]] = {"logprobs_mode": "raw_logprobs"}
 
 
 class UnsaltedPrefixes(Engine):
-    """Fix 2 off. V1 caches prefixes and does not ask which weights computed them.
+    """Fix 2 off. V1's prefix cache ignores which weights computed an entry.
 
     Its other default, async scheduling, does not exist on CPU.
     """
 
-    async def _final(self, token_ids: list[int], params: SamplingParams) -> Any:
+    async def generate(self, token_ids: list[int], params: SamplingParams) -> RequestOutput:
         await self.open.wait()
         self.requests += 1
         outputs = self.llm.generate({"prompt_token_ids": token_ids}, params, request_id=str(self.requests))
@@ -48,8 +49,8 @@ class AbortingUpdates(Engine):
         self.paused_at = time.perf_counter()
 
 
-class ModelDtypeHead(_Overridden):
-    """Fix 4 off. V1 computes logits in the model's dtype, which on a GPU is bf16; the body stays in fp32 here, so that
-    nothing but the head differs."""
+class ModelDtypeHead(EngineWithArguments):
+    """Fix 4 off. V1 computes logits in the model's dtype, which is bf16 on a GPU. The body stays in fp32 here, so only
+    the head differs."""
 
     arguments: ClassVar[dict[str, Any]] = {"hf_overrides": {"head_dtype": "bfloat16"}}

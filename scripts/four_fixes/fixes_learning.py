@@ -1,4 +1,4 @@
-"""What does a short run of the real loop show when its engine is another? For four_fixes.py."""
+"""Short runs of the real loop with an engine that has one fix off; part B of scripts/four_fixes/four_fixes.py."""
 
 import json
 import math
@@ -17,9 +17,9 @@ from rl.objectives import GRPO
 from rl.parity.gap import clustered_error
 from rl.types import Data
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OBJECTIVE = GRPO()
-"""One version of staleness alone fills GSPO's clip range and would hide what the fixes do."""
+"""GRPO, because one version of staleness alone fills GSPO's clip range and would hide the effect of the fixes."""
 METRICS = (
     "actor/clip_frac",
     "actor/entropy",
@@ -32,8 +32,7 @@ METRICS = (
 
 
 def learn(engine: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
-    """The curves of one short run; a run that breaks gives those that it got to, and says what broke it."""
-    from trainer.cluster.cluster import Cluster
+    """The curves of one short run. A run that fails returns the curves until then, and its error."""
     from trainer.cluster.remote import RemoteLearner
     from trainer.run import run
 
@@ -46,9 +45,9 @@ def learn(engine: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
         objective=OBJECTIVE,
         temperature=0.7,
         steps=steps,
-        # So few sequences at a time that sampling takes as long as learning: updates then meet requests in flight.
-        rollout=replace(recipe["config"].rollout, max_num_seqs=8),
-        # A third of the recipe's: one version of staleness then moves the policy less than a missing fix does.
+        # Few sequences at a time, so sampling takes as long as learning, and updates come while requests are running.
+        rollout=replace(recipe["config"].rollout, max_num_seqs=8, engine_class=engine),
+        # A third of the recipe's: one version of staleness then changes the policy less than a missing fix does.
         trainer=replace(recipe["config"].trainer, lr=1e-5),
         max_staleness=1,
         old_logprobs="rollout",
@@ -62,8 +61,8 @@ def learn(engine: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     refusals: list[dict[str, Any]] = []
     proof = RemoteLearner._verify
 
-    async def noted(self: Any, manifest: Any) -> None:
-        # A run ends here when an engine does not act like the trainer; these shall go on, and say that they would not.
+    async def recorded(self: Any, manifest: Any) -> None:
+        # A run ends here when engine and trainer disagree. These runs continue, and record that they would have ended.
         try:
             await proof(self, manifest)
         except RuntimeError as error:
@@ -71,9 +70,9 @@ def learn(engine: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
 
     result: dict[str, Any] = {"seed": seed, "error": None, "refusals": refusals}
     began = time.perf_counter()
-    # A run samples a group again of which a reply was aborted; these shall learn from what they get.
-    as_it_is = patch("rl.loop.loop.reject_aborted", lambda completions: completions)
-    with patch.object(Cluster, "engine", engine), patch.object(RemoteLearner, "_verify", noted), as_it_is:
+    # A run samples a group again if one of its replies was aborted. These runs learn from aborted replies.
+    no_resampling = patch("rl.loop.loop.reject_aborted", lambda completions: completions)
+    with patch.object(RemoteLearner, "_verify", recorded), no_resampling:
         try:
             run(config)
         except Exception as error:
@@ -82,7 +81,7 @@ def learn(engine: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
 
 
 def curves(folder: Path) -> list[dict[str, float]]:
-    """One row for each step of a run, from its own files."""
+    """One row per step of a run, from its files."""
     if not folder.exists():
         return []
     metrics, samples = ([json.loads(line) for line in (folder / f).open()] for f in ("metrics.jsonl", "samples.jsonl"))

@@ -1,11 +1,11 @@
-"""What does padding cost the trainer? Learning passes over heavy-tailed sequences, laid out in different ways.
+"""What does padding cost the trainer? Forward and backward passes over heavy-tailed sequences in four layouts.
 
-python scripts/packing_bench.py [--groups 16] [--group-size 4] [--turns 3] [--out docs/packing.json]
+    python scripts/bench/packing_bench.py --turns 3 --out docs/packing.json     # some minutes on two slow cores
 
-Reply lengths are lognormal, their 99th percentile ten times the median. Every layout gets the micro-batches that the
-trainer would cut for it, and makes a forward and a backward pass over all of them; layouts take turns. "padded" and
-"dense mask" (a padded row per group) are what the trainer did before it packed. Seconds are those of the processor, so
-that neighbours on the machine count little. Some minutes on two slow cores.
+Reply lengths are lognormal; their 99th percentile is ten times the median. Each layout gets the micro-batches that the
+trainer would make for it, and runs a forward and a backward pass over all of them; layouts alternate. "padded" and
+"dense mask" (one padded row per group) are the layouts before packing. Seconds are CPU seconds, so other processes on
+the machine have little influence.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,17 +26,17 @@ from trainer.model.policy import Policy
 
 
 def step_of(groups: int, size: int, prompt: int, median: int, longest: int) -> Batch:
-    """A step's batch: groups with one prompt of `prompt` tokens each."""
+    """The batch of one step: `groups` groups of `size` replies, each group with one prompt of `prompt` tokens."""
     sigma, g = math.log(10.0) / 2.326, torch.Generator().manual_seed(0)
     rows = []
     for group in range(groups):
-        asked = torch.randint(1, 4000, (prompt,), generator=g).tolist()
+        prompt_ids = torch.randint(1, 4000, (prompt,), generator=g).tolist()
         for _ in range(size):
             n = min(longest, max(1, round(median * math.exp(sigma * float(torch.randn(1, generator=g))))))
             rows.append(
                 Trajectory(
                     group=group,
-                    token_ids=asked + torch.randint(1, 4000, (n,), generator=g).tolist(),
+                    token_ids=prompt_ids + torch.randint(1, 4000, (n,), generator=g).tolist(),
                     mask=[False] * prompt + [True] * n,
                     logprobs=[0.0] * prompt + [-1.0] * n,
                     versions=[-1] * prompt + [0] * n,
@@ -48,7 +47,7 @@ def step_of(groups: int, size: int, prompt: int, median: int, longest: int) -> B
 
 
 def trees(policy: Policy, ids: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states of padded rows [G, W], one for each prompt and what follows it, by a dense mask [G, 1, W, W]."""
+    """Hidden states from padded rows [G, W], one row per prompt with all its replies, and a dense mask [G, 1, W, W]."""
     _, group = ids[:, : int(mask[0].int().argmax()) + 1].unique(dim=0, return_inverse=True)
     chosen = [(group == g).nonzero()[:, 0] for g in range(int(group.max()) + 1)]
     parts = [pack(ids[rows], mask[rows], share_prompts=True) for rows in chosen]
@@ -75,12 +74,12 @@ def trees(policy: Policy, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def pass_over(policy: Policy, batch: Batch, budget: int, layout: str) -> float:
-    """Processor seconds of one forward and backward pass over a whole step."""
+    """CPU seconds of one forward and backward pass over a whole step."""
     policy.share_prompts, policy.packs = layout in ("shared", "dense mask"), layout in ("packed", "shared")
     policy.hf.set_attn_implementation("segments" if policy.packs else "sdpa")
-    original: Callable[..., Tensor] = policy._hidden
+    original = policy._hidden
     if layout == "dense mask":
-        policy._hidden = lambda ids, mask: trees(policy, ids, mask)
+        policy._hidden = lambda ids, mask: (trees(policy, ids, mask), None)
     policy.zero_grad()
     began = time.process_time()
     (cut,) = micro_batches(
@@ -88,8 +87,8 @@ def pass_over(policy: Policy, batch: Batch, budget: int, layout: str) -> float:
     )
     for rows in cut:
         part = take(batch, rows)
-        said = policy(part.input_ids, part.mask, 1.0)
-        (said.logprobs * torch.linspace(-1, 1, part.mask.shape[1])).sum().backward()
+        output = policy(part.input_ids, part.mask, 1.0)
+        (output.logprobs * torch.linspace(-1, 1, part.mask.shape[1])).sum().backward()
     seconds = time.process_time() - began
     policy._hidden = original
     return seconds
@@ -99,8 +98,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = {"groups": 16, "group-size": 4, "prompt": 48, "median": 48, "longest": 1024, "budget": 4096, "turns": 3}
     for name, default in (numbers | {"hidden": 256, "layers": 4, "threads": 1}).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--out", type=Path)
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -125,10 +124,10 @@ def main() -> None:
         for name in layouts:
             policy.tokens.zero_()
             took = pass_over(policy, batch, args.budget, name)
-            if turn:  # the first one warms up
+            if turn:  # the first is a warm-up
                 seconds[name].append(took)
             useful[name] = float(policy.tokens[0] / policy.tokens[1])
-    # What the objective sees is the same whatever the layout, so this is the speed that counts.
+    # The objective sees the same tokens in every layout, so this speed is comparable.
     tokens = int(lengths(batch).sum())
     rows = []
     for name in layouts:

@@ -1,13 +1,13 @@
-"""How fast do new weights reach an engine? The tables of docs/performance.md; some 15 minutes on two slow cores.
+"""How fast do new weights reach an engine? The tables of docs/performance.md.
 
-python scripts/sync_bench.py [--updates 8] [--turns 2] [--out docs/sync.json]
-python scripts/sync_bench.py --layers 8 30 60 --bucket-mib 4 64 --out docs/sync-sizes.json     # by size instead
+    python scripts/bench/sync_bench.py --updates 8 --turns 2 --out docs/sync.json     # about 15 minutes on two slow
+    cores python scripts/bench/sync_bench.py --layers 8 30 60 --bucket-mib 4 64 --out docs/sync-sizes.json     # by
+    model size
 
-An engine with SmolLM2-135M in bf16 runs in an actor of its own, as in a run, while this process trains a little (AdamW
-in fp32, so that the bf16 weights change as they do in RL) and sends every update. Three channels: shared memory, gloo
-with changes only, gloo with whole tensors; and tensor by tensor, one control call and one broadcast each. First with an
-engine that waits, as between the phases of a synchronous run, then with one that samples without end.
-"""
+An engine with SmolLM2-135M in bf16 runs in its own actor, as in a run. This process trains a little and sends every
+update; AdamW in fp32 makes the bf16 weights change as they do in RL. Channels: shared memory; gloo with changes only;
+gloo with whole tensors; and tensor by tensor, one control call and one broadcast each. The engine first waits, as
+between the phases of a synchronous run, then it samples without end."""
 
 import argparse
 import asyncio
@@ -19,11 +19,12 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from sync_tables import Record, load_table, medians, size_table
 from torch import Tensor
 
 from rl.config import Config, RolloutConfig
@@ -32,9 +33,9 @@ from rl.weights import TensorMeta
 from trainer.cluster.calls import started
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.engine_client import EngineClient
-from trainer.cluster.placement import plan
+from trainer.cluster.placement import place
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts")]
 MODEL = str(ROOT / "models" / "smollm2-135m")
 CONFIG = Config(
@@ -49,11 +50,11 @@ CONFIG = Config(
 LEARNING_RATE = 1e-6
 CHANNELS = ("shared memory", "gloo, changes", "gloo, whole", "tensor by tensor")
 LOADS = {"engine waits": 0, "engine samples": 1}
-"""By the `max_staleness` of such a run, which decides who has how many threads."""
+"""The `max_staleness` of such a run, which decides the threads of each process."""
 
 
 class Training:
-    """SmolLM2 in bf16 over fp32 masters; each step changes it as a small learning rate does."""
+    """SmolLM2 in bf16 with fp32 master weights; each step changes it as a small learning rate does."""
 
     def __init__(self, model: str) -> None:
         from transformers import AutoModelForCausalLM
@@ -80,7 +81,7 @@ class Training:
         yield from ((n, p.detach()) for n, p in self.named.items())
 
     def flat(self) -> Tensor:
-        """All values as they travel, flat int16."""
+        """All values as they are sent, flat int16."""
         return torch.cat([p.detach().view(-1) for p in self.named.values()]).view(torch.int16)
 
 
@@ -89,30 +90,17 @@ class Engine:
 
     def __init__(self, cluster: Any) -> None:
         self.actor, self.client = cluster.engines[0], EngineClient(cluster.engines, 1, 120.0)
-        self.expected: set[str] = self.call("expected_weights")
+        self.expected: set[str] = self.call(lambda e: e.expected_weights())
 
-    def begin(self, method: str, *args: Any) -> Callable[[], Any]:
-        """Call it; what is returned waits for its answer."""
+    def begin(self, ask: Callable[[Any], Any]) -> Callable[[], Any]:
+        """Start a call; the returned function waits for its result."""
         import ray
 
-        ref = self.actor.call.remote(method, *args)
+        ref = self.actor.ask(ask)
         return lambda: ray.get(ref, timeout=120)
 
-    def call(self, method: str, *args: Any) -> Any:
-        return self.begin(method, *args)()
-
-
-@dataclass
-class Record:
-    """What was measured of one channel, one number for each update."""
-
-    seconds: list[float] = field(default_factory=list)
-    transfer: list[float] = field(default_factory=list)
-    pause: list[float] = field(default_factory=list)
-    copy: list[float] = field(default_factory=list)
-    nbytes: list[int] = field(default_factory=list)
-    density: list[float] = field(default_factory=list)
-    over_bound: list[float] = field(default_factory=list)
+    def call(self, ask: Callable[[Any], Any]) -> Any:
+        return self.begin(ask)()
 
 
 def free_port() -> int:
@@ -122,7 +110,7 @@ def free_port() -> int:
 
 
 def memcpy_seconds(training: Training, place: Tensor) -> float:
-    """Copying all tensors, one by one, into memory that is there already: what no transfer can beat."""
+    """Seconds to copy all tensors, one by one, into allocated memory: the lower bound of any transfer."""
     began, at = time.perf_counter(), 0
     for _, tensor in training:
         flat = tensor.view(-1).view(torch.uint8)
@@ -138,7 +126,7 @@ def open_channel(kind: str, training: Training, engine: Engine) -> Any:
 
     port = free_port()
     if kind == "tensor by tensor":
-        joined = engine.begin("rpc", "join_per_tensor", port)
+        joined = engine.begin(lambda e: e.rpc("join_per_tensor", port))
         group = rollout.weights.channel.join("127.0.0.1", port, 0, 2, 120)
         joined()
         return group
@@ -153,27 +141,29 @@ def open_channel(kind: str, training: Training, engine: Engine) -> Any:
 
 
 def one_by_one(group: Any, training: Training, engine: Engine) -> float:
-    """An update tensor by tensor; returns the seconds in which sampling stood still."""
+    """An update tensor by tensor; returns the seconds during which sampling stopped."""
     from rollout.weights.channel import broadcast
 
-    engine.call("pause")
-    engine.call("rpc", "begin_per_tensor")
+    engine.call(lambda e: e.pause())
+    engine.call(lambda e: e.rpc("begin_per_tensor"))
     for name, tensor in training:
-        received = engine.begin("rpc", "receive_one", name, list(tensor.shape))
+        received = engine.begin(lambda e, name=name, shape=list(tensor.shape): e.rpc("receive_one", name, shape))
         broadcast(group, tensor.contiguous())
         received()
-    engine.call("rpc", "end_per_tensor")
-    return engine.call("resume")
+    engine.call(lambda e: e.rpc("end_per_tensor"))
+    return engine.call(lambda e: e.resume())
 
 
 def measure(
     training: Training, engine: Engine, updates: int, turns: int, channels: tuple[str, ...] = CHANNELS
 ) -> dict[str, Record]:
-    """The channels in turns, so that a slow minute of the machine meets every one."""
+    """Measure the channels in alternation, so that a slow minute of the machine affects all of them."""
     from rollout.weights.sparse import density
 
     records = {kind: Record() for kind in channels}
-    place = torch.ones(2 * training.flat().numel(), dtype=torch.uint8)  # touched: `empty` and `zeros` are not
+    place = torch.ones(
+        2 * training.flat().numel(), dtype=torch.uint8
+    )  # `ones` touches its pages; `empty` and `zeros` do not
     for turn in range(turns):
         for kind in channels:
             record, sender = records[kind], open_channel(kind, training, engine)
@@ -188,12 +178,12 @@ def measure(
                 else:
                     sender.send_weights()
                     seconds = time.perf_counter() - began
-                    pause = engine.call("last_pause")
+                    pause = engine.call(lambda e: e.last_pause())
                 if update == 0:
-                    continue  # a channel's first update is always whole, and touches its memory for the first time
+                    continue  # a channel's first update sends all values, and touches its memory for the first time
                 record.seconds.append(seconds)
                 record.pause.append(pause)
-                time.sleep(0.3)  # the engine makes ready for the next update, and would slow what it is compared with
+                time.sleep(0.3)  # the engine prepares for the next update, which would slow down the copy below
                 record.copy.append(memcpy_seconds(training, place))
                 if kind == "tensor by tensor":
                     continue
@@ -211,32 +201,32 @@ def measure(
 
 @asynccontextmanager
 async def engine_of(config: Config, load: str) -> AsyncIterator[tuple[Cluster, Training, Engine]]:
-    """An engine under such a load, and a trainer for it."""
+    """A cluster with one engine under this load, and a trainer."""
     config = replace(config, max_staleness=LOADS[load])
-    Cluster.engine = "sync_engine:Measured"
-    cluster = Cluster(config, replace(plan(config, cuda=False, gpus=0), learners=0))
+    config = replace(config, rollout=replace(config.rollout, engine_class="sync_engine:Measured"))
+    cluster = Cluster(config, replace(place(config, cuda=False, gpus=0), learners=0))
     try:
         cluster.boot()
         await started("the engine", cluster.building[0], 300)
-        await cluster.ask_engines("start")
+        await cluster.ask_engines(lambda e: e.start())
         torch.set_num_threads(2 - LOADS[load])
         training, engine = Training(config.model), Engine(cluster)
         if LOADS[load]:
-            await cluster.ask_engines("sample_on")
+            await cluster.ask_engines(lambda e: e.sample_on())
         yield cluster, training, engine
     finally:
         await cluster.close()
 
 
 async def run(load: str, updates: int, turns: int) -> dict[str, Any]:
-    """All channels to one engine that waits or samples."""
+    """Measure all channels to one engine that waits or samples."""
     async with engine_of(CONFIG, load) as (cluster, training, engine):
         records = await asyncio.to_thread(measure, training, engine, updates, turns)
-        return table(records) | await cluster.ask_engine(0, "sampled", deadline_s=60)
+        return medians(records) | await cluster.ask_engine(0, lambda e: e.sampled(), deadline_s=60)
 
 
 async def by_size(layers: int, bucket_mib: list[int], updates: int) -> list[dict[str, Any]]:
-    """Rows of a model with so many layers: every bucket size, and tensor by tensor."""
+    """Rows for a model with `layers` layers: every bucket size, and tensor by tensor."""
     import rollout.weights.channel
 
     rows = []
@@ -258,7 +248,7 @@ async def by_size(layers: int, bucket_mib: list[int], updates: int) -> list[dict
 
 
 def make(layers: int, folder: str) -> str:
-    """A model of random weights in the shape of SmolLM2-135M, but for its layers; returns its folder."""
+    """Save a random model with the shape of SmolLM2-135M but `layers` layers; returns its folder."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     shape = AutoConfig.from_pretrained(MODEL, num_hidden_layers=layers)
@@ -267,77 +257,25 @@ def make(layers: int, folder: str) -> str:
     return folder
 
 
-def show_sizes(rows: list[dict[str, Any]]) -> str:
-    lines = ["| layers | MB | channel | bucket, MiB | update, s | faster | transfer, s | of memcpy |", "|---" * 8 + "|"]
-    slow = {r["layers"]: r["seconds"] for r in rows if r["channel"] == "tensor by tensor"}
-    for r in rows:
-        moved = f"{r['transfer']:.3f} | {r['of_memcpy']:.0%}" if "transfer" in r else "|"
-        lines.append(
-            f"| {r['layers']} | {r['megabytes']:.0f} | {r['channel']} | {r.get('bucket_mib', '')} | {r['seconds']:.2f} "
-            f"| {slow[r['layers']] / r['seconds']:.1f}x | {moved} |"
-        )
-    return "\n".join(lines)
-
-
-def table(records: dict[str, Record]) -> dict[str, Any]:
-    """Medians, and the 99th percentile of the pause."""
-    rows = {}
-    for kind, r in records.items():
-        row: dict[str, Any] = {"updates": len(r.seconds), "seconds": statistics.median(r.seconds)}
-        pauses = sorted(r.pause)
-        row["pause_p50"] = statistics.median(pauses)
-        row["pause_p99"] = pauses[min(len(pauses) - 1, int(0.99 * len(pauses)))]
-        row["pause_share"] = row["pause_p99"] / row["seconds"]
-        if r.transfer:
-            row["transfer"] = statistics.median(r.transfer)
-            row["of_memcpy"] = statistics.median(c / t for c, t in zip(r.copy, r.transfer, strict=True))
-            row["megabytes"] = statistics.median(r.nbytes) / 1e6
-        if r.density:
-            row["density"], row["over_bound"] = statistics.median(r.density), max(r.over_bound)
-        rows[kind] = row
-    slow = rows["tensor by tensor"]["seconds"]
-    for row in rows.values():
-        row["times_faster"] = slow / row["seconds"]
-    return {"rows": rows}
-
-
-def show(result: dict[str, Any]) -> str:
-    head = (
-        "| channel | update, s | faster | transfer, s | of memcpy | MB | pause p50, s | pause p99, s | p99 / update |"
-    )
-    lines = [head, "|---" * 9 + "|"]
-    for kind, r in result["rows"].items():
-        moved = f"{r['transfer']:.3f} | {r['of_memcpy']:.0%} | {r['megabytes']:.1f}" if "transfer" in r else "| |"
-        lines.append(
-            f"| {kind} | {r['seconds']:.2f} | {r['times_faster']:.1f}x | {moved} | {r['pause_p50']:.3f} | "
-            f"{r['pause_p99']:.3f} | {r['pause_share']:.0%} |"
-        )
-    changes = result["rows"]["gloo, changes"]
-    lines.append(
-        f"\n{changes['density']:.2%} of the values changed in an update (learning rate {LEARNING_RATE:g}); the payload "
-        f"is at most {changes['over_bound']:.2f} times its entropy bound. {result['served']} requests were served "
-        f"meanwhile, {result['aborted']} aborted."
-    )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=8, help="measured updates of each channel")
-    parser.add_argument("--turns", type=int, default=2, help="in how many turns")
-    parser.add_argument("--out", help="write the figures there, as JSON")
-    parser.add_argument("--layers", type=int, nargs="+", help="by size: models with so many layers")
-    parser.add_argument("--bucket-mib", type=int, nargs="+", default=[64], help="by size: buckets")
+    parser.add_argument("--updates", type=int, default=8, help="measured updates of each channel (default: 8)")
+    parser.add_argument("--turns", type=int, default=2, help="rounds over the channels (default: 2)")
+    parser.add_argument("--out", help="a JSON file for the figures")
+    parser.add_argument("--layers", type=int, nargs="+", help="measure models with these numbers of layers instead")
+    parser.add_argument(
+        "--bucket-mib", type=int, nargs="+", default=[64], help="with --layers: bucket sizes in MiB (default: 64)"
+    )
     args = parser.parse_args()
     if args.layers:
         rows = [row for n in args.layers for row in asyncio.run(by_size(n, args.bucket_mib, args.updates))]
-        print(f"\n{show_sizes(rows)}")
+        print(f"\n{size_table(rows)}")
         if args.out:
             Path(args.out).write_text(json.dumps(rows, indent=1) + "\n")
         return
     results = {load: asyncio.run(run(load, args.updates, args.turns)) for load in LOADS}
     for load, result in results.items():
-        print(f"\n**The {load}.**\n\n{show(result)}")
+        print(f"\n**The {load}.**\n\n{load_table(result, LEARNING_RATE)}")
     if args.out:
         Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
 

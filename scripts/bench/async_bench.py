@@ -1,12 +1,12 @@
-"""What does training while sampling save, and cost? Synchronous against asynchronous at heavy-tailed lengths.
+"""What does training while sampling gain, and cost? Synchronous against asynchronous runs at heavy-tailed lengths.
 
-python scripts/async_bench.py [--steps 30] [--turns 3] [--out docs/async.json]
+    python scripts/bench/async_bench.py --steps 30 --turns 3 --out docs/async.json     # about 15 minutes on two cores
 
-A small model learns to echo a digit, in whole runs through the launcher. Lengths are lognormal with their 99th
-percentile at ten times their median, so that a synchronous step waits for its longest reply with an empty engine. The
-synchronous runs may use both cores in either phase (two threads each); the asynchronous ones share them (one each), and
-weigh their stale samples by token TIS. All see the same number of samples; what each final policy is worth is measured
-afterwards, with samples of its own. Some 15 minutes on two cores.
+A small model learns to echo a digit, in whole runs. Reply lengths are lognormal; their 99th percentile is ten times
+their median. A synchronous step therefore waits for its longest reply while the engine is nearly empty. Synchronous
+runs may use both cores in each phase (two threads each). Asynchronous runs share the cores (one thread each), and
+weight their stale samples by token TIS. All runs see the same number of samples. The final policy of each is evaluated
+afterwards, with new samples.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from rl.objectives import GRPO
 from rl.objectives.corrections import TokenTIS, Uncorrected
 from rl.types import Data, Reply
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts")]
 MODES = {
     "synchronous": {"max_staleness": 0, "threads": 2},
@@ -39,8 +39,8 @@ def share_of_echoes(reply: Reply) -> float:
 
 
 def digits_twice() -> Data:
-    """What is learned is what is measured: the task is to learn at all."""
-    from gpu_check import digits
+    """The same prompts for training and evaluation: the question is whether the model learns at all."""
+    from echo_task import digits
 
     train = digits().train
     return Data(train=train, evals={"digits": train})
@@ -65,7 +65,14 @@ def config(mode: str, model: str, folder: str, steps: int, seed: int) -> Config:
         group_size=8,
         max_staleness=MODES[mode]["max_staleness"],
         trainer=TrainerConfig(lr=3e-4, threads=threads),
-        rollout=RolloutConfig(max_tokens=400, max_model_len=416, max_num_seqs=32, kv_cache_gib=0.5, threads=threads),
+        rollout=RolloutConfig(
+            max_tokens=400,
+            max_model_len=416,
+            max_num_seqs=32,
+            kv_cache_gib=0.5,
+            threads=threads,
+            engine_class="heavy_tailed:HeavyTailed",
+        ),
         deadlines=Deadlines(start_s=200),
         tracking=TrackingConfig(wandb="off"),
         output_dir=folder,
@@ -75,7 +82,7 @@ def config(mode: str, model: str, folder: str, steps: int, seed: int) -> Config:
 
 
 def measured(mode: str, model: str, folder: str, steps: int, seed: int) -> dict[str, float]:
-    """One run, without its first step, which pays for warming up."""
+    """Figures of one run, without its first step, which includes warm-up."""
     from trainer.run import run
 
     one = config(mode, model, folder, steps, seed)
@@ -100,7 +107,7 @@ def measured(mode: str, model: str, folder: str, steps: int, seed: int) -> dict[
     }
 
 
-def show(runs: dict[str, list[dict[str, float]]]) -> str:
+def table(runs: dict[str, list[dict[str, float]]]) -> str:
     lines = [
         "| mode | trained tokens/s | against synchronous | trainer idle | engine idle | staleness | ESS | dropped | "
         "final reward |"
@@ -124,22 +131,19 @@ def show(runs: dict[str, list[dict[str, float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--turns", type=int, default=3, help="runs of each mode, in turns")
-    parser.add_argument("--out", help="write the figures there, as JSON")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each run (default: 30)")
+    parser.add_argument("--turns", type=int, default=3, help="runs of each mode, in alternation (default: 3)")
+    parser.add_argument("--out", help="a JSON file for the figures")
     args = parser.parse_args()
-    from gpu_check import make_model
+    from echo_task import make_model
 
-    from trainer.cluster.cluster import Cluster
-
-    Cluster.engine = "heavy_tailed:HeavyTailed"
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder) / "model", hidden=256, inner=768, layers=4)
         for seed in range(args.turns):
             for mode in MODES:
                 runs[mode].append(measured(mode, model, folder, args.steps, seed))
-    print(show(runs))
+    print(table(runs))
     if args.out:
         Path(args.out).write_text(json.dumps(runs, indent=1) + "\n")
 

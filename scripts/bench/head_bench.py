@@ -1,10 +1,10 @@
-"""What do chunked log-probabilities cost, against logits held whole? Some minutes on two slow cores.
+"""What do chunked log-probabilities cost, compared with all logits at once?
 
-python scripts/head_bench.py [--tokens 2048] [--hidden 576] [--vocabulary 49152] [--turns 3] [--out docs/head.json]
+    python scripts/bench/head_bench.py --turns 3 --out docs/head.json     # some minutes on two slow cores
 
-Forward and backward of log-probability and entropy in fp32, in one thread. Seconds are those of the processor, so that
-neighbours on the machine count little; memory is the process's peak above what it held before. Variants take turns.
-The gradient's error is relative by norm, against logits held whole in fp32 and in fp64.
+Forward and backward of log-probability and entropy in fp32, in one thread. Seconds are CPU seconds, so other processes
+on the machine have little influence. Memory is the process's peak above its memory before. Variants alternate. The
+gradient's error is relative, by norm, to all logits at once in fp32 and in fp64.
 """
 
 import argparse
@@ -23,40 +23,43 @@ from torch import Tensor, nn
 import trainer.model.head
 from trainer.model.head import LogprobHead
 
-Said = tuple[Tensor, Tensor]
-"""Log-probability and entropy, [N] each."""
+LogprobAndEntropy = tuple[Tensor, Tensor]
+"""[N] each."""
 
 
-def whole(head: LogprobHead, hidden: Tensor, targets: Tensor) -> Said:
-    """The plain way, with [N, V] for forward and backward."""
+def whole(head: LogprobHead, hidden: Tensor, targets: Tensor) -> LogprobAndEntropy:
+    """All logits at once, [N, V] for forward and backward."""
     log_p = F.linear(hidden, head.weight).log_softmax(-1)
     return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
-def chunked(rows: int) -> Callable[[LogprobHead, Tensor, Tensor], Said]:
-    def ask(head: LogprobHead, hidden: Tensor, targets: Tensor) -> Said:
+def chunked(rows: int) -> Callable[[LogprobHead, Tensor, Tensor], LogprobAndEntropy]:
+    def forward(head: LogprobHead, hidden: Tensor, targets: Tensor) -> LogprobAndEntropy:
         trainer.model.head.CHUNK = rows
         return head(hidden, targets, 1.0)
 
-    return ask
+    return forward
 
 
 def peak_mib() -> float:
-    """The highest resident set since `forget_peak`."""
+    """The largest resident set since `reset_peak`."""
     line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
 
-def forget_peak() -> float:
+def reset_peak() -> float:
+    """Reset the recorded peak; returns the current resident set."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     return peak_mib()
 
 
-def measure(ask: Callable[..., Said], head: LogprobHead, hidden: Tensor, targets: Tensor, upstream: Tensor) -> Any:
+def measure(
+    forward: Callable[..., LogprobAndEntropy], head: LogprobHead, hidden: Tensor, targets: Tensor, upstream: Tensor
+) -> Any:
     head.weight.grad = hidden.grad = None
-    before, began = forget_peak(), time.process_time()
-    logprob, entropy = ask(head, hidden, targets)
+    before, began = reset_peak(), time.process_time()
+    logprob, entropy = forward(head, hidden, targets)
     (upstream[0] * logprob + upstream[1] * entropy).sum().backward()
     seconds = time.process_time() - began
     return seconds, peak_mib() - before, (hidden.grad, head.weight.grad)
@@ -65,8 +68,8 @@ def measure(ask: Callable[..., Said], head: LogprobHead, hidden: Tensor, targets
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"tokens": 2048, "hidden": 576, "vocabulary": 49152, "turns": 3}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--out", type=Path)
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -77,8 +80,8 @@ def main() -> None:
     variants = {"whole": whole} | {f"chunks of {n}": chunked(n) for n in (64, 128, 256, 512, 1024)}
     found: dict[str, list[Any]] = {name: [] for name in variants}
     for _ in range(args.turns):
-        for name, ask in variants.items():
-            found[name].append(measure(ask, head, hidden, targets, upstream)[:2])
+        for name, forward in variants.items():
+            found[name].append(measure(forward, head, hidden, targets, upstream)[:2])
 
     few = slice(0, min(512, args.tokens))
     exact = LogprobHead(nn.Linear(args.hidden, args.vocabulary, bias=False).double(), fp32=True)
@@ -86,7 +89,7 @@ def main() -> None:
     double = hidden.detach()[few].double().requires_grad_()
     want = measure(whole, exact, double, targets[few], upstream[:, few])[2]
 
-    def apart(one: Any, other: Any) -> float:
+    def distance(one: Any, other: Any) -> float:
         return max(float((a - b).norm() / b.norm()) for a, b in zip(one, other, strict=True))
 
     base, table = found["whole"], []
@@ -103,8 +106,8 @@ def main() -> None:
                 "of_whole_seconds": statistics.median(r[0] / b[0] for r, b in zip(runs, base, strict=True)),
                 "peak_mib": memory,
                 "of_whole_peak": memory / statistics.median(b[1] for b in base),
-                "error_fp32": apart(got, whole_fp32),
-                "error_fp64": apart(got, want),
+                "error_fp32": distance(got, whole_fp32),
+                "error_fp64": distance(got, want),
             }
         )
     print("| logits | CPU s | of whole | peak MiB | of whole | gradient from fp32 | from fp64 |")

@@ -1,33 +1,8 @@
-"""What can be known to be wrong before anything expensive: settings, GPUs, model folder, data, reward, lengths."""
+"""Settings that the device or the model forbids; what no machine allows is in `rl.validate`."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from rl.config import Config, check
-from trainer.cluster.placement import Device, Placement, check_fits, plan
-from trainer.cluster.ray_session import cluster_gpus
-from trainer.plan.memory import check_memory, needs, shape_of, there
-from trainer.prompts import Prepared, prepare
-
-if TYPE_CHECKING:
-    pass
-
-
-def place(config: Config) -> Placement:
-    """Check the settings and what they ask of the machine; takes no time. Raises ValueError or FileNotFoundError."""
-    check(config)
-    if looks_local(config.model) and not Path(config.model, "config.json").exists():
-        raise FileNotFoundError(
-            f"there is no model in {config.model!r} (no config.json). For the quickstart's model run ./scripts/setup; "
-            "else give a folder that transformers can load, or a hub name such as Qwen/Qwen2.5-1.5B-Instruct"
-        )
-    gpus = cluster_gpus() if config.device != "cpu" else 0.0
-    placement = plan(config, cuda=gpus > 0, gpus=gpus)
-    check_truncation(config, placement.device)
-    check_fits(placement, gpus=gpus)
-    return placement
+from rl.config import Config
+from trainer.cluster.placement import Device
+from trainer.model.files import model_config
 
 
 def check_truncation(config: Config, device: Device) -> None:
@@ -62,11 +37,9 @@ def check_rows(config: Config) -> None:
     ranks, share_prompts = config.trainer.sequence_parallel, config.trainer.share_prompts
     if ranks == 1 and not share_prompts:
         return
-    from transformers import AutoConfig
-
     from trainer.model.attention import check_split, packs
 
-    model = AutoConfig.from_pretrained(config.model)
+    model = model_config(config.model)
     if ranks > 1:
         check_split(model, ranks)
     if share_prompts and not packs(model):
@@ -74,15 +47,3 @@ def check_rows(config: Config) -> None:
             f"trainer.share_prompts=True needs packed rows, and rows of {model.get_text_config().model_type} stay "
             "padded: leave it unset"
         )
-
-
-def looks_local(model: str) -> bool:
-    """Whether a model name means a folder rather than an `owner/name` on the hub."""
-    return model.startswith((".", "/", "~", "models/")) or model.count("/") != 1 or Path(model).exists()
-
-
-def _read(config: Config, placement: Placement) -> Prepared:
-    check_rows(config)
-    found, limits = needs(config, placement, shape_of(config.model)), there(config, placement)
-    check_memory(config, found, limits)
-    return prepare(config)

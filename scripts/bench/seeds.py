@@ -1,7 +1,9 @@
-"""Run a recipe once for each seed, and print the table that README shows.
+"""Run a recipe once per seed, and print the table of the README.
 
-python scripts/seeds.py 0 1 2                               # the quickstart; about 6 minutes a seed on two cores
-python scripts/seeds.py --recipe quickstart_grpo 0          # the same run with GRPO
+    python scripts/bench/seeds.py 0 1 2                          # the quickstart; about 6 minutes a seed on two cores
+    python scripts/bench/seeds.py --recipe quickstart_grpo 0     # the same run with GRPO
+
+A seed whose run has a summary in runs/seeds/ already is not run again.
 """
 
 import argparse
@@ -10,12 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "runs" / "seeds"
 
 
 def main(recipe: str, seeds: list[int]) -> None:
-    """Run what has no summary yet, then print one row per seed."""
+    """Run the seeds that have no summary yet, and print one row per seed."""
     print("| recipe | seed | held-out before | held-out after | train seconds | worst gap (nats) | tokens |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for seed in seeds:
@@ -38,8 +40,8 @@ def main(recipe: str, seeds: list[int]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="quickstart")
-    parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2])
-    OUT.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--recipe", default="quickstart", help="a file name in recipes/ (default: quickstart)")
+    parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2], help="default: 0 1 2")
     arguments = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
     main(arguments.recipe, arguments.seeds)

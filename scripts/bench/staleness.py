@@ -1,11 +1,11 @@
-"""How stale may samples be? Learning at fixed lags, uncorrected and corrected; some 15 minutes on two cores.
+"""How stale may samples be? Learning at fixed lags, without and with correction.
 
-python scripts/staleness.py [--seeds 5] [--steps 60] [--out docs/staleness.json]
+    python scripts/bench/staleness.py --seeds 5 --steps 60 --out docs/staleness.json     # about 15 minutes on two cores
 
-A small model learns to echo a digit eight times, with the framework's own learner. Every batch is sampled from the
-weights of exactly `lag` updates ago, as if every reply of an asynchronous run were as late as `max_staleness` allows:
-a worst case, for a run's mean staleness is about half its bound. The sampler is plain PyTorch in fp32, so that lag is
-all that differs.
+A small model learns to echo a digit eight times, with the framework's learner. Every batch is sampled from the weights
+of exactly `lag` updates ago. This is the worst case of an asynchronous run: every reply as late as `max_staleness`
+allows, while a run's mean staleness is about half its bound. The sampler is plain PyTorch in fp32, so only the lag
+differs.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from rl.objectives import GRPO, GSPO
 from rl.objectives.corrections import TokenTIS, Uncorrected
 from rl.types import Completion, Data, Prompt
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts")]
 LAGS = (0, 1, 4, 8)
 PROMPTS, GROUP, REPLY = 10, 8, 8
@@ -43,16 +43,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @torch.no_grad()
 def sample(hf: Any, generator: torch.Generator) -> list[Any]:
-    """A batch of replies with the log-probabilities that they were sampled with."""
+    """A batch of replies with the log-probabilities under which they were sampled."""
     prompts = [Prompt(ordinal=d, token_ids=[3 + d, 13], task={}) for d in range(PROMPTS)]
     ids = torch.tensor([p.token_ids for p in prompts for _ in range(GROUP)])
-    said = []
+    sampled = []
     for _ in range(REPLY):
         log_p = hf(input_ids=ids).logits[:, -1].float().log_softmax(-1)
         token = torch.multinomial(log_p.exp(), 1, generator=generator)
-        said.append(log_p.gather(1, token))
+        sampled.append(log_p.gather(1, token))
         ids = torch.cat([ids, token], dim=1)
-    logprobs, rows = torch.cat(said, dim=1).tolist(), []
+    logprobs, rows = torch.cat(sampled, dim=1).tolist(), []
     for i, reply in enumerate(ids[:, 2:].tolist()):
         prompt = prompts[i // GROUP]
         reward = reply.count(prompt.token_ids[0]) / REPLY
@@ -62,8 +62,8 @@ def sample(hf: Any, generator: torch.Generator) -> list[Any]:
 
 
 def learn(setting: str, lag: int, seed: int, steps: int, lr: float, folder: str) -> dict[str, float]:
-    """One run: mean reward over its last quarter, over all of it, and the ESS that the lag left."""
-    from gpu_check import make_model
+    """One run: mean reward over its last quarter and over all steps, and the ESS that remains at this lag."""
+    from echo_task import make_model
     from transformers import AutoModelForCausalLM
 
     import trainer.learner.learner
@@ -84,7 +84,7 @@ def learn(setting: str, lag: int, seed: int, steps: int, lr: float, folder: str)
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     if torch.distributed.is_initialized():
-        # The learners of one process, one after the other, share its group.
+        # The learners of one process, in sequence, share one process group.
         trainer.learner.learner.join_group = lambda *_: None
     learner = Learner(config, rank=0, device="cpu", address="127.0.0.1", port=port, model=model)
     versions: deque[dict[str, torch.Tensor]] = deque(maxlen=lag + 1)
@@ -108,14 +108,14 @@ def learn(setting: str, lag: int, seed: int, steps: int, lr: float, folder: str)
 
 
 def interval(values: list[float]) -> str:
-    """Mean and the half width of its 95 % confidence interval (Student's t for 5 values: 2.776)."""
+    """Mean and half the width of its 95 % confidence interval (Student's t for 5 values: 2.776)."""
     if len(values) < 2:
         return f"{values[0]:.3f}"
     t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values), 2.0)
     return f"{statistics.mean(values):.3f} ± {t * statistics.stdev(values) / len(values) ** 0.5:.3f}"
 
 
-def show(found: dict[str, dict[int, list[dict[str, float]]]]) -> str:
+def table(found: dict[str, dict[int, list[dict[str, float]]]]) -> str:
     lines = ["| | " + " | ".join(f"lag {lag}" for lag in LAGS) + " | ESS at lag 8 |", "|---" * (len(LAGS) + 2) + "|"]
     for setting, by_lag in found.items():
         cells = [interval([run["all"] for run in by_lag[lag]]) for lag in LAGS]
@@ -126,10 +126,10 @@ def show(found: dict[str, dict[int, list[dict[str, float]]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--out", help="write the figures there, as JSON")
+    parser.add_argument("--seeds", type=int, default=5, help="runs per setting and lag (default: 5)")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of a run (default: 60)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: 1e-3)")
+    parser.add_argument("--out", help="a JSON file for the figures")
     args = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     found: dict[str, dict[int, list[dict[str, float]]]] = {s: {lag: [] for lag in LAGS} for s in SETTINGS}
@@ -140,7 +140,7 @@ def main() -> None:
                     run = learn(setting, lag, seed, args.steps, args.lr, folder)
                     found[setting][lag].append(run)
                     print(f"seed {seed}, {setting}, lag {lag}: {run}", flush=True)
-    print(show(found))
+    print(table(found))
     if args.out:
         Path(args.out).write_text(json.dumps({"lr": args.lr, "steps": args.steps, "runs": found}, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""The engine's side of scripts/sync_bench.py: samples without end when told to, and can be updated tensor by tensor."""
+"""The engine of scripts/bench/sync_bench.py: can sample without end, and can be updated tensor by tensor."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ from rollout.worker import WorkerExtension
 
 
 class PerTensor(WorkerExtension):
-    """A worker that receives tensor by tensor, as vLLM's own example for RL does: a call and a broadcast for each."""
+    """A worker that receives tensor by tensor, as in vLLM's own RL example: one call and one broadcast for each."""
 
     def join_per_tensor(self, port: int) -> None:
         from rollout.weights.channel import join
@@ -40,7 +40,7 @@ class PerTensor(WorkerExtension):
 
 
 class Measured(Engine):
-    """An engine with `PerTensor` workers and requests without end."""
+    """An engine with `PerTensor` workers and endless requests."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, overrides={"worker_extension_cls": "sync_engine.PerTensor"})
@@ -52,7 +52,7 @@ class Measured(Engine):
         await self.llm.collective_rpc(method, args=args)
 
     async def sample_on(self) -> None:
-        """Begin to sample, eight sequences at a time."""
+        """Start to sample, eight sequences at a time."""
         self.endless = [asyncio.create_task(self._sample_on()) for _ in range(2)]
 
     async def _sample_on(self) -> None:
@@ -61,7 +61,7 @@ class Measured(Engine):
             self.served += 4
 
     async def sampled(self) -> dict[str, int]:
-        """End the requests; how many were answered, and how many an update aborted."""
+        """End the requests; returns how many were completed, and how many were aborted by an update."""
         aborted = (await self.counters())["aborted"]
         for request in self.endless:
             request.cancel()

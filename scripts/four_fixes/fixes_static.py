@@ -1,4 +1,4 @@
-"""How far is the trainer from an engine that samples the same prompts across one weight update? For four_fixes.py."""
+"""The gap between trainer and engine across one weight update; part A of scripts/four_fixes/four_fixes.py."""
 
 import asyncio
 import importlib
@@ -6,6 +6,7 @@ import json
 import math
 import socket
 import time
+from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,17 @@ from rl.objectives import GRPO, GSPO
 from rl.parity.gap import Gap, clipped_by_noise, clustered_error, gap
 from rl.types import Data, Example, Prompt, Trajectory
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = str(ROOT / "models" / "smollm2-135m")
 T = 0.7
 SAMPLES = 4
-"""Of each prompt, before and again after the update."""
+"""Replies to each prompt: so many during the update, and again so many after it."""
 UPDATE_AT = 8
-"""About how many tokens every running request has when the update comes."""
+"""About how many tokens every running request has when the update starts."""
 CHANGE = 0.02
-"""The update multiplies every weight by a random factor in 1 - CHANGE to 1 + CHANGE, as the doctor's own does."""
+"""The update multiplies every weight by a random factor between 1 - CHANGE and 1 + CHANGE, like the doctor's update."""
 LIMIT_S = 300.0
-"""Seconds after which an engine that is asked all this counts as stalled."""
+"""Seconds after which the engine counts as stalled."""
 OBJECTIVES = {"gspo": GSPO(), "grpo": GRPO()}
 CONFIG = Config(
     name="four_fixes",
@@ -45,33 +46,33 @@ Number = tuple[float, float]
 
 
 class Channel:
-    """The sender's control calls, which it makes in a thread of its own."""
+    """The sender's control calls, made from its thread into the engine's event loop."""
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.loop = engine, asyncio.get_running_loop()
         self.version = 1
 
-    def _call(self, method: str, *args: Any) -> None:
-        asyncio.run_coroutine_threadsafe(getattr(self.engine, method)(*args), self.loop).result(120)
+    def _wait(self, call: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(call, self.loop).result(120)
 
     def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
-        self._call("init_weight_transfer_engine", info)
+        self._wait(self.engine.init_weight_transfer_engine(info))
 
     def stage_weights(self, version: int) -> None:
-        self._call("stage_weights", version)
+        self._wait(self.engine.stage_weights(version))
 
     def start_weight_update(self) -> None:
-        self._call("start_weight_update")
+        self._wait(self.engine.start_weight_update())
 
     def update_weights(self, info: dict[str, Any]) -> None:
-        self._call("update_weights", info)
+        self._wait(self.engine.update_weights(info))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._call("finish_weight_update", self.version)
+        self._wait(self.engine.finish_weight_update(self.version))
 
 
 async def open_channel(engine: Any, policy: Any) -> Any:
-    """What sends a policy's weights to the engine."""
+    """A sender of this policy's weights to the engine."""
     from rollout.weights.sender import open_sender
     from trainer.learner.weights import LearnerWeights
 
@@ -101,7 +102,7 @@ async def sample(engine: Any, prompts: list[Prompt], seed: int, max_tokens: int 
 
 
 async def across_an_update(target: str, new: Any, prompts: list[Prompt]) -> tuple[list[Trajectory], ...]:
-    """Replies that an update meets under way, and replies to the same prompts begun after it."""
+    """Replies that are running during an update, and replies to the same prompts started after it."""
     module, name = target.split(":")
     make = getattr(importlib.import_module(module), name)
     engine = make(CONFIG, device="cpu", backend="gloo", model=MODEL, version=0, overrides={"load_format": "auto"})
@@ -109,7 +110,7 @@ async def across_an_update(target: str, new: Any, prompts: list[Prompt]) -> tupl
     try:
         sender = await open_channel(engine, new)
         for seed in (8000, 9000):
-            # The second time tells how long this machine takes, for nothing is done for the first time then.
+            # Only the second round is timed: the first includes warm-up.
             began = time.perf_counter()
             await sample(engine, prompts, seed, UPDATE_AT)
         wait = time.perf_counter() - began
@@ -122,17 +123,17 @@ async def across_an_update(target: str, new: Any, prompts: list[Prompt]) -> tupl
 
 
 def static(engine: str, old: Any, new: Any, prompts: list[Prompt]) -> dict[str, Any]:
-    """One row of the table. d = trainer - rollout in nats, each token held against the weights of its own version."""
+    """One row of the table. d = trainer - rollout in nats, each token under the weights of its own version."""
     during, after = asyncio.run(asyncio.wait_for(across_an_update(engine, new, prompts), LIMIT_S))
     rows = [t for t in [*during, *after] if any(t.mask)]
     batch = collate(rows)
     with torch.no_grad():
-        mine = {version: p(batch.input_ids, batch.mask, T) for version, p in ((0, old), (1, new))}
+        by_version = {version: p(batch.input_ids, batch.mask, T) for version, p in ((0, old), (1, new))}
     first = batch.versions == 0
-    trainer = torch.where(first, mine[0].logprobs, mine[1].logprobs)
-    entropy = torch.where(first, mine[0].entropy, mine[1].entropy)
+    trainer = torch.where(first, by_version[0].logprobs, by_version[1].logprobs)
+    entropy = torch.where(first, by_version[0].entropy, by_version[1].entropy)
     d = (trainer - batch.rollout_logprobs).double()
-    # After the switch a running sequence stands on keys and values of the old weights, by design: counted apart.
+    # After the switch a running sequence uses keys and values of the old weights, by design: counted separately.
     mixed = batch.mask & ~first & (batch.mask & first).any(dim=1, keepdim=True)
     whole = batch.mask & ~mixed
     late = whole & ~first
@@ -155,7 +156,7 @@ def static(engine: str, old: Any, new: Any, prompts: list[Prompt]) -> dict[str, 
         "numbers": numbers,
         "clipped": {n: {"tokens": c.tokens, "sequences": c.sequences} for n, c in clip.items() if c},
         "gap": g.plain(),
-        "update_moved": float((mine[1].logprobs - mine[0].logprobs)[late].abs().mean()),
+        "update_moved": float((by_version[1].logprobs - by_version[0].logprobs)[late].abs().mean()),
     }
 
 

@@ -1,4 +1,4 @@
-"""A worker of a killed actor ends, and so does the process between them."""
+"""When an actor is killed, its vLLM processes end too."""
 
 import os
 import subprocess
@@ -8,9 +8,12 @@ from itertools import pairwise
 
 import pytest
 
-from rollout.orphan import parent_of
+from rollout.process import parent_of
 
-WORKER = "from rollout.orphan import end_with; print(__import__('os').getpid(), flush=True); end_with({n})"
+WORKER = (
+    "from rollout.process import exit_when_orphaned; print(__import__('os').getpid(), flush=True); "
+    "exit_when_orphaned({n})"
+)
 START = "import subprocess, sys, os; print(os.getpid(), flush=True); subprocess.run([sys.executable, '-c', {code!r}])"
 
 
@@ -22,7 +25,7 @@ def gone(pid: int, within_s: float) -> bool:
 
 
 @pytest.mark.parametrize("generations", [1, 2])
-def test_nobody_is_left_of_a_killed_line(generations: int) -> None:
+def test_killing_the_actor_ends_its_children_and_grandchildren(generations: int) -> None:
     code = WORKER.format(n=generations)
     for _ in range(generations):
         code = START.format(code=code)
@@ -43,8 +46,8 @@ def test_nobody_is_left_of_a_killed_line(generations: int) -> None:
                     os.kill(pid, 9)
 
 
-def test_one_that_hangs_in_its_own_exit_dies_with_its_parent() -> None:
-    code = "from rollout.orphan import die_with_parent; import os, signal; die_with_parent(); " + (
+def test_a_process_that_hangs_in_its_exit_is_killed_with_its_parent() -> None:
+    code = "from rollout.process import kill_with_parent; import os, signal; kill_with_parent(); " + (
         "signal.pthread_sigmask(signal.SIG_BLOCK, {15}); print(os.getpid(), flush=True); signal.pause()"
     )
     actor = subprocess.Popen([sys.executable, "-c", START.format(code=code)], stdout=subprocess.PIPE, text=True)
@@ -56,7 +59,7 @@ def test_one_that_hangs_in_its_own_exit_dies_with_its_parent() -> None:
         assert gone(child, 10)
 
 
-def test_a_process_that_is_not_there_has_no_parent() -> None:
+def test_a_process_that_has_ended_has_no_parent() -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     assert parent_of(ended.pid) == 0
