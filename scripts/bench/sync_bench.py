@@ -5,7 +5,6 @@
 
 The first command takes about 15 minutes on two slow cores. The second one varies the size of the model.
 
-
 An engine with SmolLM2-135M in bf16 runs in its own actor, as in a run. This process trains a little and sends every
 update; AdamW in fp32 makes the bf16 weights change as they do in RL. Channels: shared memory; gloo with changes only;
 gloo with whole tensors; and tensor by tensor, one control call and one broadcast each. The engine first waits, as
