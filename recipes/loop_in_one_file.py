@@ -130,9 +130,8 @@ def learn(model: Any, optimizer: torch.optim.Optimizer, batch: Batch, s: Setting
         # Without old_logprobs the current policy is the old one, which is exact in the first step of a batch.
         loss, metrics = full_loss(s.objective, Uncorrected(), policy, part, advantages[rows, : part.mask.shape[1]])
         # The denominators belong to the whole step, so the micro-batches add up to the same loss however they are cut.
-        total: Tensor = torch.where(
-            part.mask, loss * loss_weights(part.mask, s.objective.average_over, totals), 0.0
-        ).sum()
+        weights = loss_weights(part.mask, s.objective.average_over, totals)
+        total = torch.where(part.mask, loss * weights, 0.0).sum()
         total.backward()
         loss_of_step += float(total.detach())
         meter.add(metrics, part.mask)

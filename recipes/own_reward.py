@@ -52,7 +52,7 @@ config = Config(
     eval_samples=3,
     dtype="float32",
     rollout=RolloutConfig(max_tokens=12, max_model_len=128, max_num_seqs=64, kv_cache_gib=0.25),
-    trainer=TrainerConfig(lr=3e-5, micro_batch_tokens=512),
+    trainer=TrainerConfig(lr=3e-5),
 )
 
 if __name__ == "__main__":

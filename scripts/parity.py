@@ -1,6 +1,6 @@
 """Do engine and trainer compute the same log-probabilities? Makes the tables of docs/parity.md.
 
-python scripts/parity.py --out docs/parity.json     # about 6 minutes on two cores
+python scripts/parity.py --out docs/data/parity.json     # about 6 minutes on two cores
 """
 
 import argparse
@@ -140,5 +140,5 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "parity.json", help="JSON file")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "data" / "parity.json", help="JSON file")
     main(parser.parse_args().out)

@@ -1,6 +1,6 @@
 """What does training while sampling gain, and cost? Synchronous against asynchronous runs at heavy-tailed lengths.
 
-    python scripts/bench/async_bench.py --steps 30 --turns 3 --out docs/async.json     # about 15 minutes on two cores
+    python scripts/bench/async_bench.py --steps 30 --turns 3 --out docs/data/async.json  # about 15 minutes on two cores
 
 A small model learns to echo a digit, in whole runs. Reply lengths are lognormal; their 99th percentile is ten times
 their median. A synchronous step therefore waits for its longest reply while the engine is nearly empty. Synchronous

@@ -1,6 +1,6 @@
 """What do chunked log-probabilities cost, compared with all logits at once?
 
-    python scripts/bench/head_bench.py --turns 3 --out docs/head.json     # some minutes on two slow cores
+    python scripts/bench/head_bench.py --turns 3 --out docs/data/head.json     # some minutes on two slow cores
 
 Forward and backward of log-probability and entropy in fp32, in one thread. Seconds are CPU seconds, so other processes
 on the machine have little influence. Memory is the process's peak above its memory before. Variants alternate. The

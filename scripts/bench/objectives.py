@@ -1,6 +1,6 @@
 """Do the objectives learn, and how fast? Task, model, samples per step and seeds are the same for each.
 
-    python scripts/bench/objectives.py --seeds 3 --steps 40 --out docs/objectives     # about 10 s a run on an idle core
+    python scripts/bench/objectives.py --seeds 3 --steps 40 --out docs/data/objectives  # 10 s a run on an idle core
 
 A small model learns to echo a digit eight times, with the framework's learner and two optimizer steps per batch: so
 ratios differ from 1, and clipping has an effect. The sampler is plain PyTorch in fp32 (as in

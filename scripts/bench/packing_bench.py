@@ -1,6 +1,6 @@
 """What does padding cost the trainer? Forward and backward passes over heavy-tailed sequences in four layouts.
 
-    python scripts/bench/packing_bench.py --turns 3 --out docs/packing.json     # some minutes on two slow cores
+    python scripts/bench/packing_bench.py --turns 3 --out docs/data/packing.json     # some minutes on two slow cores
 
 Reply lengths are lognormal; their 99th percentile is ten times the median. Each layout gets the micro-batches that the
 trainer would make for it, and runs a forward and a backward pass over all of them; layouts alternate. "padded" and

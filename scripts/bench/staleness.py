@@ -1,6 +1,6 @@
 """How stale may samples be? Learning at fixed lags, without and with correction.
 
-    python scripts/bench/staleness.py --seeds 5 --steps 60 --out docs/staleness.json     # about 15 minutes on two cores
+    python scripts/bench/staleness.py --seeds 5 --steps 60 --out docs/data/staleness.json  # 15 minutes on two cores
 
 A small model learns to echo a digit eight times, with the framework's learner. Every batch is sampled from the weights
 of exactly `lag` updates ago. This is the worst case of an asynchronous run: every reply as late as `max_staleness`

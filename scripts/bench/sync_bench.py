@@ -1,8 +1,9 @@
 """How fast do new weights reach an engine? The tables of docs/performance.md.
 
-    python scripts/bench/sync_bench.py --updates 8 --turns 2 --out docs/sync.json     # about 15 minutes on two slow
-    cores python scripts/bench/sync_bench.py --layers 8 30 60 --bucket-mib 4 64 --out docs/sync-sizes.json     # by
-    model size
+    python scripts/bench/sync_bench.py --updates 8 --turns 2 --out docs/data/sync.json
+    python scripts/bench/sync_bench.py --layers 8 30 60 --bucket-mib 4 64 --out docs/data/sync-sizes.json
+
+The first command takes about 15 minutes on two slow cores. The second one varies the size of the model.
 
 An engine with SmolLM2-135M in bf16 runs in its own actor, as in a run. This process trains a little and sends every
 update; AdamW in fp32 makes the bf16 weights change as they do in RL. Channels: shared memory; gloo with changes only;

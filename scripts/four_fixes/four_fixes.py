@@ -204,7 +204,7 @@ def main(out: Path, steps: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "four_fixes.json", help="JSON file")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "data" / "four_fixes.json", help="JSON file")
     parser.add_argument("--steps", type=int, default=10, help="steps of each run of part B (default: 10)")
     parser.add_argument("--static-only", action="store_true", help="without part B")
     arguments = parser.parse_args()

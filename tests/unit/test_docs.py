@@ -189,12 +189,13 @@ def test_every_path_that_a_page_names_exists(page):
     for path in sorted(set(PATH.findall(page.read_text()))):
         if "NAME" in path or "RECIPE" in path:
             continue
-        assert list(ROOT.glob(path.rstrip("/"))), f"{path} does not exist"
+        there = [*ROOT.glob(path.rstrip("/")), *ROOT.glob(f"{path}.*")]  # `--out docs/data/x` names x.json and x.png
+        assert there, f"{path} does not exist"
 
 
 @EACH_PAGE
 def test_every_excerpt_of_a_recipe_is_in_the_recipe(page):
-    for file, code in re.findall(r'```python title="([^"]+)"\n(.*?)```', page.read_text(), re.S):
+    for file, code in re.findall(r'```\{?\.?python title="([^"]+)"\}?\n(.*?)```', page.read_text(), re.S):
         assert code in (ROOT / file).read_text(), f"{file} no longer holds:\n{code}"
 
 
