@@ -29,6 +29,10 @@ Tensors = dict[str, torch.Tensor]
 History = list[dict]
 
 
+class LearnerError(Exception):
+    """Every rank answered, and at least one with an error: the group can be used again."""
+
+
 class Group:
     """Processes that stay in one process group, and build a learner for every request: most of a start is imports."""
 
@@ -57,7 +61,8 @@ class Group:
             process.stdin.flush()
         answers = [self._answer(rank) for rank in range(len(self.processes))]
         errors = [answer["error"] for answer in answers if "error" in answer]
-        assert not errors, "\n".join(errors)
+        if errors:
+            raise LearnerError("\n".join(errors))
         return answers[0]["history"]
 
     def _answer(self, rank: int) -> dict:
@@ -66,7 +71,7 @@ class Group:
         for line in out:
             if line.startswith("ANSWER "):
                 return json.loads(line.removeprefix("ANSWER "))
-        return {"error": f"rank {rank} ended: {Path(self.log.name).read_text()[-3000:]}"}
+        raise AssertionError(f"rank {rank} ended: {Path(self.log.name).read_text()[-3000:]}")
 
     def close(self) -> None:
         for process in self.processes:
@@ -110,8 +115,9 @@ class Groups:
             self.groups[ranks] = Group(ranks, self.log)
         try:
             return self.groups[ranks].ask(request), torch.load(out, weights_only=True)
-        except BaseException:
-            # A rank may still wait for one that failed.
+        except LearnerError:
+            raise
+        except BaseException:  # a rank may still wait for one that ended
             self.groups.pop(ranks).close()
             raise
 
@@ -234,7 +240,7 @@ def test_adapters_go_on_from_a_state_bit_for_bit_and_refuse_another_base(
     other = shutil.copytree(state, tmp_path / "other.state")
     counters = json.loads((other / "counters.json").read_text())
     (other / "counters.json").write_text(json.dumps(counters | {"base": "another"}))
-    with pytest.raises(AssertionError, match="were trained on other weights: resume with the model of that run"):
+    with pytest.raises(LearnerError, match="were trained on other weights: resume with the model of that run"):
         groups.trained("grpo", 1, 1, resume=other, more="lora")
 
 
