@@ -53,6 +53,8 @@ class RolloutConfig:
     """How often a group is sampled again whose engine was lost, before it counts as failed."""
     restarts: int = 3
     """How often engines that were lost are started again in one run, before it ends."""
+    engine_class: str = "rollout.engine:Engine"
+    """Class of the engines, "module:Class". An experiment may name its own, in a file next to its recipe."""
 
     @property
     def truncation(self) -> Truncation | None:
@@ -103,8 +105,9 @@ class TrainerConfig:
     """Passes over each batch."""
     minibatches: int = 1
     """Optimizer steps per pass."""
-    micro_batch_tokens: int = 4096
-    """Tokens of one forward pass: the length of its packed row, a shared prompt counted once."""
+    micro_batch_tokens: int | None = None
+    """Tokens of one forward pass: the length of its packed row, a shared prompt counted once. None: 4096 on GPUs, 512
+    on CPU, where more is no faster and takes memory."""
     gradient_checkpointing: bool = False
     skip_zero_advantage: bool = True
     """Leave out rows that provably have no gradient (zero advantage, no KL, no entropy bonus, no critic)."""
@@ -112,6 +115,10 @@ class TrainerConfig:
     """Compute a group's prompt once. None: on CPU; on CUDA rows that share nothing go through one varlen kernel."""
     threads: int | None = None
     """OpenMP threads of one rank on CPU. None: all cores if it takes turns with the engine, else 1."""
+
+    def tokens_per_pass(self, device: str) -> int:
+        """`micro_batch_tokens`, or its default on a device ("cpu" or "cuda")."""
+        return self.micro_batch_tokens or (512 if device == "cpu" else 4096)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +227,9 @@ def check(config: Config) -> None:
     }
     for prefix, (part, names) in at_least_one.items():
         for name in names:
-            if getattr(part, name) < 1:
-                raise ValueError(f"{prefix}{name}={getattr(part, name)} must be at least 1")
+            value = getattr(part, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{prefix}{name}={value} must be at least 1")
     for name in ("lr", "value_lr", "warmup_steps", "weight_decay"):
         if (getattr(t, name) or 0.0) < 0:
             raise ValueError(f"trainer.{name}={getattr(t, name)} must not be negative")

@@ -1,10 +1,11 @@
-"""The lm_head on CPU: right after an update also when it is tied, and cast to fp32 once per update.
+"""The lm_head on CPU: correct after an update even when it is tied, and cast to fp32 once per update.
 
-LogitsProcessor is a pluggable layer, so vLLM builds this one in its place. Stock vLLM 0.32 on CPU has two faults here:
+LogitsProcessor is a pluggable layer, so vLLM builds this class instead of its own. vLLM 0.32 on CPU has two faults
+here:
 
-- A tied head multiplies with a copy of its weight that was packed at start. A weight update refreshes the embedding
-  but not that copy, so the logits silently stay those of the start model.
-- An fp32 head over bf16 weights casts the whole weight at every decoded token; for a vocabulary of 49,152 and 576
+- A tied head multiplies by a copy of its weight that was packed at start. A weight update refreshes the embedding but
+  not this copy, so the logits silently remain those of the start model.
+- An fp32 head over bf16 weights casts the whole weight at every decoded token. For a vocabulary of 49,152 and 576
   features the cast takes longer than the product.
 """
 
@@ -16,9 +17,10 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 @LogitsProcessor.register_oot(name="LogitsProcessor")
 class FreshHeadLogitsProcessor(LogitsProcessor):
-    """LogitsProcessor that, on CPU, reads the head's live weight, cast to the head's dtype until `forget_heads`."""
+    """LogitsProcessor that reads the head's live weight on CPU, and caches its cast to the head's dtype."""
 
     head: Tensor | None = None
+    """The cast weight; None before the first forward pass and after `forget_heads`."""
 
     def forward(
         self,
@@ -40,7 +42,7 @@ class FreshHeadLogitsProcessor(LogitsProcessor):
 
 
 def forget_heads(model: nn.Module) -> None:
-    """Drop the cast heads. To be called after every weight update: an in-place copy leaves no trace to detect."""
+    """Drop the cached heads. Call it after every weight update, because an in-place copy cannot be detected."""
     for module in model.modules():
         if isinstance(module, FreshHeadLogitsProcessor):
             module.head = None

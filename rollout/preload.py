@@ -1,8 +1,8 @@
-"""What vLLM's process needs, imported ahead of time by the fork server (see `rollout.process`)."""
+"""The imports that vLLM's process needs. The fork server makes them ahead of time (see `rollout.process`)."""
 
 import gc
 
-# An import leaves no garbage, and looking for it takes a fifth of the time; what was imported stays for good.
+# An import leaves no garbage, and searching for it takes a fifth of the time. Imported modules stay for good.
 gc.disable()
 
 

@@ -13,19 +13,19 @@ def engine_args(config: Config, *, device: str, backend: str, model: str) -> dic
     cpu = device == "cpu"
     args: dict[str, Any] = {
         "model": model,
-        # Random weights: what an engine says can then only come from weights that the learner sent.
+        # Random weights: the engine's outputs can then only come from weights that the learner sent.
         "load_format": "dummy",
         "dtype": config.dtype,
         "seed": config.seed,
         "max_model_len": r.max_model_len,
         "max_num_seqs": r.max_num_seqs,
         "tensor_parallel_size": r.tensor_parallel,
-        # Inside a Ray placement group, as here, vLLM would ask Ray for workers, which have no GPUs left to get.
+        # Inside a Ray placement group, as here, vLLM would ask Ray for workers, and no GPUs are left for them.
         "distributed_executor_backend": "mp" if r.tensor_parallel > 1 else None,
         # V1 returns log-probabilities from before temperature and penalties unless told otherwise; the loss needs
-        # those of the distribution that was sampled from.
+        # those of the distribution from which tokens are sampled.
         "logprobs_mode": "processed_logprobs",
-        # The tokens that truncation kept, for the trainer to replay; only vLLM's Model Runner V2 (GPU) can tell them.
+        # The tokens that truncation kept, for the trainer to replay; only vLLM's Model Runner V2 (GPU) reports them.
         "return_sampling_mask": r.truncation is not None and not cpu,
         # Logits in fp32 on both sides: bf16 rounds them on a grid coarser than GSPO's clip range.
         "hf_overrides": {"head_dtype": "float32" if config.fp32_head else config.dtype},

@@ -1,24 +1,25 @@
-"""What went into and came out of every layer that holds weights, during one short forward pass of an engine.
+"""Inputs and outputs of every layer that holds weights, recorded during one short forward pass of an engine.
 
-It shows what the engine made of the weights that it loaded, which no digest can: on CPU they are packed, and a tied
-head, a norm or a single shard may be served from elsewhere.
+They show how the engine uses the weights that it loaded. No digest can show this: on CPU the weights are packed, and a
+tied head, a norm or a single shard may read other memory.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 HEAD = "lm_head"
 
 
 class Tracer:
-    """Hooks on a vLLM model, until `stop`. Sees nothing of a compiled forward pass."""
+    """Hooks on a vLLM model, until `stop`. They do not run inside a compiled forward pass."""
 
     def __init__(self, model: nn.Module) -> None:
         self.seen: dict[str, dict[str, Tensor]] = {}
-        self.hooks = []
+        self.hooks: list[RemovableHandle] = []
         for name, module in model.named_modules():
             if isinstance(module, LogitsProcessor):
                 self._watch(HEAD, module)
@@ -27,7 +28,7 @@ class Tracer:
 
     def _watch(self, name: str, module: nn.Module) -> None:
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            # Cloned, for vLLM's norms work in place; and added up, for they take the residual as a second input.
+            # Cloned because vLLM's norms work in place; summed because they take the residual as a second input.
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
             if tensors and name not in self.seen:
                 self.seen[name] = {"in": sum(tensors[1:], start=tensors[0].detach().clone())}
@@ -41,21 +42,24 @@ class Tracer:
         self.hooks.append(module.register_forward_hook(after))
 
     def stop(self, parts: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
-        """Take the hooks off. By module: `in` and `out` as (shape, float32 or int64 bytes), and the checkpoint names of
-        the modules that it was fused from (`parts` maps a fused module's last name to theirs)."""
+        """Remove the hooks and return the records by module name.
+
+        `in` and `out` are (shape, float32 or int64 bytes); `parts` are checkpoint names: those of the modules that were
+        fused into this one, or its own. The argument `parts` maps a fused module's last name to theirs.
+        """
         for hook in self.hooks:
             hook.remove()
         return {
             name: {
                 "parts": [".".join([*name.split(".")[:-1], p]) for p in parts.get(name.split(".")[-1], [])] or [name],
-                **{side: _plain(tensor) for side, tensor in sides.items()},
+                **{side: _shape_and_bytes(tensor) for side, tensor in sides.items()},
             }
             for name, sides in self.seen.items()
             if len(sides) == 2
         }
 
 
-def _plain(tensor: Tensor) -> tuple[list[int], bytes]:
-    """A tensor as shape and bytes, which travel between processes without pickle."""
+def _shape_and_bytes(tensor: Tensor) -> tuple[list[int], bytes]:
+    """A tensor as shape and bytes, which cross process borders without pickle."""
     tensor = tensor.float() if tensor.is_floating_point() else tensor.long()
     return list(tensor.shape), tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()

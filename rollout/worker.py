@@ -1,7 +1,7 @@
-"""How an engine's worker receives new weights, digests what arrives, and says which names it needs.
+"""How an engine's worker process receives weights, digests them, names those it needs, and traces its layers.
 
-vLLM imports this module in its worker process (`worker_extension_cls`), before the model is built; that registers the
-gloo backend, the digesting variants of vLLM's own NCCL and IPC engines, and the cached fp32 head.
+vLLM imports this module in its worker process (`worker_extension_cls`), before the model is built. The import registers
+the gloo backend, the digesting variants of vLLM's own NCCL and IPC engines, and the cached fp32 head.
 """
 
 import threading
@@ -10,57 +10,70 @@ from typing import Any
 from torch import nn
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from rollout.orphan import die_with_parent, end_with
+from rollout.process import exit_when_orphaned, kill_with_parent
 from rollout.trace import Tracer
 from rollout.weights.receive import GlooEngine
 from rollout.weights.vllm_receive import IPCEngine, NCCLEngine
 
 
 def hf_names(model: nn.Module) -> set[str]:
-    """The checkpoint names that must arrive for every parameter of a vLLM model to be new.
+    """The checkpoint names that must arrive to replace every parameter of a vLLM model.
 
-    Fused parameters are named by their parts; a tied head is not sent, for vLLM ties it itself.
+    A fused parameter is named by its parts. A tied head is not sent, because vLLM ties it itself.
     """
-    fused = getattr(model, "packed_modules_mapping", {})
+    fused: dict[str, list[str]] = fused_modules(model)
     names: set[str] = set()
     for name, _ in model.named_parameters():
         *parents, module, leaf = name.split(".")
         names |= {".".join([*parents, part, leaf]) for part in fused.get(module, [module])}
-    if model.config.tie_word_embeddings:
+    config: Any = model.config
+    if config.tie_word_embeddings:
         names.discard("lm_head.weight")
     return names
 
 
+def fused_modules(model: nn.Module) -> dict[str, list[str]]:
+    """The checkpoint's modules that vLLM fuses, by the last name of the fused module; not every model has any."""
+    return getattr(model, "packed_modules_mapping", {})
+
+
 class WorkerExtension:
-    """Methods that vLLM mixes into its worker, to be called by `collective_rpc`."""
+    """Methods that vLLM adds to its worker class; called with `collective_rpc`."""
+
+    weight_transfer_engine: GlooEngine | NCCLEngine | IPCEngine
+    """Set by vLLM's worker."""
 
     def end_with_parent(self) -> None:
-        """From now on this process ends when the one that started it is gone, however that ended: vLLM's own processes
-        live on after a kill, and keep their memory. A worker of several stands a generation lower: it sees to the
-        engine's process, too."""
+        """End this process when its parent has ended, for whatever reason.
+
+        Without this, vLLM's processes would survive a kill and keep their memory. A worker of several is one generation
+        further from the actor, so it also ends the engine's process between them.
+        """
         if isinstance(self.weight_transfer_engine, GlooEngine):
-            die_with_parent()  # on CPU the parent is a fork server of one thread
+            kill_with_parent()  # on CPU the parent is a fork server of one thread
         several = self.weight_transfer_engine.parallel_config.world_size > 1
-        threading.Thread(target=end_with, args=(2 if several else 1,), daemon=True, name="end with parent").start()
+        threading.Thread(
+            target=exit_when_orphaned, args=(2 if several else 1,), daemon=True, name="exit when orphaned"
+        ).start()
 
     def expected_weights(self) -> list[str]:
-        """Checkpoint names that an update must bring."""
+        """Checkpoint names that every update must contain."""
         return sorted(hf_names(self.weight_transfer_engine.model))
 
-    def listen_to_weights(self, on: bool) -> None:
-        """Whether the next updates are digested as they arrive."""
-        self.weight_transfer_engine.listening = on
+    def digest_updates(self, on: bool) -> None:
+        """Set whether the tensors of the next updates are digested as they arrive."""
+        self.weight_transfer_engine.digesting = on
 
     def stage_weights(self, version: int) -> str:
-        """Begin to receive a version beside the live weights; returns at once, with what is against it or ""."""
-        return self.weight_transfer_engine.stage(version)
+        """Begin to receive a version into a second copy of the model. Returns at once: an error message, or ""."""
+        return self._gloo_engine().stage(version)
 
-    def against_commit(self, version: int) -> str:
-        """Why a staged version cannot be committed, or ""."""
-        return self.weight_transfer_engine.against_commit(version)
+    def commit_error(self, version: int) -> str:
+        """The reason why a staged version cannot be committed, or ""."""
+        return self._gloo_engine().commit_error(version)
 
     def received_digests(self) -> dict[str, str]:
-        """Digests of the last update by name, empty unless listening."""
+        """Digests of the last update by tensor name; empty unless `digest_updates` is on."""
         return self.weight_transfer_engine.digests
 
     def begin_trace(self) -> None:
@@ -68,8 +81,12 @@ class WorkerExtension:
         self.tracer = Tracer(self.weight_transfer_engine.model)
 
     def end_trace(self) -> dict[str, Any]:
-        """What the layers took in and gave out: see `rollout.trace.Tracer.stop`."""
-        return self.tracer.stop(getattr(self.weight_transfer_engine.model, "packed_modules_mapping", {}))
+        """The recorded inputs and outputs of the layers: see `rollout.trace.Tracer.stop`."""
+        return self.tracer.stop(fused_modules(self.weight_transfer_engine.model))
+
+    def _gloo_engine(self) -> GlooEngine:
+        assert isinstance(self.weight_transfer_engine, GlooEngine), "only the CPU channel stages weights"
+        return self.weight_transfer_engine
 
 
 for _name, _engine in {"unison_gloo": GlooEngine, "unison_nccl": NCCLEngine, "unison_ipc": IPCEngine}.items():

@@ -1,9 +1,9 @@
-"""Does the stack work on this GPU? Log-probability parity, the whole loop, and the speed of a weight update.
+"""Does the stack work on this GPU? Log-probability parity, a whole run, and the speed of a weight update.
 
     scripts/gpu_check                   # one Hopper GPU, no network, below 8 minutes; --device cpu tries the script
 
-Each phase runs in a process of its own, so that one that crashes or hangs costs only itself. The result is
-gpu_check.json (in $OUT, where that is set) and a table; the exit status is 1 if any phase failed.
+Each phase runs in its own process, so a crash or a hang ends only that phase. The result is gpu_check.json (in $OUT if
+it is set) and a table. The exit status is 1 if any phase failed.
 """
 
 import argparse
@@ -23,26 +23,24 @@ from statistics import median
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from echo_task import REPLY_TOKENS, digits, make_model, share_of_echoes
 
 from rl.batch import collate, take, trajectory
 from rl.config import Config, Deadlines, RolloutConfig, TrackingConfig, TrainerConfig
 from rl.objectives import GRPO
 from rl.parity.gap import Gap, gap
-from rl.types import Data, Example, Prompt, Reply
+from rl.types import Prompt
 from rollout.settings import engine_env
-from trainer.cluster.placement import plan
+from trainer.cluster.placement import place
 from trainer.model.policy import load
 from trainer.prompts import load_tokenizer
 from trainer.runs.settings import stack_versions
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT_S = 470  # of the whole script; the phases' own limits add up to more, for not all of them will hang
+LIMIT_S = 470  # of the whole script; the phases' limits add up to more, because not all of them will hang
 PARITY_LIMIT = 0.05  # nats of mean |d| that fp32 heads on both sides may show over a bf16 body
-CONTROL_FACTOR = 3  # how many times worse than the honest row the negative control must be
+CONTROL_FACTOR = 3  # the negative control's gap must be so many times that of processed log-probabilities
 ENGINES = (("fp32", "processed", (1.0, 0.7)), ("bf16", "processed", (1.0,)), ("fp32", "raw", (0.7,)))
-REPLY_TOKENS = 8
 
 
 def middle(values: list[float]) -> dict[str, float]:
@@ -50,36 +48,8 @@ def middle(values: list[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
-def make_model(folder: Path, *, hidden: int, inner: int, layers: int, vocabulary: int = 14, nats: float = 0.0) -> str:
-    """Save a random bf16 Qwen2 (tied embeddings, heads of 64) with a character tokenizer of ten digits and "=".
-
-    With `nats`, the final norm, which scales a tied head's logits, is set for that mean entropy after random tokens;
-    after its own, which repeat themselves, it is about a third.
-    """
-    words = {c: i for i, c in enumerate(["<pad>", "<eos>", "<unk>", *"0123456789="])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    shape = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": vocabulary}
-    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    ids = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "max_position_embeddings": 1024}
-    torch.manual_seed(0)
-    config = Qwen2Config(**shape, **heads, **ids)
-    with torch.no_grad():
-        model, scale, entropy = Qwen2ForCausalLM(config), 1.0, math.inf
-        logits = model(torch.randint(vocabulary, (4, 32))).logits if nats else None
-        while nats and entropy > nats:
-            scale *= 1.05
-            log_p = (logits * scale).log_softmax(-1)
-            entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
-        model.model.norm.weight.mul_(scale)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return str(folder)
-
-
 def base_config(args: argparse.Namespace, name: str, model: str, **rollout: int) -> Config:
-    """What all phases share; data and reward are for those that have none."""
+    """The settings that all phases share; not every phase uses data and reward."""
     rollouts = RolloutConfig(gpu_memory_utilization=0.3, kv_cache_gib=0.25, **rollout)
     deadlines = Deadlines(start_s=150, sample_s=60, step_s=60, sync_s=60)
     where = {"device": args.device, "share_gpu": args.device == "cuda", "output_dir": f"{args.work}/runs"}
@@ -88,7 +58,7 @@ def base_config(args: argparse.Namespace, name: str, model: str, **rollout: int)
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """What this machine is."""
+    """This machine's hardware and software."""
     found: dict[str, Any] = {"cores": os.cpu_count()}
     if args.device == "cuda":
         p = torch.cuda.get_device_properties(0)
@@ -98,12 +68,12 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parity(args: argparse.Namespace) -> dict[str, Any]:
-    """Engine against trainer, fp32 head on and off on either side, and raw log-probabilities as negative control."""
+    """Engine against trainer, fp32 head on and off on each side, and raw log-probabilities as a negative control."""
     cpu = args.device == "cpu"
     shape = {"hidden": 512, "inner": 1408, "layers": 12, "vocabulary": 32768}
     shape = {"hidden": 128, "inner": 256, "layers": 4, "vocabulary": 2048} if cpu else shape
     model = args.model or make_model(Path(args.work) / "peaky", nats=3.0, **shape)
-    encode = load_tokenizer(model).encode  # most of it is <unk> to the random model's tokenizer, but not the numbers
+    encode = load_tokenizer(model).encode  # the random model's tokenizer knows only the digits
     prompts = [encode(f"Question: what is {i} times {i + 3}? Answer:") for i in range(2, 6 if cpu else 18)]
     config = base_config(args, "parity", model, max_tokens=24 if cpu else 128, max_model_len=256)
     sampled: dict[tuple[str, str, float], Any] = {}
@@ -121,17 +91,18 @@ def parity(args: argparse.Namespace) -> dict[str, Any]:
                 row = {"engine": engine, "trainer": trainer, "kind": kind, "temperature": t}
                 rows.append(row | {k: v for k, v in found.plain().items() if k != "worst"})
     gaps = {(r["kind"], r["temperature"]): r["mean_abs"] for r in rows if r["engine"] == r["trainer"] == "fp32"}
-    raw, honest = gaps.pop(("raw", 0.7), math.nan), gaps.get(("processed", 0.7), math.nan)
+    raw, processed = gaps.pop(("raw", 0.7), math.nan), gaps.get(("processed", 0.7), math.nan)
     problems += [
         f"fp32 heads at T={t} differ by {gap:.2g} nats" for (_, t), gap in gaps.items() if not gap < PARITY_LIMIT
     ]
-    if not raw > CONTROL_FACTOR * honest:
-        problems.append(f"raw log-probabilities differ by {raw:.2g} nats, honest ones by {honest:.2g}: a blind check")
+    if not raw > CONTROL_FACTOR * processed:
+        gaps_text = f"raw log-probabilities differ by {raw:.2g} nats, processed ones by {processed:.2g}"
+        problems.append(f"{gaps_text}: the check detects nothing")
     return {"model": args.model or shape, "rows": rows, "problems": problems}
 
 
 async def sample(config: Config, kind: str, prompts: list[list[int]], temperatures: list[float]) -> dict[float, Any]:
-    """What one engine says about its own samples, eight of each prompt: one batch for each temperature."""
+    """One engine's samples with their log-probabilities, eight of each prompt: one batch per temperature."""
     from rollout.engine import Engine
 
     overrides = {"logprobs_mode": f"{kind}_logprobs", "load_format": "auto"}
@@ -151,7 +122,7 @@ async def sample(config: Config, kind: str, prompts: list[list[int]], temperatur
 
 
 def trainer_gaps(model: str, head: str, device: str, batches: dict[Any, Any]) -> dict[Any, Gap]:
-    """For each batch: how far the trainer is from the engine."""
+    """The gap between trainer and engine for each batch."""
     policy = load(model, dtype="bfloat16", fp32_head=head == "fp32", share_prompts=False).to(device).eval()
     gaps = {}
     for key, batch in batches.items():
@@ -159,24 +130,14 @@ def trainer_gaps(model: str, head: str, device: str, batches: dict[Any, Any]) ->
         for rows in torch.arange(len(batch.rewards)).split(16):
             part = take(batch, rows)
             with torch.no_grad():
-                said = policy(part.input_ids.to(device), part.mask.to(device), key[2]).logprobs.cpu()
-            trainer[rows, : said.shape[1]] = said
+                trained = policy(part.input_ids.to(device), part.mask.to(device), key[2]).logprobs.cpu()
+            trainer[rows, : trained.shape[1]] = trained
         gaps[key] = gap(trainer, batch.rollout_logprobs, batch.mask)
     return gaps
 
 
-def digits() -> Data:
-    """Ten prompts: "7=" asks for "77777777"."""
-    return Data(train=[Example(prompt=f"{d}=", task={"digit": str(d)}) for d in range(10)])
-
-
-def share_of_echoes(reply: Reply) -> float:
-    """Share of the reply's places that hold the digit."""
-    return reply.text.count(reply.task["digit"]) / REPLY_TOKENS
-
-
 def loop(args: argparse.Namespace) -> dict[str, Any]:
-    """A whole run through the launcher: a random model learns to echo a digit."""
+    """A whole run: a random model learns to echo a digit."""
     from trainer.run import run
 
     model = make_model(Path(args.work) / "echo", hidden=256, inner=512, layers=2)
@@ -191,12 +152,12 @@ def loop(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("logprob_abs_diff_mean", "logprob_abs_diff_max", "k3_kl"):
         result[f"worst_{name}"] = max(row[f"rollout_corr/{name}"] for row in rows)
     result |= {"worst_ess": min(row["rollout_corr/ess"] for row in rows), "sync_bytes": rows[-1]["weight_sync/bytes"]}
-    rows = rows[1:]  # the first step pays for warming up
+    rows = rows[1:]  # without the first step, which includes warm-up
     for name, key in (("sync_seconds", "weight_sync/seconds"), ("pause_seconds", "weight_sync/pause_seconds")):
         result[name] = middle([row[key] for row in rows])
     for name, key in (("rollout_tokens_per_s", "wait_for_samples"), ("trainer_tokens_per_s", "learn")):
         result[name] = middle([row["response_length/mean"] * 128 / row[f"timing_s/{key}"] for row in rows])
-    problems = [] if last > first + 0.3 else [f"the reward went from {first:.2f} to {last:.2f} only"]
+    problems = [] if last > first + 0.3 else [f"the reward rose only from {first:.2f} to {last:.2f}"]
     return result | {"problems": problems}
 
 
@@ -209,7 +170,7 @@ def weight_sync(args: argparse.Namespace) -> dict[str, Any]:
     shape = {"hidden": 256, "inner": 1024, "layers": 4, "vocabulary": 8192} if args.device == "cpu" else shape
     model = make_model(Path(args.work) / "large", **shape)
     config = base_config(args, "sync", model, max_tokens=32, max_model_len=256)
-    placement = plan(config, cuda=args.device == "cuda")
+    placement = place(config, cuda=args.device == "cuda")
 
     async def updates() -> list[Any]:
         cluster = Cluster(config, placement)
@@ -237,7 +198,7 @@ PHASES = {
 
 
 def run_phase(args: argparse.Namespace) -> None:
-    """In the phase's own process: write what it found, or its error, to --result."""
+    """Run in the phase's own process: write its result or its error to --result."""
     try:
         result = PHASES[args.phase][0](args)
         problems = result.pop("problems", [])
@@ -250,10 +211,10 @@ def run_phase(args: argparse.Namespace) -> None:
 
 
 def supervise(name: str, arguments: list[str], work: str, limit: float) -> dict[str, Any]:
-    """Run one phase in a process group of its own; at its limit it ends, with all that it started."""
+    """Run one phase in its own process group; at its time limit, end it with every process that it started."""
     result = Path(work) / f"{name}.json"
     environ = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    if name == "parity":  # the others' engines get it from the cluster
+    if name == "parity":  # the other phases' engines get it from the cluster
         cpu = "cpu" in arguments
         environ |= engine_env(
             device="cpu" if cpu else "cuda", backend="gloo" if cpu else "ipc", threads=os.cpu_count() or 1
@@ -281,7 +242,7 @@ def supervise(name: str, arguments: list[str], work: str, limit: float) -> dict[
 
 
 def closing_table(phases: dict[str, Any]) -> str:
-    """Everything measured, as text."""
+    """All results as text."""
     lines = []
     for name, found in phases.items():
         lines.append(f"{name:13s}{'ok' if found['ok'] else 'FAILED':8s}{found['seconds']:.1f} s  {found['error']}")
@@ -301,18 +262,20 @@ def closing_table(phases: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run the phases one after the other, write the JSON, print the table."""
+    """Run the phases in sequence, write the JSON, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--model", default="", help="folder of a model for the parity table (default: a random one)")
-    parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES), help="run these phases alone")
-    parser.add_argument("--output", default=str(Path(os.environ.get("OUT", ".")) / "gpu_check.json"))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    parser.add_argument("--model", default="", help="folder of a model for the parity table (default: a random model)")
+    parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES), help="run only these phases")
+    parser.add_argument(
+        "--output", default=str(Path(os.environ.get("OUT", ".")) / "gpu_check.json"), help="JSON to write"
+    )
     for internal in ("--phase", "--result", "--work"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.phase:
         run_phase(args)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `supervise` ends its phase
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # lets `supervise` end its phase
     arguments = ["--device", args.device, "--model", str(Path(args.model).resolve()) if args.model else ""]
     began, phases = time.perf_counter(), {}
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as work:

@@ -1,6 +1,6 @@
-"""Does the engine say what the trainer would? The tables of docs/parity.md, made anew; about 6 minutes on two cores.
+"""Do engine and trainer compute the same log-probabilities? Makes the tables of docs/parity.md.
 
-python scripts/parity.py [--out docs/parity.json]
+python scripts/parity.py --out docs/parity.json     # about 6 minutes on two cores
 """
 
 import argparse
@@ -33,11 +33,11 @@ CONFIG = Config(
 )
 
 
-async def engine_says(config: Config, ask: Any, **overrides: Any) -> Any:
-    """Start one engine, ask it, end it."""
+async def on_engine(config: Config, ask: Any, **overrides: Any) -> Any:
+    """Start one engine, run `ask` on it, end it."""
     from rollout.engine import Engine
 
-    # The weights are read from disk, by vLLM itself: what it then says owes nothing to our weight channel.
+    # vLLM itself reads the weights from disk, so the result does not depend on our weight channel.
     overrides = {"load_format": "auto", **overrides}
     engine = Engine(config, device="cpu", backend="gloo", model=MODEL, version=0, overrides=overrides)
     await engine.start()
@@ -48,17 +48,17 @@ async def engine_says(config: Config, ask: Any, **overrides: Any) -> Any:
 
 
 async def against_v0(engine: Any) -> dict[str, Gap]:
-    """V1's log-probabilities of V0's own tokens, by V0's setting."""
+    """V1's log-probabilities of the tokens that V0 sampled, by V0's setting."""
     found: dict[str, list[tuple[list[float], list[float]]]] = {}
     for item in ITEMS:
         sampling = {k: item[k] for k in ("temperature", "top_p", "top_k") if item.get(k) is not None}
-        said = await engine.score(item["prompt_token_ids"], item["token_ids"], **sampling)
-        found.setdefault(item["setting"], []).append((said, item["logprobs"]))
+        scored = await engine.score(item["prompt_token_ids"], item["token_ids"], **sampling)
+        found.setdefault(item["setting"], []).append((scored, item["logprobs"]))
     return {setting: ragged_gap(pairs) for setting, pairs in found.items()}
 
 
 def ragged_gap(pairs: list[tuple[list[float], list[float]]]) -> Gap:
-    """The gap of one side from the other over sequences of different lengths."""
+    """The gap between two sides over sequences of different lengths."""
     width = max(len(one) for one, _ in pairs)
     mask = torch.tensor([[t < len(one) for t in range(width)] for one, _ in pairs])
     one, other = (
@@ -68,7 +68,7 @@ def ragged_gap(pairs: list[tuple[list[float], list[float]]]) -> Gap:
 
 
 async def sampled(engine: Any) -> tuple[dict[float, Batch], Gap]:
-    """Sequences that the engine samples, by temperature; and, at T = 1, how far its own prefill is from its decode."""
+    """Sequences that the engine samples, by temperature; and, at T = 1, the gap between its prefill and its decode."""
     batches, noise = {}, []
     for temperature in (1.0, 0.7):
         prompts = [Prompt(ordinal=n, token_ids=item["prompt_token_ids"], task={}) for n, item in enumerate(ITEMS[:12])]
@@ -83,7 +83,7 @@ async def sampled(engine: Any) -> tuple[dict[float, Batch], Gap]:
 
 
 def trainer_gap(batches: dict[float, Batch], dtype: str, fp32_head: bool) -> dict[float, Gap]:
-    """The trainer's view of the engine's samples."""
+    """The gap between the trainer and the engine on the engine's samples."""
     policy = load(MODEL, dtype=dtype, fp32_head=fp32_head, share_prompts=False)
     with torch.no_grad():
         return {
@@ -110,7 +110,7 @@ def main(out: Path) -> None:
 
     print("| V1 mode | setting | tokens | mean abs d | max abs d |\n|---|---|---|---|---|", flush=True)
     for mode in ("processed_logprobs", "raw_logprobs"):
-        found = asyncio.run(engine_says(CONFIG, against_v0, logprobs_mode=mode))
+        found = asyncio.run(on_engine(CONFIG, against_v0, logprobs_mode=mode))
         result["against_v0"][mode] = {setting: g.plain() for setting, g in found.items()}
         for setting, g in found.items():
             print(row(mode, setting, g.tokens, g.mean_abs, g.max_abs), flush=True)
@@ -129,7 +129,7 @@ def main(out: Path) -> None:
         ("bfloat16", True, [True, False]),
         ("bfloat16", False, [True, False]),
     ):
-        batches, noise = asyncio.run(engine_says(replace(CONFIG, dtype=dtype, fp32_head=engine_fp32), sampled))
+        batches, noise = asyncio.run(on_engine(replace(CONFIG, dtype=dtype, fp32_head=engine_fp32), sampled))
         head = "fp32" if engine_fp32 else "bf16"
         show(dtype, head, "its own prefill", 1.0, noise)
         for trainer_fp32 in trainer_heads:
@@ -139,6 +139,6 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "parity.json")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "parity.json", help="JSON file")
     main(parser.parse_args().out)

@@ -10,6 +10,7 @@ from rl.config import Config
 from rl.rewards.score import score
 from rl.tokens import encode
 from rl.types import Data, Example, Prompt, Reply
+from trainer.plan.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,12 @@ class Prepared:
     def decode(self, ids: list[int]) -> str:
         """Text as a reward sees it, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def read(plan: Plan) -> Prepared:
+    """Check that the model runs and fits as planned, then load the data. Takes seconds. Raises as both do."""
+    plan.check_model()
+    return prepare(plan.config)
 
 
 def prepare(config: Config) -> Prepared:

@@ -14,18 +14,16 @@ from rl.loop.loop import Loop
 from rl.loop.progress import Progress
 from rl.loop.stream import stream
 from rl.parity.watch import Watch
-from rl.types import Batch
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.fleet import Fleet
-from trainer.cluster.placement import Placement
 from trainer.cluster.remote import RemoteLearner, RemoteRollouts
 from trainer.doctor.diagnosis import ParityError
 from trainer.doctor.doctor import checkup
 from trainer.doctor.examine import by_settings
 from trainer.doctor.report import save, show, token_table
 from trainer.pages.curves import plot
-from trainer.plan.preflight import _read, place
-from trainer.prompts import Prepared
+from trainer.plan.plan import Plan, make_plan
+from trainer.prompts import Prepared, read
 from trainer.runs import checkpoint
 from trainer.runs.files import fresh_folder, write_json
 from trainer.runs.model_card import write_card
@@ -42,20 +40,22 @@ def run(config: Config, *, resumed: Resumed | None = None, flags: Sequence[str] 
 
     `flags` is the command line that made the config of the recipe's, for checkpoints to remember.
     """
+    plan = make_plan(config)
+    plan.check_gpus()
     try:
-        return asyncio.run(_run(config, place(config), resumed, flags))
+        return asyncio.run(_run(plan, resumed, flags))
     except asyncio.CancelledError:
         sys.exit(EXIT_CODE)
 
 
-async def _run(config: Config, placement: Placement, resumed: Resumed | None, flags: Sequence[str]) -> dict[str, Any]:
-    began = time.perf_counter()
+async def _run(plan: Plan, resumed: Resumed | None, flags: Sequence[str]) -> dict[str, Any]:
+    config, began = plan.config, time.perf_counter()
     stop = Stop(config.deadlines.stop_s)
     stop.listen()
-    cluster = Cluster(config, placement)
+    cluster = Cluster(config, plan.placement)
     try:
         # The actors import vLLM and DeepSpeed, which takes longest, while the data is read and checked here.
-        reading = asyncio.create_task(asyncio.to_thread(_read, config, placement))
+        reading = asyncio.create_task(asyncio.to_thread(read, plan))
         cluster.boot()
         stop.listen()
         prepared = await reading
@@ -130,7 +130,8 @@ class Run:
         learner = RemoteLearner(cluster, probe=probe, fleet=fleet, version=self.progress.version)
         if self.resumed:
             with status(f"going on from {self.resumed.checkpoint.folder}"):
-                await cluster.ask_learners("load_state", self.resumed.learner)
+                state = self.resumed.learner
+                await cluster.ask_learners(lambda rank: rank.load_state(state))
         await self._check(learner)
 
         async def evaluated() -> dict[str, float]:
@@ -160,10 +161,11 @@ class Run:
             raise asyncio.CancelledError("told to stop")
         summary["train_seconds"] = time.perf_counter() - self.began
         summary["eval_after"] = self._evaluation(self.tracker.history[-1])
-        summary["learner_peak_gib"] = await cluster.ask_learners("peak_memory_gib")
+        summary["learner_peak_gib"] = await cluster.ask_learners(lambda rank: rank.peak_memory_gib())
         if config.save_final:
             with status("exporting the model"):
-                await cluster.ask_learners("export", str((self.folder / "model").resolve()))
+                target = str((self.folder / "model").resolve())
+                await cluster.ask_learners(lambda rank: rank.export(target))
                 tokenizer.save_pretrained(self.folder / "model")
                 write_card(self.folder / "model", config, summary, self.settings)
         summary["engines"] = await fleet.counters()
@@ -173,11 +175,7 @@ class Run:
         """The learner, with a record of its steps where the config asks for one."""
         if not self.config.record_batches:
             return learner
-
-        async def ask(method: str, batch: Batch) -> Any:
-            return (await self.cluster.ask_learners(method, batch))[0]
-
-        return Recorder(learner, ask, self.folder / "batches", self.config)
+        return Recorder(learner, self.folder / "batches", self.config)
 
     @staticmethod
     def _evaluation(row: dict[str, float]) -> dict[str, float]:
@@ -199,7 +197,8 @@ class Run:
         try:
             draft = checkpoint.draft(self.folder, progress.version)
             write_history(draft, self.tracker.history)
-            await self.cluster.ask_learners("save_state", str((draft / "learner").resolve()))
+            target = str((draft / "learner").resolve())
+            await self.cluster.ask_learners(lambda rank: rank.save_state(target))
             # In a thread: it reads every byte again, and the engines are spoken to meanwhile.
             keep = self.config.keep_last
             done = await asyncio.to_thread(checkpoint.commit, draft, progress.version, state, keep_last=keep)
@@ -233,7 +232,7 @@ class Run:
         """What `old_logprobs="auto"` comes to."""
         self.summary["old_logprobs"] = source
         self.watch.settle(source)
-        await self.cluster.ask_learners("use_old_logprobs", source)
+        await self.cluster.ask_learners(lambda rank: rank.use_old_logprobs(source))
 
     def __enter__(self) -> "Run":
         return self

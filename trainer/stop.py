@@ -1,4 +1,4 @@
-"""How does a run end that is told to (SIGTERM)? Gently within its grace period, and then for certain."""
+"""How a run ends at SIGTERM: it saves within its grace period, then it ends in any case."""
 
 import asyncio
 import signal
@@ -10,25 +10,25 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Stop:
-    """Hears SIGTERM on behalf of the task that makes it. The first one counts, others are ignored."""
+    """Handles SIGTERM for the task that makes it. The first signal counts, later ones are ignored."""
 
     def __init__(self, grace_s: float) -> None:
         self.grace_s = grace_s
         self.gently: Callable[[], Coroutine[Any, Any, None]] | None = None
-        """What to do first, where something can be saved; else the task is cancelled at once."""
+        """Called first where something can be saved; without it the task is cancelled at once."""
         self.asked = False
         self._main = asyncio.current_task()
         self._asking: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def listen(self) -> None:
-        """Begin, or begin anew where a library (Ray does) has put a handler of its own."""
+        """Install the handler, again after a library (such as Ray) has installed its own."""
         # Signals go to the main thread alone.
         if threading.current_thread() is threading.main_thread():
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.hear)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.handle)
 
-    def hear(self) -> None:
-        """SIGTERM has come."""
+    def handle(self) -> None:
+        """Handle SIGTERM."""
         if self.asked:
             return
         self.asked = True
@@ -40,7 +40,7 @@ class Stop:
         self._timer = loop.call_later(self.grace_s, self._cancel)
 
     def saved(self) -> None:
-        """What was to be saved is: the clean-up that follows may take its time."""
+        """Everything is saved: the clean-up that follows has no deadline."""
         self.gently = None
         if self._timer:
             self._timer.cancel()

@@ -1,0 +1,1 @@
+"""The weight channel, from the learner's sender to the engine's live model."""

@@ -1,4 +1,4 @@
-"""How tensors are packed into a few large messages: the same cut on both sides, from names, types and shapes alone."""
+"""How tensors are packed into a few large messages. Both sides derive the same cut from names, types and shapes."""
 
 from collections.abc import Iterable, Iterator
 from math import prod
@@ -11,11 +11,11 @@ _ALIGN = 16
 
 Meta = tuple[str, torch.dtype, tuple[int, ...]]
 Bucket = tuple[list[tuple[Meta, int]], int]
-"""Tensors with their byte offsets, and the size of the bucket in bytes."""
+"""Tensors with their offsets in bytes, and the size of the bucket in bytes."""
 
 
 def buckets(metas: Iterable[Meta], limit: int) -> Iterator[Bucket]:
-    """Cut tensors, in order, into buckets of at most `limit` bytes; a larger tensor travels alone."""
+    """Cut tensors, in order, into buckets of at most `limit` bytes; a larger tensor gets its own bucket."""
     items: list[tuple[Meta, int]] = []
     size = 0
     for meta in metas:
@@ -31,12 +31,12 @@ def buckets(metas: Iterable[Meta], limit: int) -> Iterator[Bucket]:
 
 
 def pack(bucket: Bucket, tensors: Iterator[tuple[str, Tensor]], into: Tensor | None = None) -> Tensor:
-    """One flat uint8 buffer of the bucket's tensors, drawn from `tensors` in order.
+    """One flat uint8 buffer of the bucket's tensors, taken from `tensors` in order; `into` is the memory to use.
 
-    Raises ValueError when the stream yields another tensor than was announced: both sides would cut differently.
+    Raises ValueError when `tensors` yields another tensor than was announced: both sides would cut differently.
     """
     items, size = bucket
-    # Zeros: the bytes between tensors take part in sums.
+    # Zeros, because checksums include the bytes between tensors.
     buffer = torch.zeros(size, dtype=torch.uint8) if into is None else into
     for (name, dtype, shape), offset in items:
         got_name, tensor = next(tensors, ("nothing more", torch.empty(0)))

@@ -1,8 +1,9 @@
 """The weight channel between CPU processes: numbered buckets in shared memory or over gloo, checked before use.
 
-Sender and receivers each hold the *image*: every tensor at its place in one flat buffer. On one host it is one file in
-shared memory, so the sender's copy into it is the whole transfer; elsewhere each side has its own, and the sender
-sends what changed (see `rollout.weights.sparse`) where that is shorter. Headers, sums and verdicts travel over gloo.
+The sender and each receiver hold the *image*: every tensor at its place in one flat buffer. On one host the image is
+one file in shared memory, so the sender's copy into it is the whole transfer. Between hosts each side has its own
+image, and the sender sends the changes (see `rollout.weights.sparse`) where they are shorter. Headers, checksums and
+the receivers' reports travel over gloo.
 """
 
 import os
@@ -19,81 +20,88 @@ from torch import Tensor
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
 
 from rl.protocols import UpdateFailed
+from rl.weights import TensorMeta
 from rollout.weights.buckets import BUCKET_BYTES, Bucket, Meta, buckets
 
-_DENSE, _SPARSE, _END = 0, 1, -1
-_FIELDS = 5
-_REPORT_BYTES = 1024
+HEADER_FIELDS = 5
+"""Of the header that announces a bucket: version, index, base version (-1: none), encoding, payload size in bytes."""
+DENSE, SPARSE = 0, 1
+"""Encodings of a payload: all values, or the changes from the base version."""
+END_OF_UPDATE = -1
+"""The index in the last header of an update, which has no payload."""
+REPORT_BYTES = 1024
 SHARED = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What both sides must agree on: the tensors in the order of travel, and where the image is, if it is shared."""
+    """What both sides must agree on: the tensors in the order in which they are sent, and the shared image, if any."""
 
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
     bucket_bytes: int
     segment: str = ""
+    """The image's file in shared memory."""
     host: str = ""
+    """The sender's `this_host`."""
 
     @classmethod
-    def of(cls, metas: Iterable[Any]) -> "Layout":
-        """Of the learner's `TensorMeta`s."""
+    def of(cls, metas: Iterable[TensorMeta]) -> "Layout":
+        """The layout of the learner's tensors, without shared memory."""
         metas = list(metas)
         return cls([m.name for m in metas], [m.dtype for m in metas], [list(m.shape) for m in metas], BUCKET_BYTES)
 
     def buckets(self) -> list[tuple[Bucket, int]]:
-        """The buckets with their offsets in the image."""
+        """The buckets with their offsets in the image, in bytes."""
         dtypes = [getattr(torch, name) for name in self.dtype_names]
         metas: list[Meta] = list(zip(self.names, dtypes, map(tuple, self.shapes), strict=True))
-        cut, offset = [], 0
+        placed, offset = [], 0
         for bucket in buckets(metas, self.bucket_bytes):
-            cut.append((bucket, offset))
+            placed.append((bucket, offset))
             offset += bucket[1]
-        return cut
+        return placed
 
 
 def join(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> ProcessGroupGloo:
-    """A gloo group beside the process's default one; rank 0 is where the others meet. Every wait in it is bounded."""
+    """A gloo group in addition to the process's default group. The ranks meet at rank 0; every wait is bounded."""
     timeout = timedelta(seconds=timeout_s)
     store = TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
     return ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, timeout)
 
 
 def broadcast(group: ProcessGroupGloo, tensor: Tensor) -> Tensor:
-    """From rank 0 to all; returns the tensor, which the others must have made."""
-    with _errors_of_gloo():
-        _begin(group, tensor).wait()
+    """Broadcast from rank 0 to all. Returns the tensor, which the other ranks must have allocated."""
+    with gloo_errors():
+        begin_broadcast(group, tensor).wait()
     return tensor
 
 
-def _begin(group: ProcessGroupGloo, tensor: Tensor) -> Any:
-    """A broadcast under way; it keeps the tensor."""
+def begin_broadcast(group: ProcessGroupGloo, tensor: Tensor) -> Any:
+    """Start a broadcast from rank 0. The returned work object keeps the tensor alive and has `wait`."""
     options = BroadcastOptions()
     options.rootRank = options.rootTensor = 0
     return group.broadcast([tensor], options)
 
 
 @contextmanager
-def _errors_of_gloo() -> Iterator[None]:
-    """A peer that is gone or late, as an UpdateFailed in gloo's own words."""
+def gloo_errors() -> Iterator[None]:
+    """Raise gloo's error about a lost or late peer as UpdateFailed, with gloo's own text."""
     try:
         yield
     except RuntimeError as error:
-        raise UpdateFailed(f"the weight channel was cut off ({str(error).splitlines()[0]})") from None
+        raise UpdateFailed(f"the weight channel's connection failed ({str(error).splitlines()[0]})") from None
 
 
-def gather_words(group: ProcessGroupGloo, words: str) -> list[str]:
-    """What each rank has to say, in the order of the ranks."""
-    mine = torch.zeros(_REPORT_BYTES, dtype=torch.uint8)
-    text = words.encode()[:_REPORT_BYTES]
-    mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else mine[:0]
-    all_of_them = [torch.zeros_like(mine) for _ in range(group.size())]
-    with _errors_of_gloo():
-        group.allgather([all_of_them], [mine]).wait()
-    return [bytes(t.tolist()).rstrip(b"\0").decode(errors="replace") for t in all_of_them]
+def gather_texts(group: ProcessGroupGloo, text: str) -> list[str]:
+    """Exchange one text per rank (cut to `REPORT_BYTES`); returns all of them in the order of the ranks."""
+    mine = torch.zeros(REPORT_BYTES, dtype=torch.uint8)
+    encoded = text.encode()[:REPORT_BYTES]
+    mine[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8) if encoded else mine[:0]
+    gathered = [torch.zeros_like(mine) for _ in range(group.size())]
+    with gloo_errors():
+        group.allgather([gathered], [mine]).wait()
+    return [bytes(t.tolist()).rstrip(b"\0").decode(errors="replace") for t in gathered]
 
 
 def this_host() -> str:
@@ -104,7 +112,7 @@ def this_host() -> str:
 
 
 def reserve(nbytes: int) -> str:
-    """A file of that size in shared memory, or "" where there is no room: a container often has 64 MB."""
+    """Create a file of `nbytes` in shared memory. Returns "" if it does not fit: a container often has 64 MB."""
     if not SHARED.is_dir():
         return ""
     path = SHARED / f"unison-{os.getpid()}-{secrets.token_hex(4)}"
@@ -117,9 +125,11 @@ def reserve(nbytes: int) -> str:
     return str(path)
 
 
-def _map(path: str, nbytes: int) -> Tensor:
+def map_shared(path: str, nbytes: int) -> Tensor:
+    """A flat uint8 tensor over a file in shared memory."""
     return torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8)
 
 
-def _sum(buffer: Tensor) -> int:
+def checksum(buffer: Tensor) -> int:
+    """The wrapping sum of a bucket's bytes, read as 64-bit integers."""
     return int(buffer.view(torch.int64).sum())

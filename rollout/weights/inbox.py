@@ -1,4 +1,4 @@
-"""An engine's end of the CPU channel."""
+"""An engine's end of the CPU weight channel: receives an update, checks it, and reports to the sender."""
 
 import os
 from collections.abc import Callable
@@ -12,21 +12,32 @@ from torch.distributed import ProcessGroupGloo
 from rl.protocols import UpdateFailed
 from rollout.weights import sparse
 from rollout.weights.buckets import unpack
-from rollout.weights.channel import _END, _FIELDS, _SPARSE, Layout, _map, _sum, broadcast, gather_words, this_host
+from rollout.weights.channel import (
+    END_OF_UPDATE,
+    HEADER_FIELDS,
+    SPARSE,
+    Layout,
+    broadcast,
+    checksum,
+    gather_texts,
+    map_shared,
+    this_host,
+)
 
 
 class Inbox:
-    """A receiver's end."""
+    """Meets the sender's `Outbox` when it is made, and receives one update per `receive`."""
 
     def __init__(self, group: ProcessGroupGloo, layout: Layout) -> None:
-        self.group, self.cut = group, layout.buckets()
-        nbytes = sum(bucket[1] for bucket, _ in self.cut)
-        here = bool(layout.segment) and layout.host == this_host() and os.path.exists(layout.segment)
-        image = _map(layout.segment, nbytes) if here else None
-        words = gather_words(group, "shared" if here else "apart")
-        self.shared = all(w == "shared" for w in words)
+        self.group, self.buckets = group, layout.buckets()
+        nbytes = sum(bucket[1] for bucket, _ in self.buckets)
+        same_host = bool(layout.segment) and layout.host == this_host() and os.path.exists(layout.segment)
+        image = map_shared(layout.segment, nbytes) if same_host else None
+        replies = gather_texts(group, "shared" if same_host else "separate")
+        self.shared = all(reply == "shared" for reply in replies)
         self.image = image if self.shared and image is not None else torch.zeros(nbytes, dtype=torch.uint8)
         self.held: int | None = None
+        """Version of the image; None when it is not known to be complete."""
 
     def receive(
         self,
@@ -35,83 +46,86 @@ class Inbox:
         take: Callable[[list[tuple[str, Tensor]]], object],
         finish: Callable[[], object],
     ) -> None:
-        """Hand every bucket's tensors to `take` as they come, and tell the sender whether all is well.
+        """Pass each bucket's tensors to `take` as they arrive, and report to the sender whether all succeeded.
 
-        Raises UpdateFailed, after the sender was told why, when something is missing, doubled, out of order, changed
-        on the way, or a callback fails. The tensors are views of the image: valid until the next update.
+        `begin` is called before the first bucket, `finish` after the last. The sender gets the error, then UpdateFailed
+        is raised here, when a bucket is missing, repeated, out of order or changed in transit, or a callback fails. The
+        tensors are views of the image, valid until the next update.
         """
-        held, self.held, came = self.held, None, 0
-        # The work is done beside, in order: the sender waits until a header is read.
-        with ThreadPoolExecutor(1, "weights") as beside:
-            faults: list[str] = []
-            work = [beside.submit(_fault_of, begin)]
+        base, self.held, count = self.held, None, 0
+        # The callbacks run in another thread, in order, because the sender waits until a header is read.
+        with ThreadPoolExecutor(1, "weights") as worker:
+            errors: list[str] = []
+            work = [worker.submit(error_of, begin)]
             while True:
-                header = broadcast(self.group, torch.zeros(_FIELDS, dtype=torch.int64)).tolist()
-                if header[1] == _END:
+                header = broadcast(self.group, torch.zeros(HEADER_FIELDS, dtype=torch.int64)).tolist()
+                if header[1] == END_OF_UPDATE:
                     break
                 payload = None
                 if not self.shared:
                     payload = broadcast(self.group, torch.empty(header[4], dtype=torch.uint8))
-                fault = self._place(header, payload, version, held, came)
-                if fault:
-                    faults.append(fault)
+                error = self._write(header, payload, version, base, count)
+                if error:
+                    errors.append(error)
                 else:
-                    bucket, offset = self.cut[header[1]]
+                    bucket, offset = self.buckets[header[1]]
                     named = unpack(bucket, self.image[offset : offset + bucket[1]])
-                    work.append(beside.submit(_fault_of, partial(take, named), self._first(header[1])))
-                came += 1
-            changed = self._missing(came)
+                    work.append(worker.submit(error_of, partial(take, named), self._first_tensor(header[1])))
+                count += 1
+            corrupt = self._incomplete(count)
             if not self.shared:
-                sums = broadcast(self.group, torch.zeros(len(self.cut), dtype=torch.int64)).tolist()
-                # Summed while the last buckets are being loaded.
-                changed = changed or self._changed(sums)
-            faults += [future.result() for future in work]
-            fault = next(filter(None, faults), changed) or _fault_of(finish)
-        gather_words(self.group, fault)
-        if fault:
-            raise UpdateFailed(fault)
+                sums = broadcast(self.group, torch.zeros(len(self.buckets), dtype=torch.int64)).tolist()
+                # The sums are computed while the last buckets are being loaded.
+                corrupt = corrupt or self._changed(sums)
+            errors += [future.result() for future in work]
+            error = next(filter(None, errors), corrupt) or error_of(finish)
+        gather_texts(self.group, error)
+        if error:
+            raise UpdateFailed(error)
         self.held = version
 
-    def _place(self, header: list[int], payload: Tensor | None, version: int, held: int | None, due: int) -> str:
-        """Read one bucket into the image; what is wrong with it, or ""."""
-        told, index, base, encoding, _ = header
-        if told != version:
-            return f"bucket {index} is of version {told}, and {version} was announced"
+    def _write(self, header: list[int], payload: Tensor | None, version: int, base: int | None, due: int) -> str:
+        """Write one bucket into the image; returns an error message, or ""."""
+        sent_version, index, sent_base, encoding, _ = header
+        if sent_version != version:
+            return f"bucket {index} is of version {sent_version}, but version {version} was announced"
         if index != due:
-            return f"bucket {index} came where bucket {due} was due ({self._first(due)})"
-        bucket, offset = self.cut[index]
+            return f"bucket {index} arrived instead of bucket {due} ({self._first_tensor(due)})"
+        bucket, offset = self.buckets[index]
         place = self.image[offset : offset + bucket[1]]
-        if encoding == _SPARSE:
-            if base != held:
-                return f"bucket {index} changes version {base}, and this engine holds {held}"
+        if encoding == SPARSE:
+            if sent_base != base:
+                return f"bucket {index} changes version {sent_base}, but this engine holds {base}"
             assert payload is not None
-            return _fault_of(lambda: sparse.apply(payload, place.view(torch.int16)))
+            return error_of(lambda: sparse.apply(payload, place.view(torch.int16)))
         if payload is not None:
-            return _fault_of(lambda: place.copy_(payload))
+            return error_of(lambda: place.copy_(payload))
         return ""
 
-    def _missing(self, came: int) -> str:
-        if came == len(self.cut):
+    def _incomplete(self, count: int) -> str:
+        if count == len(self.buckets):
             return ""
-        return f"{came} buckets came of {len(self.cut)} ({self._first(came)} is missing)"
+        return f"{count} of {len(self.buckets)} buckets arrived (the first missing one: {self._first_tensor(count)})"
 
     def _changed(self, sums: list[int]) -> str:
-        for index, ((bucket, offset), told) in enumerate(zip(self.cut, sums, strict=True)):
-            if _sum(self.image[offset : offset + bucket[1]]) != told:
-                return f"bucket {index} ({self._first(index)}) changed on its way"
+        for index, ((bucket, offset), sent) in enumerate(zip(self.buckets, sums, strict=True)):
+            if checksum(self.image[offset : offset + bucket[1]]) != sent:
+                return f"bucket {index} ({self._first_tensor(index)}) changed in transit"
         return ""
 
-    def _first(self, index: int) -> str:
-        """The first tensor of a bucket, by which a person finds it."""
-        if not 0 <= index < len(self.cut):
-            return "there is none"
-        return f"from {self.cut[index][0][0][0][0][0]}"
+    def _first_tensor(self, index: int) -> str:
+        """The first tensor of a bucket, by which a reader can find it."""
+        if not 0 <= index < len(self.buckets):
+            return "no such bucket"
+        (items, _), _ = self.buckets[index]
+        (name, _, _), _ = items[0]
+        return f"from {name}"
 
 
-def _fault_of(call: Callable[[], object], where: str = "") -> str:
-    """What went wrong in a call. The sender must hear of it, whatever it is: it waits."""
+def error_of(call: Callable[[], object], bucket: str = "") -> str:
+    """Call it; returns the error as text, or "". Every exception counts, because the sender waits for a report."""
     try:
         call()
     except Exception as error:
-        return f"{where and f'bucket {where}: '}{type(error).__name__}: {error}"
+        return f"{bucket and f'bucket {bucket}: '}{type(error).__name__}: {error}"
     return ""

@@ -1,4 +1,4 @@
-"""The trainer's end of the weight channel: ours between CPU processes, vLLM's trainer engines for NCCL and CUDA IPC."""
+"""The trainer's end of the weight channel: our own sender on CPU, vLLM's senders for NCCL and CUDA IPC."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -15,7 +15,7 @@ from rollout.weights.outbox import Outbox
 
 
 class Weights(Protocol):
-    """What the learner offers: names ahead of time, then full tensors in that order (a collective over its ranks)."""
+    """The learner's weights: names first, then full tensors in that order (a collective call over its ranks)."""
 
     def metadata(self) -> list[TensorMeta]: ...
 
@@ -23,13 +23,13 @@ class Weights(Protocol):
 
 
 class Sender(Protocol):
-    """Gives every engine the learner's weights of now, as the version that the client was told; on every rank."""
+    """Sends the learner's current weights to every engine, as `client.version`; called on every rank."""
 
     def send_weights(self) -> None: ...
 
 
 class GlooSender:
-    """Weights to engines on CPU. They receive while they sample, and pause to commit, once all of them are ready."""
+    """Sends weights to engines on CPU. They receive while they sample; once all are ready, they pause to commit."""
 
     def __init__(
         self,
@@ -43,18 +43,21 @@ class GlooSender:
         world_size: int,
         timeout_s: float,
     ) -> None:
-        """`expected` are the names that every update must bring; `client` carries the control calls to all engines, and
-        the version of the next update; rank 0 sends, and is found at `address` and `port`; `world_size` counts it and
-        every engine worker; `timeout_s` bounds each wait, in seconds. Raises TimeoutError when not all engines come."""
+        """Connects to the engines. Raises TimeoutError when some engine does not connect in time.
+
+        `expected`: the names that every update must contain. `client`: makes the control calls to all engines, and has
+        the version of the next update. Rank 0 sends; the engines connect to it at `address` and `port`. `world_size`
+        counts rank 0 and every engine worker. `timeout_s` bounds each wait, in seconds.
+        """
         self.weights, self.expected, self.client, self.timeout_s = weights, expected, client, timeout_s
         self.outbox: Outbox | None = None
         self.seconds: dict[str, float] = {}
-        """Of the last update: `transfer` until the engines could read every byte, `stage` until all had the new
-        weights built, `commit` until all sampled with them."""
+        """Duration of the last update's phases: `begin` until the engines were ready to receive, `transfer` until they
+        could read every byte, `stage` until all had built the new weights, `commit` until all sampled with them."""
         if rank == 0:
-            self.outbox = self._meet(address, port, world_size)
+            self.outbox = self._connect(address, port, world_size)
 
-    def _meet(self, address: str, port: int, world_size: int) -> Outbox:
+    def _connect(self, address: str, port: int, world_size: int) -> Outbox:
         layout = Layout.of(self.weights.metadata())
         layout = replace(layout, segment=reserve(sum(b[1] for b, _ in layout.buckets())), host=this_host())
         info = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": world_size}
@@ -64,23 +67,25 @@ class GlooSender:
         def call() -> None:
             try:
                 self.client.init_weight_transfer_engine(info)
-            except Exception as error:  # handed over: it is raised in the thread that waits
+            except Exception as error:  # raised again in the thread that waits
                 failed.append(error)
 
-        # A daemon: an engine that died in the rendezvous must not turn its error into a hang.
-        meeting = Thread(target=call, daemon=True, name="meet the engines")
-        meeting.start()
+        # A daemon thread, so that an engine that died in the rendezvous causes an error and not a hang.
+        connecting = Thread(target=call, daemon=True, name="connect the engines")
+        connecting.start()
         try:
             outbox = Outbox(join(address, port, 0, world_size, self.timeout_s), layout)
-            meeting.join(self.timeout_s)
+            connecting.join(self.timeout_s)
         except RuntimeError:
             if failed:
-                # The engines' own error says more than a rendezvous without them.
+                # The engines' own error is more specific than a rendezvous timeout.
                 raise failed[0] from None
-            late = f"no weight channel within {self.timeout_s:g} s: not every engine came to {address}:{port}"
-            raise TimeoutError(late) from None
+            raise TimeoutError(
+                f"the weight channel did not open within {self.timeout_s:g} s: not every engine connected to "
+                f"{address}:{port}"
+            ) from None
         finally:
-            # What is mapped stays; no name is left behind, however this run ends.
+            # Mapped memory remains valid, and no file is left behind, however this run ends.
             if layout.segment:
                 Path(layout.segment).unlink()
         if failed:
@@ -88,15 +93,18 @@ class GlooSender:
         return outbox
 
     def send_weights(self) -> None:
-        """Raises ValueError before anything is sent when a tensor is missing, and UpdateFailed when the engines did not
-        take the update: they then go on with the weights they have, and this sender is of no more use."""
+        """Send one update, from rank 0.
+
+        Raises ValueError before anything is sent when a tensor is missing. Raises UpdateFailed when an engine refused
+        the update; the engines then keep their current weights, and this sender cannot be used again.
+        """
         check_complete({m.name for m in self.weights.metadata()}, self.expected, "the engine")
         tensors = iter(self.weights)
         try:
             if self.outbox is not None:
                 self._send(self.outbox, tensors)
         finally:
-            # The other ranks gather each layer together with this one, and would wait for it.
+            # Every rank takes part in gathering each layer; the other ranks would wait for this one.
             for _ in tensors:
                 pass
 
@@ -104,31 +112,30 @@ class GlooSender:
         version = self.client.version
         began = perf_counter()
         self.client.stage_weights(version)
-        asked = perf_counter()
+        ready = perf_counter()
         outbox.send(tensors, version)
         sent = perf_counter()
-        outbox.settle()
+        outbox.finish()
         staged = perf_counter()
         self.client.finish_weight_update()
         self.seconds = {
-            "begin": asked - began,
-            "transfer": sent - asked,
+            "begin": ready - began,
+            "transfer": sent - ready,
             "stage": staged - sent,
             "commit": perf_counter() - staged,
         }
 
 
-def open_sender(backend: str, **ends: Any) -> Sender:
-    """Meet the engines and return what sends them the learner's weights; called on every learner rank.
+def open_sender(backend: str, **arguments: Any) -> Sender:
+    """Connect to the engines and return the sender of the learner's weights; called on every learner rank.
 
-    `ends` are the arguments of `GlooSender`. Raises ValueError for an unknown backend, and whatever the rendezvous
-    raises.
+    `arguments` are those of `GlooSender`. Raises ValueError for an unknown backend, and the errors of the rendezvous.
     """
     if backend == "gloo":
-        return GlooSender(**ends)
+        return GlooSender(**arguments)
     if backend not in ("nccl", "ipc"):
         raise ValueError(f"unknown weight channel {backend!r}; known: ['gloo', 'ipc', 'nccl']")
-    # Here, for it imports vLLM, which a learner on CPU can do without.
+    # Imported here because it imports vLLM, which a learner on CPU does not need.
     from rollout.weights.vllm_sender import open_vllm_sender
 
-    return open_vllm_sender(backend, **ends)
+    return open_vllm_sender(backend, **arguments)

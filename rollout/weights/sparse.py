@@ -1,8 +1,8 @@
 """Lossless updates of 16-bit weights that send only what changed.
 
-After one optimizer step at the learning rates of RL, most bf16 values are bit for bit those of before. An update is
-coded as the gaps between changed positions and the differences of the bit patterns, each close to its entropy: gaps
-are geometric, so their low bits are noise and travel raw, and all the rest goes through zlib's Huffman coder.
+After one optimizer step at the learning rates of RL, most bf16 values are unchanged, bit for bit. An update is coded as
+the gaps between changed positions and the differences of the bit patterns, each close to its entropy. Gaps are
+geometric, so their low bits are noise and are sent raw; everything else goes through zlib's Huffman coder.
 """
 
 import math
@@ -17,14 +17,17 @@ _ESCAPE = 255
 _MEAN_QUOTIENT = 32
 _COUNTS = 7
 _FAR = 3
-"""Steps of -1, 1 and -2, which most are, have two bits each before the Huffman coder, and four of them a byte: alone,
-a coder that gives every symbol a whole bit, and one to the end of its block, would spend half as much again."""
+"""Most steps are -1, 1 or -2. They are coded in two bits each, four in a byte, before the Huffman coder. Without this,
+the coder, which spends at least one whole bit per symbol and one to end its block, would need half as much again."""
 
 
 def encode(old: Tensor, new: Tensor) -> Tensor:
-    """What turns `old` into `new`, both flat int16: a flat uint8 tensor. Raises ValueError for other types or sizes."""
+    """The changes from `old` to `new` (both flat int16), as flat uint8. Raises ValueError for other types or sizes."""
     if old.dtype != torch.int16 or new.dtype != torch.int16 or old.shape != new.shape or old.dim() != 1:
-        raise ValueError(f"encode takes two flat int16 tensors of one size, not {old.dtype} and {new.dtype}")
+        raise ValueError(
+            "encode takes two flat int16 tensors of one size, not "
+            f"{old.dtype} {list(old.shape)} and {new.dtype} {list(new.shape)}"
+        )
     changed = _changed(old, new)
     gaps = changed.diff(prepend=torch.tensor([-1])).sub_(1).numpy()
     steps = (new[changed] - old[changed]).numpy()
@@ -42,7 +45,7 @@ def encode(old: Tensor, new: Tensor) -> Tensor:
 
 
 def apply(payload: Tensor, image: Tensor) -> int:
-    """Turn `image` (flat int16, what `encode` had as `old`) into the new state, in place; returns how many changed."""
+    """Change `image` (flat int16, the `old` of `encode`) to the new values in place; returns how many changed."""
     data = payload.numpy().tobytes()
     numel, count, *sizes = np.frombuffer(data[: 8 * _COUNTS], dtype=np.int64).tolist()
     if numel != image.numel():
@@ -61,16 +64,16 @@ def apply(payload: Tensor, image: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Density:
-    """How much of a state changed, and the fewest bytes in which that can be said."""
+    """How many values changed, and the fewest bytes that can encode the changes."""
 
     changed: float
-    """Share of the values."""
+    """Share of the values that changed."""
     bound: float
-    """Bytes: entropy of which positions changed, and of the differences by their own frequencies."""
+    """In bytes: the entropy of the changed positions, plus that of the differences by their own frequencies."""
 
 
 def density(old: Tensor, new: Tensor) -> Density:
-    """Share of changed values, and the entropy bound that a payload is measured against."""
+    """Share of changed values, and the entropy bound for a payload."""
     changed = old != new
     n, count = old.numel(), int(changed.sum())
     if count == 0:
@@ -84,7 +87,7 @@ def density(old: Tensor, new: Tensor) -> Density:
 
 
 def _changed(old: Tensor, new: Tensor) -> Tensor:
-    """Positions that differ, in order. Most do not, so four at a time are compared first."""
+    """Positions that differ, in order. Most values are equal, so four at a time are compared first."""
     whole = old.numel() // 4 * 4
     words = (old[:whole].view(torch.int64) != new[:whole].view(torch.int64)).nonzero()
     near = (words * 4 + torch.arange(4)).view(-1)
@@ -94,7 +97,7 @@ def _changed(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _low_bits(count: int, numel: int) -> int:
-    """Bits of a gap that are sent raw, such that the rest is small on average."""
+    """The number of low bits of a gap that are sent raw, chosen so that the rest is small on average."""
     return max(0, math.ceil(math.log2(numel / count / _MEAN_QUOTIENT))) if count else 0
 
 
@@ -105,12 +108,13 @@ def _zigzag(steps: np.ndarray) -> np.ndarray:
 
 
 def _bytes(values: np.ndarray) -> tuple[bytes, bytes]:
-    """Values at least 0 as Huffman-coded bytes, and those that do not fit, in full."""
+    """Non-negative values as Huffman-coded bytes, and in full those that do not fit into a byte."""
     small = np.minimum(values, _ESCAPE).astype(np.uint8)
     return _huffman(small.tobytes()), values[values >= _ESCAPE].astype(np.uint32).tobytes()
 
 
 def _values(small: bytes, far: bytes) -> np.ndarray:
+    """The inverse of `_bytes`."""
     values = _unhuffman(small).astype(np.int64)
     values[values == _ESCAPE] = np.frombuffer(far, dtype=np.uint32)
     return values
@@ -126,7 +130,7 @@ def _unhuffman(data: bytes) -> np.ndarray:
 
 
 def _fours(codes: np.ndarray) -> bytes:
-    """Values of two bits, four in a byte."""
+    """Two-bit values, four in a byte."""
     padded = np.zeros(-(-len(codes) // 4) * 4, dtype=np.uint8)
     padded[: len(codes)] = codes
     return (padded.reshape(-1, 4) << np.array([0, 2, 4, 6], dtype=np.uint8)).sum(1, dtype=np.uint8).tobytes()

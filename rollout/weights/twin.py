@@ -1,9 +1,9 @@
-"""New weights beside the ones that serve: an update is built in full on a twin of the model, then exchanged at once.
+"""A second copy of the model for new weights: an update is built completely on this twin, then swapped in at once.
 
-vLLM's layerwise reload writes into the live model, so sampling must stand still all the while, and an update that
-fails leaves layers of two versions. Here the reload runs on a twin, which shares everything with the model but its
-tensors, while the engine samples; the commit exchanges attributes, which takes milliseconds. For CPU, where the reload
-repacks every linear weight into new memory anyhow; on a GPU, captured graphs hold the tensors' addresses.
+vLLM's layerwise reload writes into the live model, so sampling must stop for the whole reload, and an update that fails
+leaves layers of two versions. Here the reload runs on a twin, which shares everything with the model except its
+tensors, while the engine samples. The commit swaps attributes, which takes milliseconds. This is for CPU, where the
+reload repacks every linear weight into new memory anyway; on a GPU, captured graphs hold the tensors' addresses.
 """
 
 import ctypes
@@ -27,48 +27,51 @@ class Twin:
 
     def __init__(self, model: nn.Module) -> None:
         self.pairs: list[tuple[nn.Module, nn.Module, dict[str, Any]]] = []
-        """Each live module, its twin, and the attributes that both had at first."""
+        """Each live module, its twin, and the attributes that both had at the start."""
         self._known: dict[int, Any] = {}
         self.model = self._module(model)
         initialize_layerwise_reload(self.model)
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Load tensors by their checkpoint names; a layer is packed once the last of its tensors is here."""
+        """Load tensors by their checkpoint names; a layer is packed when its last tensor has arrived."""
         self.model.load_weights(weights)
 
     def finish(self, model_config: ModelConfig) -> None:
-        """Nothing more will be loaded. Raises ValueError when a layer got nothing: vLLM would keep its old weights."""
+        """Finish the reload. Raises ValueError when a layer got no tensor, because vLLM would keep its old weights."""
         infos = {name: get_layerwise_info(module) for name, module in self.model.named_modules()}
-        left = [
+        without_update = [
             name
             for name, module in self.model.named_modules()
-            # A tied head has its embedding's tensor.
+            # A tied head uses its embedding's tensor.
             if module._parameters and not isinstance(module, ParallelLMHead)
             if infos[name].can_load() and infos[name].load_numel == 0
         ]
-        if left:
-            raise ValueError(f"the update brought nothing for {left[:3]}")
+        if without_update:
+            raise ValueError(f"the update contains no tensor for {without_update[:3]}")
         finalize_layerwise_reload(self.model, model_config)
 
     def commit(self) -> None:
-        """Put everything that the update made into the live model. Nothing may run in it meanwhile."""
+        """Put everything that the update built into the live model. No forward pass may run during this call."""
         for live, twin, before in self.pairs:
             made = {k: v for k, v in twin.__dict__.items() if k != "_modules" and v is not before.get(k)}
             live.__dict__.update(made)
             for tensor in [*live._parameters.values(), *live._buffers.values()]:
-                _bind(tensor, live)
+                _bind_loader(tensor, live)
         self.close()
 
     def close(self) -> None:
-        """Let go of all that was not committed, now: tensors and layers hold each other, and vLLM's table holds both,
-        so that every update would keep a whole model in memory."""
+        """Free everything that was not committed, immediately.
+
+        Tensors and layers refer to each other, and vLLM's table refers to both, so every update would otherwise keep a
+        whole model in memory.
+        """
         for _, twin, _ in self.pairs:
             LAYERWISE_INFO.pop(twin, LayerReloadingInfo({}, {})).restore_metadata = ({}, {})
             twin.__dict__.clear()
         self.pairs, self._known = [], {}
 
     def _module(self, live: nn.Module) -> nn.Module:
-        # Tied modules and tensors are one object under several names, and stay so.
+        # Tied modules and tensors are one object under several names, in the twin too.
         if id(live) in self._known:
             return self._known[id(live)]
         twin = self._known[id(live)] = object.__new__(type(live))
@@ -80,7 +83,7 @@ class Twin:
             "_modules": {name: m and self._module(m) for name, m in live._modules.items()},
         }
         info = get_layerwise_info(live)
-        metadata = tuple({name: _meta(t, twin) for name, t in group.items()} for group in info.restore_metadata)
+        metadata = tuple({name: _record_for(t, twin) for name, t in group.items()} for group in info.restore_metadata)
         LAYERWISE_INFO[twin] = LayerReloadingInfo(restore_metadata=metadata, restore_device=info.restore_device)
         return twin
 
@@ -88,7 +91,7 @@ class Twin:
         if live is None:
             return None
         if id(live) not in self._known:
-            # Parameters are about to be loaded; buffers mostly are not.
+            # Parameters will be loaded; most buffers will not.
             twin = torch.empty_like(live.data) if isinstance(live, nn.Parameter) else live.data.clone()
             self._known[id(live)] = twin
             twin.__class__ = live.__class__
@@ -97,8 +100,9 @@ class Twin:
 
 
 def keep_freed_memory() -> None:
-    """What this process frees stays with it. An update needs new memory for a whole model, as the last one has freed;
-    glibc would give it back and fetch it again page by page, which takes longer than the copies into it."""
+    """Keep freed memory in this process. An update needs new memory for a whole model, as much as the last one freed.
+    glibc would return it to the system and request it again page by page, which takes longer than the copies into
+    it."""
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
     with suppress(OSError, AttributeError):  # another allocator
         libc = ctypes.CDLL("libc.so.6")
@@ -106,16 +110,16 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, nbytes)
 
 
-def _meta(tensor: Tensor, owner: nn.Module) -> Tensor:
-    """A copy of a recorded tensor whose weight loader is the owner's: a reload of the live model binds it to that."""
+def _record_for(tensor: Tensor, owner: nn.Module) -> Tensor:
+    """A copy of a recorded tensor with the owner's weight loader; a reload had bound it to the live model's."""
     copy = to_meta_tensor(tensor)
     copy.weight_loader = _get_original_loader(copy)
-    _bind(copy, owner)
+    _bind_loader(copy, owner)
     return copy
 
 
-def _bind(tensor: Tensor | None, owner: nn.Module) -> None:
-    """Its weight loader, where that is a method of a layer, becomes the owner's."""
+def _bind_loader(tensor: Tensor | None, owner: nn.Module) -> None:
+    """Bind the tensor's weight loader to the owner, if it is a method of a layer."""
     loader = getattr(tensor, "weight_loader", None)
     if isinstance(loader, MethodType):
         tensor.weight_loader = MethodType(loader.__func__, owner)

@@ -1,9 +1,10 @@
-"""vLLM's NCCL and CUDA IPC transfer engines, with a digest of every tensor that arrives."""
+"""vLLM's NCCL and CUDA IPC transfer engines, extended by a digest of every tensor that arrives."""
 
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
@@ -11,11 +12,12 @@ from rl.weights import digest
 from rollout.head import forget_heads
 
 
-class _Listener:
-    """Stands in for the model while weights arrive: digests each tensor, then loads it."""
+class DigestingModel:
+    """Takes the model's place while weights arrive: digests each tensor, then loads it into the model."""
 
     def __init__(self, model: nn.Module, digests: dict[str, str]) -> None:
-        self.model, self.digests = model, digests
+        self.model: Any = model
+        self.digests = digests
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
         weights = list(weights)
@@ -23,19 +25,22 @@ class _Listener:
         return self.model.load_weights(weights)
 
 
-class Digesting:
-    """Mixin for a transfer engine: digests arriving tensors when told to, and drops what was cast from old ones."""
+class DigestingEngine(WeightTransferEngine[Any, Any]):
+    """A transfer engine that digests arriving tensors while `digesting`, and drops the cast head after an update.
 
-    listening = False
+    The two classes below put it in front of vLLM's engine, which does the transfer.
+    """
+
+    digesting = False
 
     def start_weight_update(self) -> None:
         super().start_weight_update()
         self.digests: dict[str, str] = {}
 
     def receive_weights(self, update_info: Any) -> None:
-        model = self.model
-        if self.listening:
-            self.model = _Listener(model, self.digests)
+        model: Any = self.model
+        if self.digesting:
+            self.model = DigestingModel(model, self.digests)
         try:
             super().receive_weights(update_info)
         finally:
@@ -46,9 +51,9 @@ class Digesting:
         forget_heads(self.model)
 
 
-class NCCLEngine(Digesting, NCCLWeightTransferEngine):
-    """vLLM's NCCL engine, digesting."""
+class NCCLEngine(DigestingEngine, NCCLWeightTransferEngine):
+    """vLLM's NCCL engine with digests."""
 
 
-class IPCEngine(Digesting, IPCWeightTransferEngine):
-    """vLLM's CUDA IPC engine, digesting."""
+class IPCEngine(DigestingEngine, IPCWeightTransferEngine):
+    """vLLM's CUDA IPC engine with digests."""

@@ -1,4 +1,4 @@
-"""vLLM's own trainer engines as senders: NCCL across GPUs, CUDA IPC on one."""
+"""vLLM's own trainer engines as senders: NCCL between GPUs, CUDA IPC on one GPU."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,18 +11,19 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from rl.weights import check_complete
+from rollout.weights.sender import Weights
 
 
 class Source(WeightSource):
-    """The learner's weights in vLLM's terms. Each update is checked for completeness before anything is sent."""
+    """The learner's weights as vLLM's `WeightSource`. Each update is checked to be complete before it is sent."""
 
-    def __init__(self, weights: Any, expected: set[str]) -> None:
+    def __init__(self, weights: Weights, expected: set[str]) -> None:
         self.weights, self.expected = weights, expected
         self.begin()
 
     def begin(self) -> None:
-        """Of the next update nothing has been taken yet."""
-        self.left = iter(self.weights)
+        """Start the next update from its first tensor."""
+        self.remaining = iter(self.weights)
 
     def metadata(self) -> list[ParamMeta]:
         metas = self.weights.metadata()
@@ -30,18 +31,18 @@ class Source(WeightSource):
         return [ParamMeta(m.name, getattr(torch, m.dtype), m.shape) for m in metas]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return self.left
+        return self.remaining
 
 
 class DrainingSender:
-    """One of vLLM's senders. Whatever ends an update, this rank takes part in all of its gathering: other ranks do, and
-    would wait for it."""
+    """One of vLLM's senders. However an update ends, this rank takes part in gathering every tensor, because the other
+    ranks do so and would wait for it."""
 
     def __init__(self, sender: TrainerWeightTransferEngine[Any], source: Source) -> None:
         self.sender, self.source = sender, source
 
     def send_weights(self) -> None:
-        """Send what the learner holds now."""
+        """Send the learner's current weights."""
         self.source.begin()
         try:
             self.sender.send_weights()
@@ -51,9 +52,9 @@ class DrainingSender:
 
 
 def open_vllm_sender(
-    backend: str, *, weights: Any, expected: set[str], client: Any, rank: int, timeout_s: float, **where: Any
+    backend: str, *, weights: Weights, expected: set[str], client: Any, rank: int, timeout_s: float, **where: Any
 ) -> DrainingSender:
-    """As `rollout.weights.sender.open_sender`, for "nccl" and "ipc"; vLLM's rendezvous has a deadline of its own."""
+    """`rollout.weights.sender.open_sender` for "nccl" and "ipc". vLLM's rendezvous has its own deadline."""
     del timeout_s
     info = (
         NCCLTrainerInitInfo(where["address"], where["port"], where["world_size"], rank=rank)

@@ -59,7 +59,7 @@ def test_two_engines_and_two_ranks_overlap_sampling_with_updates_and_lose_no_req
 def test_an_asynchronous_run_survives_ctrl_c_and_killed_engines_and_trains_every_prompt_once(
     echo_model: Path, tmp_path: Path
 ) -> None:
-    flags = "--steps 12 --prompts-per-step 4 --group-size 4 --max-staleness 1 --tracking.wandb off --no-save-final"
+    flags = "--steps 16 --prompts-per-step 4 --group-size 4 --max-staleness 1 --tracking.wandb off --no-save-final"
     more = "--rollout.engines 2 --rollout.max-tokens 100 --verify-every 3 --save-every 2 --tracking.samples-per-step 16"
     process, mark = start(echo_model, tmp_path, *flags.split(), *more.split())
     run = tmp_path / "echo"
@@ -76,7 +76,7 @@ def test_an_asynchronous_run_survives_ctrl_c_and_killed_engines_and_trains_every
 
     process, mark = start(echo_model, tmp_path, "--resume", str(run))
     # The actor that hosts an engine, and later the process that vLLM runs the model in.
-    for step, name in ((len(rows) + 2, "ray::AsyncHost"), (len(rows) + 4, "VLLM::EngineCore")):
+    for step, name in ((len(rows) + 2, "ray::EngineActor"), (len(rows) + 4, "VLLM::EngineCore")):
         wait_for_step(process, tmp_path, step)
         kill_one(mark, name)
     code, summary, rows = finish(process, tmp_path)
@@ -84,10 +84,10 @@ def test_an_asynchronous_run_survives_ctrl_c_and_killed_engines_and_trains_every
     assert summary["status"] == "finished"
     assert len(summary["engines_lost"]) >= 2
     assert summary["ledger"]["pending"] == 0
-    assert summary["ledger"]["trained"] == 48
-    assert [row["weight_sync/version"] for row in rows] == list(range(1, 13))
-    assert all(engine["version"] == 12 for engine in summary["engines"])
+    assert summary["ledger"]["trained"] == 64
+    assert [row["weight_sync/version"] for row in rows] == list(range(1, 17))
+    assert all(engine["version"] == 16 for engine in summary["engines"])
     assert all(engine["aborted"] == 0 for engine in summary["engines"])
     assert max(row["staleness/max"] for row in rows) <= 1
     assert_gone(mark)
-    every_prompt_was_trained_once(run, prompts=48, samples=4)
+    every_prompt_was_trained_once(run, prompts=64, samples=4)

@@ -10,9 +10,12 @@ import pytest
 from rl.config import Config, Deadlines
 from rl.protocols import StallError
 from rl.types import Data
-from trainer.cluster import cluster
-from trainer.cluster.actors import AsyncHost, Host, actor_of
+from trainer.cluster import actors
+from trainer.cluster.actors import EngineActor, LearnerActor
+from trainer.cluster.calls import answer
 from trainer.cluster.cluster import Cluster
+from trainer.cluster.ray_session import start_ray
+from trainer.cluster.stubs import EngineProcess, LearnerProcess
 
 CONFIG = Config(name="t", model="m", data=lambda: Data(train=[]), reward=lambda reply: 1.0)
 
@@ -36,7 +39,7 @@ class Sleeper:
         time.sleep(3600)
 
 
-class SleepingHost(Host):
+class SleepingLearner(LearnerActor):
     object = Sleeper()
 
 
@@ -45,18 +48,19 @@ class AsyncSleeper(Sleeper):
         """Done."""
 
 
-class SleepingAsyncHost(AsyncHost):
+class SleepingEngine(EngineActor):
     object = AsyncSleeper()
 
 
 @pytest.fixture(scope="module")
 def stuck():
     one = Cluster(replace(CONFIG, deadlines=Deadlines(step_s=2.0, sync_s=2.0)), SimpleNamespace(engines=1, learners=1))
-    one.started_ray = cluster.start_ray(one.placement)
-    one.learners = [actor_of(SleepingHost).remote()]
-    one.engines = [actor_of(SleepingAsyncHost).options(max_concurrency=8).remote() for _ in range(2)]
-    for actor in (*one.learners, *one.engines):
-        asyncio.run(cluster.answer(actor.call.remote("wake"), "an actor did not start", 120.0))
+    one.started_ray = start_ray(one.placement)
+    one.learners = [LearnerProcess(actors.watched(SleepingLearner).remote())]
+    engine = actors.watched(SleepingEngine).options(max_concurrency=8)
+    one.engines = [EngineProcess(engine.remote()) for _ in range(2)]
+    for process in (*one.learners, *one.engines):
+        asyncio.run(answer(process.ask(lambda sleeper: sleeper.wake()), "an actor did not start", 120.0))
     yield one
     asyncio.run(one.close())
 
@@ -64,9 +68,13 @@ def stuck():
 @pytest.mark.parametrize(
     ("ask", "who", "where"),
     [
-        (lambda c: c.ask_learners("step"), "learner rank 0 to step", "step: time.sleep"),
-        (lambda c: c.ask_engine(0, "sample", deadline_s=2.0), "engine 0 to sample", "which_never_comes"),
-        (lambda c: c.ask_engine(1, "sample_blocking", deadline_s=2.0), "engine 1 to", "sample_blocking: time.sleep"),
+        (lambda c: c.ask_learners(lambda rank: rank.step()), "learner rank 0 to step", "step: time.sleep"),
+        (lambda c: c.ask_engine(0, lambda e: e.sample(), deadline_s=2.0), "engine 0 to sample", "which_never_comes"),
+        (
+            lambda c: c.ask_engine(1, lambda e: e.sample_blocking(), deadline_s=2.0),
+            "engine 1 to",
+            "sample_blocking: time.sleep",
+        ),
     ],
 )
 def test_a_late_actor_is_named_with_its_stack_at_the_deadline(stuck, ask, who, where):
@@ -75,4 +83,4 @@ def test_a_late_actor_is_named_with_its_stack_at_the_deadline(stuck, ask, who, w
         asyncio.run(ask(stuck))
     assert f"the driver waited 2 s for {who}" in str(error.value)
     assert where in str(error.value)
-    assert "It is here:\nit last answered to wake, " in str(error.value)
+    assert "It is here:\nits last finished call is wake, " in str(error.value)

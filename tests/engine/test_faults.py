@@ -203,14 +203,14 @@ def test_an_engine_killed_in_an_update_is_told_at_once_as_lost(
     # Who waited for a deadline would wait until the test is ended from outside.
     sender = updates.open(Killing(engine, phase, "kill"), timeout_s=3600)
     if phase == "tensors":
-        tell = sender.outbox._tell
+        tell = sender.outbox._send_bucket
 
         def then_kill(*call: Any) -> None:
             tell(*call)
             kill()
             engine.engine.llm.engine_core.resources.engine_manager.processes[0].join(30)
 
-        sender.outbox._tell = then_kill
+        sender.outbox._send_bucket = then_kill
     running = updates.sampling()
     with pytest.raises((UpdateFailed, EngineLost)):
         sender.send_weights()

@@ -96,21 +96,21 @@ def test_with_recompute_kv_what_follows_an_update_is_the_new_weights_alone(live:
 
 
 def test_two_threads_load_halves_of_about_the_same_size_and_no_layer_is_split() -> None:
-    from rollout.weights.receive import Deal
+    from rollout.weights.staged import LayerSplit
 
     names = ["embed", *[f"layers.{i}.{part}" for i in range(12) for part in ("q", "o")], "head"]
     sizes = {"embed": 600, "head": 600}
     weights = [(name, torch.zeros(sizes.get(name, 50), dtype=torch.uint8)) for name in names]
-    deal = Deal()
+    split = LayerSplit()
     # Buckets cut layers; their parts meet in the same half.
     shares: tuple[list[str], list[str]] = ([], [])
     for start in range(0, len(weights), 5):
-        for share, half in zip(shares, deal.halves(weights[start : start + 5]), strict=True):
+        for share, half in zip(shares, split.halves(weights[start : start + 5]), strict=True):
             share += [name for name, _ in half]
     assert sorted(shares[0] + shares[1]) == sorted(names)
     layers = [{name.split(".")[1] for name in share if "." in name} for share in shares]
     assert layers[0].isdisjoint(layers[1])
-    assert abs(deal.bytes[0] - deal.bytes[1]) <= 600
+    assert abs(split.bytes[0] - split.bytes[1]) <= 600
 
 
 def kept_cache_gaps(old: Path, new: Path, completions: list[Completion]) -> tuple[float, float]:

@@ -75,27 +75,27 @@ def in_worker(live: Live, name: str, tensor: str = "") -> Iterator[None]:
 @contextmanager
 def in_sampling(live: Live, **changes: Any) -> Iterator[None]:
     """The engine samples with other parameters than it says."""
-    one = live.engine._one
-    live.engine._one = lambda token_ids, **sampling: one(token_ids, **(sampling | changes))
+    one = live.engine._complete
+    live.engine._complete = lambda token_ids, **sampling: one(token_ids, **(sampling | changes))
     try:
         yield
     finally:
-        del live.engine._one
+        del live.engine._complete
 
 
 @contextmanager
 def in_completions(live: Live, change: Callable[[Completion], Completion]) -> Iterator[None]:
     """What the engine sampled is handed on otherwise."""
-    one = live.engine._one
+    one = live.engine._complete
 
     async def changed(token_ids: list[int], **sampling: Any) -> Completion:
         return change(await one(token_ids, **sampling))
 
-    live.engine._one = changed
+    live.engine._complete = changed
     try:
         yield
     finally:
-        del live.engine._one
+        del live.engine._complete
 
 
 def shifted(c: Completion) -> Completion:

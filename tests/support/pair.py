@@ -43,15 +43,15 @@ class Pair:
 
         self.send = send
 
-    async def ask_engine(self, index: int, method: str, *args: Any, deadline_s: float = 0.0) -> Any:
-        return await asyncio.wrap_future(self.live.submit(getattr(self.live.engine, method)(*args)))
+    async def ask_engine(self, index: int, ask: Any, *, deadline_s: float = 0.0) -> Any:
+        return await asyncio.wrap_future(self.live.submit(ask(self.live.engine)))
 
-    async def ask_engines(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
-        return [await self.ask_engine(0, method, *args)]
+    async def ask_engines(self, ask: Any, *, deadline_s: float | None = None) -> list[Any]:
+        return [await self.ask_engine(0, ask)]
 
-    async def ask_learners(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
+    async def ask_learners(self, ask: Any, *, deadline_s: float | None = None) -> list[Any]:
         self.learner.send = self.send
-        return [await asyncio.to_thread(getattr(self.learner, method), *args)]
+        return [await asyncio.to_thread(ask, self.learner)]
 
 
 def patient(pair: Pair, prompts: list[str | list[dict[str, str]]], seed: int = 0) -> Patient:

@@ -73,7 +73,7 @@ class Wire:
             thread.start()
         try:
             self.outbox.send(iter(tensors.items()), version)
-            self.outbox.settle()
+            self.outbox.finish()
         finally:
             for thread in listening:
                 thread.join()
@@ -121,7 +121,7 @@ FAULTS = {"drop": dropped, "duplicate": doubled, "reorder": reordered, "delay": 
 
 def with_fault(outbox: Outbox, fault: Callable[[Tell, list[Any]], None]) -> Callable[[], None]:
     """From now on the outbox's buckets meet the fault, until what is returned is called. The end mark passes."""
-    tell, calls = outbox._tell, []
+    tell, calls = outbox._send_bucket, []
 
     def hold(index: int, base: int | None, encoding: int, payload: Tensor) -> None:
         if index >= 0:
@@ -130,10 +130,10 @@ def with_fault(outbox: Outbox, fault: Callable[[Tell, list[Any]], None]) -> Call
         fault(tell, calls)
         tell(index, base, encoding, payload)
 
-    outbox._tell = hold
+    outbox._send_bucket = hold
 
     def mend() -> None:
-        outbox._tell = tell
+        outbox._send_bucket = tell
 
     return mend
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from trainer.cluster.start_error import root_cause
 
-RAY = """ray::AsyncHost.build() (pid=417, ip=10.0.0.1, actor_id=1, repr=<trainer.cluster.actors.AsyncHost>)
+RAY = """ray::EngineActor.build() (pid=417, ip=10.0.0.1, actor_id=1, repr=<trainer.cluster.actors.EngineActor>)
   File "engine.py", line 39, in __init__
     self.llm = AsyncLLM.from_engine_args(args)
 """

@@ -1,4 +1,4 @@
-"""The weight channel, both ends over real sockets and real shared memory: whole updates or none, whatever happens."""
+"""The weight channel over real sockets and real shared memory: an update arrives completely or is refused."""
 
 import os
 from itertools import islice
@@ -42,11 +42,11 @@ def test_every_update_arrives_bit_for_bit_at_every_receiver(shared, count):
 
 
 def names() -> set[str]:
-    """What this process has in shared memory under a name."""
+    """Names of the files that this process has in shared memory."""
     return {path.name for path in rollout.weights.channel.SHARED.glob(f"unison-{os.getpid()}-*")}
 
 
-def test_shared_memory_leaves_no_name_behind():
+def test_a_reserved_file_in_shared_memory_can_be_unlinked():
     before = names()
     path = rollout.weights.channel.reserve(4096)
     assert names() - before == {os.path.basename(path)}
@@ -63,7 +63,7 @@ def test_where_shared_memory_has_no_room_the_update_goes_over_gloo(monkeypatch):
     assert names() == before
 
 
-def test_only_changes_travel_and_every_so_often_the_whole(monkeypatch):
+def test_only_changes_are_sent_and_all_values_at_every_anchor(monkeypatch):
     monkeypatch.setattr(rollout.weights.outbox, "ANCHOR_EVERY", 4)
     receiver = Receiver()
     updates = list(islice(steps(0, lr=1e-5), 10))
@@ -78,7 +78,7 @@ def test_only_changes_travel_and_every_so_often_the_whole(monkeypatch):
     assert max(size for size in sizes if size != whole) < whole / 4
 
 
-def test_an_update_that_changes_everything_travels_whole():
+def test_an_update_that_changes_every_value_is_sent_as_all_values():
     receiver = Receiver()
     first = next(steps(0))
     wire = Wire(first, [receiver], shared=False)
@@ -96,7 +96,7 @@ def test_a_faulty_update_is_refused_by_name_and_changes_nothing(fault, shared):
     wire = Wire(old, [receiver], shared)
     wire.send(old, 0)
     mend = with_fault(wire.outbox, FAULTS[fault])
-    with pytest.raises(UpdateFailed, match=r"weight update 1 was not taken: engine worker 0: bucket .*from "):
+    with pytest.raises(UpdateFailed, match=r"weight update 1 was refused: engine worker 0: bucket .*from "):
         wire.send(new, 1)
     assert holds(receiver, old, 0)
     mend()
@@ -105,18 +105,18 @@ def test_a_faulty_update_is_refused_by_name_and_changes_nothing(fault, shared):
     assert holds(receiver, new, 1)
 
 
-def test_bytes_that_change_on_the_way_are_noticed():
+def test_bytes_that_change_in_transit_are_detected():
     receiver, (old, new) = Receiver(), islice(steps(0), 2)
     wire = Wire(old, [receiver], shared=False)
     wire.send(old, 0)
-    wire.outbox.held = None  # so that it is sent whole
+    wire.outbox.held = None  # all values are sent then
     with_fault(wire.outbox, FAULTS["corrupt"])
-    with pytest.raises(UpdateFailed, match=r"bucket 0 \(from embed\) changed on its way"):
+    with pytest.raises(UpdateFailed, match=r"bucket 0 \(from embed\) changed in transit"):
         wire.send(new, 1)
     assert holds(receiver, old, 0)
 
 
-def test_a_receiver_that_cannot_take_it_says_why_and_the_sender_hears_it_at_once(monkeypatch):
+def test_a_receiver_that_fails_reports_the_error_to_the_sender(monkeypatch):
     receivers, (old, new) = [Receiver(), Receiver()], islice(steps(0), 2)
     wire = Wire(old, receivers, shared=True)
     wire.send(old, 0)
@@ -130,33 +130,33 @@ def test_a_receiver_that_cannot_take_it_says_why_and_the_sender_hears_it_at_once
     assert holds(receivers[1], old, 0)
 
 
-def test_changes_of_another_version_than_the_one_held_are_refused():
+def test_changes_from_another_version_than_the_held_one_are_refused():
     receiver, (old, new) = Receiver(), islice(steps(0), 2)
     wire = Wire(old, [receiver], shared=False)
     wire.send(old, 0)
     receiver.inbox.held = -5
-    with pytest.raises(UpdateFailed, match="changes version 0, and this engine holds -5"):
+    with pytest.raises(UpdateFailed, match="changes version 0, but this engine holds -5"):
         wire.send(new, 1)
     assert holds(receiver, old, 0)
 
 
-def test_an_update_under_another_version_than_was_announced_is_refused():
+def test_a_bucket_of_another_version_than_the_announced_one_is_refused():
     receiver, (old, new) = Receiver(), islice(steps(0), 2)
     wire = Wire(old, [receiver], shared=True)
     wire.send(old, 0)
-    tell = wire.outbox._tell
+    tell = wire.outbox._send_bucket
 
     def late(*call):
         wire.outbox.version = 0
         tell(*call)
 
-    wire.outbox._tell = late
-    with pytest.raises(UpdateFailed, match="bucket 0 is of version 0, and 1 was announced"):
+    wire.outbox._send_bucket = late
+    with pytest.raises(UpdateFailed, match="bucket 0 is of version 0, but version 1 was announced"):
         wire.send(new, 1)
     assert holds(receiver, old, 0)
 
 
-def test_a_receiver_that_is_gone_or_late_ends_the_wait_by_the_deadline():
+def test_the_wait_for_a_lost_or_late_receiver_ends_at_the_deadline():
     receiver, (old, new) = Receiver(), islice(steps(0), 2)
     wire = Wire(old, [receiver], shared=True, timeout_s=5)
     wire.send(old, 0)
@@ -165,7 +165,7 @@ def test_a_receiver_that_is_gone_or_late_ends_the_wait_by_the_deadline():
         wire.send(new, 1)
 
 
-def test_a_slow_sender_is_waited_for():
+def test_receivers_wait_for_a_slow_sender():
     receiver, (old, new) = Receiver(), islice(steps(0), 2)
     wire = Wire(old, [receiver], shared=True)
     wire.send(old, 0)
@@ -210,7 +210,7 @@ def test_three_hundred_real_updates_with_faults_between_are_bit_exact_and_near_t
             bound += sparse.density(before, flat).bound
         before = flat
     assert refused == 16
-    # Headers of a few bytes for each bucket are a tenth of so small an update; of a real one they are nothing.
+    # Bucket headers of a few bytes are a tenth of this small update; in a real one their share is negligible.
     print(f"payload {payload / bound:.3f} times the entropy bound")
     assert payload <= 1.5 * bound
 
@@ -227,7 +227,7 @@ def test_sparse_coding_is_lossless_and_near_the_entropy_at_every_density(share):
     assert torch.equal(image, new)
     there = sparse.density(old, new)
     assert there.changed == pytest.approx(float(where.float().mean()))
-    # Below some hundred changes the fixed head counts; when all change, a Huffman code spends a whole bit on each gap.
+    # With few changes the fixed header dominates; if all values change, a Huffman code spends one bit on each gap.
     if 1e-4 < share < 1:
         assert payload.numel() <= 1.1 * there.bound
 
@@ -241,7 +241,7 @@ def test_sparse_coding_keeps_the_bits_of_every_value():
         assert torch.equal(image, new)
 
 
-def test_sparse_coding_refuses_what_it_cannot_code():
+def test_sparse_coding_refuses_other_types_and_sizes():
     with pytest.raises(ValueError, match="flat int16"):
         sparse.encode(torch.zeros(3), torch.zeros(3))
     with pytest.raises(ValueError, match="sparse update of 4 values cannot change 3"):

@@ -12,8 +12,9 @@ from rl.objectives.corrections import TokenTIS
 from rl.rewards.shaping import SoftOverlong
 from rl.truncation import Truncation
 from rl.types import Data
-from trainer.cluster.placement import check_fits, default_threads, engine_threads, learner_threads, plan
-from trainer.plan.preflight import check_truncation, place
+from trainer.cluster.placement import check_fits, default_threads, engine_threads, learner_threads, place
+from trainer.plan.plan import make_plan
+from trainer.plan.rules import check_truncation
 
 
 def config_of(**settings):
@@ -27,6 +28,7 @@ def config_of(**settings):
         ({"prompts_per_step": 0}, "prompts_per_step=0 must be at least 1"),
         ({"group_size": 0}, "group_size=0 must be at least 1"),
         ({"eval_samples": 0}, "eval_samples=0 must be at least 1"),
+        ({"trainer": TrainerConfig(micro_batch_tokens=0)}, "trainer.micro_batch_tokens=0 must be at least 1"),
         ({"max_staleness": -1}, "max_staleness=-1 must be at least 0 (0 is synchronous)"),
         ({"temperature": 0.0}, "use a temperature above 0 (eval_temperature may be 0)"),
         ({"temperature": -1.0}, "temperature=-1.0: greedy"),
@@ -142,15 +144,15 @@ def test_without_truncation_none_of_this_is_asked_for():
 def test_truncation_is_refused_before_anything_starts():
     settings = {"model": "owner/name", "rollout": RolloutConfig(top_p=0.9)}
     with pytest.raises(ValueError, match=r"top_p=0\.9, top_k=0, min_p=0\) on cuda"):
-        place(config_of(device="cuda", **settings))
+        make_plan(config_of(device="cuda", **settings))
     with pytest.raises(ValueError, match=r"on cpu: .* dtype=bfloat16"):
-        place(config_of(device="cpu", **settings))
-    assert place(config_of(device="cpu", dtype="float32", **settings)).device == "cpu"
+        make_plan(config_of(device="cpu", **settings))
+    assert make_plan(config_of(device="cpu", dtype="float32", **settings)).placement.device == "cpu"
 
 
 def placed(*, cuda=True, engines=1, tensor_parallel=1, ranks=1, **settings):
     rollout = RolloutConfig(engines=engines, tensor_parallel=tensor_parallel)
-    return plan(config_of(rollout=rollout, trainer=TrainerConfig(ranks=ranks), **settings), cuda=cuda)
+    return place(config_of(rollout=rollout, trainer=TrainerConfig(ranks=ranks), **settings), cuda=cuda)
 
 
 def test_a_run_on_gpus_needs_those_of_its_engines_and_ranks():
@@ -201,9 +203,9 @@ def test_on_cpu_there_is_no_gpu_to_share_and_no_tensor_parallelism():
 
 def test_on_cpu_there_is_nothing_to_offload_to():
     offloading = config_of(trainer=TrainerConfig(offload="optimizer"))
-    assert plan(offloading, cuda=True).device == "cuda"
+    assert place(offloading, cuda=True).device == "cuda"
     with pytest.raises(ValueError, match="offload=optimizer frees a GPU, and this run is on CPU: leave it off"):
-        plan(offloading, cuda=False)
+        place(offloading, cuda=False)
 
 
 @pytest.mark.parametrize("name", ["engines", "tensor_parallel", "ranks"])

@@ -12,6 +12,7 @@ from rl.weights import WeightManifest
 from trainer.cluster.fleet import Fleet
 from trainer.cluster.remote import RemoteLearner, RemoteRollouts
 from trainer.cluster.start_error import StartError
+from trainer.cluster.stubs import recorded
 
 
 class Cluster:
@@ -33,7 +34,10 @@ class Cluster:
         self.updating, self.channels = set(), 0
         self.refusals, self.in_place, self.stages = set(refusals), in_place, 0
 
-    async def ask_engine(self, index, method, *args, deadline_s):
+    async def ask_engine(self, index, ask, *, deadline_s):
+        return await self.reach(index, recorded(ask).method)
+
+    async def reach(self, index, method):
         await asyncio.sleep(0)
         self.calls.append((index, method))
         if (index, method, self.calls.count((index, method))) in self.deaths:
@@ -50,25 +54,28 @@ class Cluster:
             return [Completion(token_ids=[1], logprobs=[-1.0], versions=[version], finish_reason="stop")]
         return 0.0
 
-    async def ask_engines(self, method, *args, deadline_s=None):
-        return [await self.ask_engine(i, method, deadline_s=0) for i in self.engines]
+    async def ask_engines(self, ask, *, deadline_s=None):
+        return [await self.ask_engine(i, ask, deadline_s=0) for i in self.engines]
 
-    async def ask_learners(self, method, *args, deadline_s=None):
-        if method == "step":
+    async def ask_learners(self, ask, *, deadline_s=None):
+        call = recorded(ask)
+        if call.method == "step":
             return [{}]
+        assert call.method == "publish"
+        version = call.args[0]
         for i in self.engines:
             if self.in_place:
                 self.updating.add(i)
                 self.holds[i] = None
-            await self.ask_engine(i, "receive" if self.in_place else "stage", deadline_s=0)
+            await self.reach(i, "receive" if self.in_place else "stage")
         self.stages += 1
         if self.stages in self.refusals:
             raise UpdateFailed("bucket 1 changed on its way")
         for i in self.engines:
-            await self.ask_engine(i, "commit", deadline_s=0)
-            self.holds[i] = args[0]
+            await self.reach(i, "commit")
+            self.holds[i] = version
             self.updating.discard(i)
-        return [WeightManifest(version=args[0], tensors=(), digests={})]
+        return [WeightManifest(version=version, tensors=(), digests={})]
 
     async def restart_engine(self, index):
         self.calls.append((index, "restart"))
@@ -212,9 +219,9 @@ def test_the_last_words_of_an_old_process_do_not_condemn_its_successor():
     async def main():
         a = actors(cluster)
         await a.learner.publish(0)
-        a.fleet.lose(0, 0, "gone")
+        a.fleet.mark_lost(0, 0, "gone")
         await a.rollouts.sample([1], 1, seed=0)
-        a.fleet.lose(0, 0, "gone")
+        a.fleet.mark_lost(0, 0, "gone")
         assert a.fleet.lost == set()
 
     run(main())
@@ -280,14 +287,14 @@ def test_an_engine_that_dies_again_and_again_ends_the_run_with_the_reason():
             except EngineLost:
                 continue
 
-    with pytest.raises(StartError, match=r"engine 0 was lost: engine 0 is gone.*2 times \(rollout\.restarts\)"):
+    with pytest.raises(StartError, match=r"engine 0 was lost: engine 0 is gone.*2 times already \(rollout\.restarts\)"):
         run(main())
 
 
 def test_an_update_that_fails_while_all_engines_live_fails_with_its_own_error():
     cluster = Cluster(2)
 
-    async def broken(method, *args, deadline_s=None):
+    async def broken(ask, *, deadline_s=None):
         raise ValueError("no gradient")
 
     cluster.ask_learners = broken

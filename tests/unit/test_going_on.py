@@ -17,6 +17,7 @@ from rl.loop.progress import Progress
 from rl.parity.watch import Watch
 from rl.types import Data, Prompt
 from trainer.launch import launch, override, resume_folder
+from trainer.model import files as model_files
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointError
 from trainer.runs.resume import data_digest, resume, state_of, write_history
@@ -148,12 +149,15 @@ def test_the_command_line_says_where_it_goes_on_and_what_is_wrong(tmp_path, monk
     (newer / "history.jsonl").unlink()
     command = ["recipe.py", "--dry-run", "--resume", str(tmp_path), "--model", "no/where", "--steps", "9"]
     monkeypatch.setattr(sys, "argv", command)
-    launch(CONFIG)
+    monkeypatch.setattr(model_files, "hub_answers", lambda: False)
+    with pytest.raises(SystemExit):
+        launch(CONFIG)
     said = " ".join(capsys.readouterr().out.split())
     assert f"passed over: {newer}/history.jsonl is missing" in said
     assert "resuming after step 2" in said
     assert "changed steps: 6 -> 9" in said
     assert "changed model: 'm' -> 'no/where'" in said
+    assert "OSError: the model 'no/where' is not in the hub's cache, and the hub does not answer within 3 s" in said
     monkeypatch.setattr(sys, "argv", ["recipe.py", "--resume", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit):
         launch(CONFIG)

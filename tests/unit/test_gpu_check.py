@@ -1,4 +1,4 @@
-import importlib.util
+import importlib
 import json
 import signal
 import sys
@@ -11,13 +11,12 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check.py"
 
 @pytest.fixture(scope="module")
 def gpu_check():
-    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        yield importlib.import_module("gpu_check")
 
 
-def test_the_echo_reward_is_the_share_of_right_places(gpu_check):
+def test_the_echo_reward_is_the_share_of_correct_positions(gpu_check):
     from rl.types import Reply
 
     def reward(text):
@@ -26,7 +25,7 @@ def test_the_echo_reward_is_the_share_of_right_places(gpu_check):
     assert [reward(t) for t in ("", "77777777", "7777====", "12345678")] == [0.0, 1.0, 0.5, 0.125]
 
 
-def test_a_made_model_has_about_the_asked_entropy_and_a_tied_head(gpu_check, tmp_path):
+def test_a_made_model_has_about_the_requested_entropy_and_a_tied_head(gpu_check, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,14 +36,14 @@ def test_a_made_model_has_about_the_asked_entropy_and_a_tied_head(gpu_check, tmp
     with torch.no_grad():
         log_p = model(torch.randint(512, (4, 64))).logits.log_softmax(-1)
     entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
-    # On other random tokens than those it was set on; a plain random model has the full log(512) = 6.24.
+    # Measured on other random tokens than make_model uses; an unscaled random model has log(512) = 6.24.
     assert 1.0 < entropy < 4.5
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(tokenizer.encode("7=")) == "7="
 
 
 def test_a_failing_phase_is_recorded_and_makes_the_exit_status_one(gpu_check, tmp_path, monkeypatch):
-    # No GPU is needed to fail: `environment` on cuda raises where there is none, on cpu it passes.
+    # Works without a GPU: `environment` fails on cuda where there is none, and passes on cpu.
     import torch
 
     if torch.cuda.is_available():

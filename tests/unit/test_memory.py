@@ -12,10 +12,11 @@ from models import SIZES, make_model
 from rl.config import Config, Lora, RolloutConfig, TrainerConfig
 from rl.objectives import GRPO
 from rl.types import Data
-from trainer.cluster.placement import plan
+from trainer.cluster.placement import place
 from trainer.learner.memory_meter import PeakMemory
+from trainer.model.files import model_config
 from trainer.model.policy import load
-from trainer.plan.memory import Shape, check_memory, needs, rows, shape_of, there
+from trainer.plan.memory import Memory, Shape, available_memory, required_memory, shape_of
 
 BILLION = Shape(parameters=2**30, layers=16, hidden=1024, inner=4096, vocabulary=2**15, adapted=2**20)
 
@@ -25,7 +26,15 @@ def found(shape=BILLION, *, cuda=True, rollout=None, **settings):
     data, reward = (lambda: Data(train=[])), (lambda r: 0.0)
     rollout = rollout or RolloutConfig(tensor_parallel=2 if cuda else 1)
     config = Config(name="t", model="m", data=data, reward=reward, trainer=trainer, rollout=rollout, **settings)
-    return config, needs(config, plan(config, cuda=cuda), shape)
+    return config, required_memory(config, place(config, cuda=cuda), shape)
+
+
+def memory(places, limits):
+    return Memory(shape=BILLION, required=places, available=limits)
+
+
+def check(config, places, limits):
+    memory(places, limits).check(config)
 
 
 @pytest.mark.parametrize(
@@ -63,9 +72,9 @@ def test_a_container_may_have_what_it_only_holds_of_files(monkeypatch, tmp_path)
     monkeypatch.setattr(trainer.plan.memory, "CGROUP", tmp_path)
     monkeypatch.setattr(trainer.plan.memory.psutil, "virtual_memory", lambda: type("Free", (), {"available": 2**40}))
     config, _ = found(cuda=False)
-    assert there(config, plan(config, cuda=False))["host"] == 6.0
+    assert available_memory(config, place(config, cuda=False))["host"] == 6.0
     (tmp_path / "memory.max").write_text("max\n")
-    assert there(config, plan(config, cuda=False))["host"] == 1024.0
+    assert available_memory(config, place(config, cuda=False))["host"] == 1024.0
 
 
 def test_adapters_need_neither_a_reference_model_nor_gradients_of_the_base():
@@ -88,6 +97,13 @@ def test_activations_and_the_head_grow_with_the_tokens_of_a_pass():
     assert places["learner rank"]["head"] == 4 * 2**15 * (2 * 256 + 2 * 1024) / 2**30
 
 
+def test_a_pass_takes_512_tokens_on_cpu_and_4096_on_gpus_unless_the_config_sets_them():
+    per_token = 16 * 2 * (12 * 1024 + 4 * 4096) / 2**30
+    for settings, cpu, cuda in (({}, 512, 4096), ({"micro_batch_tokens": 300}, 300, 300)):
+        assert found(cuda=False, **settings)[1]["learner rank"]["activations"] == cpu * per_token
+        assert found(cuda=True, **settings)[1]["learner rank"]["activations"] == cuda * per_token
+
+
 def test_on_cpu_the_host_holds_every_process_and_the_weights_on_their_way():
     rollout = RolloutConfig(engines=2, kv_cache_gib=3.0)
     _, places = found(cuda=False, rollout=rollout, ranks=2, save_every=0)
@@ -98,38 +114,38 @@ def test_on_cpu_the_host_holds_every_process_and_the_weights_on_their_way():
 
 def test_what_cannot_fit_is_refused_with_the_parts_and_only_with_remedies_that_are_left(monkeypatch):
     config, places = found(ranks=4, zero_stage=1)
-    check_memory(config, places, {"learner rank": 80, "engine": 80, "host": math.inf})
-    message = r"the learner rank needs .* \(gradients 6\.00, .*and there are 8\.0\..*zero_stage=2 or more; .*offload"
+    check(config, places, {"learner rank": 80, "engine": 80, "host": math.inf})
+    message = r"the learner rank needs .* \(gradients 6\.00, .*8\.0 are available\..*zero_stage=2 or more; .*offload"
     tight = {"learner rank": 8, "engine": 80, "host": math.inf}
     with pytest.raises(ValueError, match=message):
-        check_memory(config, places, tight)
+        check(config, places, tight)
     small = {"zero_stage": 3, "gradient_checkpointing": True, "micro_batch_tokens": 256, "offload": "optimizer"}
     config, places = found(ranks=4, sequence_parallel=4, lora=Lora(rank=8), **small)
     with pytest.raises(ValueError, match=re.escape("What would help: a smaller model. ")):
-        check_memory(config, places, tight | {"learner rank": 1})
+        check(config, places, tight | {"learner rank": 1})
     monkeypatch.setenv("UNISON_IGNORE_MEMORY", "1")
-    check_memory(config, places, tight | {"learner rank": 1})
+    check(config, places, tight | {"learner rank": 1})
 
 
 def test_too_large_a_cache_is_named_for_the_host():
     config, places = found(cuda=False, rollout=RolloutConfig(kv_cache_gib=500.0))
     with pytest.raises(ValueError, match=r"the host needs .* \(1 x engine 50\d.*rollout.kv_cache_gib below 500"):
-        check_memory(config, places, {"learner rank": math.inf, "engine": math.inf, "host": 64})
+        check(config, places, {"learner rank": math.inf, "engine": math.inf, "host": 64})
 
 
 def test_gpus_that_this_machine_does_not_have_are_not_held_against_it():
     config, places = found()
-    limits = there(config, plan(config, cuda=True))
+    limits = available_memory(config, place(config, cuda=True))
     if not torch.cuda.is_available():
         assert set(limits.values()) == {math.inf}
-    assert ("memory: engine", f"{sum(places['engine'].values()):.2f} GiB") in rows(
+    assert ("memory: engine", f"{sum(places['engine'].values()):.2f} GiB") in memory(
         places, dict.fromkeys(limits, math.inf)
-    )
+    ).rows()
 
 
 def test_the_shape_of_a_model_is_that_of_the_model(tmp_path):
     make_model(tmp_path, tied=True)
-    shape = shape_of(str(tmp_path))
+    shape = shape_of(model_config(str(tmp_path)))
     policy = load(str(tmp_path), dtype="float32", fp32_head=True, share_prompts=False, lora=Lora(rank=3))
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert shape.adapted * 3 == trained

@@ -11,7 +11,8 @@ from models import make_model
 from rl.config import Config, RolloutConfig, TrainerConfig
 from rl.rewards.score import RewardError
 from rl.types import Data, Example, Reply
-from trainer.plan.preflight import check_rows, place
+from trainer.plan.plan import make_plan
+from trainer.plan.rules import check_rows
 from trainer.prompts import prepare
 
 
@@ -32,20 +33,20 @@ def config(model: str, **changes) -> Config:
 
 
 def test_good_input_passes(model: str) -> None:
-    assert place(config(model)).backend == "gloo"
+    assert make_plan(config(model)).placement.backend == "gloo"
     prepared = prepare(config(model))
     assert prepared.decode(prepared.train[0].token_ids) == "1+1="
 
 
 def test_a_missing_model_folder_names_the_folder_and_the_setup_command(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no model in .*nowhere.*\./scripts/setup"):
-        place(config(str(tmp_path / "nowhere")))
+        make_plan(config(str(tmp_path / "nowhere")))
 
 
 def test_more_gpus_than_there_are_names_both_numbers(model: str) -> None:
     many = config(model, device="cuda", rollout=RolloutConfig(engines=3), trainer=TrainerConfig(ranks=2))
     with pytest.raises(ValueError, match=r"needs 5 GPUs .* the cluster has 0"):
-        place(many)
+        make_plan(many).check_gpus()
 
 
 def test_rows_that_cannot_be_shared_as_asked_are_refused(model: str, tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from models import make_model
 from rl.config import check
 from rl.objectives import Objective
 from rl.types import Reply
-from trainer.cluster.placement import plan
+from trainer.cluster.placement import place
 from trainer.learner.deepspeed_engine import deepspeed_settings
 from trainer.runs.settings import resolved
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.py") if p.stem != "loop_in_one_file")
+"""Every file that is a run. The loop in one file has a test of its own, tests/unit/test_loop_in_one_file.py."""
 
 
 def load(path, monkeypatch):
@@ -58,7 +59,7 @@ def test_every_recipe_is_a_run_that_passes_the_checks(path, monkeypatch):
 )
 def test_a_gpu_recipe_asks_for_the_gpus_that_its_docstring_names(recipe, gpus, backend, monkeypatch):
     module = load(ROOT / "recipes" / f"{recipe}.py", monkeypatch)
-    placement = plan(module.config, cuda=True)
+    placement = place(module.config, cuda=True)
     assert (placement.gpus, placement.backend) == (gpus, backend)
     assert {8: "8 GPUs", 1: "one GPU"}[gpus] in module.__doc__
     assert "not yet run on gpus" in module.__doc__.lower()

@@ -214,7 +214,7 @@ def test_what_the_engine_kept_arrives_with_its_tokens():
 
     assert completion(said([[4, 7], [9]]), 0).support == [[4, 7], [9]]
     assert completion(said(None), 0).support is None
-    with pytest.raises(AssertionError, match="sampled a token that it reports as cut off"):
+    with pytest.raises(AssertionError, match="sampled a token outside of the set that it reports as kept"):
         completion(said([[4, 7], [8]]), 0)
     with pytest.raises(ValueError, match="shorter"):
         completion(said([[4, 7]]), 0)
@@ -231,13 +231,13 @@ def test_a_mask_that_the_engine_owes_and_does_not_give_ends_the_run_with_the_rem
 
     def engine(owes):
         made = object.__new__(Engine)
-        made.llm, made.aborted, made._final = (
+        made.llm, made.aborted, made.generate = (
             SimpleNamespace(model_config=SimpleNamespace(return_sampling_mask=owes)),
             0,
             answer,
         )
         return made
 
-    assert asyncio.run(engine(False)._one([1], temperature=1.0)).support is None
+    assert asyncio.run(engine(False)._complete([1], temperature=1.0)).support is None
     with pytest.raises(RuntimeError, match="did not report which tokens it kept"):
-        asyncio.run(engine(True)._one([1], temperature=1.0))
+        asyncio.run(engine(True)._complete([1], temperature=1.0))

@@ -1,4 +1,4 @@
-"""Digests that notice every fault, messages that name the tensor, and buckets that lose no bit."""
+"""Digests detect every fault, errors name the tensor, and buckets keep every bit."""
 
 import pytest
 import torch
@@ -24,12 +24,12 @@ def test_a_digest_changes_when_values_are_swapped_or_shifted():
     assert len({digest(t) for t in [x, *others]}) == 6
 
 
-def test_a_zero_in_another_place_is_another_tensor():
-    # A plain sum of bits would not see where the only value stands.
+def test_the_position_of_the_only_value_changes_the_digest():
+    # A plain sum of bits would not depend on the position.
     assert len({digest(torch.eye(4)[i]) for i in range(4)}) == 4
 
 
-def test_a_digest_tells_dtype_and_shape():
+def test_a_digest_contains_dtype_and_shape():
     x = torch.zeros(2, 6)
     assert digest(x).startswith("float32[2, 6]:")
     assert len({digest(x), digest(x.view(6, 2)), digest(x.view(12)), digest(x.int()), digest(x.bfloat16())}) == 5
@@ -37,7 +37,7 @@ def test_a_digest_tells_dtype_and_shape():
     assert digest(same_bits) != digest(same_bits.view(torch.int32))
 
 
-def test_negative_zero_and_the_payload_of_a_nan_are_bits_too():
+def test_negative_zero_and_the_payload_of_a_nan_change_the_digest():
     assert digest(torch.tensor([0.0])) != digest(torch.tensor([-0.0]))
     nans = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32)
     assert nans.isnan().all()
@@ -78,7 +78,7 @@ def test_an_incomplete_update_is_refused_with_both_lists():
         check_complete({"norm", "value", "lora"}, {"norm"}, "engine 3")
 
 
-def test_a_digest_that_differs_or_is_lacking_names_the_tensor():
+def test_a_digest_that_differs_or_is_missing_names_the_tensor():
     sent = {"a.weight": "float32[1]:01", "b.weight": "float32[1]:02"}
     check_digests(sent, {**sent, "more": "x"}, "engine 0")
     with pytest.raises(RuntimeError, match=r"'b\.weight' arrived at engine 1 as float32\[1\]:ff, but float32\[1\]:02"):
@@ -96,7 +96,7 @@ def test_a_manifest_counts_the_bytes_of_one_receiver():
 
 
 def tensors():
-    """Mixed dtypes, lengths that are no multiple of the alignment, a scalar, an empty one, one view."""
+    """Mixed dtypes, lengths that are not a multiple of the alignment, a scalar, an empty tensor, a view."""
     g = torch.Generator().manual_seed(0)
     return {
         "embed": torch.randn(7, 5, generator=g).bfloat16(),
@@ -115,7 +115,7 @@ def metas(named):
 
 
 @pytest.mark.parametrize("limit", [1, 64, 200, 1 << 20])
-def test_tensors_cross_in_buckets_bit_by_bit(limit):
+def test_tensors_packed_into_buckets_keep_every_bit(limit):
     named = tensors()
     source, received = iter(named.items()), {}
     for bucket in buckets(metas(named), limit):
@@ -124,7 +124,7 @@ def test_tensors_cross_in_buckets_bit_by_bit(limit):
     assert {n: digest(t) for n, t in received.items()} == {n: digest(t) for n, t in named.items()}
 
 
-def test_a_bucket_keeps_to_its_limit_and_a_larger_tensor_travels_alone():
+def test_a_bucket_keeps_its_limit_and_a_larger_tensor_gets_its_own():
     cut = list(buckets(metas(tensors()), 200))
     names = [[meta[0] for meta, _ in items] for items, _ in cut]
     assert ["large"] in names  # 400 bytes
@@ -133,7 +133,7 @@ def test_a_bucket_keeps_to_its_limit_and_a_larger_tensor_travels_alone():
 
 
 @pytest.mark.parametrize("refused_after", [0, 2, None])
-def test_a_sender_takes_part_in_all_of_the_gathering_even_when_an_engine_refuses(refused_after):
+def test_a_sender_gathers_every_tensor_even_when_an_engine_refuses(refused_after):
     from rollout.weights.vllm_sender import DrainingSender, Source
 
     gathered = []

@@ -112,17 +112,18 @@ class Ranks:
         self.published.release()
         return SyncReport(seconds=0.0, pause_seconds=0.0, bytes=version, verified=True)
 
-    async def ask(self, method, batch):
-        of_now = torch.full(batch.mask.shape, float(-1 - self.steps))
-        if method == "reference_logprobs":
-            return torch.full(batch.mask.shape, -9.0)
-        return PolicyOutput(logprobs=of_now, entropy=torch.zeros(batch.mask.shape), values=of_now + 10.0)
+    async def answer(self, batch):
+        now = torch.full(batch.mask.shape, float(-1 - self.steps))
+        return PolicyOutput(logprobs=now, entropy=torch.zeros(batch.mask.shape), values=now + 10.0)
+
+    async def reference_logprobs(self, batch):
+        return torch.full(batch.mask.shape, -9.0)
 
 
 def test_every_nth_step_is_kept_with_what_the_trainer_said_before_and_after(tmp_path):
     ranks = Ranks()
     config = Config(name="t", model="m", data=lambda: Data(train=[]), reward=len, record_batches=2)
-    recorder = Recorder(ranks, ranks.ask, tmp_path / "batches", config)
+    recorder = Recorder(ranks, tmp_path / "batches", config)
     batch = replace(record_of([[1.0, 1.0], [1.0, 1.0]]).batch, old_logprobs=None)
 
     async def train():
@@ -144,7 +145,7 @@ def test_every_nth_step_is_kept_with_what_the_trainer_said_before_and_after(tmp_
 def test_after_a_resume_records_keep_the_numbers_of_their_steps(tmp_path):
     ranks = Ranks(version=5)
     config = Config(name="t", model="m", data=lambda: Data(train=[]), reward=len, record_batches=2)
-    recorder = Recorder(ranks, ranks.ask, tmp_path, config)
+    recorder = Recorder(ranks, tmp_path, config)
     asyncio.run(recorder.step(replace(record_of([[1.0, 1.0]]).batch, old_logprobs=None)))
     assert [p.name for p in tmp_path.iterdir()] == ["step-6.safetensors"]
 

@@ -8,17 +8,19 @@ from typing import Any
 import ray
 
 from rl import checkout
-from rollout import process as forkserver
+from rollout.process import start_fork_server
 from trainer.cluster.engine_client import EngineClient
 from trainer.cluster.stacks import Heartbeat, stacks
+from trainer.cluster.stubs import Call, EngineProcess, LearnerProcess
 
 
-class Host:
-    """One actor process. Builds its object there, so that the driver imports neither vLLM nor DeepSpeed."""
+class ActorShell:
+    """One actor process. It builds its object itself, so that the driver imports neither vLLM nor DeepSpeed."""
 
     def __init__(self) -> None:
         self.heartbeat = Heartbeat()
-        self.calls: set[Any] = set()  # coroutines under way
+        self.calls: set[Any] = set()
+        """Coroutines that are running."""
 
     def address(self) -> tuple[str, int]:
         """This node's address and a free port on it."""
@@ -26,37 +28,41 @@ class Host:
             s.bind(("", 0))
             return ray.util.get_node_ip_address(), s.getsockname()[1]
 
-    def preload(self, module: str) -> None:
-        """Import what will be needed, while there is time."""
-        importlib.import_module(module)
-
     def build(self, target: str, sources: str, kwargs: dict[str, Any]) -> None:
-        """Make the hosted object: `target` is "module:Class". Raises ImportError when this node runs other code."""
+        """Make the hosted object: `target` is "module:Class". Raises ImportError when this node has other sources."""
         if checkout.digest() != sources:
             raise ImportError(
                 f"node {socket.gethostname()} runs other sources of unison-rl ({checkout.ROOT}) than the driver: "
-                "put the same checkout there, and leave it as it is while a run lasts"
+                "put the same checkout there, and do not change it during a run"
             )
         module, name = target.split(":")
-        # An import leaves no garbage, and looking for it takes a tenth of the time.
+        # An import leaves no garbage, and searching for it takes a tenth of the time.
         gc.disable()
         hosted = getattr(importlib.import_module(module), name)
         gc.enable()
         self.object = hosted(**kwargs)
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method of the hosted object."""
-        result = getattr(self.object, method)(*args, **kwargs)
-        self.heartbeat.beat(method)
-        return result
-
     @ray.method(concurrency_group="watch")
     def stacks(self) -> str:
-        """Where this process is, told by a thread of its own."""
+        """The stacks of this process; a thread of its own answers."""
         return f"{self.heartbeat}\n{stacks(list(self.calls))}"
 
-    def connect(self, client: "EngineClient", **channel: Any) -> None:
-        """On a learner rank: open the weight channel. Here, because only this file may hand rollout to trainer."""
+
+class LearnerActor(ActorShell):
+    """The process of one learner rank."""
+
+    def preload(self, module: str) -> None:
+        """Import what will be needed, while there is time."""
+        importlib.import_module(module)
+
+    def call(self, call: Call) -> Any:
+        """Make a call on the learner."""
+        result = call.on(self.object)
+        self.heartbeat.beat(call.method)
+        return result
+
+    def connect(self, client: EngineClient, channel: dict[str, Any]) -> None:
+        """Open the weight channel. Only this wing may hand rollout's sender to trainer's learner."""
         from rollout.weights.sender import open_sender
 
         weights, rank = self.object.weights, self.object.rank
@@ -69,27 +75,37 @@ class Host:
         self.object.send = send
 
 
-class AsyncHost(Host):
-    """The same for an engine, whose methods are coroutines."""
+class EngineActor(ActorShell):
+    """The process of one engine, whose methods are coroutines."""
 
     def build(self, target: str, sources: str, kwargs: dict[str, Any]) -> None:
-        """Make the engine; on CPU vLLM is imported for its own process at the same time as here."""
+        """Make the engine; on CPU a fork server imports vLLM for vLLM's own process at the same time."""
         if kwargs["device"] == "cpu":
-            forkserver.start()
+            start_fork_server()
         super().build(target, sources, kwargs)
 
-    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Await a method of the hosted object."""
-        call = getattr(self.object, method)(*args, **kwargs)
-        self.calls.add(call)
+    async def call(self, call: Call) -> Any:
+        """Await a call on the engine."""
+        running = call.on(self.object)
+        self.calls.add(running)
         try:
-            result = await call
+            result = await running
         finally:
-            self.calls.discard(call)
-        self.heartbeat.beat(method)
+            self.calls.discard(running)
+        self.heartbeat.beat(call.method)
         return result
 
 
-def actor_of(host: type) -> Any:
-    """An actor class with a thread beside its work, which says where it is stuck."""
-    return ray.remote(concurrency_groups={"watch": 1})(host)
+def engine_process(options: dict[str, Any]) -> EngineProcess:
+    """Start the process of an engine, with Ray's options for actors. Returns at once."""
+    return EngineProcess(watched(EngineActor).options(**options).remote())
+
+
+def learner_process(options: dict[str, Any]) -> LearnerProcess:
+    """Start the process of a learner rank, with Ray's options for actors. Returns at once."""
+    return LearnerProcess(watched(LearnerActor).options(**options).remote())
+
+
+def watched(shell: type) -> Any:
+    """The actor class, with a thread next to its work that reports where it is stuck."""
+    return ray.remote(concurrency_groups={"watch": 1})(shell)

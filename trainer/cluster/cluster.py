@@ -1,11 +1,12 @@
-"""Everything that knows Ray: starts engines and learner ranks as actors, and speaks for them in the loop's terms."""
+"""The actors of one run: start engines and learner ranks, call them, connect them, end them."""
 
 import asyncio
 import os
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -15,39 +16,39 @@ from rl.loop.loop import first_error
 from rl.protocols import EngineLost
 from rl.weights import check_complete
 from rollout.settings import engine_env
-from trainer.cluster.actors import AsyncHost, Host, actor_of
+from trainer.cluster.actors import engine_process, learner_process
 from trainer.cluster.calls import answer, gather_answers, started
 from trainer.cluster.engine_client import EngineClient
 from trainer.cluster.placement import Placement, engine_threads, learner_threads
 from trainer.cluster.process_env import learner_env, without_functions
 from trainer.cluster.ray_session import log_folder, start_ray
+from trainer.cluster.stubs import AskEngine, AskLearner, EngineProcess, LearnerProcess, recorded
+
+R = TypeVar("R")
 
 
 class Cluster:
     """The actors of one run."""
 
-    engine = "rollout.engine:Engine"
-    """Class of the hosted engines. An experiment may name its own, in a file beside its script."""
-
     def __init__(self, config: Config, placement: Placement) -> None:
         self.config, self.placement = config, placement
-        self.engines: list[Any] = []
+        self.engines: list[EngineProcess] = []
         self.building: list[Any] = []
-        self.learners: list[Any] = []
+        self.learners: list[LearnerProcess] = []
         self.group: Any = None
-        """The GPUs that are set aside for the actors."""
+        """The GPUs that are reserved for the actors."""
         self.started_ray = False
         self.logs = ""
         """Folder of the actors' output."""
 
     def boot(self) -> None:
-        """Start Ray, the actors' processes, and in theirs the engines, which take longest; waits for none of them."""
+        """Start Ray, the actors' processes and the engines in them, which take longest. Waits for none of them."""
         c, p = self.config, self.placement
         self.started_ray = start_ray(p)
         self.logs = log_folder()
         self.sources = checkout.digest()
         options = self._actor_options()
-        # What the driver can import, the actors can: an objective may live in a file beside its recipe.
+        # What the driver can import, the actors can: an objective may live in a file next to its recipe.
         env = {"PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *filter(None, sys.path)])}
         cores = os.cpu_count() or 1
         engine_vars = env | engine_env(device=p.device, backend=p.backend, threads=engine_threads(c, cores))
@@ -58,19 +59,19 @@ class Cluster:
         booted = [self._boot_engine(index) for index in range(p.engines)]
         self.engines, self.building = [engine for engine, _ in booted], [building for _, building in booted]
         for one in options[p.engines :]:
-            self.learners.append(actor_of(Host).options(**one, runtime_env={"env_vars": learner_vars}).remote())
+            self.learners.append(learner_process(one | {"runtime_env": {"env_vars": learner_vars}}))
 
-    def _boot_engine(self, index: int) -> tuple[Any, Any]:
-        engine = actor_of(AsyncHost).options(**self.engine_options[index]).remote()
+    def _boot_engine(self, index: int) -> tuple[EngineProcess, Any]:
+        engine = engine_process(self.engine_options[index])
         settings = self._common() | {"backend": self.placement.backend}
-        return engine, engine.build.remote(self.engine, self.sources, settings)
+        return engine, engine.build(self.config.rollout.engine_class, self.sources, settings)
 
     async def restart_engine(self, index: int) -> None:
-        """Put a new process in the place of an engine; it holds no weights, and no channel leads to it yet."""
-        ray.kill(self.engines[index])
+        """Replace the process of an engine. The new one holds no weights, and no channel leads to it yet."""
+        self.engines[index].kill()
         self.engines[index], building = self._boot_engine(index)
         await started(f"engine {index}", building, self.config.deadlines.start_s)
-        await self.ask_engine(index, "start", deadline_s=self.config.deadlines.sync_s)
+        await self.ask_engine(index, lambda e: e.start(), deadline_s=self.config.deadlines.sync_s)
 
     def _common(self) -> dict[str, Any]:
         """What engines and ranks are built from alike."""
@@ -89,17 +90,17 @@ class Cluster:
                 engines = [started(f"engine {i}", ref, deadline) for i, ref in enumerate(self.building)]
                 engines = [building.create_task(engine) for engine in engines]
                 if p.backend == "ipc":
-                    # vLLM measures how much of the GPU is free, and nobody else may change that meanwhile.
+                    # vLLM measures how much of the GPU is free, so nothing else may allocate meanwhile.
                     await asyncio.wait(engines)
                 for i, learner in enumerate(self.learners):
-                    ref = learner.build.remote("trainer.learner.learner:Learner", self.sources, rank | {"rank": i})
+                    ref = learner.build("trainer.learner.learner:Learner", self.sources, rank | {"rank": i})
                     building.create_task(started(f"learner rank {i}", ref, deadline))
                     if p.backend != "gloo":
-                        # This side of the channel imports vLLM, for which there is time while the engines start.
-                        learner.preload.remote("rollout.weights.vllm_sender")
+                        # This side of the channel imports vLLM; while the engines start there is time for it.
+                        learner.preload("rollout.weights.vllm_sender")
         except BaseExceptionGroup as group:
             raise first_error(group) from None
-        await self.ask_engines("start")
+        await self.ask_engines(lambda e: e.start())
         await self.open_channel()
 
     def _actor_options(self) -> list[dict[str, Any]]:
@@ -120,15 +121,15 @@ class Cluster:
     async def _addresses(self) -> tuple[str, list[int]]:
         """Where learner rank 0 is found: its address, and two free ports."""
         late = "the driver waited {s} s for the process of learner rank 0 to start"
-        found = [await answer(self.learners[0].address.remote(), late, 300) for _ in range(2)]
+        found = [await answer(self.learners[0].address(), late, 300) for _ in range(2)]
         return ("127.0.0.1" if self.started_ray else found[0][0]), [port for _, port in found]
 
     async def open_channel(self) -> None:
         """Open the weight channel from the ranks to all engines; a second one replaces the first."""
         c, p = self.config, self.placement
         address, (port, _) = await self._addresses()
-        names = (await self.ask_learners("names"))[0]
-        for index, expected in enumerate(await self.ask_engines("expected_weights")):
+        names = (await self.ask_learners(lambda rank: rank.names()))[0]
+        for index, expected in enumerate(await self.ask_engines(lambda e: e.expected_weights())):
             check_complete(names, expected, f"engine {index}")
         client = EngineClient(self.engines, c.rollout.tensor_parallel, c.deadlines.sync_s)
         channel = {
@@ -140,7 +141,7 @@ class Cluster:
             "timeout_s": c.deadlines.sync_s,
         }
         await gather_answers(
-            [a.connect.remote(client, **channel) for a in self.learners],
+            [rank.connect(client, channel) for rank in self.learners],
             "the driver waited {s} s for learner rank {i} to open the weight channel",
             c.deadlines.start_s,
             self.learners,
@@ -148,10 +149,10 @@ class Cluster:
 
     async def close(self) -> None:
         """End every actor, and Ray if this run started it. Safe to call at any moment, also twice."""
-        if closing := [e.call.remote("close") for e in self.engines]:
+        if closing := [engine.ask(lambda e: e.close()) for engine in self.engines]:
             ray.wait(closing, num_returns=len(closing), timeout=15)
-        for actor in [*self.engines, *self.learners]:
-            ray.kill(actor)
+        for process in [*self.engines, *self.learners]:
+            process.kill()
         self.engines, self.learners = [], []
         if self.group is not None:
             remove_placement_group(self.group)
@@ -160,29 +161,27 @@ class Cluster:
             ray.shutdown()
             self.started_ray = False
 
-    async def ask_engine(self, index: int, method: str, *args: Any, deadline_s: float) -> Any:
+    async def ask_engine(self, index: int, ask: AskEngine[R], *, deadline_s: float) -> R:
         """Call one engine; StallError when it is late, EngineLost when its process is gone."""
-        ref = self.engines[index].call.remote(method, *args)
+        ref = self.engines[index].ask(ask)
         try:
-            late = f"the driver waited {{s}} s for engine {index} to {method}"
+            late = f"the driver waited {{s}} s for engine {index} to {recorded(ask).method}"
             return await answer(ref, late, deadline_s, self.engines[index])
-        except ray.exceptions.RayActorError as error:
+        except RayActorError as error:
             raise EngineLost(f"the process of engine {index} is gone ({str(error).splitlines()[0]})") from None
         except asyncio.CancelledError:
             # The engine has other work: vLLM ends the requests of a cancelled call.
             ray.cancel(ref)
             raise
 
-    async def ask_engines(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
+    async def ask_engines(self, ask: AskEngine[R], *, deadline_s: float | None = None) -> list[R]:
         """Call every engine; StallError names the first that is late, EngineLost one that is gone."""
         deadline_s = deadline_s or self.config.deadlines.sync_s
-        asking = [self.ask_engine(i, method, *args, deadline_s=deadline_s) for i in range(len(self.engines))]
+        asking = [self.ask_engine(i, ask, deadline_s=deadline_s) for i in range(len(self.engines))]
         return await asyncio.gather(*asking)
 
-    async def ask_learners(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
+    async def ask_learners(self, ask: AskLearner[R], *, deadline_s: float | None = None) -> list[R]:
         """Call every learner rank; StallError names the first that is late."""
         deadline_s = deadline_s or self.config.deadlines.step_s
-        late = f"the driver waited {{s}} s for learner rank {{i}} to {method}"
-        return await gather_answers(
-            [a.call.remote(method, *args) for a in self.learners], late, deadline_s, self.learners
-        )
+        late = f"the driver waited {{s}} s for learner rank {{i}} to {recorded(ask).method}"
+        return await gather_answers([rank.ask(ask) for rank in self.learners], late, deadline_s, self.learners)

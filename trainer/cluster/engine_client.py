@@ -3,25 +3,26 @@
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError
 
 from rl.protocols import StallError
+from trainer.cluster.stubs import AskEngine, EngineProcess, recorded
 
 
 class EngineClient:
     """vLLM's four control calls, to all engines at once, with a deadline; used on learner rank 0."""
 
-    def __init__(self, engines: list[Any], workers_per_engine: int, deadline_s: float) -> None:
+    def __init__(self, engines: list[EngineProcess], workers_per_engine: int, deadline_s: float) -> None:
         self.engines, self.workers, self.deadline_s = engines, workers_per_engine, deadline_s
         self.version = 0
 
-    def _all(self, method: str, *args: Any) -> None:
-        refs = [engine.call.remote(method, *args) for engine in self.engines]
-        self._wait(refs, method)
+    def _all(self, ask: AskEngine[Any]) -> None:
+        self._wait([engine.ask(ask) for engine in self.engines], recorded(ask).method)
 
     def _wait(self, refs: list[Any], what: str) -> None:
         try:
             ray.get(refs, timeout=self.deadline_s)
-        except ray.exceptions.GetTimeoutError:
+        except GetTimeoutError:
             _, late = ray.wait(refs, num_returns=len(refs), timeout=0)
             names = [i for i, ref in enumerate(refs) if ref in late]
             raise StallError(
@@ -32,24 +33,24 @@ class EngineClient:
         """Every engine gets a rank range of its own (vLLM's Ray client gives all of them the same)."""
         refs = []
         for index, engine in enumerate(self.engines):
-            mine = dict(init_info)
-            if "rank_offset" in mine:
-                mine["rank_offset"] = 1 + index * self.workers
-            refs.append(engine.call.remote("init_weight_transfer_engine", mine))
+            own = dict(init_info)
+            if "rank_offset" in own:
+                own["rank_offset"] = 1 + index * self.workers
+            refs.append(engine.ask(lambda e, info=own: e.init_weight_transfer_engine(info)))
         self._wait(refs, "join the weight channel")
 
     def stage_weights(self, version: int) -> None:
-        """Receive beside the live weights (CPU)."""
-        self._all("stage_weights", version)
+        """Receive next to the live weights (CPU)."""
+        self._all(lambda e: e.stage_weights(version))
 
     def start_weight_update(self) -> None:
         """Pause and begin."""
-        self._all("start_weight_update")
+        self._all(lambda e: e.start_weight_update())
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive."""
-        self._all("update_weights", update_info)
+        self._all(lambda e: e.update_weights(update_info))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Commit as the version that `publish` set (vLLM's own senders give none), and resume."""
-        self._all("finish_weight_update", self.version)
+        self._all(lambda e: e.finish_weight_update(self.version))

@@ -1,4 +1,4 @@
-"""Which actor gets which device: pure arithmetic on the config, checked against what there is."""
+"""Which actor gets which device: arithmetic on the config, checked against the GPUs that exist."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Backend = Literal["gloo", "nccl", "ipc"]
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """What one run asks of the cluster, and the weight channel that follows from it."""
+    """Devices of one run, and the weight channel that follows from them."""
 
     device: Device
     backend: Backend
@@ -23,16 +23,16 @@ class Placement:
 
     @property
     def gpus(self) -> float:
-        """GPUs in all."""
+        """All GPUs of the run."""
         return self.engines * self.gpus_per_engine + self.learners * self.gpus_per_learner
 
     def table(self) -> list[tuple[str, str]]:
         """Rows for the terminal."""
 
-        def place(gpus: float) -> str:
+        def devices(gpus: float) -> str:
             return "1 CPU process" if self.device == "cpu" else f"{gpus:g} GPU{'s' if gpus > 1 else ''}"
 
-        engine, learner = place(self.gpus_per_engine), place(self.gpus_per_learner)
+        engine, learner = devices(self.gpus_per_engine), devices(self.gpus_per_learner)
         return [
             ("engines", f"{self.engines} x {engine}"),
             ("learner ranks", f"{self.learners} x {learner}"),
@@ -43,8 +43,8 @@ class Placement:
         ]
 
 
-def plan(config: Config, *, cuda: bool, gpus: float = math.inf) -> Placement:
-    """The placement of a run on a cluster with this many GPUs. Raises ValueError for what can never be."""
+def place(config: Config, *, cuda: bool, gpus: float = math.inf) -> Placement:
+    """The placement of a run on a cluster with this many GPUs. Raises ValueError for impossible settings."""
     device: Device = ("cuda" if cuda else "cpu") if config.device == "auto" else config.device
     engines, tp, ranks = config.rollout.engines, config.rollout.tensor_parallel, config.trainer.ranks
     for name, value in (("rollout.engines", engines), ("rollout.tensor_parallel", tp), ("trainer.ranks", ranks)):
@@ -76,7 +76,7 @@ def plan(config: Config, *, cuda: bool, gpus: float = math.inf) -> Placement:
 
 
 def default_threads(config: Config, cores: int) -> int:
-    """OpenMP threads for an actor on CPU: all cores when one engine and one rank take turns, else one.
+    """OpenMP threads of an actor on CPU: all cores when one engine and one rank take turns, else one.
 
     Actors that compute at the same time with two threads each are several times slower than with one.
     """

@@ -1,4 +1,4 @@
-"""What a run's processes must find when they start: environment variables, and a config that can travel."""
+"""What the processes of a run start with: environment variables, and a config that can be sent to actors."""
 
 import os
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from rl.config import Config
 
 @contextmanager
 def ray_environment() -> Iterator[None]:
-    """What Ray should do otherwise while it starts: no warnings about defaults that change, no usage reports, workers
-    at normal priority (its default of nice 15 starves them beside any other process), and none started for tasks."""
+    """Settings of Ray while it starts: no warnings about defaults that change, no usage reports, workers at normal
+    priority (its default of nice 15 starves them next to any other process), and no workers started for tasks."""
     wanted = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     wanted["RAY_prestart_worker_first_driver"] = "0"
     before = {name: os.environ.get(name) for name in wanted}
@@ -25,13 +25,13 @@ def ray_environment() -> Iterator[None]:
 
 
 def learner_env(threads: int) -> dict[str, str]:
-    """Environment of a learner's process, which else has the one thread that Ray gives it; spinning OpenMP threads
-    would starve the engine."""
+    """Environment of a learner's process. Ray would give it one thread, and spinning OpenMP threads would starve the
+    engine."""
     return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
 def without_functions(config: Config) -> Config:
-    """The config as actors get it: the data, the reward and the filters stay on the driver."""
+    """The config as actors get it: data, reward and filters stay on the driver."""
     return replace(config, data=_stays_on_driver, reward=_stays_on_driver, filters=())
 
 

@@ -27,7 +27,7 @@ def start_ray(placement: Placement) -> bool:
 
 
 def join_ray() -> None:
-    """Connect to the cluster that RAY_ADDRESS names; again is no error, for counting its GPUs comes first."""
+    """Connect to the cluster that RAY_ADDRESS names. Idempotent: GPUs are counted before the run connects."""
     ray.init(log_to_driver=False, logging_level="warning", ignore_reinit_error=True)
 
 

@@ -1,13 +1,13 @@
-"""The engines and the ranks of a cluster, in the loop's own terms: sampling spread over engines, updates proven."""
+"""The loop's `Rollouts` and `Learner` over real processes: sampling spread over engines, weight updates verified."""
 
 import asyncio
 import time
 
-import torch
+from torch import Tensor
 
 from rl.batch import collate, trajectory
 from rl.protocols import EngineLost, StallError, SyncReport, UpdateFailed
-from rl.types import Batch, Completion, Prompt
+from rl.types import Batch, Completion, PolicyOutput, Prompt
 from rl.weights import WeightManifest, check_digests
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.fleet import Fleet
@@ -17,7 +17,7 @@ PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
 """Mean |trainer - engine| in nats of the probe after a verified update; bf16 is noisy even against itself."""
 PROBE_TOKENS = 16
 UPDATE_RETRIES = 3
-"""How often an update that no engine took is sent again, over a new channel."""
+"""How often an update that every engine refused is sent again, over a new channel."""
 
 
 class RemoteRollouts:
@@ -33,13 +33,15 @@ class RemoteRollouts:
     ) -> list[Completion]:
         """n completions of one prompt. Raises EngineLost when the engine is gone before it answers."""
         index = min(await self.fleet.serving(), key=lambda i: self.load[i])
-        birth = self.fleet.births[index]
+        restarts = self.fleet.restarts_of[index]
         self.load[index] += n
         try:
             deadline = self.cluster.config.deadlines.sample_s
-            return await self.cluster.ask_engine(index, "sample", token_ids, n, seed, temperature, deadline_s=deadline)
+            return await self.cluster.ask_engine(
+                index, lambda e: e.sample(token_ids, n, seed, temperature), deadline_s=deadline
+            )
         except EngineLost as error:
-            self.fleet.lose(index, birth, str(error))
+            self.fleet.mark_lost(index, restarts, str(error))
             raise
         finally:
             self.load[index] -= n
@@ -54,18 +56,26 @@ class RemoteLearner:
     def __init__(self, cluster: Cluster, *, probe: list[int], fleet: Fleet | None = None, version: int = 0) -> None:
         self.cluster = cluster
         self.fleet = fleet or Fleet(cluster)
-        self.fleet.mend = self._mend
+        self.fleet.recover = self._recover
         self.probe = Prompt(ordinal=-1, token_ids=probe, task={})
         self.first = self.version = version
         self.published = asyncio.Lock()
-        """Held while the learner's weights are not the published ones: from a step's start to its update's end."""
+        """Held from the start of a step to the end of its update: the learner's weights are not the published ones."""
         self.failed_updates = 0
-        """Updates that the engines refused as a whole, and that were sent again."""
+        """Updates that every engine refused and that were sent again."""
 
     async def step(self, batch: Batch) -> dict[str, float]:
         """Train on one step's batch; all ranks return the same metrics. Only `publish` may follow."""
         await self.published.acquire()
-        return (await self.cluster.ask_learners("step", batch))[0]
+        return (await self.cluster.ask_learners(lambda rank: rank.step(batch)))[0]
+
+    async def answer(self, batch: Batch) -> PolicyOutput:
+        """What the current policy says about a batch: [B, T] each, on CPU; `values` None without a critic."""
+        return (await self.cluster.ask_learners(lambda rank: rank.answer(batch)))[0]
+
+    async def reference_logprobs(self, batch: Batch) -> Tensor | None:
+        """The start model's log-probabilities [B, T] in nats, on CPU; None where the objective needs none."""
+        return (await self.cluster.ask_learners(lambda rank: rank.reference_logprobs(batch)))[0]
 
     async def publish(self, version: int) -> SyncReport:
         """Send to all engines, each of which commits once all are ready. Verified for the start weights, the first
@@ -87,9 +97,9 @@ class RemoteLearner:
         )
 
     async def _deliver(self, version: int, verify: bool) -> tuple[WeightManifest, float, bool]:
-        """Send to every engine, and whether that was verified.
+        """Send to every engine; returns manifest, pause in seconds, and whether the update was verified.
 
-        Lost engines come back first, also those that are lost in the update itself; then it is verified.
+        Lost engines come back first, also those lost during the update; then it is always verified.
         """
         failures = 0
         while True:
@@ -104,9 +114,9 @@ class RemoteLearner:
                 raise
             except Exception as error:
                 if isinstance(error, StallError) and self.cluster.placement.backend == "nccl":
-                    # NCCL has no end for a broadcast that an engine has left: the learner's rank 0 stays in it.
+                    # NCCL never ends a broadcast that an engine has left: the learner's rank 0 stays in it.
                     raise
-                # With every engine whole it is no loss but an error of its own, such as a tensor without a name.
+                # When no engine is lost the error is one of its own, such as a tensor without a name.
                 if await self.fleet.look_for_lost():
                     continue
                 failures += isinstance(error, UpdateFailed)
@@ -115,38 +125,41 @@ class RemoteLearner:
                 self.failed_updates += 1
                 await self.cluster.open_channel()
             else:
-                await self.fleet.back()
+                await self.fleet.mark_serving()
                 return manifest, pause_seconds, verify
 
-    async def _mend(self) -> None:
+    async def _recover(self) -> None:
         """Bring back lost engines between two updates, with the published weights."""
         async with self.published:
             while self.fleet.lost:
                 await self._deliver(self.version, True)
 
     async def send(self, version: int, *, digesting: bool) -> tuple[WeightManifest, float]:
-        """Give every engine the weights of now; returns what was sent and the longest pause in seconds."""
+        """Send the current weights to every engine; returns what was sent and the longest pause in seconds."""
         cluster = self.cluster
-        await cluster.ask_engines("listen_to_weights", digesting)
+        await cluster.ask_engines(lambda e: e.listen_to_weights(digesting))
         deadline = cluster.config.deadlines.sync_s
-        manifests = await cluster.ask_learners("publish", version, digesting, deadline_s=deadline)
-        return manifests[0], max(await cluster.ask_engines("last_pause"))
+        manifests = await cluster.ask_learners(lambda rank: rank.publish(version, digesting), deadline_s=deadline)
+        return manifests[0], max(await cluster.ask_engines(lambda e: e.last_pause()))
 
     async def _verify(self, manifest: WeightManifest) -> None:
-        """Did every tensor arrive, bit for bit, and does each engine act like the trainer?
+        """Check that every tensor arrived bit for bit, and that each engine computes what the trainer computes.
 
-        Digests show what arrived, not what CPU packing made of it; the probe shows that, within PROBE_TOLERANCE.
+        Digests show what arrived, not what packing on CPU made of it; the probe shows that, within PROBE_TOLERANCE.
         """
         cluster, config = self.cluster, self.cluster.config
-        for index, workers in enumerate(await cluster.ask_engines("received_digests")):
+        for index, workers in enumerate(await cluster.ask_engines(lambda e: e.received_digests())):
             for digests in workers:
                 check_digests(manifest.digests, digests, f"engine {index}")
         for index in range(len(cluster.engines)):
-            question = (self.probe.token_ids, 1, 0, None, PROBE_TOKENS)
-            # It waits behind what is being sampled.
-            sampled = await cluster.ask_engine(index, "sample", *question, deadline_s=config.deadlines.sample_s)
+            # It queues behind running requests, so it has their deadline.
+            sampled = await cluster.ask_engine(
+                index,
+                lambda e: e.sample(self.probe.token_ids, 1, 0, max_tokens=PROBE_TOKENS),
+                deadline_s=config.deadlines.sample_s,
+            )
             batch = collate([trajectory(self.probe, sampled[0], 0.0, {})])
-            trainer: torch.Tensor = (await cluster.ask_learners("logprobs", batch))[0]
+            trainer = (await cluster.ask_learners(lambda rank, batch=batch: rank.logprobs(batch)))[0]
             gap = float((trainer - batch.rollout_logprobs)[batch.mask].abs().mean())
             limit = PROBE_TOLERANCE[config.dtype]
             if not gap <= limit:

@@ -1,4 +1,4 @@
-"""Where is this process? For the message of a wait that passed its deadline."""
+"""What this process does now, for the message of a wait that passed its deadline."""
 
 import os
 import sys
@@ -14,33 +14,33 @@ LINES = 6
 
 
 class Heartbeat:
-    """When this process last did what it was asked to."""
+    """When this process last finished a call."""
 
     def __init__(self) -> None:
         self.did, self.at = "", time.monotonic()
 
     def beat(self, did: str) -> None:
-        """It did that just now."""
+        """A call has finished just now."""
         self.did, self.at = did, time.monotonic()
 
     def __str__(self) -> str:
         seconds = time.monotonic() - self.at
         return (
-            f"it last answered to {self.did}, {seconds:.0f} s ago"
+            f"its last finished call is {self.did}, {seconds:.0f} s ago"
             if self.did
-            else f"no answer in {seconds:.0f} s of life"
+            else f"it has finished no call in the {seconds:.0f} s since its start"
         )
 
 
 def stacks(calls: Iterable[Any] = ()) -> str:
-    """What each thread of this process does now, and what each coroutine of `calls` waits for; innermost line last."""
+    """The stack of each thread of this process, and what each coroutine of `calls` waits for; innermost line last."""
     names = {t.ident: t.name for t in threading.enumerate()}
     frames = {i: f for i, f in sys._current_frames().items() if i != threading.get_ident() and not _waits_for_work(f)}
     found = [f"thread {names.get(i, i)}:\n{_lines(traceback.extract_stack(f))}" for i, f in frames.items()]
     for call in calls:
         where = traceback.StackSummary.extract((f, f.f_lineno) for f in _awaited(call))
         found.append(f"{call.__qualname__} waits at\n{_lines(where)}")
-    return "\n".join(found) or "idle: no thread has anything to do"
+    return "\n".join(found) or "idle: no thread has work"
 
 
 def _awaited(call: Any) -> Iterator[FrameType]:

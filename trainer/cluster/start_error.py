@@ -1,4 +1,4 @@
-"""Why an actor did not start: the one line of its traceback, or of its children's output, that a user can act on."""
+"""Why an actor did not start: the line of its traceback, or of its children's output, that a user can act on."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ CHILD = "Engine core initialization failed"
 
 
 class StartError(RuntimeError):
-    """An actor could not be built; the message holds its cause and where its whole output is."""
+    """An actor could not be built; the message holds the cause and the path of its full output."""
 
 
 def root_cause(traceback: str, logs: str) -> str:

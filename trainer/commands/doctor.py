@@ -17,14 +17,15 @@ def doctor(recipe: str, flags: list[str]) -> None:
 
     from trainer.doctor.doctor import Checkup, full_checkup, short_checkup
     from trainer.doctor.report import save, show, token_table
-    from trainer.plan.preflight import place
-    from trainer.prompts import Prepared, prepare
+    from trainer.plan.plan import make_plan
+    from trainer.prompts import Prepared, read
     from trainer.runs.files import fresh_folder
     from trainer.runs.settings import resolved
     from trainer.tracking.tracker import RunTracker
     from trainer.tracking.wandb_run import wandb_mode
 
-    place(config)
+    plan = make_plan(config)
+    plan.check_gpus()
     tracking = config.tracking
     if tracking.wandb == "auto" and wandb_mode(tracking) == "offline":
         # Nobody looks for a doctor's report in an offline W&B run: page and JSON hold the same, seconds earlier.
@@ -39,7 +40,7 @@ def doctor(recipe: str, flags: list[str]) -> None:
         return await asyncio.to_thread(lambda: RunTracker(folder=folder, config=tracking, name=name, settings=settings))
 
     async def examined() -> Checkup:
-        reading = asyncio.create_task(asyncio.to_thread(prepare, config))
+        reading = asyncio.create_task(asyncio.to_thread(read, plan))
         opening = asyncio.create_task(record(reading))
         try:
             result = await (short_checkup if short else full_checkup)(config, reading)

@@ -82,8 +82,9 @@ class Ladder:
     ) -> list[Completion]:
         deadline = self.patient.config.deadlines.sample_s
         limit = max_tokens or self.patient.max_tokens
-        question = (token_ids, n, seed, temperature, limit, fresh)
-        return await self.cluster.ask_engine(0, "sample", *question, deadline_s=deadline)
+        return await self.cluster.ask_engine(
+            0, lambda e: e.sample(token_ids, n, seed, temperature, limit, fresh), deadline_s=deadline
+        )
 
     async def _cached(self) -> Rung:
         name = "prefix cache hit | miss"
@@ -107,7 +108,7 @@ class Ladder:
         deadline = config.deadlines.sample_s
 
         async def prefilled(token_ids: list[int], c: Completion) -> Completion:
-            said = await self.cluster.ask_engine(0, "prefill", token_ids, c.token_ids, deadline_s=deadline)
+            said = await self.cluster.ask_engine(0, lambda e: e.prefill(token_ids, c.token_ids), deadline_s=deadline)
             return Completion(token_ids=c.token_ids, logprobs=said, versions=c.versions, finish_reason=c.finish_reason)
 
         again = [
@@ -121,7 +122,7 @@ class Ladder:
         new, room = version + 1, self.patient.config.rollout.max_model_len - max(len(p.token_ids) for p in self.prompts)
         length = min(max(48, math.ceil(LONG_S / self.token_s)), room)
         was_aborted = await self._aborted()
-        await self.cluster.ask_learners("perturb", PERTURBED_BIT)
+        await self.cluster.ask_learners(lambda rank: rank.perturb(PERTURBED_BIT))
         sent = asyncio.Event()
 
         async def keep_sampling() -> list[list[Completion]]:
@@ -140,7 +141,7 @@ class Ladder:
         batch = self._batch(await running)
         fresh = self._batch(await self._sample())
         after, afresh = await self._trainer(batch), await self._trainer(fresh)
-        await self.cluster.ask_learners("perturb", PERTURBED_BIT)
+        await self.cluster.ask_learners(lambda rank: rank.perturb(PERTURBED_BIT))
         before = await self._trainer(batch)
         across = ((batch.versions == version).any(1) & (batch.versions == new).any(1))[:, None]
         aborted = await self._aborted() - was_aborted
@@ -156,14 +157,14 @@ class Ladder:
         ]
 
     async def _aborted(self) -> int:
-        return sum(c["aborted"] for c in await self.cluster.ask_engines("counters"))
+        return sum(c["aborted"] for c in await self.cluster.ask_engines(lambda e: e.counters()))
 
     def _batch(self, groups: list[list[Completion]]) -> Batch:
         pairs = zip(self.prompts, groups, strict=True)
         return collate([trajectory(p, c, 0.0, {}) for p, group in pairs for c in group])
 
     async def _trainer(self, batch: Batch) -> torch.Tensor:
-        return (await self.cluster.ask_learners("logprobs", batch))[0]
+        return (await self.cluster.ask_learners(lambda rank: rank.logprobs(batch)))[0]
 
 
 def between(name: str, one: list[list[Completion]], other: list[list[Completion]]) -> Rung:

@@ -13,7 +13,7 @@ from trainer.cluster.remote import RemoteLearner
 from trainer.doctor.comparisons import Ladder, Rung
 from trainer.doctor.diagnosis import Finding
 from trainer.doctor.examine import Examination, Patient
-from trainer.plan.preflight import place
+from trainer.plan.plan import make_plan
 from trainer.prompts import Prepared
 from trainer.runs.settings import stack_versions
 from trainer.tracking.terminal import status
@@ -149,7 +149,7 @@ async def full_checkup(config: Config, reading: Reading) -> Checkup:
 
 def variations(config: Config) -> Iterator[tuple[str, Config | str]]:
     """The rungs that need other engines: a config each, or why it is left out."""
-    short, r, cpu = replace(config, doctor="short"), config.rollout, place(config).device == "cpu"
+    short, r, cpu = replace(config, doctor="short"), config.rollout, make_plan(config).placement.device == "cpu"
     for dtype, fp32_head in (("float32", True), ("bfloat16", True), ("bfloat16", False)):
         if (dtype, fp32_head) == (config.dtype, config.fp32_head):
             continue
@@ -166,7 +166,7 @@ def variations(config: Config) -> Iterator[tuple[str, Config | str]]:
 
 async def _visit(config: Config, reading: Reading) -> Checkup:
     """A checkup of engines that live only for it."""
-    cluster = Cluster(config, place(config))
+    cluster = Cluster(config, make_plan(config).placement)
     try:
         cluster.boot()
         prepared = await reading

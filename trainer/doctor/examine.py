@@ -123,14 +123,14 @@ class Patient:
 
     async def _facts(self) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
         prepared, template = self.prepared, self.config.chat_template_kwargs
-        engines = await self.cluster.ask_engines("describe", prepared.first_prompt, template)
+        engines = await self.cluster.ask_engines(lambda e: e.describe(prepared.first_prompt, template))
         driver = {
             "chat_template": prepared.tokenizer.chat_template,
             "prompt": prepared.train[0].token_ids,
             "eos": prepared.tokenizer.eos_token_id,
             "vocabulary": len(prepared.tokenizer),
         }
-        return engines, (await self.cluster.ask_learners("describe"))[0], driver
+        return engines, (await self.cluster.ask_learners(lambda rank: rank.describe()))[0], driver
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -138,12 +138,12 @@ class Patient:
         """Digests on every side after an update, and what the engines' layers then do."""
         cluster, probe = self.cluster, self.long_prompt()
         # Fills the prefix cache under the weights of before: nothing of it may be used afterwards.
-        await cluster.ask_engines("sample", probe, 1, self.seed, None, 1)
+        await cluster.ask_engines(lambda e: e.sample(probe, 1, self.seed, max_tokens=1))
         manifest, _ = await self.learner.send(version, digesting=True)
-        received = await cluster.ask_engines("received_digests")
-        counting = asyncio.ensure_future(cluster.ask_learners("digests"))
-        again = await cluster.ask_engines("sample", probe, 1, self.seed, None, 1)
-        traces = await cluster.ask_engines("trace", self.prompts[0].token_ids[:TRACED_TOKENS])
+        received = await cluster.ask_engines(lambda e: e.received_digests())
+        counting = asyncio.ensure_future(cluster.ask_learners(lambda rank: rank.digests()))
+        again = await cluster.ask_engines(lambda e: e.sample(probe, 1, self.seed, max_tokens=1))
+        traces = await cluster.ask_engines(lambda e: e.trace(self.prompts[0].token_ids[:TRACED_TOKENS]))
         live = (await counting)[0]
         weights = [
             WeightEvidence(
@@ -173,7 +173,7 @@ class Patient:
     async def _layer_errors(self, trace: Trace) -> tuple[list[LayerError], str]:
         if len(trace) > 1:
             return [], "not compared, for each worker of a tensor-parallel engine has a shard of them"
-        layers, unknown = (await self.cluster.ask_learners("layer_errors", trace[0]))[0]
+        layers, unknown = (await self.cluster.ask_learners(lambda rank: rank.layer_errors(trace[0])))[0]
         if len(trace[0]) <= 1:
             return (
                 layers,
@@ -195,12 +195,12 @@ class Patient:
             *(
                 self.cluster.ask_engine(
                     engine,
-                    "sample",
-                    p.token_ids,
-                    self.per_prompt,
-                    self.seed * 7919 + engine * 101 + 1000 * p.ordinal,
-                    None,
-                    self.max_tokens,
+                    lambda e, p=p: e.sample(
+                        p.token_ids,
+                        self.per_prompt,
+                        self.seed * 7919 + engine * 101 + 1000 * p.ordinal,
+                        max_tokens=self.max_tokens,
+                    ),
                     deadline_s=deadline,
                 )
                 for p in self.prompts
@@ -213,8 +213,7 @@ class Patient:
         cluster, prompts = self.cluster, self.prompts
         rows = [trajectory(p, c, 0.0, {}) for p, group in zip(prompts, groups, strict=True) for c in group]
         batch = collate(rows)
-        said: tuple[torch.Tensor, torch.Tensor] = (await cluster.ask_learners("logprobs_and_entropy", batch))[0]
-        trainer, entropy = said
+        trainer, entropy = (await cluster.ask_learners(lambda rank: rank.logprobs_and_entropy(batch)))[0]
         finite = batch.mask & batch.rollout_logprobs.isfinite() & trainer.isfinite()
         nonfinite = int(batch.mask.sum() - finite.sum())
         if not finite.any():
@@ -223,7 +222,7 @@ class Patient:
         clean = replace(batch, mask=finite, rollout_logprobs=batch.rollout_logprobs.nan_to_num(0.0, 0.0, 0.0))
         g = gap(trainer, clean.rollout_logprobs, clean.mask)
         agreed = agrees(g, self.config.dtype)
-        hypotheses = [] if agreed else (await cluster.ask_learners("explain", clean))[0]
+        hypotheses = [] if agreed else (await cluster.ask_learners(lambda rank: rank.explain(clean)))[0]
         eos = self.prepared.tokenizer.eos_token_id
         ended = [(row, t) for row, t in zip(batch.mask, rows, strict=True) if t.finish_reason == "stop"]
         evidence = SampleEvidence(

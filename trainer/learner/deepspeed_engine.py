@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -10,6 +11,9 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from rl.config import Config
 from trainer.model.policy import Policy, load
+
+BUCKET = 2**23
+"""Gradients that are summed over ranks at a time under ZeRO 0; a larger tensor goes alone."""
 
 
 def deepspeed_engine(config: Config, model: str, device: str, *, share_prompts: bool) -> Any:
@@ -39,6 +43,8 @@ def deepspeed_engine(config: Config, model: str, device: str, *, share_prompts: 
         model=policy, optimizer=optimizer, lr_scheduler=scheduler, config=settings, dist_init_required=False
     )
     engine.hf_deepspeed_config = sharding  # transformers keeps only a weak reference
+    # Without shards DeepSpeed lays gradients end to end for their sum over ranks, by default 2 GB of them at a time.
+    engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=BUCKET)
     return engine
 
 

@@ -190,7 +190,7 @@ class Learner:
             batch,
             rows,
             ranks=self.lots,
-            budget=self.config.trainer.micro_batch_tokens,
+            budget=self.config.trainer.tokens_per_pass(self.device.type),
             share_prompts=self.policy.share_prompts,
             packed=self.policy.packs,
             features=self.policy.hf.config.get_text_config().hidden_size,

@@ -1,9 +1,10 @@
-"""Will it fit? What each rank, each engine and the host need, by what for, against what there is. GiB."""
+"""Does the run fit? Required and available memory by component, in GiB."""
 
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -13,16 +14,19 @@ from rl.config import Config
 from trainer.cluster.placement import Placement
 from trainer.model.head import CHUNK
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
 PROCESS = {"learner rank": 0.8, "engine": 1.2}
-"""Libraries (on a GPU also its context), before any weight."""
+"""Libraries, and on a GPU its context, before any weight."""
 Needs = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What of a model decides its memory."""
+    """Sizes of a model that decide its memory."""
 
     parameters: int
     layers: int
@@ -31,15 +35,47 @@ class Shape:
     """Features inside an MLP."""
     vocabulary: int
     adapted: int
-    """Parameters of adapters of rank 1: inputs and outputs of every linear layer but the head."""
+    """Parameters of adapters of rank 1: inputs plus outputs of every linear layer except the head."""
 
 
-def shape_of(path: str) -> Shape:
-    """From a model's config alone. Raises OSError when there is none."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What one run needs and what there is: GiB by place ("learner rank", "engine", "host")."""
+
+    shape: Shape
+    required: Needs
+    available: dict[str, float]
+
+    def check(self, config: Config) -> None:
+        """Raise ValueError, with what would help, for the first place that is too small."""
+        if os.environ.get("UNISON_IGNORE_MEMORY"):
+            return
+        for place, parts in self.required.items():
+            if sum(parts.values()) <= self.available[place]:
+                continue
+            listed = ", ".join(f"{what} {gib:.2f}" for what, gib in sorted(parts.items(), key=lambda p: -p[1]))
+            raise ValueError(
+                f"this run does not fit: the {place} needs {sum(parts.values()):.1f} GiB ({listed}), and "
+                f"{self.available[place]:.1f} are available. What would help: {'; '.join(remedies(config, place))}. "
+                "UNISON_IGNORE_MEMORY=1 starts the run without this check"
+            )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For the terminal: each place with its sum, then its components."""
+        lines = []
+        for place, parts in self.required.items():
+            of = f" of {self.available[place]:.1f}" if math.isfinite(self.available[place]) else ""
+            lines.append((f"memory: {place}", f"{sum(parts.values()):.2f}{of} GiB"))
+            lines += [(f"  {what}", f"{gib:.2f}") for what, gib in parts.items()]
+        return lines
+
+
+def shape_of(config: "PretrainedConfig") -> Shape:
+    """Sizes from a model's config alone; makes no weights."""
+    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        model = AutoModelForCausalLM.from_config(config)
     text, head = model.config.get_text_config(), model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     return Shape(
@@ -52,8 +88,8 @@ def shape_of(path: str) -> Shape:
     )
 
 
-def needs(config: Config, placement: Placement, shape: Shape) -> Needs:
-    """GiB by place and by what for; on CPU the host's are those of all processes.
+def required_memory(config: Config, placement: Placement, shape: Shape) -> Needs:
+    """GiB by place and component; on CPU those of the host are the sum over all processes.
 
     Activations: size * tokens * layers * (12 hidden + 4 inner), or with gradient checkpointing size * tokens * hidden
     for each layer and one layer in full; tokens are `micro_batch_tokens`, over the ranks that share a row. Head: two
@@ -63,13 +99,13 @@ def needs(config: Config, placement: Placement, shape: Shape) -> Needs:
     optimizer, gradients, weights = (t.ranks if t.zero_stage >= stage else 1 for stage in (1, 2, 3))
     adapters = t.lora.rank * s.adapted
     trained, offloaded = adapters or s.parameters, t.offload == "optimizer"
-    # Without shards torch's Adam works on the fp32 weights themselves; bf16 gradients lie beside their fp32 sums.
+    # Without shards torch's Adam works on the fp32 weights; bf16 gradients are kept next to their fp32 sums.
     states, sums = (12 if t.zero_stage else 8) * trained, (6 if size == 2 and t.zero_stage == 1 else 4) * trained
-    # Offloaded, DeepSpeed keeps fp32 gradients and a copy of the weights there, too.
+    # With offload DeepSpeed keeps fp32 gradients and a copy of the weights there, too.
     copies = 8 if t.zero_stage == 3 else 4 + size + (4 if size == 4 and t.zero_stage == 2 else 0)
     layer = 12 * s.hidden + 4 * s.inner
     kept = s.layers * s.hidden + layer if t.gradient_checkpointing else s.layers * layer
-    tokens = -(-t.micro_batch_tokens // t.sequence_parallel)
+    tokens = -(-t.tokens_per_pass(placement.device) // t.sequence_parallel)
     chunk = min(CHUNK, tokens, config.prompts_per_step * config.group_size * config.rollout.max_tokens)
     learner = {
         "weights": size * (s.parameters + adapters) / weights,
@@ -99,8 +135,8 @@ def needs(config: Config, placement: Placement, shape: Shape) -> Needs:
     return found
 
 
-def there(config: Config, placement: Placement) -> dict[str, float]:
-    """GiB that each place may use; infinite where this machine cannot tell, such as for a cluster's other nodes."""
+def available_memory(config: Config, placement: Placement) -> dict[str, float]:
+    """GiB that each place may use; infinite where this machine cannot know, as for other nodes of a cluster."""
     limits = {"learner rank": math.inf, "engine": math.inf, "host": math.inf}
     if os.environ.get("RAY_ADDRESS") or (placement.device == "cuda" and not torch.cuda.is_available()):
         return limits
@@ -113,37 +149,22 @@ def there(config: Config, placement: Placement) -> dict[str, float]:
 
 
 def _cgroup_room() -> float:
-    """Bytes that a container may still take."""
+    """Bytes that a container may still allocate."""
     if not (CGROUP / "memory.max").exists() or (limit := (CGROUP / "memory.max").read_text().strip()) == "max":
         return math.inf
-    # What was read from files may be given back at any moment, and counts as current all the same.
+    # Pages read from files count as current, although the kernel may free them at any moment.
     stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     return int(limit) - int((CGROUP / "memory.current").read_text()) + int(stat["inactive_file"])
 
 
-def check_memory(config: Config, found: Needs, limits: dict[str, float]) -> None:
-    """Raise ValueError, with what would help, for the first place that is too small."""
-    if os.environ.get("UNISON_IGNORE_MEMORY"):
-        return
-    for place, parts in found.items():
-        if sum(parts.values()) <= limits[place]:
-            continue
-        listed = ", ".join(f"{what} {gib:.2f}" for what, gib in sorted(parts.items(), key=lambda p: -p[1]))
-        raise ValueError(
-            f"this run does not fit: the {place} needs {sum(parts.values()):.1f} GiB ({listed}), and there are "
-            f"{limits[place]:.1f}. What would help: {'; '.join(remedies(config, place))}. UNISON_IGNORE_MEMORY=1 tries "
-            "it all the same"
-        )
-
-
 def remedies(config: Config, place: str) -> list[str]:
-    """Settings that make a place's need smaller, and are not set yet."""
+    """Settings that lower the memory of a place and are not set yet."""
     t, r = config.trainer, config.rollout
     learner = {
         f"trainer.zero_stage={t.zero_stage + 1} or more": t.zero_stage < 3 and t.ranks > 1,
         f"trainer.sequence_parallel={2 * t.sequence_parallel}": t.ranks % (2 * t.sequence_parallel) == 0,
         "trainer.gradient_checkpointing": not t.gradient_checkpointing,
-        f"trainer.micro_batch_tokens below {t.micro_batch_tokens}": t.micro_batch_tokens > CHUNK,
+        f"trainer.micro_batch_tokens={CHUNK}": t.micro_batch_tokens is None or t.micro_batch_tokens > CHUNK,
         "trainer.lora.rank, e.g. 16": not t.lora.rank,
         "trainer.offload=optimizer": place == "learner rank" and t.offload == "none" and t.zero_stage > 0,
         "dtype=bfloat16": config.dtype == "float32",
@@ -156,13 +177,3 @@ def remedies(config: Config, place: str) -> list[str]:
     smaller = {"a smaller model": True}
     options = {"learner rank": learner | smaller, "engine": engine | smaller, "host": engine | learner | smaller}[place]
     return [remedy for remedy, helps in options.items() if helps]
-
-
-def rows(found: Needs, limits: dict[str, float]) -> list[tuple[str, str]]:
-    """For the terminal: each place with its sum, then what it is made of."""
-    lines = []
-    for place, parts in found.items():
-        of = f" of {limits[place]:.1f}" if math.isfinite(limits[place]) else ""
-        lines.append((f"memory: {place}", f"{sum(parts.values()):.2f}{of} GiB"))
-        lines += [(f"  {what}", f"{gib:.2f}") for what, gib in parts.items()]
-    return lines

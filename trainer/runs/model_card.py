@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import Config
-from trainer.plan.preflight import looks_local
+from trainer.model.files import looks_local
 
 
 def write_card(folder: Path, config: Config, summary: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -1,14 +1,11 @@
 """How a step's batch is kept: one safetensors file with what engine and trainer said, before and after the step."""
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from rl.config import Config
 from rl.protocols import SyncReport
@@ -16,8 +13,6 @@ from rl.types import Batch, PolicyOutput
 from trainer.cluster.remote import RemoteLearner
 
 SCHEMA = "unison-batch/1"
-Ask = Callable[[str, Batch], Awaitable[Any]]
-"""`answer` or `reference_logprobs` of the learner as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +64,8 @@ class Recorder:
     """`rl.protocols.Learner` that writes every n-th step's record, at the price of two forward passes for each, and of
     one of the reference where there is one."""
 
-    def __init__(self, learner: RemoteLearner, ask: Ask, folder: Path, config: Config) -> None:
-        self.learner, self.ask, self.folder, self.config = learner, ask, folder, config
+    def __init__(self, learner: RemoteLearner, folder: Path, config: Config) -> None:
+        self.learner, self.folder, self.config = learner, folder, config
         self.steps = learner.version
         """Done so far, also before a resume."""
 
@@ -81,12 +76,12 @@ class Recorder:
             return await self.learner.step(batch)
         async with self.learner.published:
             # Alone with the ranks: an engine that comes back asks them for weights.
-            before: PolicyOutput = await self.ask("answer", batch)
-            reference: Tensor | None = await self.ask("reference_logprobs", batch)
+            before = await self.learner.answer(batch)
+            reference = await self.learner.reference_logprobs(batch)
         metrics = await self.learner.step(batch)
         record = Record(
             batch=replace(batch, old_logprobs=before.logprobs, values=before.values, ref_logprobs=reference),
-            policy=await self.ask("answer", batch),
+            policy=await self.learner.answer(batch),
             horizon=self.config.rollout.max_tokens,
             objective=type(self.config.objective).__name__,
         )

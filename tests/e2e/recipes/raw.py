@@ -6,7 +6,6 @@ from typing import Any
 from echo import config as echo
 
 from rl.config import Config
-from trainer.cluster.cluster import Cluster
 from trainer.launch import launch
 
 
@@ -17,8 +16,7 @@ def raw_engine(config: Config, **options: Any) -> Any:
     return Engine(config, overrides={"logprobs_mode": "raw_logprobs"}, **options)
 
 
-Cluster.engine = "raw:raw_engine"
-config = replace(echo, name="raw", temperature=0.7)
+config = replace(echo, name="raw", temperature=0.7, rollout=replace(echo.rollout, engine_class="raw:raw_engine"))
 
 if __name__ == "__main__":
     launch(config)

@@ -1,0 +1,70 @@
+"""How an engine answers the doctor: scores of given tokens, one prefill, its real settings, a trace of its layers.
+
+The learner's side has the same file name: `trainer/learner/examine.py`.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.outputs import RequestOutput
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from rl.tokens import encode
+
+Generate = Callable[[list[int], SamplingParams], Awaitable[RequestOutput]]
+"""`Engine.generate`: the final output of one request."""
+CallWorkers = Callable[[str], Awaitable[list[Any]]]
+"""`Engine.call_workers`: one result per worker."""
+
+
+async def token_logprob(generate: Generate, context: list[int], token: int, sampling: dict[str, Any]) -> float:
+    """Log-probability (nats) of one token after `context`, from the sampler that rollouts use."""
+    params = SamplingParams(max_tokens=1, logprob_token_ids=[token], detokenize=False, **sampling)
+    logprobs = (await generate(context, params)).outputs[0].logprobs
+    assert logprobs, "vLLM returned no log-probability for a requested token"
+    return logprobs[0][token].logprob
+
+
+async def prefill_logprobs(generate: Generate, token_ids: list[int], reply: list[int]) -> list[float]:
+    """Log-probabilities (nats) of a reply's tokens at T = 1 from one forward pass over all of them."""
+    params = SamplingParams(max_tokens=1, top_k=1, prompt_logprobs=0, detokenize=False)
+    logprobs = (await generate(token_ids + reply, params)).prompt_logprobs
+    assert logprobs, "vLLM returned no prompt log-probabilities"
+    steps = [step or {} for step in logprobs[len(token_ids) :]]
+    return [step[token].logprob for step, token in zip(steps, reply, strict=True)]
+
+
+def describe(llm: AsyncLLM, sampling: SamplingParams, messages: Any, template: dict[str, Any]) -> dict[str, Any]:
+    """The settings that vLLM runs with, the run's sampling parameters, and `messages` (chat messages or plain text) as
+    token ids of the engine's own tokenizer, with the chat template's arguments `template`."""
+    c = llm.vllm_config
+    model, tokenizer = c.model_config, llm.get_tokenizer()
+    return {
+        "logprobs_mode": model.logprobs_mode,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "head_dtype": str(model.head_dtype).removeprefix("torch."),
+        "tied": bool(getattr(model.hf_text_config, "tie_word_embeddings", False)),
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": max(sampling.top_k, 0),
+        "min_p": sampling.min_p,
+        "penalties": [sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty - 1.0],
+        "async_scheduling": bool(c.scheduler_config.async_scheduling),
+        "prefix_caching": bool(c.cache_config.enable_prefix_caching),
+        "eager": bool(model.enforce_eager),
+        "sampling_mask": bool(model.return_sampling_mask),
+        "generation_config": model.generation_config,
+        "generation_eos": model.try_get_generation_config().get("eos_token_id"),
+        "eos": tokenizer.eos_token_id,
+        "vocabulary": len(tokenizer),
+        "chat_template": tokenizer.chat_template,
+        "prompt": encode(tokenizer, messages, template),
+    }
+
+
+async def trace(generate: Generate, call_workers: CallWorkers, token_ids: list[int]) -> list[dict[str, Any]]:
+    """Inputs and outputs of every layer that holds weights for one prompt, by worker. Uses no cached prefix."""
+    await call_workers("begin_trace")
+    await generate(token_ids, SamplingParams(max_tokens=1, top_k=1, detokenize=False, skip_reading_prefix_cache=True))
+    return await call_workers("end_trace")

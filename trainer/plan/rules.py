@@ -1,0 +1,49 @@
+"""Settings that the device or the model forbids; what no machine allows is in `rl.validate`."""
+
+from rl.config import Config
+from trainer.cluster.placement import Device
+from trainer.model.files import model_config
+
+
+def check_truncation(config: Config, device: Device) -> None:
+    """Raise ValueError, with the remedy, where the trainer could not know which tokens truncated sampling kept."""
+    r = config.rollout
+    if r.truncation is None:
+        return
+    wanted = f"truncated sampling (rollout.top_p={r.top_p:g}, top_k={r.top_k}, min_p={r.min_p:g}) on {device}"
+    if device == "cuda":
+        if not r.top_k:
+            raise ValueError(
+                f"{wanted}: the trainer replays the tokens that the engine kept, and vLLM reports them only where "
+                "top_k bounds their number; set rollout.top_k (e.g. 200, which top_p and min_p then narrow)"
+            )
+        return
+    # The CPU engine reports no support, so the learner finds it from its own logits.
+    reason = "the trainer finds the tokens that the engine kept from its own logits, which must be the engine's"
+    if config.dtype != "float32" or not config.fp32_head:
+        raise ValueError(
+            f"{wanted}: {reason}, but dtype={config.dtype}, fp32_head={config.fp32_head} round them; set "
+            "dtype=float32 and fp32_head=True, or sample without truncation"
+        )
+    if config.doctor == "off":
+        raise ValueError(
+            f"{wanted}: {reason}, and only the doctor shows that they are; set doctor=short, or sample without "
+            "truncation"
+        )
+
+
+def check_rows(config: Config) -> None:
+    """Raise ValueError where the model's rows cannot be shared as the settings ask, by ranks or by a group's prompt."""
+    ranks, share_prompts = config.trainer.sequence_parallel, config.trainer.share_prompts
+    if ranks == 1 and not share_prompts:
+        return
+    from trainer.model.attention import check_split, packs
+
+    model = model_config(config.model)
+    if ranks > 1:
+        check_split(model, ranks)
+    if share_prompts and not packs(model):
+        raise ValueError(
+            f"trainer.share_prompts=True needs packed rows, and rows of {model.get_text_config().model_type} stay "
+            "padded: leave it unset"
+        )
