@@ -1,7 +1,6 @@
 """One run from config to summary: start, evaluate, train, export, and a readable folder however it ends."""
 
 import asyncio
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from trainer.runs.model_card import write_card
 from trainer.runs.records import Recorder
 from trainer.runs.resume import Resumed, data_digest, state_of, write_history
 from trainer.runs.settings import config_digest, resolved, stack_versions
+from trainer.runs.summary import ending, summarise
 from trainer.stop import EXIT_CODE, Stop
 from trainer.tracking.terminal import Lines, closing_table, console, status
 from trainer.tracking.tracker import RunTracker
@@ -239,26 +239,18 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         summary, loop = self.summary, self.loop
-        if isinstance(error, asyncio.CancelledError | KeyboardInterrupt):
-            summary["status"] = "interrupted"
-        elif error is not None:
-            summary |= {"error": f"{type(error).__name__}: {error}", "logs": self.cluster.logs}
-        rows = [row for row in self.tracker.history if "reward/mean" in row]
-        gaps = [row["rollout_corr/logprob_abs_diff_mean"] for row in rows]
-        summary |= {
-            "steps": len(rows),
-            "tokens": loop.trained_tokens if loop else 0,
-            "weight_version": loop.admission.version if loop else 0,
-            "resume": self._how_to_resume() if summary["status"] != "finished" else None,
-            "engines_lost": self.fleet.causes if self.fleet else [],
-            "ledger": loop.admission.ledger.summary() if loop else {},
-            "reward_first": rows[0]["reward/mean"] if rows else None,
-            "reward_last": rows[-1]["reward/mean"] if rows else None,
-            "alerts": len(self.tracker.alerts),
-            "worst_logprob_gap": max(gaps, key=lambda gap: (math.isnan(gap), gap), default=None),
-        }
+        summary |= ending(error, logs=self.cluster.logs)
+        summary |= summarise(
+            self.tracker.history,
+            tokens=loop.trained_tokens if loop else 0,
+            weight_version=loop.admission.version if loop else 0,
+            ledger=loop.admission.ledger.summary() if loop else {},
+            alerts=len(self.tracker.alerts),
+            engines_lost=self.fleet.causes if self.fleet else [],
+            resume=self._how_to_resume() if summary["status"] != "finished" else None,
+        )
         write_json(self.folder / "summary.json", summary)
-        if rows:
+        if summary["steps"]:
             plot(self.tracker.history, self.folder / "curves.png", summary["name"])
         self.tracker.close(summary)
         closing_table(summary, self.folder)
