@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
@@ -18,8 +18,9 @@ from rl.types import Completion
 from rollout import examine
 from rollout.process import fork_from_server
 from rollout.settings import engine_args
+from rollout.worker import WorkerExtension
 
-T = TypeVar("T")
+T, P = TypeVar("T"), ParamSpec("P")
 UNSENT = -100
 """Version of an engine that has not received weights from the learner yet. It holds random weights and serves only the
 doctor, which may send its own versions below 0."""
@@ -56,7 +57,7 @@ class Engine:
 
     async def start(self) -> None:
         """Set the version of the start weights and accept requests."""
-        await self.call_workers("end_with_parent")
+        await self.call_workers(WorkerExtension.end_with_parent)
         await self._await_vllm(self.llm.update_weight_version(str(self.version)))
         self.open.set()
 
@@ -131,11 +132,13 @@ class Engine:
         except EngineDeadError:
             raise EngineLost("vLLM's own process has ended") from None
 
-    async def call_workers(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of `rollout.worker.WorkerExtension` on every worker; one result per worker."""
-        return await self._await_vllm(self.llm.collective_rpc(method, args=args))
+    async def call_workers(
+        self, method: Callable[Concatenate[WorkerExtension, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> list[T]:
+        """Call a method of the extension on every worker process of vLLM; one result per worker."""
+        return await self._await_vllm(self.llm.collective_rpc(method.__name__, args=args, kwargs=kwargs))
 
-    async def _require_ready(self, method: str, version: int) -> None:
+    async def _require_ready(self, method: Callable[[WorkerExtension, int], str], version: int) -> None:
         """Call a worker method that returns an error message or "". Raises UpdateFailed with the first message."""
         for error in await self.call_workers(method, version):
             if error:
@@ -158,15 +161,15 @@ class Engine:
 
     async def expected_weights(self) -> set[str]:
         """Checkpoint names that every update must contain."""
-        return set().union(*await self.call_workers("expected_weights"))
+        return set().union(*await self.call_workers(WorkerExtension.expected_weights))
 
     async def listen_to_weights(self, on: bool) -> None:
         """Set whether workers digest the tensors of the next updates as they arrive."""
-        await self.call_workers("digest_updates", on)
+        await self.call_workers(WorkerExtension.digest_updates, on)
 
     async def received_digests(self) -> list[dict[str, str]]:
         """Digests of the last update by tensor name, one dictionary per worker."""
-        return await self.call_workers("received_digests")
+        return await self.call_workers(WorkerExtension.received_digests)
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Join the weight channel."""
@@ -174,7 +177,7 @@ class Engine:
 
     async def stage_weights(self, version: int) -> None:
         """On CPU: begin to receive a version into a second copy of the model, while sampling continues."""
-        await self._require_ready("stage_weights", version)
+        await self._require_ready(WorkerExtension.stage_weights, version)
 
     async def start_weight_update(self) -> None:
         """Pause and begin an update. The pause is required: a step between begin and commit kills vLLM."""
@@ -193,7 +196,7 @@ class Engine:
             raise UpdateFailed(f"weight versions only grow: this engine holds {self.version}, the update is {version}")
         if not self.updating:
             # Staged weights have arrived completely by now, so the pause covers only the swap, which cannot fail.
-            await self._require_ready("commit_error", version)
+            await self._require_ready(WorkerExtension.commit_error, version)
             await self._await_vllm(self.llm.start_weight_update())
             await self.pause()
         await self._await_vllm(self.llm.finish_weight_update(weight_version=str(version)))
@@ -247,10 +250,12 @@ def completion(done: CompletionOutput, cached_prompt_tokens: int) -> Completion:
     """vLLM's output as a `Completion`. A missing log-probability becomes NaN, which the loop quarantines."""
     token_ids = list(done.token_ids)
     steps = done.logprobs or [{}] * len(token_ids)
-    versions: list[int | None] = [None] * len(token_ids)
-    for span in done.weight_versions or []:
-        versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
-    assert None not in versions, f"vLLM reported no weight version for some tokens: {done.weight_versions}"
+    spans = done.weight_versions or []
+    version_at = {position: int(span.version) for span in spans for position in range(span.start, span.end)}
+    whole = version_at.keys() == set(range(len(token_ids)))
+    assert whole, f"vLLM's weight versions do not cover all {len(token_ids)} tokens: {spans}"
+    reason = done.finish_reason
+    assert reason == "stop" or reason == "length" or reason == "abort", f"vLLM ended a request with {reason!r}"
     support = done.sampling_mask.token_ids if done.sampling_mask else None
     if support is not None:
         kept = all(token in ids for token, ids in zip(token_ids, support, strict=True))
@@ -260,8 +265,8 @@ def completion(done: CompletionOutput, cached_prompt_tokens: int) -> Completion:
         logprobs=[
             step[token].logprob if token in step else float("nan") for step, token in zip(steps, token_ids, strict=True)
         ],
-        versions=versions,
-        finish_reason=done.finish_reason,
+        versions=[version_at[position] for position in range(len(token_ids))],
+        finish_reason=reason,
         cached_prompt_tokens=cached_prompt_tokens,
         support=support,
     )

@@ -11,10 +11,11 @@ from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from rl.tokens import encode
+from rollout.worker import WorkerExtension
 
 Generate = Callable[[list[int], SamplingParams], Awaitable[RequestOutput]]
 """`Engine.generate`: the final output of one request."""
-CallWorkers = Callable[[str], Awaitable[list[Any]]]
+CallWorkers = Callable[[Callable[[WorkerExtension], Any]], Awaitable[list[Any]]]
 """`Engine.call_workers`: one result per worker."""
 
 
@@ -65,6 +66,6 @@ def describe(llm: AsyncLLM, sampling: SamplingParams, messages: Any, template: d
 
 async def trace(generate: Generate, call_workers: CallWorkers, token_ids: list[int]) -> list[dict[str, Any]]:
     """Inputs and outputs of every layer that holds weights for one prompt, by worker. Uses no cached prefix."""
-    await call_workers("begin_trace")
+    await call_workers(WorkerExtension.begin_trace)
     await generate(token_ids, SamplingParams(max_tokens=1, top_k=1, detokenize=False, skip_reading_prefix_cache=True))
-    return await call_workers("end_trace")
+    return await call_workers(WorkerExtension.end_trace)

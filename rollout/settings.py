@@ -22,8 +22,8 @@ def engine_args(config: Config, *, device: str, backend: str, model: str) -> dic
         "tensor_parallel_size": r.tensor_parallel,
         # Inside a Ray placement group, as here, vLLM would ask Ray for workers, and no GPUs are left for them.
         "distributed_executor_backend": "mp" if r.tensor_parallel > 1 else None,
-        # V1 returns log-probabilities from before temperature and penalties unless told otherwise; the loss needs
-        # those of the distribution from which tokens are sampled.
+        # By default V1 returns log-probabilities from before temperature and penalties; the loss needs those of the
+        # distribution from which tokens are sampled.
         "logprobs_mode": "processed_logprobs",
         # The tokens that truncation kept, for the trainer to replay; only vLLM's Model Runner V2 (GPU) reports them.
         "return_sampling_mask": r.truncation is not None and not cpu,

@@ -18,7 +18,7 @@ from trainer.cluster.cluster import Cluster
 from trainer.cluster.fleet import Fleet
 from trainer.cluster.remote import RemoteLearner, RemoteRollouts
 from trainer.doctor.diagnosis import ParityError
-from trainer.doctor.doctor import checkup
+from trainer.doctor.doctor import examine_engines
 from trainer.doctor.examine import by_settings
 from trainer.doctor.report import save, show, token_table
 from trainer.pages.curves import plot
@@ -218,7 +218,7 @@ class Run:
                 await self._settle(before)
             return
         with status("checking that engines and trainer agree"):
-            report = await checkup(cluster, learner, self.prepared, version)
+            report = await examine_engines(cluster, learner, self.prepared, version)
         show(report, self.prepared.tokenizer.decode)
         save(report, self.folder, self.prepared.tokenizer.decode)
         self.tracker.table("doctor", token_table(report, self.prepared.tokenizer.decode))

@@ -33,8 +33,8 @@ KINDS = {
     "W&B": r"wandb|gpu_stats",
 }
 """Kind of a process by what its command line holds; the first that fits. None fits: the driver."""
-FILES_EVERY = 8
-"""Samples between looks at every mapping, which takes some 50 ms of a core."""
+FILES_EVERY = 40
+"""Samples between looks at every mapping, which take most of a second; these pages hardly change."""
 
 
 def main(command: list[str], seconds: float, report: Path | None) -> int:
@@ -70,12 +70,14 @@ class Peak:
 
     def add(self, at: float, pids: dict[int, str]) -> None:
         """Sample all processes once."""
-        parts, count = defaultdict(int), defaultdict(int)
+        parts, count, shared = defaultdict(int), defaultdict(int), 0
         for pid, kind in pids.items():
-            parts[kind] += private_bytes(pid)
+            anonymous, mapped = share_of(pid)
+            parts[kind] += anonymous + mapped
+            shared += mapped
             count[kind] += 1
             self.cpu[kind, pid] = max(self.cpu.get((kind, pid), 0.0), cpu_seconds(pid))
-        if (unmapped := shared_files(pids) - sum(shmem_bytes(pid) for pid in pids)) > 0:
+        if (unmapped := shared_files(pids) - shared) > 0:
             parts["shared memory, not mapped"] = unmapped
         for kind, n in parts.items():
             self.own[kind] = max(self.own[kind], n)
@@ -112,22 +114,18 @@ def kind_of(pid: int) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, line)), "driver")
 
 
-def private_bytes(pid: int) -> int:
-    """Its share of anonymous and shared memory."""
+def share_of(pid: int) -> tuple[int, int]:
+    """Bytes of a process's share of anonymous and of shared memory."""
     rollup = read(f"/proc/{pid}/smaps_rollup")
-    return 1024 * sum(int(n) for n in re.findall(r"^Pss_(?:Anon|Shmem): +(\d+)", rollup, re.M))
+    found = (re.search(rf"^Pss_{kind}: +(\d+)", rollup, re.M) for kind in ("Anon", "Shmem"))
+    anonymous, mapped = (1024 * int(match[1]) if match else 0 for match in found)
+    return anonymous, mapped
 
 
 def cpu_seconds(pid: int) -> float:
     """Time on a core so far: on a machine that others use, it compares two runs better than the clock does."""
     fields = read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return sum(int(n) for n in fields[11:13]) / os.sysconf("SC_CLK_TCK")
-
-
-def shmem_bytes(pid: int) -> int:
-    """Its share of shared memory alone."""
-    found = re.search(r"^Pss_Shmem: +(\d+)", read(f"/proc/{pid}/smaps_rollup"), re.M)
-    return 1024 * int(found[1]) if found else 0
 
 
 def shared_files(pids: dict[int, str]) -> int:

@@ -1,4 +1,4 @@
-"""A run begins with a checkup: what is wrong ends it with its cause, before anything is trained."""
+"""A run begins with a check: what is wrong ends it with its cause, before anything is trained."""
 
 import json
 import os
@@ -7,17 +7,11 @@ import sys
 import uuid
 from pathlib import Path
 
-import pytest
-
 from models import make_model
 from processes import assert_gone
+from runs import HANGS_S
 
 RECIPES = Path(__file__).parent / "recipes"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("doctor"), peak=1.0)
 
 
 def say(*command: str, model: Path, folder: Path) -> tuple[int, str, str]:
@@ -28,15 +22,15 @@ def say(*command: str, model: Path, folder: Path) -> tuple[int, str, str]:
         env=os.environ | {"UNISON_TEST_MARK": mark, "COLUMNS": "200"},
         capture_output=True,
         text=True,
-        timeout=560,
+        timeout=HANGS_S,
     )
     return done.returncode, done.stdout + done.stderr, mark
 
 
-def test_truncated_sampling_on_cpu_is_trained_after_the_whole_ladder_agrees(model: Path, tmp_path: Path) -> None:
+def test_truncated_sampling_on_cpu_is_trained_after_all_comparisons_agree(echo_model: Path, tmp_path: Path) -> None:
     recipe = [sys.executable, "-W", "ignore", str(RECIPES / "echo.py"), "--doctor", "full", "--steps", "2"]
     cut = ["--rollout.top-k", "20", "--rollout.top-p", "0.9", "--temperature", "0.9", "--rollout.max-tokens", "4"]
-    code, said, _ = say(*recipe, *cut, "--group-size", "4", model=model, folder=tmp_path)
+    code, said, _ = say(*recipe, *cut, "--group-size", "4", model=echo_model, folder=tmp_path)
     assert code == 0, said[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "echo" / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "reward/mean" in row]
@@ -44,14 +38,16 @@ def test_truncated_sampling_on_cpu_is_trained_after_the_whole_ladder_agrees(mode
     assert max(row["rollout_corr/logprob_abs_diff_mean"] for row in rows) <= 1e-5
     report = json.loads((tmp_path / "echo" / "doctor.json").read_text())
     assert report["verdict"] == "well"
-    tried = {rung["name"] for rung in report["rungs"] if rung["gap"]}
+    tried = {comparison["name"] for comparison in report["comparisons"] if comparison["gap"]}
     assert {"the same engine, asked twice", "prefix cache hit | miss"} <= tried
     assert "in flight: begun after it | trainer's new weights" in tried
     assert (tmp_path / "echo" / "doctor.html").stat().st_size > 10_000
 
 
-def test_a_faulty_engine_ends_the_run_before_its_first_step_with_cause_and_remedy(model: Path, tmp_path: Path) -> None:
-    code, said, mark = say(sys.executable, "-W", "ignore", str(RECIPES / "raw.py"), model=model, folder=tmp_path)
+def test_a_faulty_engine_ends_the_run_before_its_first_step_with_cause_and_remedy(
+    echo_model: Path, tmp_path: Path
+) -> None:
+    code, said, mark = say(sys.executable, "-W", "ignore", str(RECIPES / "raw.py"), model=echo_model, folder=tmp_path)
     assert code == 2, said[-3000:]
     assert "raw_logprobs" in said
     assert 'Set logprobs_mode="processed_logprobs"' in said
@@ -61,9 +57,9 @@ def test_a_faulty_engine_ends_the_run_before_its_first_step_with_cause_and_remed
     assert_gone(mark)
 
 
-def test_unison_doctor_exits_with_1_for_a_fault_and_leaves_its_report(model: Path, tmp_path: Path) -> None:
+def test_unison_doctor_exits_with_1_for_a_fault_and_leaves_its_report(echo_model: Path, tmp_path: Path) -> None:
     unison = [str(Path(sys.executable).with_name("unison")), "doctor", str(RECIPES / "raw.py"), "--short"]
-    code, said, _ = say(*unison, model=model, folder=tmp_path)
+    code, said, _ = say(*unison, model=echo_model, folder=tmp_path)
     assert code == 1, said[-3000:]
     report = json.loads((tmp_path / "raw-doctor" / "doctor.json").read_text())
     assert report["verdict"] == "fault"

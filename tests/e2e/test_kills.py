@@ -1,8 +1,8 @@
 """Kill -9 of any process at seeded moments, then go on: nothing is lost, nothing is trained on twice.
 
-UNISON_KILLS=100 .venv/bin/python -m pytest tests/e2e/test_kills.py -s      # each mode; an hour on two slow cores
+UNISON_KILLS=100 .venv/bin/python -m pytest tests/e2e/test_kills.py -m nightly -s      # each mode; an hour
 
-Two kills of the asynchronous mode are in every test run; tests/e2e/test_resume.py has the synchronous one.
+Both run nightly. In the gate test_resume.py kills a synchronous run, test_runs.py an asynchronous one and its engines.
 """
 
 import json
@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 
 from models import make_model
 from processes import assert_gone, marked
-from runs import finish, start
+from runs import every_prompt_was_trained_once, finish, printed, start, wait_for
 from trainer.runs.checkpoint import finished
 
+pytestmark = pytest.mark.nightly
 KILLS = int(os.environ.get("UNISON_KILLS", "2"))
 STEPS = 30 + 6 * KILLS
 PROMPTS, SAMPLES = 8, 4
@@ -45,12 +46,10 @@ def step_of(folder: Path) -> int:
     return max(path.read_bytes().count(b"\n") - 1, 0) if path.exists() else 0  # the first line is of step 0
 
 
-def wait_for(process: subprocess.Popen, folder: Path, step: int) -> None:
-    """Return once a step is recorded, or the run has ended."""
-    deadline = time.monotonic() + 300
-    while step_of(folder) < step and process.poll() is None:
-        assert time.monotonic() < deadline, (folder / "terminal.log").read_text()[-3000:]
-        time.sleep(0.1)
+def wait_for_next(process: subprocess.Popen, folder: Path) -> None:
+    """Return once one more step is recorded, or the run has ended."""
+    step = step_of(folder) + 1
+    wait_for(process, folder, f"step {step}", lambda: step_of(folder) >= step or process.poll() is not None)
 
 
 def strike(mark: str, process: subprocess.Popen, victim: str) -> bool:
@@ -74,7 +73,7 @@ def killed_again_and_again(model: Path, folder: Path, flags: list[str], seed: in
         if early:
             time.sleep(rng.uniform(0.0, 20.0))
         else:
-            wait_for(process, folder, step_of(folder) + 1)
+            wait_for_next(process, folder)
             time.sleep(rng.uniform(0.0, 1.5))
         if process.poll() == 0:
             break
@@ -84,7 +83,7 @@ def killed_again_and_again(model: Path, folder: Path, flags: list[str], seed: in
             print(f"kill {sum(struck.values())}: {victim}, step {step_of(folder)}{' (or in a start)' if early else ''}")
         # A run survives its engines, but for one that is struck in its very start.
         if (hit and victim in ("driver", "learner")) or process.poll() is not None:
-            assert process.wait(120) != 0, (folder / "terminal.log").read_text()[-3000:]
+            assert process.wait(120) != 0, printed(folder)
             assert_gone(mark, 300)  # Ray's own agents give up late where they never met their raylet
             again = ["--resume", str(folder / "echo")]
             if not finished(folder / "echo" / "checkpoints"):  # struck before the first, or in it: it begins anew
@@ -99,20 +98,7 @@ def killed_again_and_again(model: Path, folder: Path, flags: list[str], seed: in
 def ends_well(folder: Path) -> None:
     summary = json.loads((folder / "echo" / "summary.json").read_text())
     assert summary["status"] == "finished"
-    state = json.loads(sorted((folder / "echo" / "checkpoints").iterdir())[-1].joinpath("state.json").read_text())
-    ledger = state["progress"]["ledger"]
-    ends = [range(first, last + 1) for name, spans in ledger.items() if name != "pending" for first, last in spans]
-    ordinals = sorted(ordinal for span in ends for ordinal in span)
-    assert len(ordinals) == len(set(ordinals)), "a prompt in two states"
-    assert sorted({*ordinals, *ledger["pending"]}) == list(range(max(ordinals) + 1)), "a prompt that was lost"
-    assert sum(last + 1 - first for first, last in ledger["trained"]) == STEPS * PROMPTS
-    # The same from what was trained on, not from the ledger.
-    samples = [json.loads(line) for line in (folder / "echo" / "samples.jsonl").read_text().splitlines()]
-    steps_of: dict[int, list[int]] = {}
-    for row in samples:
-        steps_of.setdefault(row["prompt_ordinal"], []).append(row["step"])
-    assert all(len(steps) == SAMPLES and len(set(steps)) == 1 for steps in steps_of.values())
-    assert len(steps_of) == STEPS * PROMPTS
+    every_prompt_was_trained_once(folder / "echo", prompts=STEPS * PROMPTS, samples=SAMPLES)
 
 
 @pytest.mark.timeout(7200)
@@ -124,7 +110,6 @@ def test_asynchronous_runs_lose_no_prompt_and_train_none_twice(tmp_path: Path) -
 
 
 @pytest.mark.timeout(7200)
-@pytest.mark.skipif("UNISON_KILLS" not in os.environ, reason="set UNISON_KILLS; it takes long")
 def test_synchronous_runs_end_with_the_same_bits(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", peak=1.0)
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -6,9 +6,10 @@ import shutil
 import socket
 import subprocess
 import sys
-from functools import cache
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import pytest
 import torch
@@ -25,49 +26,109 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 Tensors = dict[str, torch.Tensor]
+History = list[dict]
 
 
-@cache
-def trained(
-    model: Path,
-    objective: str,
-    ranks: int,
-    stage: int,
-    dtype: str = "float32",
-    resume: Path | None = None,
-    more: Literal["", "lora", "offload", "sequence"] = "",
-) -> tuple[list[dict], Tensors]:
-    """Metrics by step, and the weights of before and after the last one. The state before it goes to `state_of`, unless
-    the run begins with the one in `resume`."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    folder = resume or state_of(model, objective, ranks, stage, dtype, more)
-    out = model / f"{objective}-{ranks}-{stage}-{dtype}-{more}{f'-from-{resume.stem}' if resume else ''}.pt"
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    action = "resume" if resume else "train"
-    processes = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-W", "ignore", str(WORKER)),
-                *map(str, (r, ranks, stage, dtype, port, objective, model, out, folder, action, more)),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        for r in range(ranks)
-    ]
-    try:
-        outputs = [p.communicate(timeout=180) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    ends = [(f"rank {r} ended with {p.returncode}", outputs[r][1][-3000:]) for r, p in enumerate(processes)]
-    assert all(p.returncode == 0 for p in processes), ends
-    line = next(x for x in outputs[0][0].splitlines() if x.startswith("HISTORY "))
-    return json.loads(line.removeprefix("HISTORY ")), torch.load(out, weights_only=True)
+class LearnerError(Exception):
+    """Every rank answered, and at least one with an error: the group can be used again."""
+
+
+class Group:
+    """Processes that stay in one process group, and build a learner for every request: most of a start is imports."""
+
+    def __init__(self, ranks: int, log: IO[str]) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.log = log
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", str(WORKER), *map(str, (rank, ranks, port))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(ranks)
+        ]
+
+    def ask(self, request: dict) -> History:
+        """Rank 0's metrics by step; raises with the error of every rank that has one."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+        answers = [self._answer(rank) for rank in range(len(self.processes))]
+        errors = [answer["error"] for answer in answers if "error" in answer]
+        if errors:
+            raise LearnerError("\n".join(errors))
+        return answers[0]["history"]
+
+    def _answer(self, rank: int) -> dict:
+        out = self.processes[rank].stdout
+        assert out is not None
+        for line in out:
+            if line.startswith("ANSWER "):
+                return json.loads(line.removeprefix("ANSWER "))
+        raise AssertionError(f"rank {rank} ended: {Path(self.log.name).read_text()[-3000:]}")
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@dataclass
+class Groups:
+    """Groups of one and of two ranks, and all that they have trained."""
+
+    model: Path
+    log: IO[str]
+    groups: dict[int, Group] = field(default_factory=dict)
+    done: dict[tuple, tuple[History, Tensors]] = field(default_factory=dict)
+
+    def trained(
+        self,
+        objective: str,
+        ranks: int,
+        stage: int,
+        dtype: str = "float32",
+        resume: Path | None = None,
+        more: Literal["", "lora", "offload", "sequence"] = "",
+    ) -> tuple[History, Tensors]:
+        """Metrics by step, and the weights of before and after the last one. The state before it goes to `state_of`,
+        unless the run begins with the one in `resume`."""
+        key = (objective, ranks, stage, dtype, resume, more)
+        if key not in self.done:
+            self.done[key] = self._train(*key)
+        return self.done[key]
+
+    def _train(
+        self, objective: str, ranks: int, stage: int, dtype: str, resume: Path | None, more: str
+    ) -> tuple[History, Tensors]:
+        folder = resume or state_of(self.model, objective, ranks, stage, dtype, more)
+        out = self.model / f"{objective}-{ranks}-{stage}-{dtype}-{more}{f'-from-{resume.stem}' if resume else ''}.pt"
+        request = {"model": str(self.model), "objective": objective, "stage": stage, "dtype": dtype, "more": more}
+        request |= {"out": str(out), "folder": str(folder), "resume": resume is not None}
+        if ranks not in self.groups:
+            self.groups[ranks] = Group(ranks, self.log)
+        try:
+            return self.groups[ranks].ask(request), torch.load(out, weights_only=True)
+        except LearnerError:
+            raise
+        except BaseException:  # a rank may still wait for one that ended
+            self.groups.pop(ranks).close()
+            raise
+
+
+@pytest.fixture(scope="module")
+def groups(model: Path) -> Iterator[Groups]:
+    with (model / "ranks.log").open("w") as log:
+        made = Groups(model, log)
+        yield made
+        for group in made.groups.values():
+            group.close()
 
 
 def state_of(model: Path, objective: str, ranks: int, stage: int, dtype: str = "float32", more: str = "") -> Path:
@@ -84,9 +145,9 @@ def tensors(folder: Path) -> Tensors:
 @pytest.mark.parametrize(
     ("objective", "ranks", "stage"), [("grpo", 2, 0), ("grpo", 2, 2), ("grpo", 2, 3), ("ppo", 2, 1)]
 )
-def test_two_ranks_learn_what_one_learns(model: Path, objective: str, ranks: int, stage: int) -> None:
-    one, weights_one = trained(model, objective, 1, 1)
-    two, weights_two = trained(model, objective, ranks, stage)
+def test_two_ranks_learn_what_one_learns(groups: Groups, model: Path, objective: str, ranks: int, stage: int) -> None:
+    one, weights_one = groups.trained(objective, 1, 1)
+    two, weights_two = groups.trained(objective, ranks, stage)
     assert len(one) == 10
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
@@ -113,11 +174,11 @@ def test_two_ranks_learn_what_one_learns(model: Path, objective: str, ranks: int
     ],
 )
 def test_ranks_that_go_on_from_a_state_learn_bit_for_bit_as_if_they_had_never_stopped(
-    model: Path, objective: str, ranks: int, stage: int, dtype: str
+    groups: Groups, model: Path, objective: str, ranks: int, stage: int, dtype: str
 ) -> None:
-    whole, weights = trained(model, objective, ranks, stage, dtype)
+    whole, weights = groups.trained(objective, ranks, stage, dtype)
     state = state_of(model, objective, ranks, stage, dtype)
-    resumed, found = trained(model, objective, ranks, stage, dtype, state)
+    resumed, found = groups.trained(objective, ranks, stage, dtype, state)
     assert resumed == whole[9:]
     assert weights.keys() == found.keys()
     assert [name for name in weights if not torch.equal(weights[name], found[name])] == []
@@ -133,8 +194,10 @@ def test_ranks_that_go_on_from_a_state_learn_bit_for_bit_as_if_they_had_never_st
     ("stage", "dtype"),
     [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")],
 )
-def test_what_engines_get_is_the_gathered_master_rounded_bit_for_bit(model: Path, stage: int, dtype: str) -> None:
-    _, weights = trained(model, "grpo", 2, stage, dtype)
+def test_what_engines_get_is_the_gathered_master_rounded_bit_for_bit(
+    groups: Groups, model: Path, stage: int, dtype: str
+) -> None:
+    _, weights = groups.trained("grpo", 2, stage, dtype)
     held = tensors(state_of(model, "grpo", 2, stage, dtype))
     masters = {key.removeprefix("weights/hf."): t for key, t in held.items() if key.startswith("weights/")}
     sent = {key.removeprefix("before/"): t for key, t in weights.items() if key.startswith("before/")}
@@ -145,9 +208,9 @@ def test_what_engines_get_is_the_gathered_master_rounded_bit_for_bit(model: Path
     assert any(not torch.equal(t, t.bfloat16().float()) for t in masters.values())
 
 
-def test_two_ranks_train_the_adapters_that_one_trains_and_leave_the_base_as_it_was(model: Path) -> None:
-    one, weights_one = trained(model, "grpo", 1, 1, more="lora")
-    two, weights_two = trained(model, "grpo", 2, 3, more="lora")
+def test_two_ranks_train_the_adapters_that_one_trains_and_leave_the_base_as_it_was(groups: Groups, model: Path) -> None:
+    one, weights_one = groups.trained("grpo", 1, 1, more="lora")
+    two, weights_two = groups.trained("grpo", 2, 3, more="lora")
     for a, b in zip(one, two, strict=True):
         for name in a:
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
@@ -166,23 +229,27 @@ def test_two_ranks_train_the_adapters_that_one_trains_and_leave_the_base_as_it_w
     assert all(".lora_A." in name or ".lora_B." in name for name in held)
 
 
-def test_adapters_go_on_from_a_state_bit_for_bit_and_refuse_another_base(model: Path, tmp_path: Path) -> None:
-    whole, weights = trained(model, "grpo", 2, 3, more="lora")
+def test_adapters_go_on_from_a_state_bit_for_bit_and_refuse_another_base(
+    groups: Groups, model: Path, tmp_path: Path
+) -> None:
+    whole, weights = groups.trained("grpo", 2, 3, more="lora")
     state = state_of(model, "grpo", 2, 3, more="lora")
-    resumed, found = trained(model, "grpo", 2, 3, resume=state, more="lora")
+    resumed, found = groups.trained("grpo", 2, 3, resume=state, more="lora")
     assert resumed == whole[9:]
     assert [name for name in weights if not torch.equal(weights[name], found[name])] == []
     other = shutil.copytree(state, tmp_path / "other.state")
     counters = json.loads((other / "counters.json").read_text())
     (other / "counters.json").write_text(json.dumps(counters | {"base": "another"}))
-    with pytest.raises(AssertionError, match="were trained on other weights: resume with the model of that run"):
-        trained(model, "grpo", 1, 1, resume=other, more="lora")
+    with pytest.raises(LearnerError, match="were trained on other weights: resume with the model of that run"):
+        groups.trained("grpo", 1, 1, resume=other, more="lora")
 
 
 @pytest.mark.parametrize(("objective", "stage"), [("grpo", 1), ("grpo", 3), ("ppo", 2)])
-def test_two_ranks_that_share_every_row_learn_what_one_learns(model: Path, objective: str, stage: int) -> None:
-    one, weights_one = trained(model, objective, 1, 1)
-    two, weights_two = trained(model, objective, 2, stage, more="sequence")
+def test_two_ranks_that_share_every_row_learn_what_one_learns(
+    groups: Groups, model: Path, objective: str, stage: int
+) -> None:
+    one, weights_one = groups.trained(objective, 1, 1)
+    two, weights_two = groups.trained(objective, 2, stage, more="sequence")
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
         for name in a:
@@ -191,9 +258,9 @@ def test_two_ranks_that_share_every_row_learn_what_one_learns(model: Path, objec
         assert (tensor - weights_two[name]).abs().mean() <= 1e-5, name
 
 
-def test_an_optimizer_in_the_hosts_memory_steps_as_one_beside_the_weights(model: Path) -> None:
-    here, weights = trained(model, "grpo", 2, 2)
-    there, offloaded = trained(model, "grpo", 2, 2, more="offload")
+def test_an_optimizer_in_the_hosts_memory_steps_as_one_beside_the_weights(groups: Groups, model: Path) -> None:
+    here, weights = groups.trained("grpo", 2, 2)
+    there, offloaded = groups.trained("grpo", 2, 2, more="offload")
     for a, b in zip(here, there, strict=True):
         assert b["actor/loss"] == pytest.approx(a["actor/loss"], abs=1e-6)
     for name in weights.keys() - {"random"}:
@@ -212,11 +279,11 @@ def test_an_optimizer_in_the_hosts_memory_steps_as_one_beside_the_weights(model:
     ],
 )
 def test_another_number_of_ranks_or_another_zero_stage_goes_on_with_the_same_state(
-    model: Path, objective: str, before: tuple[int, int], after: tuple[int, int]
+    groups: Groups, model: Path, objective: str, before: tuple[int, int], after: tuple[int, int]
 ) -> None:
-    whole, weights = trained(model, objective, *before)
+    whole, weights = groups.trained(objective, *before)
     state = state_of(model, objective, *before)
-    resumed, found = trained(model, objective, *after, resume=state)
+    resumed, found = groups.trained(objective, *after, resume=state)
     # What it took over is what was written, bit for bit, and it says so itself.
     again = model / f"{objective}-{after[0]}-{after[1]}-float32--from-{state.stem}.again"
     held, back = tensors(state), tensors(again)

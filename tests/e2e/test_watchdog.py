@@ -27,7 +27,7 @@ class Sleeper:
         """Done."""
 
     def step(self) -> None:
-        time.sleep(60)
+        time.sleep(3600)
 
     async def sample(self) -> None:
         await self.which_never_comes()
@@ -36,7 +36,7 @@ class Sleeper:
         await asyncio.Event().wait()
 
     async def sample_blocking(self) -> None:
-        time.sleep(60)
+        time.sleep(3600)
 
 
 class SleepingLearner(LearnerActor):
@@ -77,11 +77,10 @@ def stuck():
         ),
     ],
 )
-def test_a_late_actor_is_named_with_its_stack_within_seconds_of_the_deadline(stuck, ask, who, where):
-    began = time.perf_counter()
+def test_a_late_actor_is_named_with_its_stack_at_the_deadline(stuck, ask, who, where):
+    # The actor never answers: whoever waited for it, and not for the deadline, would wait for ever.
     with pytest.raises(StallError) as error:
         asyncio.run(ask(stuck))
     assert f"the driver waited 2 s for {who}" in str(error.value)
     assert where in str(error.value)
     assert "It is here:\nits last finished call is wake, " in str(error.value)
-    assert time.perf_counter() - began < 30

@@ -4,7 +4,6 @@ import asyncio
 import os
 import socket
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,8 +46,8 @@ class Live:
     def sample(self, *args: Any, **kwargs: Any) -> Any:
         return self.wait(self.engine.sample(*args, **kwargs))
 
-    def keep_sampling(self, prompt: list[int], n: int) -> "Sampling":
-        return Sampling(self, prompt, n)
+    def keep_sampling(self, prompt: list[int], n: int, tokens: int | None = None) -> "Sampling":
+        return Sampling(self, prompt, n, tokens)
 
     def init_weight_transfer_engine(self, info: dict) -> None:
         self.wait(self.engine.init_weight_transfer_engine(info))
@@ -93,30 +92,37 @@ class Live:
 
 
 class Sampling:
-    """Requests are under way, however fast the engine is, until the result is asked for: two lots of n by turns."""
+    """Two lots of n requests, by turns and out of step, until the result is asked for: some are always under way.
 
-    def __init__(self, live: Live, prompt: list[int], n: int) -> None:
+    `tokens` is the length of each; the run's by default. This returns once the second lot has sampled some of its own.
+    """
+
+    def __init__(self, live: Live, prompt: list[int], n: int, tokens: int | None = None) -> None:
         self.on = True
-        self.future = live.submit(self._both(live.engine, prompt, n))
-        time.sleep(0.5)
+        self.under_way = threading.Event()
+        self.future = live.submit(self._both(live.engine, prompt, n, tokens or live.config.rollout.max_tokens))
+        while not self.under_way.wait(0.1):
+            if self.future.done():
+                self.future.result()
 
     def result(self, timeout_s: float) -> list[Completion]:
         """All that was sampled; raises what ended the sampling, as `EngineLost`."""
         self.on = False
         return self.future.result(timeout_s)
 
-    async def _both(self, engine: Any, prompt: list[int], n: int) -> list[Completion]:
+    async def _both(self, engine: Any, prompt: list[int], n: int, tokens: int) -> list[Completion]:
         one, other = await asyncio.gather(
-            self._lots(engine, prompt, n, 0.0, seed=100), self._lots(engine, prompt, n, 0.2, seed=200)
+            self._lots(engine, prompt, n, tokens // 4, tokens, seed=100),
+            self._lots(engine, prompt, n, tokens, tokens, seed=200),
         )
         return one + other
 
-    async def _lots(self, engine: Any, prompt: list[int], n: int, after_s: float, seed: int) -> list[Completion]:
-        await asyncio.sleep(after_s)
-        done: list[Completion] = []
+    async def _lots(self, engine: Any, prompt: list[int], n: int, first: int, rest: int, seed: int) -> list[Completion]:
+        done = await engine.sample(prompt, n, seed, max_tokens=first)
+        self.under_way.set()
         while self.on:
-            done += await engine.sample(prompt, n, seed)
             seed += 1
+            done += await engine.sample(prompt, n, seed, max_tokens=rest)
         return done
 
 

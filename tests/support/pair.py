@@ -12,7 +12,7 @@ from live import Live
 from rl.config import Config
 from rl.types import Data, Example
 from trainer.cluster.remote import RemoteLearner
-from trainer.doctor.examine import Patient
+from trainer.doctor.examine import Examiner
 from trainer.learner.learner import Learner
 from trainer.prompts import Prepared, prepare
 
@@ -50,16 +50,16 @@ class Pair:
         return [await self.ask_engine(0, ask)]
 
     async def ask_learners(self, ask: Any, *, deadline_s: float | None = None) -> list[Any]:
-        self.learner.send = self.send
+        self.learner.connect(self)
         return [await asyncio.to_thread(ask, self.learner)]
 
 
-def patient(pair: Pair, prompts: list[str | list[dict[str, str]]], seed: int = 0) -> Patient:
+def examiner(pair: Pair, prompts: list[str | list[dict[str, str]]], seed: int = 0) -> Examiner:
     """The pair as the doctor sees it, with these prompts."""
     examples = [Example(prompt=p) for p in prompts]
     prepared: Prepared = prepare_data(pair.config, examples)
     learner = RemoteLearner(pair, probe=prepared.train[0].token_ids)
-    return Patient(pair, learner, prepared, seed=seed)
+    return Examiner(pair, learner, prepared, seed=seed)
 
 
 def prepare_data(config: Config, examples: list[Example]) -> Prepared:

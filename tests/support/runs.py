@@ -1,16 +1,32 @@
-"""Starting the echo recipe as a user does, and reading what it leaves."""
+"""Starting the echo recipe as a user does, waiting for what it writes, and reading what it leaves."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 STARTED: list[str] = []
 """The marks of all runs so far: tests/e2e/conftest.py ends what a failed test left of them."""
 RECIPE = Path(__file__).parents[1] / "e2e" / "recipes" / "echo.py"
+HANGS_S = 560
+"""No wait of a run is meant to take a tenth of this: it only keeps a run that hangs from hanging the tests."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended: its flags, its folder, its summary, and the metrics of its steps."""
+
+    flags: tuple[str, ...]
+    folder: Path
+    summary: dict
+    rows: list[dict]
 
 
 def start(model: Path, folder: Path, *flags: str) -> tuple[subprocess.Popen, str]:
@@ -29,10 +45,47 @@ def start(model: Path, folder: Path, *flags: str) -> tuple[subprocess.Popen, str
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options), mark
 
 
-def finish(process: subprocess.Popen, folder: Path, seconds: float = 560) -> tuple[int, dict, list[dict]]:
+def finish(process: subprocess.Popen, folder: Path, seconds: float = HANGS_S) -> tuple[int, dict, list[dict]]:
     code = process.wait(seconds)
     run = folder / "echo"
-    text = (folder / "terminal.log").read_text()
-    assert (run / "summary.json").exists(), text[-3000:]
+    assert (run / "summary.json").exists(), printed(folder)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return code, json.loads((run / "summary.json").read_text()), [row for row in rows if "reward/mean" in row]
+
+
+def printed(folder: Path) -> str:
+    """The end of what the run printed."""
+    return (folder / "terminal.log").read_text()[-3000:]
+
+
+def wait_for(process: subprocess.Popen, folder: Path, what: str, seen: Callable[[], bool]) -> None:
+    """Return once the run has written it; a run that ends before is an error."""
+    deadline = time.monotonic() + HANGS_S
+    while not seen():
+        assert process.poll() is None, printed(folder)
+        assert time.monotonic() < deadline, f"no {what} within {HANGS_S} s"
+        time.sleep(0.02)
+
+
+def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+    """Return once this step is in metrics.jsonl."""
+    path = folder / "echo" / "metrics.jsonl"
+    wait_for(process, folder, f"step {step}", lambda: path.exists() and f'"step": {step}.0' in path.read_text())
+
+
+def every_prompt_was_trained_once(run: Path, *, prompts: int, samples: int) -> None:
+    """No prompt of the stream is lost and none is in two states: by the ledger, and by what was trained on."""
+    state = json.loads(sorted((run / "checkpoints").iterdir())[-1].joinpath("state.json").read_text())
+    ledger = state["progress"]["ledger"]
+    ends = [range(first, last + 1) for name, spans in ledger.items() if name != "pending" for first, last in spans]
+    ordinals = sorted(chain.from_iterable(ends))
+    assert len(ordinals) == len(set(ordinals)), "a prompt in two states"
+    assert sorted({*ordinals, *ledger["pending"]}) == list(range(max(ordinals) + 1)), "a prompt that was lost"
+    assert sum(last + 1 - first for first, last in ledger["trained"]) == prompts
+    # The same from what was trained on, not from the ledger.
+    steps_of: dict[int, list[int]] = {}
+    for line in (run / "samples.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        steps_of.setdefault(row["prompt_ordinal"], []).append(row["step"])
+    assert all(len(steps) == samples and len(set(steps)) == 1 for steps in steps_of.values())
+    assert len(steps_of) == prompts

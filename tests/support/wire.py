@@ -104,7 +104,7 @@ def reordered(tell: Tell, calls: list[Any]) -> None:
 
 def delayed(tell: Tell, calls: list[Any]) -> None:
     for call in calls:
-        time.sleep(0.3)
+        time.sleep(0.1)
         tell(*call)
 
 

@@ -1,4 +1,4 @@
-"""What a checkup leaves for its reader: doctor.json, doctor.html, the terminal, and the table of tokens."""
+"""What the doctor leaves for its reader: doctor.json, doctor.html, the terminal, and the table of tokens."""
 
 import io
 import json
@@ -20,12 +20,13 @@ from rl.parity.hypotheses import Hypothesis
 from rl.truncation import Truncation
 from rl.types import Batch, Data
 from trainer.doctor import report as doctor_report
-from trainer.doctor.comparisons import Rung
+from trainer.doctor.comparisons import Comparison
 from trainer.doctor.diagnosis import Finding
-from trainer.doctor.doctor import Checkup
-from trainer.doctor.examine import Examination, by_settings
+from trainer.doctor.doctor import DoctorReport
+from trainer.doctor.examine import ParityCheck, by_settings
 from trainer.doctor.report import as_dict, bit_for_bit, save, show, token_table
 from trainer.tracking.tracker import RunTracker
+from trainer.tracking.wandb_run import WandbRun
 
 # Two prompts of three tokens, a reply of four and one of three; column t is about token t + 1.
 IDS = torch.tensor([[1, 2, 3, 10, 11, 12, 13], [1, 2, 4, 20, 21, 22, 0]])
@@ -58,7 +59,7 @@ def make_weights(**changes) -> WeightEvidence:
     return replace(weights, **changes)
 
 
-def make_checkup(*findings: Finding, rungs: bool = False, engines: int = 1, **settings) -> Checkup:
+def make_report(*findings: Finding, comparisons: bool = False, engines: int = 1, **settings) -> DoctorReport:
     """Engines whose numbers differ from the trainer's by D, or twice and thrice of it."""
     config = Config(name="small", model="models/none", data=lambda: Data(train=[]), reward=len, **settings)
     distances = [D * (i + 1) for i in range(engines)]
@@ -91,7 +92,7 @@ def make_checkup(*findings: Finding, rungs: bool = False, engines: int = 1, **se
         clip=NoiseClip(tokens=0.125, sequences=0.25),
         notes=["no reply ended by itself"],
     )
-    examination = Examination(
+    check = ParityCheck(
         config=config,
         evidence=evidence,
         findings=list(findings),
@@ -100,14 +101,14 @@ def make_checkup(*findings: Finding, rungs: bool = False, engines: int = 1, **se
         seconds=1.0,
     )
     ladder = [
-        Rung(name="rollout | trainer, as configured", gap=gaps[0]),
-        Rung(name="one prompt at a time | all at once", gap=gap(ROLLOUT[:1], ROLLOUT[:1], MASK[:1]), held=False),
-        Rung(name="prefix cache hit | miss", gap=None, note="the prefix cache is off"),
+        Comparison(name="rollout | trainer, as configured", gap=gaps[0]),
+        Comparison(name="one prompt at a time | all at once", gap=gap(ROLLOUT[:1], ROLLOUT[:1], MASK[:1]), held=False),
+        Comparison(name="prefix cache hit | miss", gap=None, note="the prefix cache is off"),
     ]
-    return Checkup(
+    return DoctorReport(
         config=config,
-        examination=examination,
-        rungs=ladder if rungs else [],
+        check=check,
+        comparisons=ladder if comparisons else [],
         findings=list(findings),
         seconds=8.1,
         stack={"python": "3.11.2", "torch": "2.13.0"},
@@ -124,13 +125,13 @@ def decode(ids: list[int]) -> str:
 
 @pytest.mark.parametrize("findings", [(), (FAULT, WARNING)])
 def test_doctor_json_comes_back_as_it_was_with_null_for_every_nan(tmp_path, findings):
-    checkup = make_checkup(*findings, rungs=True)
-    save(checkup, tmp_path, decode)
-    said = as_dict(checkup)
+    report = make_report(*findings, comparisons=True)
+    save(report, tmp_path, decode)
+    said = as_dict(report)
     assert json.loads((tmp_path / "doctor.json").read_text()) == said
     json.dumps(said, allow_nan=False)
-    assert said["rungs"][1]["gap"]["k1_se"] is None, "one sequence has no standard error"
-    assert said["rungs"][2]["gap"] is None
+    assert said["comparisons"][1]["gap"]["k1_se"] is None, "one sequence has no standard error"
+    assert said["comparisons"][2]["gap"] is None
     assert said["verdict"] == ("fault" if findings else "well")
     assert [f["remedy"] for f in said["findings"]] == [f.remedy for f in findings]
     assert said["evidence"]["samples"][0]["hypotheses"][0]["says"] == "it samples at temperature 0.9"
@@ -142,9 +143,9 @@ def test_digests_are_counted_and_only_those_that_differ_are_named():
     sent = {"a": "11111111", "b": "22222222", "c": "33333333", "d": "44444444"}
     worker = {"a": "11111111", "b": "99999999", "d": "44444444"}
     weights = make_weights(sent=sent, live=sent | {"d": "55555555"}, received=[sent, worker])
-    checkup = make_checkup()
-    evidence = replace(checkup.examination.evidence, weights=[weights])
-    said = as_dict(replace(checkup, examination=replace(checkup.examination, evidence=evidence)))["evidence"]["weights"]
+    report = make_report()
+    evidence = replace(report.check.evidence, weights=[weights])
+    said = as_dict(replace(report, check=replace(report.check, evidence=evidence)))["evidence"]["weights"]
     expected = {"sent": 4, "equal": 1, "moved": ["d"], "lost": ["c"], "changed": ["b"]}
     assert said[0]["digests"] == expected
     assert "11111111" not in json.dumps(said)
@@ -152,7 +153,7 @@ def test_digests_are_counted_and_only_those_that_differ_are_named():
 
 
 def test_the_worst_layers_come_first_and_one_without_a_number_is_the_worst():
-    layers = as_dict(make_checkup())["evidence"]["weights"][0]["worst_layers"]
+    layers = as_dict(make_report())["evidence"]["weights"][0]["worst_layers"]
     assert [(x["name"], x["error"]) for x in layers] == [
         ("layers.0.k_proj", None),
         ("layers.0.v_proj", 3e-6),
@@ -208,23 +209,23 @@ class Walk(HTMLParser):
             self.texts.append(data)
 
 
-def page_of(checkup: Checkup, folder) -> tuple[Walk, str]:
-    save(checkup, folder, decode)
+def page_of(report: DoctorReport, folder) -> tuple[Walk, str]:
+    save(report, folder, decode)
     html = (folder / "doctor.html").read_text(encoding="utf-8")
     return Walk(html), html
 
 
-def test_the_page_says_the_verdict_each_remedy_each_rung_and_what_was_not_covered(tmp_path):
-    walk, _ = page_of(make_checkup(FAULT, WARNING, rungs=True), tmp_path)
+def test_the_page_says_the_verdict_each_remedy_each_comparison_and_what_was_not_covered(tmp_path):
+    walk, _ = page_of(make_report(FAULT, WARNING, comparisons=True), tmp_path)
     assert "Engines and trainer do not agree: temperature." in walk.text
     for f in (FAULT, WARNING):
         assert f.remedy in walk.text
         assert f"{f.cause}, {f.where} {f.evidence[0].upper()}{f.evidence[1:]}." in walk.text
-    for rung in make_checkup(rungs=True).rungs:
+    for comparison in make_report(comparisons=True).comparisons:
         # In the table; where there are numbers also in the plot.
-        assert walk.text.count(rung.name) == (2 if rung.gap else 1)
+        assert walk.text.count(comparison.name) == (2 if comparison.gap else 1)
     assert "the prefix cache is off" in walk.text
-    for check, covers, _ in make_checkup().coverage():
+    for check, covers, _ in make_report().coverage():
         assert check in walk.text
         assert covers in walk.text
     assert "No reply ended by itself." in walk.text
@@ -233,25 +234,25 @@ def test_the_page_says_the_verdict_each_remedy_each_rung_and_what_was_not_covere
     assert "old_logprobs is" not in walk.text, "nothing is settled for a run that may not start"
 
 
-def test_rows_stand_out_where_a_rung_failed_and_where_two_sides_say_different_things(tmp_path):
+def test_rows_stand_out_where_a_comparison_failed_and_where_two_sides_say_different_things(tmp_path):
     findings = [
-        replace(FAULT, where=make_checkup(rungs=True).rungs[0].name),
+        replace(FAULT, where=make_report(comparisons=True).comparisons[0].name),
         replace(WARNING, where="prefix cache hit | miss"),
     ]
-    _, html = page_of(make_checkup(*findings, rungs=True), tmp_path)
+    _, html = page_of(make_report(*findings, comparisons=True), tmp_path)
     red = re.findall(r"<tr class=bad><td[^>]*>([^<]*)", html)
     assert red == ["rollout | trainer, as configured", "temperature", "top_p"]
 
 
 def test_a_well_page_says_so_with_its_numbers_and_how_old_logprobs_was_settled(tmp_path):
-    walk, _ = page_of(make_checkup(), tmp_path)
+    walk, _ = page_of(make_report(), tmp_path)
     assert "Engines and trainer agree: mean |d| 2.8e-01 nats over 7 tokens" in walk.text
     assert "old_logprobs is recompute: noise alone would clip 25% of GSPO's sequences." in walk.text
     assert "This is the short form" in walk.text
 
 
 def test_the_page_loads_nothing_runs_nothing_and_its_plots_do_not_mix_up_their_parts(tmp_path):
-    walk, html = page_of(make_checkup(FAULT, rungs=True), tmp_path)
+    walk, html = page_of(make_report(FAULT, comparisons=True), tmp_path)
     assert walk.tags.isdisjoint({"script", "link", "img", "image", "iframe", "object", "base"})
     assert "http:" not in html
     assert "https:" not in html
@@ -263,34 +264,37 @@ def test_the_page_loads_nothing_runs_nothing_and_its_plots_do_not_mix_up_their_p
 
 def test_text_of_tokens_and_names_is_shown_and_never_becomes_markup(tmp_path):
     fault = replace(FAULT, evidence="engine says <b>bold</b> & [red]x[/red]")
-    checkup = make_checkup(fault, rungs=True)
-    rungs = [*checkup.rungs, Rung(name="<i>rung</i> | $x$", gap=checkup.rungs[0].gap, note="<u>")]
-    walk, _ = page_of(replace(checkup, rungs=rungs), tmp_path)
+    report = make_report(fault, comparisons=True)
+    comparisons = [
+        *report.comparisons,
+        Comparison(name="<i>one</i> | $x$", gap=report.comparisons[0].gap, note="<u>"),
+    ]
+    walk, _ = page_of(replace(report, comparisons=comparisons), tmp_path)
     assert walk.tags.isdisjoint({"b", "i", "u", "script"})
     for shown in ("<script>alert(1)</script>", "<b>bold</b> & [red]x[/red]", "<u>"):
         assert shown in walk.text
-    assert walk.text.count("<i>rung</i> | $x$") == 2
+    assert walk.text.count("<i>one</i> | $x$") == 2
 
 
 def test_a_plot_by_weight_version_appears_once_there_are_two(tmp_path):
-    one = make_checkup(engines=2)
+    one = make_report(engines=2)
     batches = [make_batch(0), make_batch(1)]
-    two = replace(one, examination=replace(one.examination, batches=batches))
-    assert "d by the version" not in page_of(one, tmp_path)[0].text
-    assert "d by the version" in page_of(two, tmp_path)[0].text
+    two = replace(one, check=replace(one.check, batches=batches))
+    assert "d by the weight version" not in page_of(one, tmp_path)[0].text
+    assert "d by the weight version" in page_of(two, tmp_path)[0].text
 
 
 @pytest.mark.parametrize(
     ("objective", "unit"), [(GSPO(), "Mean log-ratio of each sequence"), (GRPO(), "Log-ratio of each token")]
 )
 def test_the_clip_range_is_held_against_what_the_objective_clips(tmp_path, objective, unit):
-    walk, _ = page_of(make_checkup(objective=objective), tmp_path)
+    walk, _ = page_of(make_report(objective=objective), tmp_path)
     assert f"{unit}; between the lines {type(objective).__name__} does not clip." in walk.text
 
 
 def test_a_page_is_written_even_if_the_trainer_has_no_finite_number(tmp_path):
-    checkup = make_checkup(FAULT)
-    broken = replace(checkup, examination=replace(checkup.examination, trainer=[ROLLOUT * math.nan]))
+    report = make_report(FAULT)
+    broken = replace(report, check=replace(report.check, trainer=[ROLLOUT * math.nan]))
     walk, _ = page_of(broken, tmp_path)
     assert "do not agree" in walk.text
     assert "svg" not in walk.tags
@@ -299,10 +303,10 @@ def test_a_page_is_written_even_if_the_trainer_has_no_finite_number(tmp_path):
 # -- the terminal ------------------------------------------------------------------------------------------------------
 
 
-def shown(monkeypatch, checkup: Checkup, width: int = 240, **options) -> str:
+def shown(monkeypatch, report: DoctorReport, width: int = 240, **options) -> str:
     console = Console(soft_wrap=True, record=True, width=width, file=io.StringIO())
     monkeypatch.setattr(doctor_report, "console", console)
-    show(checkup, **options)
+    show(report, **options)
     return console.export_text(styles=True)
 
 
@@ -315,22 +319,22 @@ def test_a_well_run_gets_one_line_and_how_old_logprobs_was_settled(monkeypatch):
     expected = [
         "engines and trainer agree: mean |d| 2.8e-01 nats over 7 tokens, k3 1.2e-01, 2 tensors bit for bit, "
         "3 layers; 8.1 s",
-        "old_logprobs: recompute, for noise alone would clip 25% of GSPO's sequences",
+        "old_logprobs: recompute, because noise alone would clip 25% of GSPO's sequences",
     ]
-    assert plain(shown(monkeypatch, make_checkup())).splitlines() == expected
-    assert plain(shown(monkeypatch, make_checkup(old_logprobs="rollout"))).splitlines() == expected[:1]
+    assert plain(shown(monkeypatch, make_report())).splitlines() == expected
+    assert plain(shown(monkeypatch, make_report(old_logprobs="rollout"))).splitlines() == expected[:1]
 
 
 def test_a_correction_has_the_old_log_probabilities_recomputed_for_else_it_would_see_no_gap():
-    examination = make_checkup().examination
-    quiet = replace(examination, evidence=replace(examination.evidence, clip=NoiseClip(tokens=0.0, sequences=0.0)))
+    check = make_report().check
+    quiet = replace(check, evidence=replace(check.evidence, clip=NoiseClip(tokens=0.0, sequences=0.0)))
     assert quiet.old_logprobs()[0] == "rollout"
     corrected = replace(quiet, config=replace(quiet.config, correction=TokenTIS()))
     assert corrected.old_logprobs() == ("recompute", "TokenTIS compares the trainer's own with the engine's")
 
 
 def test_noise_decides_only_where_the_settings_leave_it_open():
-    config = replace(make_checkup().config, old_logprobs="auto", max_staleness=0, objective=GSPO())
+    config = replace(make_report().config, old_logprobs="auto", max_staleness=0, objective=GSPO())
     assert by_settings(config) is None
     for changed, source in (
         ({"old_logprobs": "rollout"}, "rollout"),
@@ -344,13 +348,13 @@ def test_noise_decides_only_where_the_settings_leave_it_open():
 
 
 def test_of_several_engines_the_worst_is_told(monkeypatch):
-    text = plain(shown(monkeypatch, make_checkup(engines=3)))
-    assert "mean |d| 8.4e-01 nats over 7 tokens of the worst of 3 engines" in text
+    text = plain(shown(monkeypatch, make_report(engines=3)))
+    assert "mean |d| 8.4e-01 nats over 7 tokens on the worst of 3 engines" in text
     assert "6 tensors bit for bit, 9 layers" in text
 
 
 def test_a_fault_is_a_red_block_and_a_warning_a_yellow_line_with_cause_and_remedy(monkeypatch):
-    text = shown(monkeypatch, make_checkup(FAULT, WARNING))
+    text = shown(monkeypatch, make_report(FAULT, WARNING))
     assert "agree: mean" not in text
     assert "old_logprobs" not in text
     blocks = [line for line in text.splitlines() if "\x1b[31m" in line or "\x1b[1;31m" in line]
@@ -365,8 +369,8 @@ def test_a_fault_is_a_red_block_and_a_warning_a_yellow_line_with_cause_and_remed
 
 
 @pytest.mark.parametrize("width", [80, 120, 240])
-def test_the_full_form_shows_every_rung_check_and_the_worst_token_at_any_width(monkeypatch, width):
-    text = plain(shown(monkeypatch, make_checkup(FAULT, rungs=True), width=width, decode=decode))
+def test_the_full_form_shows_every_comparison_check_and_the_worst_token_at_any_width(monkeypatch, width):
+    text = plain(shown(monkeypatch, make_report(FAULT, comparisons=True), width=width, decode=decode))
     words = set(text.replace("│", " ").replace("┃", " ").split())
     # Mean, largest, no difference, 1 of 7 ratios outside, no standard error; then words at the ends of wrapped cells.
     shown_words = {"2.8e-01", "1.0e+00", "0.0e+00", "14.29%", "n/a", "configured", "miss", "off", "draws", "sigmas"}
@@ -384,7 +388,7 @@ def test_the_full_form_shows_every_rung_check_and_the_worst_token_at_any_width(m
 
 
 def test_the_table_of_tokens_keeps_the_largest_differences_with_what_stands_before():
-    rows = token_table(make_checkup(), decode, most=3)
+    rows = token_table(make_report(), decode, most=3)
     assert [round(r["d"], 5) for r in rows] == [1.0, -0.5, 0.25]
     assert rows[1] | {"rollout_logprob": 0, "trainer_logprob": 0} == {
         "engine": 0,
@@ -401,7 +405,7 @@ def test_the_table_of_tokens_keeps_the_largest_differences_with_what_stands_befo
 
 
 def test_without_a_cap_every_sampled_token_of_every_engine_is_a_row():
-    rows = token_table(make_checkup(engines=2), decode)
+    rows = token_table(make_report(engines=2), decode)
     assert sorted((r["engine"], r["sequence"], r["position"]) for r in rows) == [
         (engine, row, t) for engine in (0, 1) for row, length in ((0, 4), (1, 3)) for t in range(length)
     ]
@@ -409,10 +413,10 @@ def test_without_a_cap_every_sampled_token_of_every_engine_is_a_row():
 
 
 def test_a_token_that_the_trainer_has_no_number_for_counts_as_the_largest_difference():
-    checkup = make_checkup()
+    report = make_report()
     trainer = ROLLOUT + D
     trainer[0, 4] = math.nan
-    rows = token_table(replace(checkup, examination=replace(checkup.examination, trainer=[trainer])), decode, most=1)
+    rows = token_table(replace(report, check=replace(report.check, trainer=[trainer])), decode, most=1)
     assert (rows[0]["sequence"], rows[0]["position"]) == (0, 2)
 
 
@@ -426,13 +430,14 @@ class Wandb:
         self.rows.append((step, metrics))
 
 
-def test_wandb_gets_the_table_under_the_step_of_now_and_nobody_else_does(tmp_path):
+def test_wandb_gets_the_table_under_the_current_step_and_nobody_else_does(tmp_path):
     config = TrackingConfig(wandb="off")
     tracker = RunTracker(folder=tmp_path, config=config, name="t", settings={})
-    rows = token_table(make_checkup(), decode, most=2)
+    rows = token_table(make_report(), decode, most=2)
     tracker.table("doctor", rows)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "samples.jsonl"]
-    tracker.wandb = run = Wandb()
+    run = Wandb()
+    tracker.trackers = [WandbRun(run)]
     tracker.table("doctor", [])
     assert run.rows == []
     tracker.table("doctor", rows)

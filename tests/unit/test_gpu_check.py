@@ -1,6 +1,6 @@
 import importlib
 import json
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
@@ -42,18 +42,22 @@ def test_a_made_model_has_about_the_requested_entropy_and_a_tied_head(gpu_check,
     assert tokenizer.decode(tokenizer.encode("7=")) == "7="
 
 
-def test_a_failing_phase_is_recorded_and_makes_the_exit_status_one(tmp_path):
+def test_a_failing_phase_is_recorded_and_makes_the_exit_status_one(gpu_check, tmp_path, monkeypatch):
     # Works without a GPU: `environment` fails on cuda where there is none, and passes on cpu.
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
+    before = signal.getsignal(signal.SIGTERM)
     for device, status in (("cuda", 1), ("cpu", 0)):
         output = tmp_path / f"{device}.json"
-        command = [sys.executable, str(SCRIPT), "--device", device, "--only", "environment", "--output", str(output)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        flags = ["--device", device, "--only", "environment", "--output", str(output)]
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
+        with pytest.raises(SystemExit) as ended:
+            gpu_check.main()
+        signal.signal(signal.SIGTERM, before)
         found = json.loads(output.read_text())["phases"]["environment"]
-        assert done.returncode == status, done.stdout + done.stderr
+        assert ended.value.code == status, found
         assert found["ok"] is (status == 0)
         assert found["seconds"] > 0
         assert bool(found["error"]) is (status == 1)

@@ -13,7 +13,7 @@ from rl.config import Config, Deadlines, RolloutConfig
 from rl.filters import Difficulty, ZeroAdvantage
 from rl.loop.loop import Loop
 from rl.loop.stream import stream
-from rl.protocols import EngineLost, StallError, SyncReport
+from rl.protocols import EngineLost, StallError, SyncReport, Tracker
 from rl.rewards.score import RewardError
 from rl.types import Completion, Data, Prompt
 
@@ -70,7 +70,7 @@ class Trainer:
         return SyncReport(seconds=0.0, pause_seconds=0.0, bytes=0, verified=True)
 
 
-class Log:
+class Log(Tracker):
     def __init__(self):
         self.rows = []
 

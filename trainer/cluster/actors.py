@@ -68,11 +68,12 @@ class LearnerActor(ActorShell):
         weights, rank = self.object.weights, self.object.rank
         sender = open_sender(weights=weights, rank=rank, client=client, **channel)
 
-        def send(version: int) -> None:
-            client.version = version
-            sender.send_weights()
+        class Channel:
+            def send(self, version: int) -> None:
+                client.version = version
+                sender.send_weights()
 
-        self.object.send = send
+        self.object.connect(Channel())
 
 
 class EngineActor(ActorShell):

@@ -15,7 +15,7 @@ def doctor(recipe: str, flags: list[str]) -> None:
     short = "--short" in flags
     config = override(load_recipe(recipe), [f for f in flags if f != "--short"])
 
-    from trainer.doctor.doctor import Checkup, full_checkup, short_checkup
+    from trainer.doctor.doctor import DoctorReport, examine_full, examine_short
     from trainer.doctor.report import save, show, token_table
     from trainer.plan.plan import make_plan
     from trainer.prompts import Prepared, read
@@ -39,11 +39,11 @@ def doctor(recipe: str, flags: list[str]) -> None:
         settings = resolved(config)
         return await asyncio.to_thread(lambda: RunTracker(folder=folder, config=tracking, name=name, settings=settings))
 
-    async def examined() -> Checkup:
+    async def examined() -> DoctorReport:
         reading = asyncio.create_task(asyncio.to_thread(read, plan))
         opening = asyncio.create_task(record(reading))
         try:
-            result = await (short_checkup if short else full_checkup)(config, reading)
+            result = await (examine_short if short else examine_full)(config, reading)
         except BaseException:
             if opening.done() and not opening.exception():
                 opening.result().close({"status": "failed"})

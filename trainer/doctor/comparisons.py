@@ -1,4 +1,4 @@
-"""The numerics ladder: how far an engine is from itself and from the trainer, one circumstance at a time."""
+"""How far is an engine from itself and from the trainer, when one condition changes at a time?"""
 
 import asyncio
 import math
@@ -14,60 +14,60 @@ from rl.batch import collate, trajectory
 from rl.parity.gap import Gap, gap
 from rl.types import Batch, Completion
 from trainer.doctor.diagnosis import MEAN_GAP, Finding
-from trainer.doctor.examine import Patient
+from trainer.doctor.examine import Examiner
 
 PERTURBED_BIT = 6
-"""An in-flight update brings changes of 2^-6 of half the weights: it must show, and must not make garbage."""
+"""An in-flight update changes half of the weights by 2^-6: enough to show, too little to produce garbage."""
 LONG_S = 1.5
-"""About how long, in seconds, sequences run for an update to meet them; at least 48 tokens, at most the context."""
+"""About how many seconds sequences run, so that an update meets them; at least 48 tokens, at most the context."""
 SAMPLES = 2
 """Of each prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rung:
-    """One circumstance, and the gap in it; `gap` is None where it could not be tried."""
+class Comparison:
+    """One condition and its gap; `gap` is None where the condition could not be tried."""
 
     name: str
     gap: Gap | None
     note: str = ""
     held: bool = True
-    """Whether the two sides must agree here to the fp32 limit."""
+    """Whether the two sides must agree here to the limit of the run's dtype."""
 
 
-class Ladder:
-    """The rungs that need no other engine. Engine 0 is asked."""
+class Comparisons:
+    """All comparisons that need no other engine. They ask engine 0."""
 
-    def __init__(self, patient: Patient) -> None:
-        self.patient, self.cluster = patient, patient.cluster
-        self.prompts = patient.prompts
+    def __init__(self, examiner: Examiner) -> None:
+        self.examiner, self.cluster = examiner, examiner.cluster
+        self.prompts = examiner.prompts
         self.findings: list[Finding] = []
         self.token_s = 0.0
         """Seconds that the engine takes for one token of each sequence."""
 
-    async def climb(self, version: int) -> list[Rung]:
-        """All rungs; the engines hold `version` before, and a disturbed `version + 1` after."""
+    async def run_all(self, version: int) -> list[Comparison]:
+        """Make all comparisons; the engines hold `version` before, and a perturbed `version + 1` after."""
         began = time.perf_counter()
         first = await self._sample()
         longest = max(len(c.token_ids) for group in first for c in group)
         self.token_s = (time.perf_counter() - began) / longest
         again, alone = await self._sample(), await self._sample(alone=True)
-        rungs = [
+        comparisons = [
             between("the same engine, asked twice", first, again),
             between("one prompt at a time | all at once", alone, first),
             await self._cached(),
             await self._prefill(),
             *await self._in_flight(version),
         ]
-        limit = MEAN_GAP[self.patient.config.dtype]
-        for rung in rungs:
-            if rung.held and rung.gap and not rung.gap.mean_abs <= limit:
-                text = f"mean |d| {rung.gap.mean_abs:.1e} nats (limit {limit:g}), max {rung.gap.max_abs:.1e}"
-                self.findings.append(Finding(cause="circumstance", severity="fault", where=rung.name, evidence=text))
-        return rungs
+        limit = MEAN_GAP[self.examiner.config.dtype]
+        for one in comparisons:
+            if one.held and one.gap and not one.gap.mean_abs <= limit:
+                text = f"mean |d| {one.gap.mean_abs:.1e} nats (limit {limit:g}), max {one.gap.max_abs:.1e}"
+                self.findings.append(Finding(cause="condition", severity="fault", where=one.name, evidence=text))
+        return comparisons
 
     async def _sample(self, *, alone: bool = False, **options: Any) -> list[list[Completion]]:
-        """A few samples of each prompt, all at once or one prompt after the other; the same seeds at every call."""
+        """A few samples of each prompt, all prompts at once or one after the other; the same seeds at every call."""
         asked = (self._ask(p.token_ids, SAMPLES, 17 + 1000 * p.ordinal, **options) for p in self.prompts)
         return [await one for one in asked] if alone else list(await asyncio.gather(*asked))
 
@@ -80,36 +80,37 @@ class Ladder:
         max_tokens: int | None = None,
         fresh: bool = False,
     ) -> list[Completion]:
-        deadline = self.patient.config.deadlines.sample_s
-        limit = max_tokens or self.patient.max_tokens
+        deadline = self.examiner.config.deadlines.sample_s
+        limit = max_tokens or self.examiner.max_tokens
         return await self.cluster.ask_engine(
             0, lambda e: e.sample(token_ids, n, seed, temperature, limit, fresh), deadline_s=deadline
         )
 
-    async def _cached(self) -> Rung:
+    async def _cached(self) -> Comparison:
         name = "prefix cache hit | miss"
-        if not self.patient.config.rollout.prefix_cache:
-            return Rung(name=name, gap=None, note="the prefix cache is off")
-        prompt = self.patient.long_prompt()
+        if not self.examiner.config.rollout.prefix_cache:
+            return Comparison(name=name, gap=None, note="the prefix cache is off")
+        prompt = self.examiner.long_prompt()
         missed = await self._ask(prompt, 4, 23, fresh=True)
         hit = await self._ask(prompt, 4, 23)
         cached = min(c.cached_prompt_tokens for c in hit)
-        rung = between(name, [hit], [missed])
-        return Rung(
-            name=name, gap=rung.gap, note=f"{cached} of {len(prompt)} prompt tokens from the cache. {rung.note}"
-        )
+        compared = between(name, [hit], [missed])
+        note = f"{cached} of {len(prompt)} prompt tokens from the cache. {compared.note}"
+        return Comparison(name=name, gap=compared.gap, note=note)
 
-    async def _prefill(self) -> Rung:
-        """Both at T = 1 and untruncated, for vLLM scores prompts in no other way."""
-        name, config = "decode | prefill, at T = 1", self.patient.config
+    async def _prefill(self) -> Comparison:
+        """Decode against prefill. Both at T = 1 and untruncated: vLLM scores prompts in no other way."""
+        name, config = "decode | prefill, at T = 1", self.examiner.config
         if config.rollout.truncation:
-            return Rung(name=name, gap=None, note="vLLM scores prompts without the run's truncation")
+            return Comparison(name=name, gap=None, note="vLLM scores prompts without the run's truncation")
         groups = await self._sample(temperature=1.0)
         deadline = config.deadlines.sample_s
 
         async def prefilled(token_ids: list[int], c: Completion) -> Completion:
-            said = await self.cluster.ask_engine(0, lambda e: e.prefill(token_ids, c.token_ids), deadline_s=deadline)
-            return Completion(token_ids=c.token_ids, logprobs=said, versions=c.versions, finish_reason=c.finish_reason)
+            scores = await self.cluster.ask_engine(0, lambda e: e.prefill(token_ids, c.token_ids), deadline_s=deadline)
+            return Completion(
+                token_ids=c.token_ids, logprobs=scores, versions=c.versions, finish_reason=c.finish_reason
+            )
 
         again = [
             list(await asyncio.gather(*(prefilled(p.token_ids, c) for c in group)))
@@ -117,25 +118,26 @@ class Ladder:
         ]
         return between(name, groups, again)
 
-    async def _in_flight(self, version: int) -> list[Rung]:
-        """New weights reach the engine while it samples: what was said before, after, and over the old KV."""
-        new, room = version + 1, self.patient.config.rollout.max_model_len - max(len(p.token_ids) for p in self.prompts)
+    async def _in_flight(self, version: int) -> list[Comparison]:
+        """New weights reach the engine while it samples: its tokens before, after, and after over the old KV."""
+        config = self.examiner.config
+        new, room = version + 1, config.rollout.max_model_len - max(len(p.token_ids) for p in self.prompts)
         length = min(max(48, math.ceil(LONG_S / self.token_s)), room)
         was_aborted = await self._aborted()
         await self.cluster.ask_learners(lambda rank: rank.perturb(PERTURBED_BIT))
         sent = asyncio.Event()
 
         async def keep_sampling() -> list[list[Completion]]:
-            # Lot after lot, for how long one takes is not known well; the last two are around the update.
-            lots: deque[list[list[Completion]]] = deque(maxlen=2)
-            while not (lots and sent.is_set()):
-                lots.append(await self._sample(max_tokens=length))
-            return [list(chain(*groups)) for groups in zip(*lots, strict=True)]
+            # How long a batch takes is not known well: sample repeatedly. The last two batches span the update.
+            batches: deque[list[list[Completion]]] = deque(maxlen=2)
+            while not (batches and sent.is_set()):
+                batches.append(await self._sample(max_tokens=length))
+            return [list(chain(*groups)) for groups in zip(*batches, strict=True)]
 
         running = asyncio.create_task(keep_sampling())
         await asyncio.sleep(0.3 * length * self.token_s)
         try:
-            await self.patient.learner.send(new, digesting=False)
+            await self.examiner.learner.send(new, digesting=False)
         finally:
             sent.set()
         batch = self._batch(await running)
@@ -148,7 +150,7 @@ class Ladder:
         if aborted:
             text = f"{aborted} requests were aborted by an update"
             self.findings.append(Finding(cause="aborted", severity="fault", where="engine 0", evidence=text))
-        note = f"{int(across.sum())} of {len(across)} sequences were under way, {aborted} aborted"
+        note = f"{int(across.sum())} of {len(across)} sequences were in flight, {aborted} aborted"
         old_part, new_part = batch.versions == version, (batch.versions == new) & across
         return [
             against("in flight: before the update | trainer's old weights", before, batch, old_part, note),
@@ -167,21 +169,21 @@ class Ladder:
         return (await self.cluster.ask_learners(lambda rank: rank.logprobs(batch)))[0]
 
 
-def between(name: str, one: list[list[Completion]], other: list[list[Completion]]) -> Rung:
-    """Two answers to the same questions, compared as far as their tokens agree."""
+def between(name: str, one: list[list[Completion]], other: list[list[Completion]]) -> Comparison:
+    """Two answers to the same questions, compared on the tokens before they first differ."""
     pairs = [(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)]
     same = [_common(a.token_ids, b.token_ids) for a, b in pairs]
     whole = sum(n == len(a.token_ids) == len(b.token_ids) for n, (a, b) in zip(same, pairs, strict=True))
     width = max(same)
     note = f"{whole} of {len(pairs)} sequences have the same tokens"
     if not width:
-        return Rung(name=name, gap=None, note=note)
+        return Comparison(name=name, gap=None, note=note)
     mask = torch.tensor([[t < n for t in range(width)] for n in same])
     left, right = (
         torch.tensor([[*pair[i].logprobs[:n], *[0.0] * (width - n)] for pair, n in zip(pairs, same, strict=True)])
         for i in (0, 1)
     )
-    return Rung(name=name, gap=gap(left, right, mask), note=note)
+    return Comparison(name=name, gap=gap(left, right, mask), note=note)
 
 
 def _common(a: list[int], b: list[int]) -> int:
@@ -191,9 +193,9 @@ def _common(a: list[int], b: list[int]) -> int:
 
 def against(
     name: str, trainer: torch.Tensor, batch: Batch, mask: torch.Tensor, note: str = "", held: bool = True
-) -> Rung:
-    """An engine's samples against the trainer on a part of their tokens."""
+) -> Comparison:
+    """An engine's samples against the trainer, on the tokens in `mask`."""
     mask = mask & batch.mask
     if not mask.any():
-        return Rung(name=name, gap=None, note="no sequence was under way when the update came")
-    return Rung(name=name, gap=gap(trainer, batch.rollout_logprobs, mask), note=note, held=held)
+        return Comparison(name=name, gap=None, note="no sequence was in flight when the update came")
+    return Comparison(name=name, gap=gap(trainer, batch.rollout_logprobs, mask), note=note, held=held)

@@ -1,4 +1,4 @@
-"""Do the engines' log-probabilities mean what the loss thinks? Asks both sides; `trainer.doctor.diagnosis` judges."""
+"""Are the engines' log-probabilities what the loss expects? Collects evidence for `trainer.doctor.diagnosis`."""
 
 import asyncio
 import math
@@ -21,47 +21,47 @@ from trainer.prompts import Prepared
 
 PROMPTS = 8
 TOKENS = 300
-"""About how many sampled tokens an examination looks at."""
+"""About how many sampled tokens a check looks at."""
 TRACED_TOKENS = 6
 Trace = list[dict[str, Any]]
-"""What one engine's workers traced."""
+"""Traced layers of one engine, by worker."""
 CLIPPED = 0.01
-"""Share of sequences clipped by noise from which on `old_logprobs="auto"` recomputes."""
+"""Share of sequences clipped by noise above which `old_logprobs="auto"` recomputes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examination:
-    """One engine-and-learner pair, examined."""
+class ParityCheck:
+    """Engines and learner of one config: evidence and findings."""
 
     config: Config
     evidence: Evidence
     findings: list[Finding]
     batches: list[Batch]
-    """What each engine sampled."""
+    """Samples of each engine."""
     trainer: list[torch.Tensor]
-    """What the trainer says about it: [B, T] in nats, by engine."""
+    """The trainer's log-probabilities of these samples: [B, T] in nats, by engine."""
     seconds: float
 
     @property
     def faults(self) -> list[Finding]:
-        """What must be mended before a run may start."""
+        """What must be fixed before a run may start."""
         return [f for f in self.findings if f.severity == "fault"]
 
     def old_logprobs(self) -> tuple[str, str]:
-        """What `old_logprobs="auto"` means for this run, and why."""
+        """The value of `old_logprobs="auto"` for this run, and why."""
         settled, clip = by_settings(self.config), self.evidence.clip
         name = type(self.config.objective).__name__
         if settled:
             return settled
         if clip is None:
-            return "recompute", f"{name} reports no clip range to hold against the noise"
+            return "recompute", f"{name} has no clip range to compare with the noise"
         if clip.sequences > CLIPPED:
             return "recompute", f"noise alone would clip {clip.sequences:.0%} of {name}'s sequences"
         return "rollout", f"noise alone clips {clip.sequences:.1%} of {name}'s sequences"
 
 
 def by_settings(config: Config) -> tuple[str, str] | None:
-    """What `Config.old_logprobs` comes to, and why, where the settings alone say so; None where noise must decide."""
+    """The value of `Config.old_logprobs`, and why, where the settings decide; None where the noise must decide."""
     name = type(config.objective).__name__
     if config.old_logprobs != "auto":
         return config.old_logprobs, "as configured"
@@ -74,8 +74,8 @@ def by_settings(config: Config) -> tuple[str, str] | None:
     return None
 
 
-class Patient:
-    """A cluster whose engines hold no weights yet, and the prompts of its run."""
+class Examiner:
+    """Examines a cluster whose engines hold no weights yet, on prompts of its run."""
 
     def __init__(self, cluster: Cluster, learner: RemoteLearner, prepared: Prepared, seed: int = 0) -> None:
         self.cluster, self.learner, self.prepared, self.seed = cluster, learner, prepared, seed
@@ -85,8 +85,8 @@ class Patient:
         self.max_tokens = min(self.config.rollout.max_tokens, 48)
         self.per_prompt = max(3, min(32, math.ceil(TOKENS / (len(self.prompts) * self.max_tokens))))
 
-    async def examine(self, version: int) -> Examination:
-        """Publish the learner's weights as `version`, and check what the engines then are, hold and say."""
+    async def examine(self, version: int) -> ParityCheck:
+        """Publish the learner's weights as `version`; then check the engines' settings, weights and samples."""
         began = time.perf_counter()
         facts, mine, driver = await self._facts()
         weights, traces = await self._weights(version)
@@ -101,7 +101,7 @@ class Patient:
         samples = [s for s, _, _ in examined]
         batches, trainer = [b for _, b, _ in examined], [t for _, _, t in examined]
         if not any(s.ended for s in samples):
-            notes.append("EOS: no reply ended by itself, so nothing was seen of how the end of a reply is counted")
+            notes.append("EOS: no reply ended before the limit, so the token that ends a reply was not checked")
         evidence = Evidence(
             dtype=self.config.dtype,
             engine_facts=facts,
@@ -112,7 +112,7 @@ class Patient:
             clip=clipped_by_noise(self.config.objective, batches[0], trainer[0]),
             notes=notes,
         )
-        return Examination(
+        return ParityCheck(
             config=self.config,
             evidence=evidence,
             findings=diagnose(evidence),
@@ -135,9 +135,9 @@ class Patient:
     # -- weights ---------------------------------------------------------------------------------------------------
 
     async def _weights(self, version: int) -> tuple[list[WeightEvidence], list[Trace]]:
-        """Digests on every side after an update, and what the engines' layers then do."""
+        """Digests on every side after an update, and traces of the engines' layers."""
         cluster, probe = self.cluster, self.long_prompt()
-        # Fills the prefix cache under the weights of before: nothing of it may be used afterwards.
+        # Fill the prefix cache under the old weights: nothing of it may be used after the update.
         await cluster.ask_engines(lambda e: e.sample(probe, 1, self.seed, max_tokens=1))
         manifest, _ = await self.learner.send(version, digesting=True)
         received = await cluster.ask_engines(lambda e: e.received_digests())
@@ -172,17 +172,20 @@ class Patient:
 
     async def _layer_errors(self, trace: Trace) -> tuple[list[LayerError], str]:
         if len(trace) > 1:
-            return [], "not compared, for each worker of a tensor-parallel engine has a shard of them"
+            return [], "not compared, because each worker of a tensor-parallel engine has only a shard of them"
         layers, unknown = (await self.cluster.ask_learners(lambda rank: rank.layer_errors(trace[0])))[0]
         if len(trace[0]) <= 1:
             return (
                 layers,
-                "not seen in a compiled forward pass, but for the lm_head; --rollout.enforce-eager shows them",
+                "only the lm_head is visible in a compiled forward pass; --rollout.enforce-eager shows all layers",
             )
-        return layers, f"not compared, the trainer has none of that name: {', '.join(unknown[:3])}" if unknown else ""
+        return (
+            layers,
+            f"not compared, the trainer has no layer of that name: {', '.join(unknown[:3])}" if unknown else "",
+        )
 
     def long_prompt(self) -> list[int]:
-        """A prompt of several blocks of the prefix cache, as far as the context has room."""
+        """A prompt of several prefix-cache blocks, as far as the context has room."""
         r = self.config.rollout
         ids = self.prompts[-1].token_ids
         return (ids * 200)[: min(max(len(ids), 160), r.max_model_len - r.max_tokens)]
@@ -218,7 +221,7 @@ class Patient:
         nonfinite = int(batch.mask.sum() - finite.sum())
         if not finite.any():
             raise ParityError(f"none of {nonfinite} tokens that engine {engine} sampled has a finite log-probability")
-        # A token without a number is counted, and then left out of the averages: one NaN would hide all the others.
+        # Tokens without a finite number are counted, then left out of the averages: one NaN would hide all others.
         clean = replace(batch, mask=finite, rollout_logprobs=batch.rollout_logprobs.nan_to_num(0.0, 0.0, 0.0))
         g = gap(trainer, clean.rollout_logprobs, clean.mask)
         agreed = agrees(g, self.config.dtype)

@@ -1,4 +1,4 @@
-"""How does DeepSpeed come around the policy? Its settings, each with its reason, the optimizer and its schedule."""
+"""How does DeepSpeed wrap the policy? Its settings, each with its reason, the optimizer and its schedule."""
 
 import importlib
 import math
@@ -19,8 +19,8 @@ BUCKET = 2**23
 def deepspeed_engine(config: Config, model: str, device: str, *, share_prompts: bool) -> Any:
     """DeepSpeed around the policy, with the settings that agree with plain torch."""
     if device == "cpu":
-        # Would compile a C++ operator for minutes that only inference uses; a killed compile leaves a lock that
-        # hangs every later run. (`import deepspeed.comm.torch` would bind the real torch.)
+        # It would spend minutes on compiling a C++ operator that only inference uses; a killed compile leaves a lock
+        # that hangs every later run. (`import deepspeed.comm.torch` would bind the real torch.)
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     t = config.trainer
     settings = deepspeed_settings(config)
@@ -49,7 +49,7 @@ def deepspeed_engine(config: Config, model: str, device: str, *, share_prompts: 
 
 
 def clip_before_step(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-    """Under ZeRO 0 DeepSpeed clips, but never tells the norm: do both here, and put the norm where it looks for one."""
+    """Clip in the optimizer and store the norm where DeepSpeed reads it: under ZeRO 0 it clips without a norm."""
 
     def clip(optimizer: Any, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -59,7 +59,7 @@ def clip_before_step(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
 
 
 def parameter_groups(policy: Policy, value_lr: float | None) -> list[dict[str, Any]]:
-    """All trained weights in one group; the value head in another one where it has a learning rate of its own."""
+    """All trained weights in one group; the value head in a second group where it has its own learning rate."""
     if policy.value_head is None or value_lr is None:
         return [{"params": [p for p in policy.parameters() if p.requires_grad]}]
     body = [p for p in policy.hf.parameters() if p.requires_grad]
@@ -80,18 +80,18 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
     }
     if t.offload == "optimizer":
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-        # torch's own fused Adam runs there too; DeepSpeed's would have to be compiled first.
+        # torch's own fused Adam runs there too; DeepSpeed's would need compiling first.
         settings["zero_force_ds_cpu_optimizer"] = False
     if config.dtype == "bfloat16":
         settings["bf16"] = {"enabled": True}
     if t.zero_stage == 3:
-        # zero.Init would round the rotary embedding's inverse frequencies to bf16, without a word.
+        # zero.Init would round the rotary embedding's inverse frequencies to bf16 without a warning.
         settings["data_types"]["keep_in_fp32_modules"] = ["inv_freq"]
     return settings
 
 
 def lr_factor(config: Config, step: int) -> float:
-    """Learning rate over its peak at optimizer step `step` (from 0)."""
+    """Learning rate divided by its peak, at optimizer step `step` (from 0)."""
     t = config.trainer
     total = config.steps * t.epochs * t.minibatches
     if step < t.warmup_steps:

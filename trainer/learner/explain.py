@@ -1,4 +1,4 @@
-"""Which sampler would have said what an engine said about its samples? From the logits of those samples."""
+"""Which sampler explains the log-probabilities that an engine reported? Tried on the trainer's own logits."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ from rl.types import Batch
 from trainer.model.head import LogprobHead
 
 TOKENS = 256
-"""Most sampled tokens whose whole logits are looked at: [256, 150,000] in fp32 are 150 MB."""
+"""At most so many sampled tokens have their full logits examined: [256, 150,000] in fp32 are 150 MB."""
 
 
 def explain_batch(model: Any, head: LogprobHead, batch: Batch, config: Config, sharded: bool) -> list[Hypothesis]:
-    """Guesses, best first; trying them takes several times as long as the forward pass.
+    """Hypotheses, best first; trying them takes several times as long as the forward pass.
 
-    `model` is what takes a forward pass (a `Policy`, or DeepSpeed's engine around one). A collective under ZeRO-3.
+    `model` runs the forward pass (a `Policy`, or DeepSpeed's engine around one). A collective under ZeRO-3.
     """
     counts = batch.mask.sum(dim=1).cumsum(dim=0)
     rows = torch.arange(max(1, int((counts <= TOKENS).sum())))
@@ -35,9 +35,9 @@ def explain_batch(model: Any, head: LogprobHead, batch: Batch, config: Config, s
         other = _logits(seen[0], head.weight, not head.fp32)
     targets, rollout = part.input_ids[:, 1:][part.mask], part.rollout_logprobs[part.mask]
     guesses = explain(logits, targets, rollout, temperature=config.temperature, truncation=truncation)
-    said = (other / config.temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    says = f"its lm_head is in {'bf16' if head.fp32 else 'fp32'}"
-    guesses.append(Hypothesis(cause="head_dtype", says=says, residual=float((said - rollout).abs().mean())))
+    reported = (other / config.temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    cause = f"its lm_head is in {'bf16' if head.fp32 else 'fp32'}"
+    guesses.append(Hypothesis(cause="head_dtype", says=cause, residual=float((reported - rollout).abs().mean())))
     guesses += shifts(trainer, part.rollout_logprobs, part.mask)
     return sorted(guesses, key=lambda g: g.residual)
 

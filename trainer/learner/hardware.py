@@ -1,4 +1,4 @@
-"""What could the accelerators do at best? The denominator of `perf/mfu`."""
+"""What is the peak speed of the accelerators? The denominator of `perf/mfu`."""
 
 import torch
 
@@ -14,15 +14,15 @@ DENSE_BF16 = {
     ("L40S",): 362e12,
     ("L4",): 121e12,
 }
-"""FLOP/s by words of a GPU's name, without sparsity, of NVIDIA's data sheets; the first that fits counts."""
+"""FLOP/s without sparsity by words of a GPU's name, from NVIDIA's data sheets; the first match counts."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """FLOP/s in bf16 of the GPU that calls itself so (`torch.cuda.get_device_name`), None for one not listed."""
+    """FLOP/s in bf16 of a GPU by its name (`torch.cuda.get_device_name`); None for a GPU that is not listed."""
     words = set(device_name.replace("-", " ").split())
     return next((peak for name, peak in DENSE_BF16.items() if words.issuperset(name)), None)
 
 
 def peak_of(device: torch.device) -> float | None:
-    """The same for a device; None for a CPU, whose peak depends on how many cores a rank really has."""
+    """The same for a device; None for a CPU, whose peak depends on how many cores a rank gets."""
     return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""The learner's side of `rollout/trace.py`: what its own layers make of the inputs that an engine's layers had."""
+"""Do an engine's layers compute what ours do? Our layers run on the inputs that `rollout/trace.py` recorded."""
 
 from copy import copy
 from typing import Any
@@ -18,8 +18,10 @@ HEAD = "lm_head"
 def layer_errors(
     hf: nn.Module, head: LogprobHead, trace: dict[str, Any], *, sharded: bool
 ) -> tuple[list[LayerError], list[str]]:
-    """Compare every traced layer of one engine worker on the engine's own inputs, so that no error of an earlier layer
-    reaches it. Also returns the layers that the learner has none of. A collective over all ranks under ZeRO-3."""
+    """Compare every traced layer of one engine worker on the engine's own inputs, free of earlier layers' errors.
+
+    Also returns the names of traced layers that the learner lacks. A collective over all ranks under ZeRO-3.
+    """
     found, unknown = [], []
     modules = dict(hf.named_modules())
     for name, layer in trace.items():
@@ -39,7 +41,7 @@ def layer_errors(
 
 
 def _apply(module: nn.Module, given: Tensor, rounded: bool = False) -> Tensor:
-    """A layer's output as fp32; `rounded` means with its weight cast to bf16 and back, and a head wholly in bf16."""
+    """A layer's output as fp32. `rounded`: its weight is cast to bf16 and back, and a head runs entirely in bf16."""
     weight = module.weight.bfloat16().to(module.weight.dtype) if rounded else module.weight
     if isinstance(module, LogprobHead):
         dtype = torch.bfloat16 if rounded else torch.float32 if module.fp32 else weight.dtype
@@ -49,7 +51,7 @@ def _apply(module: nn.Module, given: Tensor, rounded: bool = False) -> Tensor:
     elif isinstance(module, nn.Embedding):
         out = F.embedding(given, weight)
     else:
-        # Not called but its forward taken, on a copy: DeepSpeed's hooks on the module want its own parameters.
+        # `forward` of a copy, without a call: DeepSpeed's hooks on the module need the module's own parameters.
         stand_in = copy(module)
         stand_in._parameters = dict(module._parameters) | {"weight": nn.Parameter(weight, requires_grad=False)}
         out = stand_in.forward(given.to(weight.dtype))

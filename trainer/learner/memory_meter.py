@@ -1,4 +1,4 @@
-"""How much memory does a learner rank need, and for which phase of its work?"""
+"""How much memory does a learner rank need in each phase of its work?"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +10,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """Highest memory by phase: what torch holds on a GPU, the process's resident set on CPU (Linux). GiB."""
+    """Peak memory by phase in GiB: allocated by torch on a GPU, the process's resident set on CPU (Linux)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -19,7 +19,7 @@ class PeakMemory:
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Count what is within to a phase. Phases do not nest."""
+        """Measure the peak within a phase. Phases do not nest."""
         self.highest = max(self.highest, self._peak())
         self._forget()
         try:
@@ -30,7 +30,7 @@ class PeakMemory:
             self.highest = max(self.highest, peak)
 
     def report(self) -> dict[str, float]:
-        """The phases since the last report, as metrics of which the ranks' maximum counts."""
+        """Peaks since the last report, as metrics; the maximum over ranks counts."""
         phases, self.phases = self.phases, {}
         return {f"memory/{phase}_gib_max": peak for phase, peak in phases.items()}
 
@@ -46,5 +46,5 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            with suppress(OSError):  # a container may forbid it; then a phase has the peak of all before it, too
+            with suppress(OSError):  # a container may forbid it; then a phase includes the peaks of earlier phases
                 CLEAR.write_text("5")

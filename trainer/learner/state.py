@@ -1,4 +1,4 @@
-"""What must a learner remember, so that other ranks learn on as it would have? Full fp32 tensors, by name."""
+"""What does a learner save, for other ranks to continue exactly? Full fp32 tensors, by name."""
 
 import json
 import os
@@ -29,12 +29,10 @@ COUNTERS, RANDOM = "counters.json", "random.safetensors"
 
 
 def save(engine: Any, folder: Path, *, coefs: dict[str, float], base: str) -> None:
-    """Write a learner between two steps: masters, Adam's moments, counters and generators; rank 0 writes.
+    """Write a learner between two steps: master weights, Adam's moments, counters and generators; rank 0 writes.
 
-    Weights that are not trained stay out; `base` says which they were.
-
-    Nothing in the files depends on the number of ranks or on the ZeRO stage, but the generators: one per rank.
-    Collective over all ranks. Raises OSError.
+    Weights that are not trained are left out; `base` is their digest. Only the generators depend on the number of
+    ranks (one per rank), and nothing depends on the ZeRO stage. A collective over all ranks. Raises OSError.
     """
     assert engine.global_steps, "before its first step an optimizer has no state"
     parameters, rank = _trained(engine), dist.get_rank()
@@ -42,12 +40,12 @@ def save(engine: Any, folder: Path, *, coefs: dict[str, float], base: str) -> No
         _link(engine, list(parameters.values()))
     failed: Exception | None = None
     for index, names in enumerate(layers(list(parameters))):
-        # Layer by layer: all at once, rank 0 would need twelve bytes per parameter of the whole model.
+        # Layer by layer: all layers at once would need twelve bytes per parameter of the whole model on rank 0.
         tensors: dict[str, Tensor] = {}
         for name in names:
             full = _full(engine, parameters[name])
             if rank == 0:
-                # Cloned: a view would drag its whole buffer into the file.
+                # Cloned: a view would write its whole buffer into the file.
                 tensors |= {f"{kind}/{name}": tensor.detach().cpu().clone() for kind, tensor in full.items()}
         failed = failed or _written(tensors, folder / f"layer-{index:04d}.safetensors", rank)
     generators: list[Any] = [None] * dist.get_world_size()
@@ -79,7 +77,7 @@ def _adam(engine: Any) -> torch.optim.Optimizer:
 
 
 def _written(tensors: dict[str, Tensor], path: Path, rank: int) -> Exception | None:
-    """Write and flush on rank 0; what went wrong, if anything."""
+    """Write and flush on rank 0. Returns the error, if any."""
     if rank:
         return None
     try:
@@ -92,7 +90,7 @@ def _written(tensors: dict[str, Tensor], path: Path, rank: int) -> Exception | N
 
 
 def load(engine: Any, folder: Path, *, base: str) -> dict[str, float]:
-    """Put a fresh engine where the saved one was; every rank reads, whatever wrote. Returns the coefficients.
+    """Give a fresh engine the saved state; every rank reads the same files. Returns the coefficients.
 
     Raises ValueError, before anything changes, when the files are of another model.
     """
@@ -133,13 +131,13 @@ def _put_sharded(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor)
         safe_set_local_optimizer_state(parameter, shard, kind)
         return
     safe_set_local_fp32_param(parameter, shard)
-    # The copy that the model computes with is another one.
+    # The model computes with another copy.
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         parameter.data.copy_(value)
 
 
 def _make_optimizer_state(engine: Any, parameters: list[nn.Parameter], steps: int) -> None:
-    """What torch's Adam makes in its first step, for `load` to fill."""
+    """Make the optimizer state that torch's Adam makes in its first step; `load` fills it."""
     adam, stage = _adam(engine), engine.zero_optimization_stage()
     flats = engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else [g["params"][0] for g in adam.param_groups]
     for flat in parameters if stage == 0 else flats:
@@ -150,8 +148,11 @@ def _make_optimizer_state(engine: Any, parameters: list[nn.Parameter], steps: in
 
 
 def _link(engine: Any, parameters: list[nn.Parameter]) -> None:
-    """Tell DeepSpeed where the moments of each parameter are. It does so itself once, when Adam has made those of the
-    first group of parameters only, and then knows of none in the others (0.19)."""
+    """Link each parameter to its moments in DeepSpeed's buffers.
+
+    DeepSpeed (0.19) links them once, when Adam has made the moments of the first parameter group only, and misses the
+    moments of all other groups.
+    """
     adam = engine.optimizer.optimizer
     for parameter in parameters:
         # None: no part of it is in this rank's partition.
@@ -162,7 +163,7 @@ def _link(engine: Any, parameters: list[nn.Parameter]) -> None:
 
 
 def _set_steps(engine: Any, steps: int) -> None:
-    """The place on the schedule, as the config has it now: a resumed run may be longer, or have another peak."""
+    """Set the position on the current config's schedule: a resumed run may be longer, or have another peak."""
     engine.global_steps, schedule = steps, engine.lr_scheduler
     rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     schedule.load_state_dict(schedule.state_dict() | {"last_epoch": steps, "_step_count": steps + 1, "_last_lr": rates})
@@ -217,7 +218,7 @@ def _generators() -> dict[str, Tensor]:
 
 
 def _restore_generators(folder: Path, rank: int) -> None:
-    """This rank's generators as they were; those of a rank that did not exist stay as they are seeded."""
+    """Restore this rank's generators; a rank that did not exist when the state was saved keeps its seed."""
     with safe_open(folder / RANDOM, framework="pt") as file:
         saved = set(file.keys())
         if f"cpu/{rank}" in saved:

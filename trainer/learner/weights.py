@@ -1,4 +1,4 @@
-"""The trainer's weights as they leave: HF names, full tensors, gathered layer by layer over the ranks."""
+"""Which tensors does the trainer send? HF names, full tensors, gathered layer by layer over the ranks."""
 
 from collections.abc import Iterator
 
@@ -13,8 +13,8 @@ from trainer.model.lora import adapted, adapter_parameters, base_parameters, mer
 class LearnerWeights:
     """The tensors that the engines need, in a fixed order; iterating is a collective over all ranks under ZeRO-3.
 
-    A tied head has one name, a value head is not sent, adapters leave in the weights that they change. With
-    `digesting` on, every tensor is digested as it leaves.
+    A tied head has one name, a value head is not sent, adapters are merged into the weights that they change. With
+    `digesting` on, every tensor is digested as it is sent.
     """
 
     def __init__(self, hf: nn.Module, *, sharded: bool) -> None:
@@ -36,19 +36,19 @@ class LearnerWeights:
         ]
 
     def manifest(self, version: int) -> WeightManifest:
-        """What the last pass over the tensors sent."""
+        """Names, shapes and digests of the last pass over the tensors."""
         return WeightManifest(version=version, tensors=tuple(self.metadata()), digests=dict(self.digests))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         self.digests = {}
         for group in layers(list(self.parameters)):
             parameters = [self.parameters[name] for name in group]
-            # Per layer: gathering tensor by tensor is twice as slow, and all at once needs the whole model in memory.
+            # Per layer: gathering each tensor is twice as slow, and all at once needs the whole model in memory.
             adapters = [p for name in group if name in self.adapted for p in adapter_parameters(self.adapted[name])]
             with deepspeed.zero.GatheredParameters(parameters + adapters, enabled=self.sharded):
                 for name, parameter in zip(group, parameters, strict=True):
                     tensor = merged(self.adapted[name]) if name in self.adapted else parameter.detach()
-                    # The gathered storage is freed on leaving; a consumer may still be copying from it then.
+                    # The gathered storage is freed at the end of the block, when a consumer may still copy from it.
                     tensor = tensor.clone() if self.sharded else tensor
                     if self.digesting:
                         self.digests[name] = digest(tensor)
@@ -56,8 +56,10 @@ class LearnerWeights:
 
     @torch.no_grad()
     def flip(self, bit: int) -> None:
-        """Flip the mantissa bit worth 2^-bit (1 to 7) of a value in a random half of every tensor; the same call again
-        restores every bit, without a copy of the weights. A collective over all ranks under ZeRO-3."""
+        """Flip the mantissa bit worth 2^-bit (1 to 7) of a value, in a random half of every tensor.
+
+        The same call again restores every bit, without a copy of the weights. A collective over all ranks under ZeRO-3.
+        """
         for index, parameter in enumerate(self.parameters.values()):
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.sharded):
                 integer, mantissa = {2: (torch.int16, 7), 4: (torch.int32, 23)}[parameter.element_size()]
@@ -67,7 +69,7 @@ class LearnerWeights:
 
 
 def layers(names: list[str]) -> list[list[str]]:
-    """Consecutive names that share everything before their first number."""
+    """Group consecutive names that are equal up to and including their first number."""
     groups: list[list[str]] = []
     last: object = None
     for name in names:

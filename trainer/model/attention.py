@@ -1,4 +1,4 @@
-"""Attention of a packed row: sequences side by side without padding, none of which sees another."""
+"""How does attention work in a packed row? Sequences lie next to each other without padding; none sees another."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,33 +14,33 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 NAME = "segments"
-"""Of this attention, among those of transformers."""
+"""Name of this attention in transformers."""
 
 PLAIN = frozenset({"llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"})
-"""Families in which attention is causal and nothing else mixes tokens. A test holds each against its rows apart."""
+"""Families in which attention is causal and nothing else mixes tokens. A test compares each with separate rows."""
 
 SPECIAL = ("sliding_window", "softcap", "s_aux", "position_bias")
-"""What a model may ask of attention and does not get here."""
+"""Features of attention that a model may need and that are not supported here."""
 
 LONG = 512
-"""From so many tokens a completion asks its prompt's questions again rather than carry a mask: on CPU causal attention
-leaves out what lies ahead, and a mask does not."""
+"""Completions of at least so many tokens recompute prompt queries with causal attention instead of a mask: on CPU,
+causal attention skips later tokens, and a mask does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Neighbouring sequences of a row whose attention is one call: itself causal, and what they go on from."""
+    """Adjacent sequences in one attention call: causal within each, full on their shared prompt."""
 
     lengths: tuple[int, ...]
-    """Tokens of each; several only where they are short, for a call has its price too."""
+    """Tokens of each sequence; several sequences only where they are short, because a call has a fixed cost."""
     prompt: int | None = None
-    """The segment (by its place in the row) that each of them goes on from, and sees the whole of."""
+    """Index in the row of the segment that is their prompt, which each of them sees completely."""
     prompt_length: int = 0
 
     @cached_property
     def mask(self) -> Bool[Tensor, "L K"] | None:
-        """True where a token may look: at the prompt, and at its own sequence up to itself. None: simply causal, from
-        the prompt's first token on."""
+        """True where a token attends: its prompt, and its own sequence up to itself. None: causal over prompt and
+        sequence together."""
         causal = self.prompt is None or self.lengths[0] >= max(LONG, 2 * self.prompt_length)
         if causal and len(self.lengths) == 1:
             return None
@@ -50,17 +50,17 @@ class Segment:
 
 @runtime_checkable
 class Split(Protocol):
-    """Ranks that share a row: see `trainer.model.ulysses`."""
+    """Attention over a row that ranks share: see `trainer.model.ulysses`."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Float[Tensor, "B S H D"]:
-        """Attention of the whole row, from and to this rank's tokens."""
+        """Attention over the whole row, for this rank's tokens."""
         ...
 
 
 def packs(config: PreTrainedConfig) -> bool:
-    """Whether a model's rows can be packed: its family is known to be `PLAIN`, and no layer has a sliding window.
+    """Whether a model's rows can be packed: its family is in `PLAIN`, and no layer has a sliding window.
 
-    Others run on padded rows. To pack a family, show with tests/unit/test_packing.py that nothing leaks, and add it.
+    Other models run on padded rows. To add a family, show with tests/unit/test_packing.py that nothing leaks.
     """
     text = config.get_text_config()
     plain = text.model_type in PLAIN and "sliding_attention" not in (getattr(text, "layer_types", None) or [])
@@ -68,12 +68,12 @@ def packs(config: PreTrainedConfig) -> bool:
 
 
 def check_split(config: PreTrainedConfig, ranks: int) -> None:
-    """Raise ValueError where so many ranks cannot share the rows of a model."""
+    """Raise ValueError if `ranks` ranks cannot share the rows of a model."""
     text = config.get_text_config()
     if not packs(config):
         raise ValueError(
-            f"trainer.sequence_parallel={ranks} divides packed rows, and rows of {text.model_type} stay padded: leave "
-            "it at 1"
+            f"trainer.sequence_parallel={ranks} divides packed rows, and rows of {text.model_type} stay padded: set "
+            "it to 1"
         )
     heads, groups = text.num_attention_heads, text.num_key_value_heads
     if heads % ranks or groups % ranks:
@@ -84,7 +84,7 @@ def check_split(config: PreTrainedConfig, ranks: int) -> None:
 
 
 def use_segments(hf: PreTrainedModel) -> None:
-    """Make a model take `segments=` in its forward call. Without them a row is one causal sequence, as ever."""
+    """Make a model take `segments=` in its forward call. Without `segments` a row is one causal sequence."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, _no_mask)
     hf.set_attn_implementation(NAME)
@@ -105,11 +105,11 @@ def attend(
 ) -> tuple[Float[Tensor, "B S H D"], None]:
     """transformers' interface of attention. With `split` the arguments hold a part of the row that `segments` describe.
 
-    Raises ValueError for a model that asks for more than causal attention, for it would get wrong numbers.
+    Raises ValueError for a model that needs more than causal attention, because its numbers would be wrong.
     """
     special = [name for name in SPECIAL if asked.get(name) is not None] + ["dropout"] * (dropout > 0)
     if special:
-        raise ValueError(f"this model's attention wants {', '.join(special)}, which packed rows do not have")
+        raise ValueError(f"this model's attention needs {', '.join(special)}, which packed rows do not support")
     if segments is None:
         segments = [Segment(lengths=(query.shape[2],))]
     attention = attend_segments if split is None else split.attend
@@ -124,8 +124,9 @@ def attend_segments(
     segments: Sequence[Segment],
     scaling: float,
 ) -> Float[Tensor, "B S H D"]:
-    """Attention of a whole row. On CUDA in half precision, where no prompt is shared, one varlen kernel takes it (this
-    branch has not run yet: no GPU was at hand); else one call per segment.
+    """Attention over a whole row: one call per segment.
+
+    On CUDA in half precision, where no prompt is shared, one varlen kernel computes the row (not run yet: no GPU).
     """
     one_row = len(query) == 1 and all(s.prompt is None for s in segments)
     if query.is_cuda and query.dtype != torch.float32 and one_row:
@@ -136,7 +137,7 @@ def attend_segments(
         out = varlen_attn(q, k, v, ends, ends, most, most, scale=scaling, window_size=(-1, 0), enable_gqa=True)
         assert isinstance(out, Tensor)
         return out[None]
-    # Split, not sliced: the backward of a slice writes a whole row of zeros.
+    # Split instead of slices: the backward of a slice writes a whole row of zeros.
     sizes = [sum(s.lengths) for s in segments]
     queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
     outs = []

@@ -1,4 +1,4 @@
-"""Log-probability and entropy of given tokens from hidden states, without holding [tokens, vocabulary] for backward."""
+"""How likely are given tokens? From hidden states, without keeping [tokens, vocabulary] for the backward pass."""
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ CHUNK = 256
 
 
 class _TokenLogprob(torch.autograd.Function):
-    """Saves only logsumexp and entropy per token and computes the logits again in backward; exact for any upstream
-    gradient of either output. Which tokens were kept is a constant of the gradient, and is found again too."""
+    """Saves only logsumexp and entropy per token, and recomputes the logits in backward; exact for any upstream
+    gradient of either output. The kept tokens are a constant of the gradient, and are recomputed too."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, inv_temperature, dtype, truncation, support):
@@ -76,7 +76,7 @@ class _TokenLogprob(torch.autograd.Function):
 
 
 def _spaces(hidden: Float[Tensor, "N H"], w: Float[Tensor, "V H"]) -> tuple[Float[Tensor, "C V"], Float[Tensor, "C V"]]:
-    """Room for two arrays of a chunk, used again by each: on CPU, pages fresh from the system cost as much as a sum."""
+    """Memory for two arrays of a chunk, reused by all chunks: on CPU, new pages cost as much as a sum over them."""
     shape = min(CHUNK, hidden.shape[0]), w.shape[0]
     return torch.empty(shape, device=w.device), torch.empty(shape, device=w.device)
 
@@ -97,17 +97,17 @@ def _kept(
     truncation: Truncation | None,
     support: Int[Tensor, "N K"] | None,
 ) -> Bool[Tensor, "C V"] | None:
-    """What a chunk's tokens were sampled from, None for the whole vocabulary."""
+    """Vocabulary entries that a chunk's tokens were sampled from; None for the whole vocabulary."""
     if support is not None:
         ids = support[s].long()
-        # Padding goes to a column behind the vocabulary.
+        # Padding goes to an extra column after the vocabulary.
         wide = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
         kept = wide.scatter_(1, ids.where(ids >= 0, logits.shape[1]), True)[:, :-1]
     elif truncation is not None:
         kept = keep(logits, truncation)
     else:
         return None
-    # The engine sampled the target, so it had kept it, whatever a last digit at the boundary says here.
+    # The engine sampled the target, so the engine kept it, even if rounding at the boundary excludes it here.
     return kept.scatter_(1, targets[s, None], True)
 
 
@@ -116,9 +116,9 @@ def _chunks(n: int) -> list[slice]:
 
 
 class LogprobHead(nn.Module):
-    """Takes the place of a model's `lm_head` and keeps its Parameter, tied or not, under the same name.
+    """Replaces a model's `lm_head` and keeps its Parameter, tied or not, under the same name.
 
-    It is a module so that ZeRO-3 gathers its weight; a bare `F.linear` with the Parameter would see an empty tensor.
+    It is a module because ZeRO-3 gathers weights of modules; a bare `F.linear` would see an empty tensor.
     """
 
     def __init__(self, lm_head: nn.Module, *, fp32: bool) -> None:
@@ -138,7 +138,7 @@ class LogprobHead(nn.Module):
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """Log-probability of each target and entropy (nats) of softmax(logits / temperature), in fp32.
 
-        `support` (kept ids, padded with -1), else `truncation`, restricts the softmax to the tokens kept; each target
+        `support` (kept ids, padded with -1), else `truncation`, restricts the softmax to the kept tokens; each target
         is one of them.
         """
         dtype = torch.float32 if self.fp32 else self.weight.dtype

@@ -1,4 +1,4 @@
-"""Low-rank adapters: how they come into a model, how an engine sees them, and how they are left out again."""
+"""How do low-rank adapters enter a model, reach an engine merged, and get switched off for the reference?"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ NAME = "default"
 
 
 def inject(hf: PreTrainedModel, lora: Lora) -> None:
-    """Freeze a model and give each linear layer but the head an adapter that adds nothing yet.
+    """Freeze a model and give each linear layer except the head an adapter that adds nothing yet.
 
     Raises ImportError without PEFT, and ValueError for layers whose merged weight this module does not know.
     """
@@ -34,13 +34,13 @@ def inject(hf: PreTrainedModel, lora: Lora) -> None:
 
 
 def adapted(hf: nn.Module) -> dict[str, Any]:
-    """The layers that have an adapter, by the name of the weight that it changes."""
+    """The layers with an adapter, by the name of the weight that it changes."""
     modules = {name: module for name, module in hf.named_modules() if hasattr(module, "base_layer")}
     return {f"{name}.weight": module for name, module in modules.items()}
 
 
 def base_parameters(hf: nn.Module) -> dict[str, nn.Parameter]:
-    """A model's parameters by the names that they have without adapters, which are left out."""
+    """A model's parameters without the adapters, by their names in the plain model."""
     return {n.replace(".base_layer.", "."): p for n, p in hf.named_parameters() if ".lora_" not in n}
 
 
@@ -50,7 +50,7 @@ def adapter_parameters(layer: Any) -> list[nn.Parameter]:
 
 
 def merged(layer: Any) -> Tensor:
-    """W + alpha / rank * B A [out, in] of a layer, added in fp32 and rounded to W's dtype; its parameters gathered."""
+    """W + alpha / rank * B A [out, in] of a layer, added in fp32, rounded to W's dtype. Needs gathered parameters."""
     weight = layer.base_layer.weight.detach()
     a, b = (p.detach().float() for p in adapter_parameters(layer))
     if not layer.scaling[NAME] or not b.any():
@@ -59,7 +59,7 @@ def merged(layer: Any) -> Tensor:
 
 
 def as_engines_have_it(layer: nn.Module) -> nn.Module:
-    """The layer itself, or a plain one with the merged weight; its parameters gathered."""
+    """The layer itself, or a plain layer with the merged weight. Needs gathered parameters."""
     if not hasattr(layer, "base_layer"):
         return layer
     weight = merged(layer)
@@ -71,8 +71,11 @@ def as_engines_have_it(layer: nn.Module) -> nn.Module:
 
 @contextmanager
 def switched_off(hf: nn.Module) -> Iterator[None]:
-    """The model without its adapters. Their share is multiplied by 0 rather than left out: ZeRO-3 gathers weights in
-    the order of the last pass, and PEFT's own switch would also turn off their gradients."""
+    """The model without its adapters: their output is multiplied by 0.
+
+    They still run, because ZeRO-3 gathers weights in the order of the last pass. PEFT's own switch would also turn off
+    their gradients.
+    """
     layers = adapted(hf).values()
     for layer in layers:
         layer.set_scale(NAME, 0.0)
@@ -84,7 +87,7 @@ def switched_off(hf: nn.Module) -> Iterator[None]:
 
 
 def save_adapter(hf: Any, base: str, folder: Path) -> None:
-    """Write the adapters alone, as PEFT loads them onto the model named `base`; their parameters gathered."""
+    """Write only the adapters, as PEFT loads them onto the model named `base`. Needs gathered parameters."""
     from safetensors.torch import save_file
 
     config = hf.peft_config[NAME]

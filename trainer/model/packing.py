@@ -1,7 +1,7 @@
-"""A micro-batch as one row without padding: its sequences end to end, or a group's prompt once before its completions.
+"""How does a micro-batch become one row without padding? Sequences end to end, a group's prompt once if it is shared.
 
-Shared, a group of n completions of P + L tokens costs P + n L token-forwards instead of n (P + L). The numbers are
-those of the rows apart: every token attends to the same tokens at the same positions.
+With a shared prompt, a group of n completions of P + L tokens costs P + n L token-forwards instead of n (P + L). The
+numbers equal those of separate rows: every token attends to the same tokens at the same positions.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer.model.attention import Segment
 
 BUNDLE = 64
-"""Most tokens of short neighbours that attend in one call: below, a call costs more than what the mask wastes."""
+"""At most so many tokens of short adjacent sequences attend in one call; there a call costs more than a mask wastes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +23,16 @@ class Packed:
     input_ids: Int[Tensor, "1 N"]
     position_ids: Int[Tensor, "1 N"]
     segments: list[Segment]
-    """Where its sequences end and what they go on from; their lengths add up to N."""
+    """Lengths of its sequences and their prompts; the lengths add up to N."""
     source: Int[Tensor, " M"]
-    """Column of the row that answers for each masked column of the batch, in the batch's own order."""
+    """Column of the row that predicts each masked column of the batch, in the batch's order."""
 
 
 def pack(input_ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B T"], *, share_prompts: bool) -> Packed:
     """Lay out the rows of a micro-batch, each up to its last masked column; rows without one are left out.
 
-    With `share_prompts`, rows that agree up to their first masked column share what lies before it. A batch without a
-    masked column becomes a row of one token that answers for nothing, so that every layer still runs.
+    With `share_prompts`, rows that are equal up to their first masked column share the tokens before it. A batch
+    without sampled tokens becomes a one-token dummy row with no loss: every layer must still run.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     first, last = mask.int().argmax(dim=1).tolist(), (mask * torch.arange(mask.shape[1])).amax(dim=1).tolist()
@@ -75,7 +75,7 @@ def pack(input_ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B T"], *, share_prom
 
 
 def _add(segments: list[Segment], new: Segment) -> None:
-    """Put a sequence behind the others, into the last segment where both are short and go on from the same."""
+    """Append a sequence; it joins the last segment if both are short and have the same prompt."""
     old = segments[-1] if segments else None
     if old is not None and old.prompt == new.prompt and sum(old.lengths) + sum(new.lengths) <= BUNDLE:
         segments[-1] = Segment(lengths=old.lengths + new.lengths, prompt=new.prompt, prompt_length=new.prompt_length)

@@ -1,4 +1,4 @@
-"""The policy as the trainer sees it: a Hugging Face body, our head, and a value head if the objective has a critic."""
+"""What is the policy in the trainer? A Hugging Face body, our head, and a value head if the objective has a critic."""
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +18,18 @@ from trainer.model.ulysses import Ulysses
 
 
 class Policy(nn.Module):
-    """A causal language model that answers: how likely were these tokens?"""
+    """A causal language model that gives log-probabilities and entropy of given tokens."""
 
     def __init__(self, hf: PreTrainedModel, *, fp32_head: bool, with_values: bool, share_prompts: bool) -> None:
         super().__init__()
         self.hf = hf
         self.packs = packs(hf.config)
-        """Whether micro-batches run as one row without padding; else as padded rows, which share no prompt."""
+        """Whether a micro-batch runs as one row without padding; otherwise as padded rows, which share no prompt."""
         self.share_prompts = share_prompts and self.packs
         self.tokens = torch.zeros(2, dtype=torch.long)
-        """So far: tokens that some answer needed, and those that went through the layers."""
+        """Counts since the last reset: tokens that some output needed, and tokens that went through the layers."""
         self.ulysses: Ulysses | None = None
-        """The ranks that share each row, if some do."""
+        """Sequence parallelism, where ranks share each row."""
         if self.packs:
             use_segments(hf)
         hf.set_output_embeddings(LogprobHead(hf.get_output_embeddings(), fp32=fp32_head))
@@ -48,11 +48,11 @@ class Policy(nn.Module):
         *,
         head_alone: bool = False,
     ) -> PolicyOutput:
-        """What the policy says at every column of `mask`; 0 elsewhere, where nothing is computed.
+        """The policy's output at every column of `mask`; 0 elsewhere, where nothing is computed.
 
-        With truncated sampling, over the tokens kept: those that the engine reports in `support` (padded with -1),
-        else those that `truncation` keeps of the policy's own logits. With `head_alone` the gradient of the values
-        stops at the value head, and leaves the body as it is.
+        With truncated sampling, the softmax runs over the kept tokens: those in `support` (reported by the engine,
+        padded with -1), else those that `truncation` keeps of the policy's own logits. With `head_alone` the gradient
+        of the values stops at the value head and does not reach the body.
         """
         picked, mine = self._hidden(input_ids, mask)
         targets, support = input_ids[:, 1:][mask], None if support is None else support[mask]
@@ -70,16 +70,16 @@ class Policy(nn.Module):
     def _hidden(
         self, input_ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "N H"], Bool[Tensor, " M"] | None]:
-        """Last hidden states of the masked columns, in the batch's order; where ranks share a row, of those that are
-        this rank's, and which these are."""
+        """Last hidden states of the masked columns, in the batch's order. Where ranks share a row: only this rank's
+        columns, and a mask of them."""
         body, device = self.hf.get_decoder(), input_ids.device
         if not self.packs:
-            # Rows are right-padded, so causal attention never sees padding and needs no mask of its own.
+            # Rows are right-padded, so causal attention never sees padding and needs no mask.
             columns = torch.arange(1, mask.shape[1] + 1, device=device)
             self.tokens += torch.tensor([int((mask * columns).amax(dim=1).sum()), mask.numel()])
             return body(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state[mask], None
         packed = pack(input_ids.cpu(), mask.cpu(), share_prompts=self.share_prompts)
-        # The one token of a rank that has nothing to do is no work.
+        # The dummy token of a rank without work does not count.
         self.tokens += packed.input_ids.numel() if len(packed.source) else 0
         mine = None
         if self.ulysses:
@@ -92,8 +92,8 @@ class Policy(nn.Module):
             split=self.ulysses,
             use_cache=False,
         ).last_hidden_state
-        # Not by indexing: many sequences read their prompt's last column, and the backward of an index adds up
-        # what they send there in whatever order the threads come.
+        # index_select, not indexing: many sequences read their prompt's last column, and the backward of an index adds
+        # up their gradients in the random order of threads.
         return hidden[0].index_select(0, packed.source.to(device)), mine
 
 
@@ -119,7 +119,7 @@ def load(
     checkpointing: bool = False,
     lora: Lora | None = None,
 ) -> Policy:
-    """Load a causal LM from a folder or the hub. Raises whatever transformers raises when it is not one."""
+    """Load a causal LM from a folder or the hub. Raises transformers' own error for any other model."""
     hf = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     if checkpointing:
         _checkpoint(hf)
@@ -129,8 +129,11 @@ def load(
 
 
 def _checkpoint(hf: PreTrainedModel) -> None:
-    """Compute each layer again in backward. transformers does so in layers that are in training mode only, where
-    dropout would change what the policy says: so the layers are, and all that is in them is not."""
+    """Recompute each layer in the backward pass.
+
+    transformers does so only in layers in training mode, in which dropout would change the policy's output. So each
+    layer is in training mode and the modules inside it are not.
+    """
     hf.gradient_checkpointing_enable({"use_reentrant": False})
     found = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not found:

@@ -1,7 +1,7 @@
-"""Sequence parallel: ranks that hold equal parts of each packed row, and exchange tokens for heads in attention.
+"""How do ranks share a packed row? Each holds an equal part, and in attention they exchange tokens for heads.
 
-DeepSpeed's Ulysses (arXiv 2309.14509): every layer works on a rank's own tokens, but attention sees the whole row in
-some of its heads. A row's activations are divided by the number of ranks, and so is the work of the head.
+DeepSpeed's Ulysses (arXiv 2309.14509): every layer runs on a rank's own tokens; attention runs on the whole row for
+some of the heads. This divides a row's activations and the work of the lm_head by the number of ranks.
 """
 
 from dataclasses import replace
@@ -18,16 +18,16 @@ from trainer.model.packing import Packed
 
 
 class Ulysses:
-    """One rank's place among `size` neighbours that share each row."""
+    """One rank in a group of `size` ranks that share each row."""
 
     def __init__(self, *, rank: int, ranks: int, size: int) -> None:
-        """A collective over all ranks, in which every group is made."""
+        """A collective over all ranks, because it creates every group."""
         self.size, self.place = size, rank % size
         self.group = [dist.new_group(list(range(i, i + size))) for i in range(0, ranks, size)][rank // size]
         self.exchange = DistributedAttention(_attend, self.group, scatter_idx=2, gather_idx=1)
 
     def part(self, row: Packed) -> tuple[Packed, Bool[Tensor, " M"]]:
-        """This rank's columns of a row, all of its segments, and which of the row's answers stand in these columns."""
+        """This rank's columns of a row with all of its segments, and a mask of the outputs in these columns."""
         length = row.input_ids.shape[1]
         rest = -length % self.size
         if rest:
@@ -50,11 +50,11 @@ class Ulysses:
         return own, mine
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Float[Tensor, "B S H D"]:
-        """Attention of the whole row, from and to this rank's tokens; arguments [B, heads, S, D] as in `attend`."""
+        """Attention over the whole row, for this rank's tokens; arguments [B, heads, S, D] as in `attend`."""
         return self.exchange(*(x.transpose(1, 2) for x in (q, k, v)), batch_dim_idx=0, **how)
 
     def whole(self, own: Float[Tensor, "R m"], mine: Bool[Tensor, " M"]) -> Float[Tensor, "R M"]:
-        """Every rank's answers; a gradient reaches those of this rank alone, so that ranks add up to the whole."""
+        """The outputs of all ranks. Gradients reach only this rank's own; their sum over ranks is complete."""
         placed = torch.zeros(len(own), len(mine), dtype=own.dtype, device=own.device).masked_scatter(mine, own)
         others = placed.detach().clone()
         dist.all_reduce(others, group=self.group)

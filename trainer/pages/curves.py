@@ -1,4 +1,4 @@
-"""The plot of a run: one panel per question."""
+"""What do a run's curves look like? One panel per question."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ PANELS = [
 
 
 def plot(history: list[dict[str, float]], path: Path, title: str) -> None:
-    """One PNG of the run's curves by step."""
+    """Write one PNG of the run's curves by step."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""What every page of ours is made of: style, tables, figures."""
+"""What are our HTML pages made of? Style, tables and figures."""
 
 import io
 import re
@@ -7,16 +7,10 @@ from html import escape
 from typing import Any
 
 INKS = {"#010101": "var(--ink)", "#020202": "var(--soft)", "#030303": "var(--blue)", "#040404": "var(--red)"}
-"""What stands for the page's colours while matplotlib draws, so that plots follow the reader's light or dark scheme."""
-
-
+"""Placeholder colours for matplotlib, replaced by the page's own: plots follow the reader's light or dark scheme."""
 INK, SOFT, BLUE, RED = INKS
-
-
 WIDTH = 4.6
-"""Inches of a plot; what is wider takes the page's whole width."""
-
-
+"""Width of a plot in inches; a wider plot takes the page's whole width."""
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfbf8; --ink: #1d1c1a; --soft: #706b63; --line: #e2ded6;
   --blue: #2a6296; --red: #b3261e; --green: #2d6a3e; --amber: #8a5a00;
@@ -46,17 +40,21 @@ td.w { min-width: 14rem; white-space: pre-line; }
 
 
 def number(value: float | None, form: str = ".1e") -> str:
-    """The number, or n/a for what JSON has no number for."""
+    """The number as text; n/a for None, which JSON holds in place of NaN and infinity."""
     return "n/a" if value is None else format(value + 0.0, form)  # + 0.0 turns -0.0 into 0.0
 
 
-def _sentence(text: str) -> str:
+def as_sentence(text: str) -> str:
+    """The text in HTML, with a capital first letter and a full stop."""
     return f"{escape(text[:1].upper() + text[1:]).rstrip('.')}."
 
 
-def _table(rows: list[Any], kinds: str, bad: Container[str] = ()) -> str:
-    """The first row is the head. One letter for each column: n does not wrap, w does, t is a token's text. A row stands
-    out if `bad` has the first line of its first cell."""
+def html_table(rows: list[Any], kinds: str, bad: Container[str] = ()) -> str:
+    """Rows as an HTML table; the first row is the head.
+
+    `kinds` has one letter per column: n does not wrap, w wraps, t is a token's text. A row is marked if `bad` holds the
+    first line of its first cell.
+    """
     head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
     body = ""
     for first, *rest in rows[1:]:
@@ -65,11 +63,12 @@ def _table(rows: list[Any], kinds: str, bad: Container[str] = ()) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _figure(key: str, caption: str, axis: Any) -> str:
+def html_figure(key: str, caption: str, axis: Any) -> str:
+    """A matplotlib axis as an inline SVG with a caption. `key` makes the ids in it unique on the page."""
     file = io.StringIO()
     axis.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = re.sub(r'\A.*?(?=<svg)|<metadata>.*?</metadata>| xmlns(:xlink)?=".*?"', "", file.getvalue(), flags=re.DOTALL)
-    # Every plot has the same ids, and HTML knows `href` without a name space.
+    # Every plot has the same ids, and HTML writes `href` without a name space.
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\1{key}-", svg.replace("xlink:href", "href"))
     svg = re.sub("|".join(INKS), lambda ink: INKS[ink[0]], svg)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)
@@ -77,7 +76,8 @@ def _figure(key: str, caption: str, axis: Any) -> str:
     return f'<figure class="{kind}"><div class="scroll">{svg}</div><figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def _axis(xlabel: str, ylabel: str, width: float = WIDTH, height: float = 3.1, scale: str = "linear") -> Any:
+def new_axis(xlabel: str, ylabel: str, width: float = WIDTH, height: float = 3.1, scale: str = "linear") -> Any:
+    """An empty matplotlib axis; width and height in inches."""
     from matplotlib.figure import Figure
 
     axis = Figure(figsize=(width, height), layout="tight").subplots()

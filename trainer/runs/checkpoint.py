@@ -1,4 +1,4 @@
-"""Is this checkpoint whole? Folders that appear at once or not at all, with a digest of every file."""
+"""Is this checkpoint complete? A folder appears at once or not at all, with a digest of every file."""
 
 import fcntl
 import hashlib
@@ -16,35 +16,35 @@ MANIFEST, STATE = "manifest.json", "state.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not used: the message names the file, what is wrong with it, and what to do."""
+    """A checkpoint cannot be used; the message names the file, the problem and the remedy."""
 
 
 class Damaged(CheckpointError):
-    """It was written whole once, and is not now: an older one may be used instead."""
+    """A checkpoint was complete once and is damaged now; an older one may be used instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint whose every byte is as it was written."""
+    """A checkpoint whose every byte was verified."""
 
     folder: Path
     state: dict[str, Any]
     damaged: dict[Path, str] = field(default_factory=dict)
-    """Newer ones that were passed over, and why."""
+    """Newer checkpoints that were skipped, and why."""
 
 
 def draft(run: Path, step: int) -> Path:
-    """An empty folder beside the checkpoints, to be filled and then committed."""
-    # A writer that was killed may leave a process that writes on: its folder is never used again.
+    """Make an empty folder next to the checkpoints, to be filled and then committed."""
+    # A killed writer may leave a process that still writes: its folder is never used again.
     folder = run / "checkpoints" / f".step-{step:06d}.{uuid.uuid4().hex[:8]}.partial"
     (folder / "learner").mkdir(parents=True)
     return folder
 
 
 def commit(folder: Path, step: int, state: dict[str, Any], *, keep_last: int) -> Path:
-    """Turn a filled draft into the checkpoint of a step, and then delete all but the newest `keep_last`.
+    """Turn a filled draft into the checkpoint of a step, then delete all but the newest `keep_last`.
 
-    Raises OSError when the learner's files are not there.
+    Raises OSError when the learner's files are missing.
     """
     if not any((folder / "learner").iterdir()):
         raise OSError(
@@ -72,9 +72,9 @@ def commit(folder: Path, step: int, state: dict[str, Any], *, keep_last: int) ->
 
 
 def latest(run: Path) -> Checkpoint:
-    """The newest whole checkpoint of a run's folder. Damaged ones are passed over, and named in what is returned.
+    """The newest complete checkpoint of a run's folder. Damaged ones are skipped, and named in `damaged`.
 
-    Raises CheckpointError when there is none, and when the newest is of a later schema than this code reads.
+    Raises CheckpointError when there is none, and when the newest has a later schema than this code reads.
     """
     if not run.is_dir():
         raise CheckpointError(f"there is no run in {run}: give the folder of a run, such as runs/quickstart")
@@ -94,7 +94,7 @@ def latest(run: Path) -> Checkpoint:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The state in a checkpoint, after every file was held against the manifest. Raises CheckpointError."""
+    """Compare every file of a checkpoint with its manifest, and return its state. Raises CheckpointError."""
     manifest = _read(folder / MANIFEST)
     if manifest.get("schema", 0) > SCHEMA:
         raise CheckpointError(
@@ -116,13 +116,13 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def sweep(run: Path) -> None:
-    """Delete what killed writers left behind."""
+    """Delete the drafts of killed writers."""
     for leftover in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(leftover)
 
 
 def lock(run: Path) -> TextIO:
-    """Hold a run's folder until the file that is returned is closed, or the process ends in whatever way."""
+    """Lock a run's folder until the returned file is closed or the process ends."""
     file = (run / "run.lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,13 +131,13 @@ def lock(run: Path) -> TextIO:
         raise CheckpointError(f"another process runs in {run} now: two would overwrite each other") from None
     except OSError as error:
         warnings.warn(
-            f"nothing keeps other processes out of {run}: its file system has no locks ({error})", stacklevel=2
+            f"{run} is not protected from other processes: its file system has no locks ({error})", stacklevel=2
         )
     return file
 
 
 def set_aside(folder: Path) -> None:
-    """Take a damaged checkpoint out of the row, for inspection; nothing deletes it."""
+    """Rename a damaged checkpoint, for inspection; nothing deletes it."""
     os.rename(folder, folder.with_name(f"damaged-{folder.name}-{uuid.uuid4().hex[:8]}"))
 
 
@@ -152,13 +152,13 @@ def _last_good(older: list[Path]) -> str:
 
 
 def finished(folder: Path) -> list[Path]:
-    """Complete checkpoints by step, the newest last."""
+    """Finished checkpoints by step, the newest last."""
     found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _discard(folder: Path) -> None:
-    # Hidden first: a deletion that is cut short must not leave half a checkpoint that looks like one.
+    # Renamed first: an interrupted deletion must not leave half a checkpoint that looks complete.
     hidden = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
     os.rename(folder, hidden)
     shutil.rmtree(hidden)

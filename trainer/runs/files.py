@@ -1,4 +1,4 @@
-"""Files of a run: JSON that every reader accepts, and a folder that no other run uses."""
+"""How does a run write its files? JSON that every reader accepts, in a folder that no other run uses."""
 
 import json
 import math
@@ -7,14 +7,14 @@ from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all: a reader never sees half a file."""
+    """Write JSON completely or not at all: a reader never sees half a file."""
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_text(json.dumps(without_nan(value), indent=2) + "\n")
     partial.replace(path)
 
 
 def without_nan(value: Any) -> Any:
-    """The same value with null for every NaN and infinity, which JSON cannot hold."""
+    """The same value with None for every NaN and infinity, which JSON cannot hold."""
     if isinstance(value, dict):
         return {k: without_nan(v) for k, v in value.items()}
     if isinstance(value, list):

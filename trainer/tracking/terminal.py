@@ -1,4 +1,4 @@
-"""What a user sees while a run goes on, and at its end."""
+"""What does the terminal show during a run, and at its end?"""
 
 import time
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ console = Console(soft_wrap=True)
 
 @contextmanager
 def status(message: str) -> Iterator[None]:
-    """Say what is going on, and how long it took."""
+    """Print what is in progress, and how long it took."""
     began = time.perf_counter()
     console.print(f"[dim]{message} ...[/]")
     yield
@@ -56,12 +56,12 @@ class Lines:
 
 
 def alert_line(step: int, title: str, text: str) -> None:
-    """One line that stands out, in red what and in yellow why and what to do."""
+    """Print an alert in one line: its title in red, the explanation in yellow."""
     console.print(Text.assemble((f"alert at step {step}: {title}. ", "bold red"), (text, "yellow")))
 
 
 def closing_table(summary: dict[str, Any], folder: Path) -> None:
-    """The run in a dozen lines, and where to look."""
+    """Print the run's results in a dozen lines, and its files."""
     table = Table(title=f"{summary['name']}: {summary['status']}", show_header=False, title_justify="left")
     for key in ("eval_before", "eval_after"):
         for name, value in summary.get(key, {}).items():
@@ -82,5 +82,5 @@ def closing_table(summary: dict[str, Any], folder: Path) -> None:
             table.add_row("look at", str(folder / file))
     console.print(table)
     if summary.get("resume"):
-        # Outside the table, which would cut it: it is there to be copied.
-        console.print(f"go on with: {summary['resume']}", markup=False, highlight=False)
+        # Outside the table, which would cut the line: the user copies it.
+        console.print(f"resume with: {summary['resume']}", markup=False, highlight=False)

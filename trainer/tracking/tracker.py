@@ -1,4 +1,4 @@
-"""Where the numbers go: Weights & Biases, metrics.jsonl and the terminal, all under the same names."""
+"""Where do a run's numbers go? Files in its folder, the terminal, and trackers such as Weights & Biases."""
 
 import json
 from collections.abc import Callable
@@ -8,17 +8,19 @@ from typing import Any
 
 from rl.config import TrackingConfig
 from rl.parity.watch import Alert
+from rl.protocols import Tracker
 from rl.types import Trajectory
 from trainer.runs.files import without_nan
 from trainer.tracking.terminal import alert_line
-from trainer.tracking.wandb_run import wandb_mode
+from trainer.tracking.wandb_run import open_wandb
 
 
 @dataclass(kw_only=True)
 class RunTracker:
-    """The record of one run; `close` may be called at any moment and leaves readable files.
+    """`rl.protocols.Tracker` that writes files, and passes everything on to `trackers`.
 
-    A run that goes on brings its `history` and its `wandb_id`, and what its files hold stays.
+    `close` may be called at any moment and leaves readable files. A resumed run brings its `history` and its
+    `wandb_id`, and its files keep what they hold.
     """
 
     folder: Path
@@ -27,35 +29,32 @@ class RunTracker:
     settings: dict[str, Any]
     show: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
     watch: Callable[[dict[str, float]], list[Alert]] = lambda metrics: []
-    """Asked at each step what to alert the user to."""
+    """Gives the alerts of each step."""
     alerts: list[dict[str, Any]] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
     wandb_id: str | None = None
+    trackers: list[Tracker] = field(default_factory=list)
+    """W&B joins them where `config` asks for it."""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics_file = (self.folder / "metrics.jsonl").open("a")
         self.samples_file = (self.folder / "samples.jsonl").open("a")
-        told = self.folder / "alerts.jsonl"
-        self.alerts += [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
+        earlier = self.folder / "alerts.jsonl"
+        self.alerts += [json.loads(line) for line in earlier.read_text().splitlines()] if earlier.exists() else []
         for row in self.history:
-            self.watch(row)  # so that it knows what it has told already
-        self.wandb: Any = None
-        mode = wandb_mode(self.config)
-        if mode != "disabled":
-            import wandb
-
-            self.wandb = wandb.init(
-                project=self.config.project,
-                name=self.name,
-                dir=str(self.folder),
-                config=self.settings,
-                mode=mode,
-                id=self.wandb_id,
-                resume="allow" if self.wandb_id else None,
-                settings=wandb.Settings(silent=True, console="off"),
-            )
-            self.wandb_id = self.wandb.id
+            self.watch(row)  # it must not repeat earlier alerts
+        wandb = open_wandb(
+            self.config,
+            folder=self.folder,
+            name=self.name,
+            settings=self.settings,
+            resume_id=self.wandb_id,
+            step=int(self.history[-1]["step"]) if self.history else 0,
+        )
+        if wandb is not None:
+            self.wandb_id = wandb.run.id
+            self.trackers = [*self.trackers, wandb]
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record one step everywhere. A NaN is written as null, which JSON can hold."""
@@ -63,31 +62,26 @@ class RunTracker:
         self.history.append(row)
         self.metrics_file.write(json.dumps(without_nan(row)) + "\n")
         self.metrics_file.flush()
-        if self.wandb is not None:
-            self.wandb.log(metrics, step=step)
+        for tracker in self.trackers:
+            tracker.log(step, metrics)
         self.show(step, metrics)
         for alert in self.watch(metrics):
             self.alert(step, alert.title, alert.text)
 
     def alert(self, step: int, title: str, text: str) -> None:
-        """Tell the user what needs a look: W&B sends it on when online; also alerts.jsonl and the terminal."""
+        """Show the user what needs attention: on the terminal, in alerts.jsonl, and in every tracker."""
         row = {"step": step, "title": title, "text": text}
         self.alerts.append(row)
         with (self.folder / "alerts.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         alert_line(step, title, text)
-        if self.wandb is not None:
-            self.wandb.alert(title=title, text=f"Step {step}: {text}", level="WARN")
+        for tracker in self.trackers:
+            tracker.alert(step, title, text)
 
     def table(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Show rows, which have the same keys, as a table of the W&B run; without W&B nothing."""
-        if self.wandb is None or not rows:
-            return
-        import wandb
-
-        table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-        # W&B drops what comes under an earlier step than the last, and without a step it would begin the next one.
-        self.wandb.log({name: table}, step=int(self.history[-1]["step"]) if self.history else 0)
+        """Show rows, which have the same keys, as a table in every tracker; no file is written."""
+        for tracker in self.trackers:
+            tracker.table(name, rows)
 
     def samples(self, step: int, trajectories: list[Trajectory], decode: Callable[[list[int]], str]) -> None:
         """Keep a few trajectories as text; all of them when step is -1 (set aside as broken)."""
@@ -108,11 +102,12 @@ class RunTracker:
                 row |= {"token_ids": reply, "logprobs": [repr(x) for x in t.logprobs]}
             self.samples_file.write(json.dumps(row) + "\n")
         self.samples_file.flush()
+        for tracker in self.trackers:
+            tracker.samples(step, trajectories, decode)
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Finish the W&B run with the summary's numbers, and close the files."""
+        """Close the files, and every tracker with the summary."""
         self.metrics_file.close()
         self.samples_file.close()
-        if self.wandb is not None:
-            self.wandb.summary.update({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
-            self.wandb.finish(exit_code=0 if summary.get("status") == "finished" else 1)
+        for tracker in self.trackers:
+            tracker.close(summary)

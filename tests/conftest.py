@@ -1,0 +1,63 @@
+"""Two lanes: which tests share a process, which files come first, and how many seconds each file took."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network, and a hub that does not answer is asked again
+SECONDS = Path(__file__).with_name("durations.json")
+"""Seconds of each file in the last gate and the last nightly, written by `scripts/test --record`."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-seconds", metavar="MODE", help="keep each file's seconds in tests/durations.json")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest group of tests comes first, because the last one decides when the second lane ends."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(SECONDS.parent).as_posix()))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    took: dict[str, float] = {}
+    for mode in json.loads(SECONDS.read_text()).values():
+        took |= mode
+    files: dict[str, set[str]] = {group(item): set() for item in items}
+    for item in items:
+        files[group(item)].add(item.path.relative_to(SECONDS.parent).as_posix())
+    total = {name: sum(took.get(file, 0.0) for file in of) for name, of in files.items()}
+    items.sort(key=lambda item: -total[group(item)])
+
+
+def group(item: pytest.Item) -> str:
+    """Tests of one group run in one process, in their order."""
+    mark = item.get_closest_marker("xdist_group")
+    assert mark is not None
+    return mark.args[0] if mark.args else mark.kwargs["name"]
+
+
+class Seconds:
+    """Adds up what each file's tests took, with their fixtures."""
+
+    def __init__(self, mode: str) -> None:
+        self.mode, self.of = mode, Counter[str]()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.of[report.nodeid.split("::")[0].removeprefix("tests/")] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        kept = json.loads(SECONDS.read_text())
+        files = kept.get(self.mode, {}) | {name: round(seconds, 1) for name, seconds in self.of.items()}
+        there = {name: files[name] for name in sorted(files) if SECONDS.with_name(name).exists()}
+        SECONDS.write_text(json.dumps(kept | {self.mode: there}, indent=1) + "\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    mode = config.getoption("--record-seconds")
+    if mode and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Seconds(mode))

@@ -1,0 +1,152 @@
+"""How does a batch become optimizer steps? Their sums are the same for every split over micro-batches and ranks."""
+
+import math
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rl.batch import take
+from rl.loss import critic_alone, full_loss, prepare
+from rl.objectives.adaptive import coefficients, next_objective
+from rl.parity.mismatch import finish
+from rl.reduce import Meter, Totals, loss_weights
+from rl.types import Batch
+from trainer.learner.hardware import peak_of
+from trainer.learner.passes import Passes, own_micro_batches
+from trainer.learner.rank import Rank
+
+
+class Stepper:
+    """Trains a rank's policy; what changes from step to step is the objective's coefficients."""
+
+    def __init__(self, rank: Rank, passes: Passes) -> None:
+        config = rank.config
+        self.rank, self.passes = rank, passes
+        self.objective = config.objective
+        """With the current coefficients."""
+        self.old_logprobs: Literal["recompute", "rollout"] = (
+            "recompute" if config.old_logprobs == "auto" else config.old_logprobs
+        )
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """Take all optimizer steps of one batch. Returns its metrics, the same on every rank."""
+        r, objective = self.rank, self.objective
+        t = r.config.trainer
+        several = t.epochs * t.minibatches > 1
+        batch = self._with_start_of_step(batch, several)
+        batch, advantages = prepare(objective, batch)
+        rows, meter, grad_norms = torch.arange(len(batch.rewards)), Meter(), []
+        for epoch in range(t.epochs):
+            order = rows if not several else rows[torch.randperm(len(rows), generator=self._shuffle(epoch))]
+            for part in order.tensor_split(t.minibatches):
+                grad_norms.append(self._optimizer_step(batch, advantages, part, meter))
+        for name, gib in r.memory.report().items():
+            meter.merge_one(name, gib, 1)
+        metrics = finish(merged(meter, r.ranks).means())
+        trained = metrics.pop("perf/trained_tokens_count")
+        metrics |= {"perf/trained_tokens": trained} | ideal_seconds(r, trained)
+        rates = r.engine.get_lr()
+        metrics |= {"actor/grad_norm": sum(grad_norms) / len(grad_norms), "actor/lr": rates[0]}
+        if objective.uses_values:
+            metrics["critic/lr"] = rates[-1]
+        metrics |= {f"actor/{name}": coef for name, coef in coefficients(objective).items()}
+        self.objective = next_objective(objective, metrics)
+        return metrics
+
+    def _with_start_of_step(self, batch: Batch, several: bool) -> Batch:
+        """The batch with old and reference log-probabilities and values, as far as the objective reads them."""
+        memory, objective = self.rank.memory, self.objective
+        if self.old_logprobs == "rollout":
+            batch = replace(batch, old_logprobs=batch.rollout_logprobs)
+        reads_old = several or objective.needs_old_logprobs
+        if objective.uses_values or (reads_old and self.old_logprobs == "recompute"):
+            with memory.during("old_logprobs"):
+                before = self.passes.policy(batch)
+            if self.old_logprobs == "recompute":
+                batch = replace(batch, old_logprobs=before.logprobs)
+            batch = replace(batch, values=before.values)
+        if objective.needs_reference:
+            with memory.during("reference"):
+                batch = replace(batch, ref_logprobs=self.passes.reference_logprobs(batch))
+        return batch
+
+    def _shuffle(self, epoch: int) -> torch.Generator:
+        seed = self.rank.config.seed * 1_000_003 + self.rank.engine.global_steps * 101 + epoch
+        return torch.Generator().manual_seed(seed)
+
+    def _optimizer_step(self, batch: Batch, advantages: Tensor, rows: Tensor, meter: Meter) -> float:
+        r, objective = self.rank, self.objective
+        c = r.config
+        totals = Totals(tokens=int(batch.mask[rows].sum()), sequences=len(rows), horizon=c.rollout.max_tokens)
+        r.policy.tokens.zero_()
+        live = rows
+        if c.trainer.skip_zero_advantage and objective.may_skip:
+            # The denominators still count these rows, so leaving them out changes no gradient.
+            live = rows[advantages[rows].any(dim=1)]
+            live = live if len(live) else rows[:1]
+        with r.memory.during("gradients"):
+            for micro in own_micro_batches(r, batch, live):
+                self._accumulate(batch, advantages, micro, totals, meter)
+        meter.merge_one("actor/loss", 0.0, 1.0 / r.ranks)
+        needed, computed = r.policy.tokens.tolist() if r.is_dp_leader else (0, 0)
+        meter.merge_one("perf/useful_tokens_frac", needed, computed)
+        meter.merge_one("perf/trained_tokens_count", needed, 1)
+        with r.memory.during("optimizer"):
+            r.engine.step()
+        grad_norm = float(r.engine.get_global_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"the gradient norm is {grad_norm} at optimizer step {r.engine.global_steps}: the weights can no "
+                "longer be trusted. Look at rollout_corr/* and actor/* of the last steps; lower trainer.lr"
+            )
+        return grad_norm
+
+    def _accumulate(self, batch: Batch, advantages: Tensor, micro: Tensor, totals: Totals, meter: Meter) -> None:
+        """Add the gradient of a micro-batch's part of the step's loss."""
+        r, objective = self.rank, self.objective
+        c = r.config
+        warming_up = r.engine.global_steps < objective.critic_warmup
+        part = take(batch, micro).to_device(r.device)
+        policy = r.engine(
+            part.input_ids, part.mask, c.temperature, c.rollout.truncation, part.support, head_alone=warming_up
+        )
+        if warming_up:
+            policy = critic_alone(policy)
+        part_advantages = torch.zeros_like(policy.logprobs)
+        part_advantages[: len(micro)] = advantages[micro, : part.mask.shape[1]].to(r.device)
+        engine_is_old = self.old_logprobs == "rollout"
+        loss, metrics = full_loss(objective, c.correction, policy, part, part_advantages, engine_is_old=engine_is_old)
+        weights = loss_weights(part.mask, objective.average_over, totals)
+        # A bare product would carry an infinity from outside the mask as 0 * inf. DeepSpeed averages over ranks.
+        total = torch.where(part.mask, loss * weights, 0.0).sum() * r.ranks
+        r.engine.backward(total)
+        if r.is_dp_leader:
+            meter.add(metrics, part.mask)
+            # Each data-parallel group holds a part of the step's loss: the parts add up, and the weights of all ranks
+            # (in `_optimizer_step`) add up to 1.
+            meter.merge_one("actor/loss", float(total.detach()) / r.ranks, 0.0)
+
+
+def merged(meter: Meter, ranks: int) -> Meter:
+    """The meters of all ranks as one. A collective."""
+    meters: list[Any] = [None] * ranks
+    dist.all_gather_object(meters, meter)
+    merged = Meter()
+    for each in meters:
+        merged.merge(each)
+    return merged
+
+
+def ideal_seconds(rank: Rank, tokens: float) -> dict[str, float]:
+    """Seconds to learn from so many tokens at the accelerators' peak; empty where the peak is unknown.
+
+    6 FLOPs per parameter and token (arXiv 2001.08361, section 2.1); an embedding table multiplies nothing.
+    """
+    peak = peak_of(rank.device)
+    text = rank.policy.hf.config.get_text_config()
+    table = 0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size
+    parameters = sum(math.prod(m.shape) for m in rank.weights.metadata()) - table
+    return {} if peak is None else {"perf/ideal_learn_s": 6.0 * parameters * tokens / (peak * rank.ranks)}
