@@ -72,7 +72,7 @@ def learn(engine: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"seed": seed, "error": None, "refusals": refusals}
     began = time.perf_counter()
     # A run samples a group again of which a reply was aborted; these shall learn from what they get.
-    as_it_is = patch("rl.loop.loop.reject_aborted", lambda completions: completions)
+    as_it_is = patch("rl.loop.groups.reject_aborted", lambda completions: completions)
     with patch.object(Cluster, "engine", engine), patch.object(RemoteLearner, "_verify", noted), as_it_is:
         try:
             run(config)

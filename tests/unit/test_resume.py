@@ -210,7 +210,7 @@ class Forgetful(Loop):
     def __post_init__(self):
         super().__post_init__()
         first = max([*self.progress.ends, *self.progress.pending], default=-1) + 1
-        self.prompts = (p for p in self.prompts if p.ordinal >= first)
+        self.groups.prompts = (p for p in self.prompts if p.ordinal >= first)
 
 
 class Repeating(Loop):
