@@ -1,4 +1,4 @@
-"""All that the loop sees of the engines, the trainer and the tokenizer. Fakes of these drive its unit tests."""
+"""All that the loop sees of the engines, the trainer and the tracker. Its unit tests use fakes of these protocols."""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -8,7 +8,7 @@ from rl.types import Batch, Completion
 
 @dataclass(frozen=True, kw_only=True)
 class SyncReport:
-    """One published update: seconds in all, seconds in which generation stood still, bytes sent to each engine."""
+    """One published update: total seconds, seconds in which generation was paused, bytes sent to each engine."""
 
     seconds: float
     pause_seconds: float
@@ -16,15 +16,15 @@ class SyncReport:
     verified: bool
     """Whether every engine's digests were compared with the sender's."""
     failed: int = 0
-    """How often it was sent before the engines took it."""
+    """Failed attempts before the engines took it."""
 
 
 class EngineLost(RuntimeError):
-    """The engine that sampled a group is gone; the group may be sampled again, by another or by its successor."""
+    """The engine that sampled a group was lost. Another engine, or this one restarted, may sample the group again."""
 
 
 class UpdateFailed(RuntimeError):
-    """A weight update was not taken, and every engine goes on with the weights that it had; it may be sent again."""
+    """A weight update failed, and every engine keeps its weights. The update may be sent again."""
 
 
 @runtime_checkable
@@ -34,7 +34,7 @@ class Rollouts(Protocol):
     async def sample(
         self, token_ids: list[int], n: int, *, seed: int | None, temperature: float | None = None
     ) -> list[Completion]:
-        """n completions of one prompt; `temperature=None` means the run's. Raises EngineLost."""
+        """n completions of one prompt; `temperature=None` uses the temperature of the run. Raises EngineLost."""
         ...
 
 
@@ -53,7 +53,7 @@ class Learner(Protocol):
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Where the numbers go."""
+    """Where metrics are recorded."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record one step."""
@@ -61,4 +61,4 @@ class Tracker(Protocol):
 
 
 class StallError(RuntimeError):
-    """A wait passed its deadline; the message says who waited for whom."""
+    """A wait passed its deadline, or no step can ever begin; the message names who waited for whom, and the remedy."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from rl.objectives.advantages import spread
 from rl.objectives.ratios import sequence_log_ratio, token_log_ratio
 from rl.reduce import masked_mean
-from rl.types import Batch
+from rl.types import Step
 
 
 def inside(ratio: Tensor, low: float, high: float) -> Tensor:
@@ -35,7 +35,7 @@ class Correction(ABC):
     """Weight of every token's advantage, for tokens that another policy sampled."""
 
     @abstractmethod
-    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+    def weights(self, batch: Step) -> Float[Tensor, "B T"]:
         """Weight [B, T], without unit; 0 outside the mask."""
 
 
@@ -43,7 +43,7 @@ class Correction(ABC):
 class Uncorrected(Correction):
     """w_t = 1."""
 
-    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+    def weights(self, batch: Step) -> Float[Tensor, "B T"]:
         return batch.mask.float()
 
 
@@ -59,7 +59,7 @@ class TokenTIS(Correction):
     def __post_init__(self) -> None:
         check_range(0.0, self.cap)
 
-    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+    def weights(self, batch: Step) -> Float[Tensor, "B T"]:
         return token_log_ratio(batch).exp().clamp(max=self.cap) * batch.mask
 
 
@@ -76,7 +76,7 @@ class SequenceTIS(Correction):
     def __post_init__(self) -> None:
         check_range(0.0, self.cap)
 
-    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+    def weights(self, batch: Step) -> Float[Tensor, "B T"]:
         return spread(sequence_log_ratio(batch).exp().clamp(max=self.cap), batch.mask)
 
 
@@ -94,7 +94,7 @@ class MIS(Correction):
     def __post_init__(self) -> None:
         check_range(self.low, self.high)
 
-    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+    def weights(self, batch: Step) -> Float[Tensor, "B T"]:
         return spread(inside(sequence_log_ratio(batch).exp(), self.low, self.high), batch.mask)
 
 
@@ -112,7 +112,7 @@ class IcePop(Correction):
     def __post_init__(self) -> None:
         check_range(self.low, self.high)
 
-    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+    def weights(self, batch: Step) -> Float[Tensor, "B T"]:
         return inside(token_log_ratio(batch).exp(), self.low, self.high) * batch.mask
 
 
@@ -130,6 +130,6 @@ class GeometricMask(Correction):
     def __post_init__(self) -> None:
         check_range(self.low, self.high)
 
-    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+    def weights(self, batch: Step) -> Float[Tensor, "B T"]:
         mean = masked_mean(token_log_ratio(batch), batch.mask).exp()
         return spread(((mean >= self.low) & (mean <= self.high)).float(), batch.mask)

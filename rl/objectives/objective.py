@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rl.objectives.kl import Estimator
 from rl.reduce import AverageOver
-from rl.types import Batch, Metrics, PolicyOutput
+from rl.types import Batch, Metrics, PolicyOutput, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,6 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(
-        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T"], Metrics]:
         """Per-token loss and metrics of one micro-batch."""

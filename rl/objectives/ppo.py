@@ -10,7 +10,7 @@ from torch import Tensor
 from rl.objectives.advantages import gae, token_rewards, whiten
 from rl.objectives.objective import Objective
 from rl.objectives.surrogates import check_clip, clipped_surrogate
-from rl.types import Batch, Metrics, PolicyOutput
+from rl.types import Batch, Metrics, PolicyOutput, Step, needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,21 +41,22 @@ class PPO(Objective):
         check_clip(self.clip_low, self.clip_high, self.dual_clip)
 
     def _raw(self, batch: Batch) -> Float[Tensor, "B T"]:
-        return gae(token_rewards(batch), batch.values, batch.mask, gamma=self.gamma, lam=self.lam)
+        values = needed(batch.values, "values")
+        return gae(token_rewards(batch), values, batch.mask, gamma=self.gamma, lam=self.lam)
 
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
         return whiten(self._raw(batch), batch.mask)
 
     def loss(
-        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T"], Metrics]:
         log_ratio = policy.logprobs - batch.old_logprobs
         surrogate, metrics = clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip)
-        old = batch.values
+        old, values = needed(batch.values, "values"), needed(policy.values, "values")
         returns = old + self._raw(batch)
-        moved = policy.values - old
+        moved = values - old
         clipped = old + moved.clamp(-self.value_clip, self.value_clip)
-        free, held = (policy.values - returns) ** 2, (clipped - returns) ** 2
+        free, held = (values - returns) ** 2, (clipped - returns) ** 2
         vf_loss = 0.5 * torch.max(free, held)
         metrics |= {
             "critic/vf_loss": vf_loss.detach(),

@@ -21,7 +21,7 @@ from rl.objectives.kl import Estimator
 from rl.objectives.objective import Objective
 from rl.objectives.surrogates import reinforce
 from rl.reduce import AverageOver
-from rl.types import Batch, Metrics, PolicyOutput
+from rl.types import Batch, Metrics, PolicyOutput, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class RLOO(Objective):
         return spread(leave_one_out(batch.rewards, batch.group_ids), batch.mask)
 
     def loss(
-        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T"], Metrics]:
         return reinforce(policy.logprobs - batch.old_logprobs, advantages), {}
 
