@@ -1,4 +1,4 @@
-"""Objectives without a critic whose ratio belongs to a token: GRPO and what the field made of it."""
+"""Objectives without a critic and with one ratio per token: GRPO and its variants."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Objectives whose ratio belongs to a whole sequence: GSPO and GMPO.
+"""Objectives with one ratio per sequence: GSPO and GMPO.
 
 Each is computed token by token (`rl.objectives.surrogates.token_by_token`): what differs within a sequence (a token's
 correction, its entropy, a process reward) stays with its token.

@@ -28,7 +28,7 @@ from rl.types import Batch, Metrics, PolicyOutput, Step
 class RLOO(Objective):
     """REINFORCE leave-one-out (arXiv 2402.14740, section 2.2): the baseline is the mean reward of the group's others.
 
-    A_i = R_i - mean_{j != i} R_j; loss = -r A, unclipped, a sum over tokens. The paper has its KL in the reward.
+    A_i = R_i - mean_{j != i} R_j; loss = -r A, unclipped, a sum over tokens. As in the paper, the KL is in the reward.
     """
 
     kl_estimator: Estimator = "k1"
@@ -82,8 +82,8 @@ class ReinforcePP(GRPO):
 class ReinforcePPBaseline(GRPO):
     """REINFORCE++-baseline (arXiv 2501.03262): reward minus group mean, then normalised over the whole batch.
 
-    Unlike GRPO it divides by one deviation for all groups, so that a group in which rewards hardly differ is not blown
-    up. With `kl_coef`, k2 in the loss.
+    Unlike GRPO it divides by one standard deviation for all groups: a group whose rewards hardly differ is not
+    amplified. With `kl_coef`, k2 in the loss.
     """
 
     kl_estimator: Estimator = "k2"
