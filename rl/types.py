@@ -63,7 +63,7 @@ class Reply:
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """A judged sequence. All lists have the length of `token_ids`; entry i speaks about token i.
+    """A scored sequence. All lists have the length of `token_ids`; entry i belongs to token i.
 
     `mask[i]` is True where the policy sampled token i. Outside the mask `logprobs` is 0, `versions` is -1,
     and `support` (the ids kept by truncation, where the engine reports them) is empty.
@@ -104,13 +104,42 @@ class Batch:
 
     def to_device(self, device: torch.device) -> "Batch":
         """The same batch with every tensor on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: None if t is None else t.to(device) for n, t in tensors.items()})
+        return replace(self, **{name: x.to(device) for name, x in columns(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Batch):
+    """A batch, or a part of one, as `Objective.loss` gets it: `old_logprobs` is always set."""
+
+    # field(): a bare annotation would inherit the default None.
+    old_logprobs: Float[Tensor, "B T"] = field()
+
+
+def columns(batch: Batch) -> dict[str, Tensor]:
+    """The tensors of a batch by name, without those that are None."""
+    return {f.name: x for f in fields(batch) if (x := getattr(batch, f.name)) is not None}
+
+
+def step_of(batch: Batch, old_logprobs: Float[Tensor, "B T"] | None = None) -> Step:
+    """The batch as a step, with these old log-probabilities or with its own. Raises ValueError without any."""
+    old = needed(batch.old_logprobs if old_logprobs is None else old_logprobs, "old_logprobs")
+    return Step(**columns(batch) | {"old_logprobs": old})
+
+
+DECLARED_BY = {"old_logprobs": "uses_old_logprobs", "ref_logprobs": "uses_reference", "values": "uses_values"}
+"""Columns that are None unless an objective declares that it reads them, with the class variable that declares it."""
+
+
+def needed(column: Tensor | None, name: Literal["old_logprobs", "ref_logprobs", "values"]) -> Tensor:
+    """A column that only some batches have, as in `needed(batch.values, "values")`. Raises ValueError if it is None."""
+    if column is None:
+        raise ValueError(f"there are no {name}: declare `{DECLARED_BY[name]}: ClassVar[bool] = True` in the objective")
+    return column
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyOutput:
-    """What the trained policy says now about every column (nats)."""
+    """The current policy's numbers for every column (nats)."""
 
     logprobs: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]

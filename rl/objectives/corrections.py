@@ -1,7 +1,7 @@
-"""How to weigh tokens that another policy sampled: importance weights old / rollout, apart from the policy ratio.
+"""How are tokens weighted that another policy sampled? By importance weights old / rollout.
 
-d_t = log old - log rollout (nats) and r_t = e^{d_t}. A weight is without unit, detached from the gradient, and 0
-outside the mask. A rejected token still counts in the loss's denominator: rejecting some never makes the rest louder.
+They are separate from the policy ratio. d_t = log old - log rollout (nats) and r_t = e^{d_t}. Weights have no unit and no
+gradient, and are 0 outside the mask. A rejected token still counts in the denominator of the loss: rejection never increases the weight of other tokens.
 """
 
 from abc import ABC, abstractmethod
@@ -14,16 +14,16 @@ from torch import Tensor
 from rl.objectives.advantages import spread
 from rl.objectives.ratios import sequence_log_ratio, token_log_ratio
 from rl.reduce import masked_mean
-from rl.types import Batch
+from rl.types import Step
 
 
 def inside(ratio: Tensor, low: float, high: float) -> Tensor:
-    """The ratio where low <= ratio <= high, else 0. A NaN stays one: it must be seen."""
+    """The ratio where low <= ratio <= high, else 0. NaN stays NaN, because it must stay visible."""
     return torch.where((ratio < low) | (ratio > high), 0.0, ratio)
 
 
 def check_range(low: float, high: float) -> None:
-    """Raise ValueError for bounds that would cut tokens about which both sides agree (ratio 1)."""
+    """Raise ValueError for bounds that would reject tokens on which both sides agree (ratio 1)."""
     if not 0 <= low <= 1 <= high:
         raise ValueError(
             f"ratios from {low:g} to {high:g} leave out 1, where both sides agree; use 0 <= low <= 1 <= high"
@@ -35,7 +35,7 @@ class Correction(ABC):
     """Weight of every token's advantage, for tokens that another policy sampled."""
 
     @abstractmethod
-    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+    def weights(self, batch: Step) -> Float[Tensor, "B T"]:
         """Weight [B, T], without unit; 0 outside the mask."""
 
 
@@ -43,7 +43,7 @@ class Correction(ABC):
 class Uncorrected(Correction):
     """w_t = 1."""
 
-    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+    def weights(self, batch: Step) -> Float[Tensor, "B T"]:
         return batch.mask.float()
 
 
@@ -59,7 +59,7 @@ class TokenTIS(Correction):
     def __post_init__(self) -> None:
         check_range(0.0, self.cap)
 
-    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+    def weights(self, batch: Step) -> Float[Tensor, "B T"]:
         return token_log_ratio(batch).exp().clamp(max=self.cap) * batch.mask
 
 
@@ -76,7 +76,7 @@ class SequenceTIS(Correction):
     def __post_init__(self) -> None:
         check_range(0.0, self.cap)
 
-    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+    def weights(self, batch: Step) -> Float[Tensor, "B T"]:
         return spread(sequence_log_ratio(batch).exp().clamp(max=self.cap), batch.mask)
 
 
@@ -85,7 +85,7 @@ class MIS(Correction):
     """Masked importance sampling of each sequence: w = prod_t r_t if low <= prod_t r_t <= high, else 0.
 
     Source: "When speed kills stability: demystifying RL collapse from the training-inference mismatch" (Liu, Li et
-    al., 2025), Seq-MIS; a lower bound beside the upper one as in slime.
+    al., 2025), Seq-MIS; a lower bound next to the upper one as in slime.
     """
 
     low: float = 0.5
@@ -94,7 +94,7 @@ class MIS(Correction):
     def __post_init__(self) -> None:
         check_range(self.low, self.high)
 
-    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+    def weights(self, batch: Step) -> Float[Tensor, "B T"]:
         return spread(inside(sequence_log_ratio(batch).exp(), self.low, self.high), batch.mask)
 
 
@@ -102,8 +102,8 @@ class MIS(Correction):
 class IcePop(Correction):
     """Masked importance sampling of each token: w_t = r_t if low <= r_t <= high, else 0.
 
-    Fixed bounds may reject fewer tokens while the gap widens, so read `rejected_frac` beside `k3_kl`. Source: Ring-1T,
-    arXiv 2510.18855.
+    Fixed bounds may reject fewer tokens although the gap grows: read `rejected_frac` together with `k3_kl`. Source:
+    Ring-1T, arXiv 2510.18855.
     """
 
     low: float = 0.5
@@ -112,7 +112,7 @@ class IcePop(Correction):
     def __post_init__(self) -> None:
         check_range(self.low, self.high)
 
-    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+    def weights(self, batch: Step) -> Float[Tensor, "B T"]:
         return inside(token_log_ratio(batch).exp(), self.low, self.high) * batch.mask
 
 
@@ -130,6 +130,6 @@ class GeometricMask(Correction):
     def __post_init__(self) -> None:
         check_range(self.low, self.high)
 
-    def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
+    def weights(self, batch: Step) -> Float[Tensor, "B T"]:
         mean = masked_mean(token_log_ratio(batch), batch.mask).exp()
         return spread(((mean >= self.low) & (mean <= self.high)).float(), batch.mask)

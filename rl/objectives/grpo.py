@@ -1,4 +1,4 @@
-"""Objectives without a critic whose ratio belongs to a token: GRPO and what the field made of it."""
+"""Objectives without a critic and with one ratio per token: GRPO and its variants."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +14,7 @@ from rl.objectives.advantages import (
 from rl.objectives.objective import Objective
 from rl.objectives.surrogates import check_clip, clipped_surrogate, reinforce, soft_gate, truncated_reinforce
 from rl.reduce import AverageOver
-from rl.types import Batch, Metrics, PolicyOutput
+from rl.types import Batch, Metrics, PolicyOutput, Step, needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class GRPO(Objective):
         return spread(group_relative(batch.rewards, batch.group_ids, divide_by_std=self.divide_by_std), batch.mask)
 
     def loss(
-        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T"], Metrics]:
         log_ratio = policy.logprobs - batch.old_logprobs
         return clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip)
@@ -86,7 +86,7 @@ class CISPO(GRPO):
             raise ValueError("CISPO bounds the weight of every token already: leave dual_clip=None")
 
     def loss(
-        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T"], Metrics]:
         log_ratio = policy.logprobs - batch.old_logprobs
         return truncated_reinforce(policy.logprobs, log_ratio, advantages, self.clip_low, self.clip_high)
@@ -113,7 +113,7 @@ class SAPO(Objective):
         return spread(group_relative(batch.rewards, batch.group_ids, divide_by_std=self.divide_by_std), batch.mask)
 
     def loss(
-        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T"], Metrics]:
         return soft_gate(policy.logprobs - batch.old_logprobs, advantages, self.tau_positive, self.tau_negative)
 
@@ -138,11 +138,11 @@ class M2PO(Objective):
 
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
         advantages = group_relative(batch.rewards, batch.group_ids, divide_by_std=self.divide_by_std)
-        drift = batch.old_logprobs - batch.rollout_logprobs
+        drift = needed(batch.old_logprobs, "old_logprobs") - batch.rollout_logprobs
         return spread(advantages, batch.mask) * kept_by_second_moment(drift, batch.mask, self.second_moment)
 
     def loss(
-        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T"], Metrics]:
         log_ratio = policy.logprobs - batch.rollout_logprobs
         return reinforce(log_ratio, advantages), {"actor/second_moment": log_ratio.detach() ** 2}

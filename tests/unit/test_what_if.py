@@ -67,7 +67,7 @@ def test_where_nothing_moved_all_agree_but_for_their_averaging():
 def test_a_record_without_what_an_objective_reads_is_refused():
     record = record_of([[1.0, 1.0], [1.0, 1.0]])
     for objective, lacks in ((PPO(), "values"), (GRPO(kl_coef=0.1), "ref_logprobs")):
-        with pytest.raises(ValueError, match=f"x reads {lacks}, which this record has not"):
+        with pytest.raises(ValueError, match=f"x reads {lacks}, which this record does not have"):
             evaluate_objective("x", objective, record.batch, record.policy, 4)
 
 

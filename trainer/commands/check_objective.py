@@ -1,30 +1,30 @@
-"""What `unison check-objective` shows: a table of findings, or what was checked."""
+"""What `unison check-objective` shows: a table of violations, or what was checked."""
 
 import sys
 
 from rich.markup import escape
 from rich.table import Table
 
-from rl.contract.check import LAWS
-from rl.contract.trial import Finding
+from rl.contract.check import CHECKS
+from rl.contract.trial import Violation
 from rl.objectives import Objective
 from trainer.commands.load import load_objective
 from trainer.tracking.terminal import console
 
 
-def show(objective: Objective, found: list[Finding]) -> None:
-    """One row per finding."""
+def show(objective: Objective, found: list[Violation]) -> None:
+    """One row per violation."""
     name = type(objective).__name__
     if not found:
-        console.print(f"[green]{name} keeps the contract[/]: {len(LAWS)} laws were tried", highlight=False)
-        for law in LAWS:
-            console.print(f"  {law.__doc__}", style="dim", highlight=False, markup=False)
+        console.print(f"[green]{name} keeps the contract[/]: {len(CHECKS)} checks passed", highlight=False)
+        for check in CHECKS:
+            console.print(f"  {check.__doc__}", style="dim", highlight=False, markup=False)
         return
     table = Table(title=f"{name} breaks its contract", show_lines=True)
-    for header in ("law", "what is wrong", "how to mend it"):
+    for header in ("check", "what is wrong", "how to fix it"):
         table.add_column(header, overflow="fold")
-    for finding in found:
-        table.add_row(*(escape(text) for text in (finding.law, finding.what, finding.remedy)))
+    for violation in found:
+        table.add_row(*(escape(text) for text in (violation.check, violation.what, violation.remedy)))
     console.print(table)
 
 
