@@ -8,14 +8,14 @@ from statistics import fmean, pstdev
 from rl.config import Config
 from rl.loop.stream import sample_seed
 from rl.protocols import EngineLost, Rollouts
-from rl.rewards.score import score_in_time
-from rl.types import Completion, Prompt, Reply
+from rl.rewards.score import reply_to, score_in_time
+from rl.types import Completion, Prompt
 
 
 async def evaluate(
     config: Config,
     rollouts: Rollouts,
-    decode: Callable[[list[int]], str],
+    decode: Callable[..., str],
     sets: Mapping[str, list[Prompt]],
 ) -> dict[str, float]:
     """Metrics by set, with k = `config.eval_samples`: avg@k is the mean reward, pass@k the share of problems with at
@@ -30,8 +30,7 @@ async def evaluate(
         )
         rewards = []
         for c in completions:
-            text = decode(c.token_ids)
-            reply = Reply(text=text, finished=c.finish_reason == "stop", task=prompt.task, token_ids=c.token_ids)
+            reply = reply_to(prompt, c, decode)
             rewards.append((await score_in_time(judged_by, reply, prompt.ordinal, config.deadlines.reward_s))[0])
         return rewards
 

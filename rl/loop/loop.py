@@ -15,7 +15,7 @@ from rl.loop.progress import Progress, progress_of
 from rl.loop.step_metrics import batch_metrics, trainer_speed
 from rl.loop.stream import sample_seed
 from rl.protocols import EngineLost, Learner, Rollouts, StallError, Tracker
-from rl.rewards.score import Reward, score_in_time
+from rl.rewards.score import Reward, reply_to, score_in_time
 from rl.types import Completion, Prompt, Reply, Trajectory
 
 Evaluate = Callable[[], Awaitable[dict[str, float]]]
@@ -38,7 +38,7 @@ class Loop:
     rollouts: Rollouts
     learner: Learner
     prompts: Iterator[Prompt]
-    decode: Callable[[list[int]], str]
+    decode: Callable[..., str]
     tracker: Tracker
     evaluate: Evaluate
     on_samples: Callable[[int, list[Trajectory]], None] = lambda step, trajectories: None
@@ -141,12 +141,7 @@ class Loop:
         completions = await self._sample(prompt)
 
         async def judged(completion: Completion) -> Trajectory:
-            reply = Reply(
-                text=self.decode(completion.token_ids),
-                finished=completion.finish_reason == "stop",
-                task=prompt.task,
-                token_ids=completion.token_ids,
-            )
+            reply = reply_to(prompt, completion, self.decode)
             async with self._judges:
                 reward, parts = await self.score(c.reward, reply, ordinal, c.deadlines.reward_s)
             return trajectory(prompt, completion, reward, parts)

@@ -6,6 +6,7 @@ outside the mask. A rejected token still counts in the loss's denominator: rejec
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,11 @@ from torch import Tensor
 from rl.objectives.advantages import spread
 from rl.objectives.ratios import sequence_log_ratio, token_log_ratio
 from rl.reduce import masked_mean
+from rl.typed import Checked
 from rl.types import Batch
+
+if TYPE_CHECKING:
+    import rl.config
 
 
 def inside(ratio: Tensor, low: float, high: float) -> Tensor:
@@ -31,8 +36,16 @@ def check_range(low: float, high: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Correction(ABC):
+class Correction(Checked, ABC):
     """Weight of every token's advantage, for tokens that another policy sampled."""
+
+    def check(self, config: "rl.config.Config") -> None:
+        """Raise ValueError, with the remedy, for settings that this correction cannot work with."""
+        if config.old_logprobs == "rollout":
+            raise ValueError(
+                f"{type(self).__name__} weighs by the trainer's log-probabilities against the engine's, and "
+                "old_logprobs='rollout' makes them the same: use old_logprobs='recompute' (or 'auto')"
+            )
 
     @abstractmethod
     def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
@@ -42,6 +55,9 @@ class Correction(ABC):
 @dataclass(frozen=True, kw_only=True)
 class Uncorrected(Correction):
     """w_t = 1."""
+
+    def check(self, config: "rl.config.Config") -> None:
+        """It works with every setting."""
 
     def weights(self, batch: Batch) -> Float[Tensor, "B T"]:
         return batch.mask.float()

@@ -1,7 +1,7 @@
 """Objectives without a critic whose ratio belongs to a token: GRPO and what the field made of it."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -11,10 +11,14 @@ from rl.objectives.advantages import (
     kept_by_second_moment,
     spread,
 )
+from rl.objectives.corrections import Uncorrected
 from rl.objectives.objective import Objective
 from rl.objectives.surrogates import check_clip, clipped_surrogate, reinforce, soft_gate, truncated_reinforce
 from rl.reduce import AverageOver
 from rl.types import Batch, Metrics, PolicyOutput
+
+if TYPE_CHECKING:
+    import rl.config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +139,14 @@ class M2PO(Objective):
     def __post_init__(self) -> None:
         if self.second_moment <= 0:
             raise ValueError(f"second_moment={self.second_moment:g} must be above 0: no token would be left")
+
+    def check(self, config: "rl.config.Config") -> None:
+        """A correction would count the mismatch a second time."""
+        if not isinstance(config.correction, Uncorrected):
+            raise ValueError(
+                f"M2PO's ratio is policy / rollout already, so {type(config.correction).__name__} would count the "
+                "mismatch twice: leave `correction` at its default"
+            )
 
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
         advantages = group_relative(batch.rewards, batch.group_ids, divide_by_std=self.divide_by_std)

@@ -2,18 +2,22 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from rl.objectives.kl import Estimator
 from rl.reduce import AverageOver
+from rl.typed import Checked
 from rl.types import Batch, Metrics, PolicyOutput
+
+if TYPE_CHECKING:
+    import rl.config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective(ABC):
+class Objective(Checked, ABC):
     """Subclass this, write the two methods, and pass an instance as `Config.objective`: that is all.
 
     `loss` returns a per-token loss [B, T] to be minimised; the trainer masks it, averages it (`average_over`) and
@@ -74,6 +78,12 @@ class Objective(ABC):
         # A coefficient that moves follows the numbers of all rows.
         moves = self.kl_target is not None or self.entropy_target is not None
         return self.skippable and not (kl or entropy or moves or self.uses_values)
+
+    def check(self, config: "rl.config.Config") -> None:
+        """Raise ValueError, with the remedy, for settings that this objective cannot work with. Default: none.
+
+        The rules of the fields above are in rl/objectives/rules.py and hold for every objective.
+        """
 
     @abstractmethod
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:

@@ -2,7 +2,8 @@
 
 from rich.table import Table
 
-from rl.config import Config, check
+from rl.config import Config
+from rl.validate import check
 from trainer.cluster.placement import plan
 from trainer.runs.settings import plain_config
 from trainer.tracking.terminal import console

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rl.config import Config, check
+from rl.config import Config
+from rl.validate import check
 from trainer.cluster.placement import Device, Placement, check_fits, plan
 from trainer.cluster.ray_session import cluster_gpus
 from trainer.plan.memory import check_memory, needs, shape_of, there
