@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -43,9 +44,18 @@ def run(config: Config, *, resumed: Resumed | None = None, flags: Sequence[str] 
     `flags` is the command line that made the config of the recipe's, for checkpoints to remember.
     """
     try:
-        return asyncio.run(_run(config, place(config), resumed, flags))
+        return asyncio.run(run_async(config, resumed=resumed, flags=flags))
     except asyncio.CancelledError:
         sys.exit(EXIT_CODE)
+
+
+async def run_async(config: Config, *, resumed: Resumed | None = None, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """`run` for a running event loop, as in a notebook: `summary = await run_async(config)`. Cancelling it ends it."""
+    try:
+        return await _run(config, place(config), resumed, flags)
+    finally:
+        # The loop outlives this run, and SIGTERM must end its process again.
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
 
 
 async def _run(config: Config, placement: Placement, resumed: Resumed | None, flags: Sequence[str]) -> dict[str, Any]:

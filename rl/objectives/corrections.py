@@ -71,6 +71,7 @@ class TokenTIS(Correction):
     """
 
     cap: float = 2.0
+    """Largest weight."""
 
     def __post_init__(self) -> None:
         check_range(0.0, self.cap)
@@ -88,6 +89,7 @@ class SequenceTIS(Correction):
     """
 
     cap: float = 2.0
+    """Largest weight."""
 
     def __post_init__(self) -> None:
         check_range(0.0, self.cap)
@@ -105,7 +107,9 @@ class MIS(Correction):
     """
 
     low: float = 0.5
+    """Smallest ratio that is kept."""
     high: float = 2.0
+    """Largest ratio that is kept."""
 
     def __post_init__(self) -> None:
         check_range(self.low, self.high)
@@ -123,7 +127,9 @@ class IcePop(Correction):
     """
 
     low: float = 0.5
+    """Smallest ratio that is kept."""
     high: float = 5.0
+    """Largest ratio that is kept."""
 
     def __post_init__(self) -> None:
         check_range(self.low, self.high)
@@ -141,7 +147,9 @@ class GeometricMask(Correction):
     """
 
     low: float = 0.99
+    """Smallest ratio that is kept."""
     high: float = 1.01
+    """Largest ratio that is kept."""
 
     def __post_init__(self) -> None:
         check_range(self.low, self.high)

@@ -30,10 +30,14 @@ class GRPO(Objective):
     """
 
     clip_low: float = 0.2
+    """The ratio is clipped from below at 1 - clip_low."""
     clip_high: float = 0.2
+    """The ratio is clipped from above at 1 + clip_high."""
     divide_by_std: bool = True
+    """Divide advantages by the standard deviation of the group's rewards."""
     dual_clip: float | None = None
-    """Above 1, e.g. 3.0: bounds the loss of tokens with A < 0 whose ratio exploded (arXiv 1912.09729, eq. 5)."""
+    """Bound, above 1 (such as 3.0), on the loss of tokens with a negative advantage and a very large ratio (arXiv
+    1912.09729, eq. 5). Default: off."""
 
     def __post_init__(self) -> None:
         check_clip(self.clip_low, self.clip_high, self.dual_clip)
@@ -105,8 +109,11 @@ class SAPO(Objective):
     """
 
     tau_positive: float = 1.0
+    """Steepness of the gate for positive advantages; a larger one fades earlier."""
     tau_negative: float = 1.05
+    """Steepness of the gate for negative advantages."""
     divide_by_std: bool = True
+    """Divide advantages by the standard deviation of the group's rewards."""
     average_over: AverageOver = "sequences"
 
     def __post_init__(self) -> None:
@@ -132,7 +139,9 @@ class M2PO(Objective):
     """
 
     second_moment: float = 0.04
+    """Largest mean of (log r)^2 of the tokens that stay in the step, in nats squared."""
     divide_by_std: bool = True
+    """Divide advantages by the standard deviation of the group's rewards."""
 
     uses_old_logprobs: ClassVar[bool] = True
 

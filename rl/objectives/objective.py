@@ -30,19 +30,26 @@ class Objective(Checked, ABC):
     kl_coef: float = 0.0
     """Weight of KL(policy || reference); above 0 a frozen copy of the start model is kept."""
     kl_estimator: Estimator = "k3"
-    """See rl/objectives/kl.py: in the reward take k1; in the loss k2 and k3+ have the divergence's own gradient."""
+    """Estimator of that KL (rl/objectives/kl.py). In the reward use k1; in the loss k2 and k3+ have the gradient of the
+    KL itself."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """A term of the loss, or subtracted from the reward of every token before the advantages are made."""
+    """Where the KL counts: as a term of the loss, or subtracted from the reward of every token before the advantages
+    are computed."""
     kl_target: float | None = None
-    """Nats per token: after each step the learner moves `kl_coef` towards this KL (`rl.objectives.adaptive`)."""
+    """KL in nats per token that the learner aims at by changing `kl_coef` after each step (rl/objectives/adaptive.py).
+    Default: `kl_coef` stays constant."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     entropy_in: Literal["loss", "advantages"] = "loss"
-    """A term of the loss; or min(entropy_coef * entropy, |A| / 2), a constant, on each token's advantage: that raises
-    uncertain tokens, turns no advantage round, and has no gradient of its own (arXiv 2506.14758)."""
+    """Where the entropy counts: as a term of the loss; or as min(entropy_coef * entropy, |A| / 2), added to the
+    advantage of each token. The latter favours uncertain tokens, changes no sign and has no gradient of its own (arXiv
+    2506.14758)."""
     entropy_target: float | None = None
-    """Nats per token: after each step the learner moves `entropy_coef` so that entropy does not stay below it."""
+    """Entropy in nats per token below which the learner raises `entropy_coef` after each step. Default: `entropy_coef`
+    stays constant."""
     average_over: AverageOver = "tokens"
+    """What the loss is a mean of: all tokens; sequences, each a mean of its tokens; or a sum of tokens over a constant
+    (rl/reduce.py)."""
 
     # What the trainer must know, and the contract checker with it.
     uses_values: ClassVar[bool] = False

@@ -33,7 +33,7 @@ def config_of(**settings):
         ({"temperature": -1.0}, "temperature=-1.0: greedy"),
         (
             {"objective": GRPO(), "group_size": 1},
-            "GRPO only zero advantages, because it compares samples of one prompt",
+            "GRPO only zero advantages, because it compares samples",
         ),
         ({"objective": GSPO(), "group_size": 1}, "use group_size >= 2, or PPO"),
         ({"max_filtered": 0}, "max_filtered=0 must be at least 1"),
