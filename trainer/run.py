@@ -1,6 +1,7 @@
 """One run from config to summary: start, evaluate, train, export, and a readable folder however it ends."""
 
 import asyncio
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -40,12 +41,21 @@ def run(config: Config, *, resumed: Resumed | None = None, flags: Sequence[str] 
 
     `flags` is the command line that made the config of the recipe's, for checkpoints to remember.
     """
+    try:
+        return asyncio.run(run_async(config, resumed=resumed, flags=flags))
+    except asyncio.CancelledError:
+        sys.exit(EXIT_CODE)
+
+
+async def run_async(config: Config, *, resumed: Resumed | None = None, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """`run` for a running event loop, as in a notebook: `summary = await run_async(config)`. Cancelling it ends it."""
     plan = make_plan(config)
     plan.check_gpus()
     try:
-        return asyncio.run(_run(plan, resumed, flags))
-    except asyncio.CancelledError:
-        sys.exit(EXIT_CODE)
+        return await _run(plan, resumed, flags)
+    finally:
+        # The loop outlives this run, and SIGTERM must end its process again.
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
 
 
 async def _run(plan: Plan, resumed: Resumed | None, flags: Sequence[str]) -> dict[str, Any]:

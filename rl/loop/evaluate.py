@@ -6,17 +6,16 @@ from collections.abc import Awaitable, Callable, Mapping
 from statistics import fmean, pstdev
 
 from rl.config import Config
-from rl.loop.groups import reply_to
 from rl.loop.stream import sample_seed
 from rl.protocols import EngineLost, Rollouts
-from rl.rewards.score import score_in_time
+from rl.rewards.score import reply_to, score_in_time
 from rl.types import Completion, Prompt
 
 
 async def evaluate(
     config: Config,
     rollouts: Rollouts,
-    decode: Callable[[list[int]], str],
+    decode: Callable[..., str],
     sets: Mapping[str, list[Prompt]],
 ) -> dict[str, float]:
     """Metrics by set, with k = `config.eval_samples`: avg@k is the mean reward, pass@k the share of problems with at

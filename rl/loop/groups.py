@@ -13,7 +13,7 @@ from rl.loop.admission import Admission
 from rl.loop.in_flight import InFlight
 from rl.loop.stream import sample_seed
 from rl.protocols import EngineLost, Rollouts, StallError
-from rl.rewards.score import Reward
+from rl.rewards.score import Reward, reply_to
 from rl.types import Completion, Prompt, Reply, Trajectory
 
 Score = Callable[[Reward, Reply, int, float], Awaitable[tuple[float, dict[str, float]]]]
@@ -47,7 +47,7 @@ class Groups:
     config: Config
     rollouts: Rollouts
     prompts: Iterator[Prompt]
-    decode: Callable[[list[int]], str]
+    decode: Callable[..., str]
     score: Score
     set_aside: Callable[[list[Trajectory]], None]
     """Keeps a group with log-probabilities that are NaN or infinite, for inspection."""
@@ -181,16 +181,6 @@ class Groups:
                 f"reward {fmean(self.tally.rewards):.3g}: the task is too hard, too easy or solved for this policy. "
                 "Change the data, raise `group_size`, loosen `filters`, or raise `max_filtered`"
             )
-
-
-def reply_to(prompt: Prompt, completion: Completion, decode: Callable[[list[int]], str]) -> Reply:
-    """What the reward function sees of a completion."""
-    return Reply(
-        text=decode(completion.token_ids),
-        finished=completion.finish_reason == "stop",
-        task=prompt.task,
-        token_ids=completion.token_ids,
-    )
 
 
 def reject_aborted(completions: list[Completion]) -> list[Completion]:

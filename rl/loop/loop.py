@@ -41,7 +41,7 @@ class Loop:
     learner: Learner
     prompts: Iterator[Prompt]
     """The whole stream of the run, also when it resumes: the loop skips prompts that have reached an end."""
-    decode: Callable[[list[int]], str]
+    decode: Callable[..., str]
     tracker: Tracker
     evaluate: Evaluate
     on_samples: Callable[[int, list[Trajectory]], None] = lambda step, trajectories: None

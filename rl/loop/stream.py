@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 from rl.types import Prompt
 
@@ -17,7 +18,7 @@ def stream(prompts: list[Prompt], seed: int) -> Iterator[Prompt]:
     while True:
         order = random.Random(f"{seed}/{epoch}").sample(range(len(prompts)), len(prompts))
         for index in order:
-            yield Prompt(ordinal=ordinal, token_ids=prompts[index].token_ids, task=prompts[index].task)
+            yield replace(prompts[index], ordinal=ordinal)
             ordinal += 1
         epoch += 1
 

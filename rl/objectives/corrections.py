@@ -1,11 +1,13 @@
 """How are tokens weighted that another policy sampled? By importance weights old / rollout.
 
-They are separate from the policy ratio. d_t = log old - log rollout (nats) and r_t = e^{d_t}. Weights have no unit and no
-gradient, and are 0 outside the mask. A rejected token still counts in the denominator of the loss: rejection never increases the weight of other tokens.
+They are separate from the policy ratio. d_t = log old - log rollout (nats) and r_t = e^{d_t}. Weights have no unit and
+no gradient, and are 0 outside the mask. A rejected token still counts in the denominator of the loss: rejection never
+increases the weight of other tokens.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -14,7 +16,11 @@ from torch import Tensor
 from rl.objectives.advantages import spread
 from rl.objectives.ratios import sequence_log_ratio, token_log_ratio
 from rl.reduce import masked_mean
+from rl.typed import Checked
 from rl.types import Step
+
+if TYPE_CHECKING:
+    import rl.config
 
 
 def inside(ratio: Tensor, low: float, high: float) -> Tensor:
@@ -31,8 +37,16 @@ def check_range(low: float, high: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Correction(ABC):
+class Correction(Checked, ABC):
     """Weight of every token's advantage, for tokens that another policy sampled."""
+
+    def check(self, config: "rl.config.Config") -> None:
+        """Raise ValueError, with the remedy, for settings that this correction cannot work with."""
+        if config.old_logprobs == "rollout":
+            raise ValueError(
+                f"{type(self).__name__} weighs by the trainer's log-probabilities against the engine's, and "
+                "old_logprobs='rollout' makes them the same: use old_logprobs='recompute' (or 'auto')"
+            )
 
     @abstractmethod
     def weights(self, batch: Step) -> Float[Tensor, "B T"]:
@@ -42,6 +56,9 @@ class Correction(ABC):
 @dataclass(frozen=True, kw_only=True)
 class Uncorrected(Correction):
     """w_t = 1."""
+
+    def check(self, config: "rl.config.Config") -> None:
+        """It works with every setting."""
 
     def weights(self, batch: Step) -> Float[Tensor, "B T"]:
         return batch.mask.float()
@@ -55,6 +72,7 @@ class TokenTIS(Correction):
     """
 
     cap: float = 2.0
+    """Largest weight."""
 
     def __post_init__(self) -> None:
         check_range(0.0, self.cap)
@@ -72,6 +90,7 @@ class SequenceTIS(Correction):
     """
 
     cap: float = 2.0
+    """Largest weight."""
 
     def __post_init__(self) -> None:
         check_range(0.0, self.cap)
@@ -89,7 +108,9 @@ class MIS(Correction):
     """
 
     low: float = 0.5
+    """Smallest ratio that is kept."""
     high: float = 2.0
+    """Largest ratio that is kept."""
 
     def __post_init__(self) -> None:
         check_range(self.low, self.high)
@@ -107,7 +128,9 @@ class IcePop(Correction):
     """
 
     low: float = 0.5
+    """Smallest ratio that is kept."""
     high: float = 5.0
+    """Largest ratio that is kept."""
 
     def __post_init__(self) -> None:
         check_range(self.low, self.high)
@@ -125,7 +148,9 @@ class GeometricMask(Correction):
     """
 
     low: float = 0.99
+    """Smallest ratio that is kept."""
     high: float = 1.01
+    """Largest ratio that is kept."""
 
     def __post_init__(self) -> None:
         check_range(self.low, self.high)

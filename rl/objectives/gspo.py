@@ -45,7 +45,9 @@ class GMPO(GRPO):
     """
 
     clip_low: float = 0.4
+    """The log-ratio of a token is clipped from below at -clip_low."""
     clip_high: float = 0.4
+    """The log-ratio of a token is clipped from above at clip_high."""
     average_over: AverageOver = "sequences"
 
     def __post_init__(self) -> None:

@@ -2,18 +2,22 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from rl.objectives.kl import Estimator
 from rl.reduce import AverageOver
+from rl.typed import Checked
 from rl.types import Batch, Metrics, PolicyOutput, Step
+
+if TYPE_CHECKING:
+    import rl.config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective(ABC):
+class Objective(Checked, ABC):
     """Subclass this, write the two methods, and pass an instance as `Config.objective`: that is all.
 
     `loss` returns a per-token loss [B, T] to be minimised; the trainer masks it, averages it (`average_over`) and
@@ -27,19 +31,26 @@ class Objective(ABC):
     kl_coef: float = 0.0
     """Weight of KL(policy || reference). Above 0, a frozen copy of the start model is kept."""
     kl_estimator: Estimator = "k3"
-    """See rl/objectives/kl.py. In the reward use k1; in the loss k2 and k3+ have the gradient of the divergence."""
+    """Estimator of that KL (rl/objectives/kl.py). In the reward use k1; in the loss k2 and k3+ have the gradient of the
+    KL itself."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """A term of the loss, or subtracted from the reward of every token before the advantages are computed."""
+    """Where the KL counts: as a term of the loss, or subtracted from the reward of every token before the advantages
+    are computed."""
     kl_target: float | None = None
-    """Nats per token: after each step the learner moves `kl_coef` towards this KL (`rl.objectives.adaptive`)."""
+    """KL in nats per token that the learner aims at by changing `kl_coef` after each step (rl/objectives/adaptive.py).
+    Default: `kl_coef` stays constant."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     entropy_in: Literal["loss", "advantages"] = "loss"
-    """loss: a term of the loss. advantages: each token's advantage gets min(entropy_coef * entropy, |A| / 2) more, as a
-    constant; it raises uncertain tokens, changes no sign, and has no gradient of its own (arXiv 2506.14758)."""
+    """Where the entropy counts: as a term of the loss; or as min(entropy_coef * entropy, |A| / 2), added to the
+    advantage of each token. The latter favours uncertain tokens, changes no sign and has no gradient of its own (arXiv
+    2506.14758)."""
     entropy_target: float | None = None
-    """Nats per token: after each step the learner moves `entropy_coef` so that entropy does not stay below it."""
+    """Entropy in nats per token below which the learner raises `entropy_coef` after each step. Default: `entropy_coef`
+    stays constant."""
     average_over: AverageOver = "tokens"
+    """What the loss is a mean of: all tokens; sequences, each a mean of its tokens; or a sum of tokens over a constant
+    (rl/reduce.py)."""
 
     # Declarations: the trainer and the contract checker read them.
     uses_values: ClassVar[bool] = False
@@ -75,6 +86,12 @@ class Objective(ABC):
         # An adaptive coefficient depends on the metrics of all rows.
         moves = self.kl_target is not None or self.entropy_target is not None
         return self.skippable and not (kl or entropy or moves or self.uses_values)
+
+    def check(self, config: "rl.config.Config") -> None:
+        """Raise ValueError, with the remedy, for settings that this objective cannot work with. Default: none.
+
+        The rules of the fields above are in rl/objectives/rules.py and hold for every objective.
+        """
 
     @abstractmethod
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:

@@ -23,13 +23,20 @@ class PPO(Objective):
     """
 
     clip_low: float = 0.2
+    """The ratio is clipped from below at 1 - clip_low."""
     clip_high: float = 0.2
+    """The ratio is clipped from above at 1 + clip_high."""
     dual_clip: float | None = None
-    """Above 1, e.g. 3.0: bounds the loss of tokens with A < 0 whose ratio exploded (arXiv 1912.09729, eq. 5)."""
+    """Bound, above 1 (such as 3.0), on the loss of tokens with a negative advantage and a very large ratio (arXiv
+    1912.09729, eq. 5). Default: off."""
     gamma: float = 1.0
+    """Discount per token."""
     lam: float = 0.95
+    """Lambda of generalised advantage estimation: 0 trusts the critic alone, 1 the rewards alone."""
     value_coef: float = 0.5
+    """Weight of the value loss."""
     value_clip: float = 0.2
+    """How far a value may move from the old one before its loss is clipped."""
     critic_warmup: int = 0
     """Optimizer steps at the start in which only the value head learns; the policy changes by weight decay alone."""
 

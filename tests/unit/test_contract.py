@@ -313,7 +313,7 @@ def test_the_command_ends_with_1_and_a_table_when_something_is_wrong(tmp_path, m
     [
         ("nothing.py:Mine", "there is no file 'nothing.py'"),
         ("GRPPO", "GRPPO is no objective; rl.objectives has CISPO, DAPO"),
-        ("rl.config:Config", "rl.config:Config is no objective; rl.config has GSPO, M2PO"),
+        ("rl.config:Config", "rl.config:Config is no objective; rl.config has GSPO, Objective"),
     ],
 )
 def test_what_cannot_be_checked_ends_with_2_and_the_reason(target, message, monkeypatch, capsys):
