@@ -1,7 +1,8 @@
 """How are tokens weighted that another policy sampled? By importance weights old / rollout.
 
-They are separate from the policy ratio. d_t = log old - log rollout (nats) and r_t = e^{d_t}. Weights have no unit and no
-gradient, and are 0 outside the mask. A rejected token still counts in the denominator of the loss: rejection never increases the weight of other tokens.
+These are separate from the policy ratio. d_t = log old - log rollout (nats) and r_t = e^{d_t}. Weights have no unit
+and no gradient, and are 0 outside the mask. A rejected token still counts in the denominator of the loss: rejection
+never increases the weight of other tokens.
 """
 
 from abc import ABC, abstractmethod

@@ -30,7 +30,7 @@ class PPO(Objective):
     lam: float = 0.95
     value_coef: float = 0.5
     value_clip: float = 0.2
-    critic_warmup: int = 0
+    critic_warmup: int = 0  # pyright: ignore[reportIncompatibleVariableOverride]  # a constant in the base, a field here
     """Optimizer steps at the start in which only the value head learns; the policy changes by weight decay alone."""
 
     uses_values: ClassVar[bool] = True
