@@ -22,7 +22,7 @@ def trajectory(prompt: Prompt, completion: Completion, reward: float, parts: dic
         reward=reward,
         reward_parts=parts,
         finish_reason=completion.finish_reason,
-        support=None if completion.support is None else [[] for _ in range(p)] + completion.support,
+        support=None if completion.support is None else [list[int]() for _ in range(p)] + completion.support,
     )
 
 
@@ -57,6 +57,11 @@ def _support(trajectories: list[Trajectory], length: int) -> Tensor | None:
     filled = torch.arange(int(counts.max())) < counts[..., None]
     ids = torch.tensor(list(chain.from_iterable(chain.from_iterable(known))), dtype=torch.int32)
     return torch.full(filled.shape, -1, dtype=torch.int32).masked_scatter_(filled, ids)
+
+
+def integers(x: Tensor) -> list[int]:
+    """A tensor [N] of integers as a list: torch does not state the type of `tolist`."""
+    return x.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def lengths(batch: Batch) -> Tensor:
@@ -107,7 +112,7 @@ def micro_batches(
     total = lengths(batch)
     prompt = batch.mask.int().argmax(dim=1) + 1
     units: dict[int, list[int]] = {}
-    for row in rows.tolist():
+    for row in integers(rows):
         units.setdefault(int(batch.group_ids[row]) if share_prompts else row, []).append(row)
     cost = {
         u: int(prompt[r[0]] + (total - prompt)[r].sum()) if share_prompts else int(total[u]) for u, r in units.items()

@@ -50,8 +50,8 @@ class Meter:
     reduced by maximum, one that ends in `_count` by sum.
     """
 
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict[str, float])
+    counts: dict[str, float] = field(default_factory=dict[str, float])
 
     def add(self, metrics: Mapping[str, Tensor], mask: Bool[Tensor, "B T"]) -> None:
         """Add one micro-batch. Raises ValueError for a metric that is neither [B, T] nor [B]."""

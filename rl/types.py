@@ -146,7 +146,7 @@ class Trajectory:
     logprobs: list[float]
     versions: list[int]
     reward: float
-    reward_parts: Mapping[str, float] = field(default_factory=dict)
+    reward_parts: Mapping[str, float] = field(default_factory=dict[str, float])
     finish_reason: FinishReason = "stop"
     support: list[list[int]] | None = None
 

@@ -51,7 +51,7 @@ def digest(tensor: Tensor) -> str:
     flat = tensor.detach().contiguous().view(-1)
     bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}[flat.element_size()])
     weights, total = _weights(flat.device), 0
-    for part in bits.split(_CHUNK):
+    for part in torch.split(bits, _CHUNK):
         total = (total * _HORNER + int((part * weights[: part.numel()]).sum())) % 2**64
     return f"{str(tensor.dtype)[6:]}{list(tensor.shape)}:{total:016x}"
 
@@ -63,7 +63,7 @@ def check_complete(sent: set[str], expected: set[str], receiver: str) -> None:
         raise ValueError(
             f"the trainer's weights do not match what {receiver} loads: "
             f"{len(missing)} missing (first: {missing[:3]}), {len(unknown)} unknown (first: {unknown[:3]}). "
-            "Nothing was sent, because a fused weight that arrives in part holds wrong numbers without any error."
+            "A fused weight that arrives in part gives wrong numbers without any error, so nothing was sent."
         )
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rl.batch import integers
 from rl.contract.trial import Trial, Violation
 from rl.types import Batch
 
@@ -86,7 +87,8 @@ def finite_differences(trial: Trial) -> Iterator[Violation]:
         return
     synthetic, batch, h = trial.synthetic, trial.batch, 1e-2
     scale = float(trial.whole.logprobs.abs().max())
-    for row, column in batch.mask.nonzero()[::3].tolist():
+    rows, columns = (integers(x) for x in batch.mask.nonzero(as_tuple=True))
+    for row, column in [*zip(rows, columns, strict=True)][::3]:
         nudge = torch.zeros(batch.mask.shape)
         nudge[row, column] = h
         up, down = (synthetic.run(batch, nudge=sign * nudge).total for sign in (1, -1))

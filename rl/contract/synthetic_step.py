@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl.batch import take
+from rl.batch import integers, take
 from rl.loss import full_loss, prepare
 from rl.objectives.corrections import Uncorrected
 from rl.objectives.objective import Objective
@@ -70,7 +70,7 @@ class SyntheticStep:
 
     def _noise(self, batch: Batch, kind: int, size: float) -> Tensor:
         # Drawn per row, and wide enough for any padding: the same row has the same numbers in every step.
-        keys = (self.seed * 1000 + kind * 100 + batch.input_ids[:, 0]).tolist()
+        keys = integers(self.seed * 1000 + kind * 100 + batch.input_ids[:, 0])
         rows = [torch.randn(64, generator=torch.Generator().manual_seed(key)) for key in keys]
         return size * torch.stack(rows)[:, : batch.mask.shape[1]]
 

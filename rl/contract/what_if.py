@@ -73,7 +73,7 @@ def evaluate_objective(
         name=name,
         loss=float(total.detach()),
         gradient=gradient,
-        grad_norm=float(gradient.norm()),
+        grad_norm=float(norm(gradient)),
         clip_low=clips.get("actor/clip_frac_low", torch.nan),
         clip_high=clips.get("actor/clip_frac_high", torch.nan),
         ess=effective_sample_share(pull.abs()),
@@ -84,5 +84,10 @@ def evaluate_objective(
 def cosines(reports: list[ObjectiveReport]) -> Float[Tensor, "N N"]:
     """Cosine between the gradients of each pair: 1 the same direction, 0 orthogonal; NaN where a gradient is 0."""
     flat = torch.stack([r.gradient.flatten() for r in reports]).double()
-    unit = flat / flat.norm(dim=1, keepdim=True)
-    return (unit @ unit.T).float()
+    unit = flat / torch.stack([norm(row) for row in flat])[:, None]
+    return (unit @ unit.transpose(0, 1)).float()
+
+
+def norm(x: Tensor) -> Tensor:
+    """The Euclidean norm of all entries: torch does not state the type of `norm`."""
+    return x.norm()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

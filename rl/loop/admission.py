@@ -22,7 +22,7 @@ class Admission:
     late: Literal["drop", "wait"] = "drop"
     version: int = 0
     ledger: Ledger = field(default_factory=Ledger)
-    born: dict[int, int] = field(default_factory=dict)
+    born: dict[int, int] = field(default_factory=dict[int, int])
     """Version at which each pending group was admitted, or admitted again: none of its tokens is older."""
 
     def room(self) -> bool:

@@ -3,7 +3,7 @@
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The first single error inside nested groups."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+    first = group.exceptions[0]
+    if isinstance(first, BaseExceptionGroup):
+        return first_error(first)  # pyright: ignore[reportUnknownArgumentType]
+    return first

@@ -26,7 +26,7 @@ MAX_SCORING = 64
 class Tally:
     """What happened to the groups that were scored since the last step."""
 
-    rewards: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list[float])
     """Mean reward of each group with finite log-probabilities, filtered or not."""
     filtered: int = 0
     """How many of them the filters took."""
@@ -52,7 +52,7 @@ class Groups:
     set_aside: Callable[[list[Trajectory]], None]
     """Keeps a group with log-probabilities that are NaN or infinite, for inspection."""
     admission: Admission
-    ready: dict[int, list[Trajectory]] = field(init=False, default_factory=dict)
+    ready: dict[int, list[Trajectory]] = field(init=False, default_factory=dict[int, list[Trajectory]])
     in_flight: InFlight = field(init=False, default_factory=InFlight)
     tally: Tally = field(init=False, default_factory=Tally)
     stopping: asyncio.Event = field(init=False, default_factory=asyncio.Event)

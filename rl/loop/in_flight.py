@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 class InFlight:
     """The tasks of groups that are not ready yet, by ordinal. Times are seconds on the event loop's clock."""
 
-    tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
-    since: dict[int, float] = field(default_factory=dict)
+    tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict[int, asyncio.Task[None]])
+    since: dict[int, float] = field(default_factory=dict[int, float])
     """When each group was admitted."""
     _busy: float = 0.0
     """Seconds of the finished periods in which some group was in flight."""

@@ -18,8 +18,8 @@ other states are ends: `trained`, `filtered(reason)` and `failed(reason)`."""
 class Ledger:
     """States by ordinal, and how many prompts are in each."""
 
-    states: dict[int, str] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)
+    states: dict[int, str] = field(default_factory=dict[int, str])
+    counts: Counter[str] = field(default_factory=Counter[str])
 
     def admit(self, ordinal: int) -> None:
         """A prompt leaves the stream; it must be new."""

@@ -20,7 +20,7 @@ class Progress:
     version: int = 0
     """Steps done, which is the weight version that the engines serve."""
     trained_tokens: int = 0
-    ends: dict[int, str] = field(default_factory=dict)
+    ends: dict[int, str] = field(default_factory=dict[int, str])
     """`trained`, `filtered(reason)` or `failed(reason)` by ordinal."""
     pending: frozenset[int] = frozenset()
     owes_evaluation: bool = False

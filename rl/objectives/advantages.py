@@ -1,5 +1,7 @@
 """How do rewards (and values) become advantages? Pure functions, one for each baseline."""
 
+from typing import cast
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -49,7 +51,8 @@ def length_weighted(
 
 def group_sums(x: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """The sum of x over each row's group, at that row. Rows of a group need not be adjacent; sizes may differ."""
-    names, index = torch.unique(group_ids, return_inverse=True)
+    unique = torch.unique(group_ids, return_inverse=True)  # pyright: ignore
+    names, index = cast("tuple[Tensor, Tensor]", unique)
     return x.new_zeros(len(names)).index_add(0, index, x)[index]
 
 

@@ -37,7 +37,7 @@ class PPO(Objective):
     """Weight of the value loss."""
     value_clip: float = 0.2
     """How far a value may move from the old one before its loss is clipped."""
-    critic_warmup: int = 0
+    critic_warmup: int = 0  # pyright: ignore[reportIncompatibleVariableOverride]  # a constant in the base, a field here
     """Optimizer steps at the start in which only the value head learns; the policy changes by weight decay alone."""
 
     uses_values: ClassVar[bool] = True

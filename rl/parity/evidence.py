@@ -75,5 +75,5 @@ class Evidence:
     weights: list[WeightEvidence]
     samples: list[SampleEvidence]
     clip: NoiseClip | None
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list[str])
     """What could not be measured, and why."""

@@ -111,7 +111,8 @@ def clipped_by_noise(objective: Objective, batch: Batch, trainer: Float[Tensor, 
     nothing = torch.zeros_like(trainer)
     step = step_of(replace(batch, ref_logprobs=trainer, values=nothing), batch.rollout_logprobs)
     policy = PolicyOutput(logprobs=trainer, entropy=nothing, values=nothing)
-    tokens, sequences = [], []
+    tokens: list[float] = []
+    sequences: list[float] = []
     for sign in (1.0, -1.0):
         _, metrics = objective.loss(policy, step, sign * batch.mask.float())
         bound = metrics.get("actor/clip_frac")

@@ -105,7 +105,7 @@ def fit_temperature(
 
 def shifts(trainer: Float[Tensor, "B T"], rollout: Float[Tensor, "B T"], mask: Tensor) -> list[Hypothesis]:
     """Do the engine's numbers belong to the token before or after? Both sides [B, T] in nats."""
-    found = []
+    found: list[Hypothesis] = []
     for by, where in ((1, "after"), (-1, "before")):
         moved, both = rollout.roll(by, dims=1), mask & mask.roll(by, dims=1)
         if both.any():

@@ -126,7 +126,7 @@ class Watch:
         self.tight = self.config.dtype == "float32" and self.config.max_staleness == 0 and not moving
 
     def __call__(self, metrics: Mapping[str, float]) -> list[Alert]:
-        alerts = []
+        alerts: list[Alert] = []
         for threshold in THRESHOLDS:
             name = threshold.metric
             if name not in metrics:

@@ -91,7 +91,7 @@ def test_taking_rows_takes_what_truncation_kept_along():
 
 
 def test_kept_ids_for_some_rows_or_some_tokens_only_are_an_error():
-    with pytest.raises(AssertionError, match="some trajectories tell"):
+    with pytest.raises(AssertionError, match="some trajectories have the ids that truncation kept"):
         collate([KEPT[0], SHORT])
     with pytest.raises(AssertionError, match="group 2: kept ids belong to sampled tokens"):
         collate([KEPT[0], replace(SHORT, support=[[], [], []])])
