@@ -263,7 +263,8 @@ def completion(done: CompletionOutput, cached_prompt_tokens: int) -> Completion:
     return Completion(
         token_ids=token_ids,
         logprobs=[
-            step[token].logprob if token in step else float("nan") for step, token in zip(steps, token_ids, strict=True)
+            step[token].logprob if step and token in step else float("nan")
+            for step, token in zip(steps, token_ids, strict=True)
         ],
         versions=[version_at[position] for position in range(len(token_ids))],
         finish_reason=reason,

@@ -40,7 +40,8 @@ def describe(llm: AsyncLLM, sampling: SamplingParams, messages: Any, template: d
     """The settings that vLLM runs with, the run's sampling parameters, and `messages` (chat messages or plain text) as
     token ids of the engine's own tokenizer, with the chat template's arguments `template`."""
     c = llm.vllm_config
-    model, tokenizer = c.model_config, llm.get_tokenizer()
+    model = c.model_config
+    tokenizer: Any = llm.get_tokenizer()
     return {
         "logprobs_mode": model.logprobs_mode,
         "dtype": str(model.dtype).removeprefix("torch."),

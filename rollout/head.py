@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 
 @LogitsProcessor.register_oot(name="LogitsProcessor")
@@ -24,7 +25,7 @@ class FreshHeadLogitsProcessor(LogitsProcessor):
 
     def forward(
         self,
-        lm_head: nn.Module,
+        lm_head: VocabParallelEmbedding,
         hidden_states: Tensor,
         embedding_bias: Tensor | None = None,
         skip_gather: bool = False,
@@ -33,7 +34,7 @@ class FreshHeadLogitsProcessor(LogitsProcessor):
             return super().forward(lm_head, hidden_states, embedding_bias, skip_gather)
         dtype = self.head_dtype or hidden_states.dtype
         if self.head is None:
-            self.head = lm_head.weight.detach()[: self.org_vocab_size].to(dtype)
+            self.head = lm_head.get_parameter("weight").detach()[: self.org_vocab_size].to(dtype)
         bias = None if embedding_bias is None else embedding_bias[: self.org_vocab_size].to(dtype)
         logits = F.linear(hidden_states.to(dtype), self.head, bias)
         if self.soft_cap is not None:

@@ -8,6 +8,7 @@ End: a killed actor cannot end its children, and vLLM's processes would keep the
 """
 
 import ctypes
+import importlib
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from contextlib import suppress
 from itertools import pairwise
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 PRELOADED = "rollout.preload"
 
@@ -29,9 +31,8 @@ def start_fork_server() -> None:
 def fork_from_server() -> None:
     """Make vLLM fork its process from the server; starts the server if needed. For CPU: on GPUs vLLM spawns."""
     start_fork_server()
-    import vllm.v1.engine.utils
-
-    vllm.v1.engine.utils.get_mp_context = lambda: multiprocessing.get_context("forkserver")
+    vllm_engine_utils: Any = importlib.import_module("vllm.v1.engine.utils")
+    vllm_engine_utils.get_mp_context = lambda: multiprocessing.get_context("forkserver")
 
 
 def exit_when_orphaned(generations: int) -> None:

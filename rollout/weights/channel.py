@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore  # pyright: ignore[reportPrivateImportUsage]  (documented there)
 
 from rl.protocols import UpdateFailed
 from rl.weights import TensorMeta
@@ -81,7 +81,8 @@ def begin_broadcast(group: ProcessGroupGloo, tensor: Tensor) -> Any:
     """Start a broadcast from rank 0. The returned work object keeps the tensor alive and has `wait`."""
     options = BroadcastOptions()
     options.rootRank = options.rootTensor = 0
-    return group.broadcast([tensor], options)
+    untyped: Any = group  # torch's stub of gloo lacks the collectives
+    return untyped.broadcast([tensor], options)
 
 
 @contextmanager
@@ -99,8 +100,9 @@ def gather_texts(group: ProcessGroupGloo, text: str) -> list[str]:
     encoded = text.encode()[:REPORT_BYTES]
     mine[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8) if encoded else mine[:0]
     gathered = [torch.zeros_like(mine) for _ in range(group.size())]
+    untyped: Any = group
     with gloo_errors():
-        group.allgather([gathered], [mine]).wait()
+        untyped.allgather([gathered], [mine]).wait()
     return [bytes(t.tolist()).rstrip(b"\0").decode(errors="replace") for t in gathered]
 
 

@@ -29,7 +29,7 @@ class Twin:
         self.pairs: list[tuple[nn.Module, nn.Module, dict[str, Any]]] = []
         """Each live module, its twin, and the attributes that both had at the start."""
         self._known: dict[int, Any] = {}
-        self.model = self._module(model)
+        self.model: Any = self._module(model)
         initialize_layerwise_reload(self.model)
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -66,7 +66,9 @@ class Twin:
         whole model in memory.
         """
         for _, twin, _ in self.pairs:
-            LAYERWISE_INFO.pop(twin, LayerReloadingInfo({}, {})).restore_metadata = ({}, {})
+            info = LAYERWISE_INFO.pop(twin, None)
+            if info is not None:
+                info.restore_metadata = ({}, {})
             twin.__dict__.clear()
         self.pairs, self._known = [], {}
 
@@ -83,8 +85,10 @@ class Twin:
             "_modules": {name: m and self._module(m) for name, m in live._modules.items()},
         }
         info = get_layerwise_info(live)
-        metadata = tuple({name: _record_for(t, twin) for name, t in group.items()} for group in info.restore_metadata)
-        LAYERWISE_INFO[twin] = LayerReloadingInfo(restore_metadata=metadata, restore_device=info.restore_device)
+        parameters, buffers = (
+            {name: _record_for(t, twin) for name, t in group.items()} for group in info.restore_metadata
+        )
+        LAYERWISE_INFO[twin] = LayerReloadingInfo((parameters, buffers), info.restore_device)
         return twin
 
     def _tensor(self, live: Tensor | None) -> Tensor | None:
@@ -92,7 +96,7 @@ class Twin:
             return None
         if id(live) not in self._known:
             # Parameters will be loaded; most buffers will not.
-            twin = torch.empty_like(live.data) if isinstance(live, nn.Parameter) else live.data.clone()
+            twin: Any = torch.empty_like(live.data) if isinstance(live, nn.Parameter) else live.data.clone()
             self._known[id(live)] = twin
             twin.__class__ = live.__class__
             twin.__dict__ = live.__dict__.copy()
@@ -112,13 +116,13 @@ def keep_freed_memory() -> None:
 
 def _record_for(tensor: Tensor, owner: nn.Module) -> Tensor:
     """A copy of a recorded tensor with the owner's weight loader; a reload had bound it to the live model's."""
-    copy = to_meta_tensor(tensor)
+    copy: Any = to_meta_tensor(tensor)
     copy.weight_loader = _get_original_loader(copy)
     _bind_loader(copy, owner)
     return copy
 
 
-def _bind_loader(tensor: Tensor | None, owner: nn.Module) -> None:
+def _bind_loader(tensor: Any, owner: nn.Module) -> None:
     """Bind the tensor's weight loader to the owner, if it is a method of a layer."""
     loader = getattr(tensor, "weight_loader", None)
     if isinstance(loader, MethodType):

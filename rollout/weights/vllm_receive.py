@@ -1,10 +1,10 @@
 """vLLM's NCCL and CUDA IPC transfer engines, extended by a digest of every tensor that arrives."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
@@ -12,10 +12,11 @@ from rl.weights import digest
 from rollout.head import forget_heads
 
 
-class DigestingModel:
+class DigestingModel(nn.Module):
     """Takes the model's place while weights arrive: digests each tensor, then loads it into the model."""
 
     def __init__(self, model: nn.Module, digests: dict[str, str]) -> None:
+        super().__init__()
         self.model: Any = model
         self.digests = digests
 
@@ -25,11 +26,20 @@ class DigestingModel:
         return self.model.load_weights(weights)
 
 
-class DigestingEngine(WeightTransferEngine[Any, Any]):
-    """A transfer engine that digests arriving tensors while `digesting`, and drops the cast head after an update.
+@contextmanager
+def digested(engine: "NCCLEngine | IPCEngine") -> Iterator[None]:
+    """Digest what the engine receives in this block, if it is `digesting`."""
+    model = engine.model
+    if engine.digesting:
+        engine.model = DigestingModel(model, engine.digests)
+    try:
+        yield
+    finally:
+        engine.model = model
 
-    The two classes below put it in front of vLLM's engine, which does the transfer.
-    """
+
+class NCCLEngine(NCCLWeightTransferEngine):
+    """vLLM's NCCL engine with digests; after an update it drops the head that was cast from the old weights."""
 
     digesting = False
 
@@ -38,22 +48,27 @@ class DigestingEngine(WeightTransferEngine[Any, Any]):
         self.digests: dict[str, str] = {}
 
     def receive_weights(self, update_info: Any) -> None:
-        model: Any = self.model
-        if self.digesting:
-            self.model = DigestingModel(model, self.digests)
-        try:
+        with digested(self):
             super().receive_weights(update_info)
-        finally:
-            self.model = model
 
     def finish_weight_update(self) -> None:
         super().finish_weight_update()
         forget_heads(self.model)
 
 
-class NCCLEngine(DigestingEngine, NCCLWeightTransferEngine):
-    """vLLM's NCCL engine with digests."""
+class IPCEngine(IPCWeightTransferEngine):
+    """vLLM's CUDA IPC engine with digests; otherwise as `NCCLEngine`."""
 
+    digesting = False
 
-class IPCEngine(DigestingEngine, IPCWeightTransferEngine):
-    """vLLM's CUDA IPC engine with digests."""
+    def start_weight_update(self) -> None:
+        super().start_weight_update()
+        self.digests: dict[str, str] = {}
+
+    def receive_weights(self, update_info: Any) -> None:
+        with digested(self):
+            super().receive_weights(update_info)
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        forget_heads(self.model)

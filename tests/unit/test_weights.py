@@ -166,6 +166,28 @@ def test_a_sender_gathers_every_tensor_even_when_an_engine_refuses(refused_after
         assert gathered == list("abcd")
 
 
+@pytest.mark.parametrize("digesting", [True, False])
+@pytest.mark.parametrize("name", ["NCCLEngine", "IPCEngine"])
+def test_a_gpu_engine_digests_what_it_loads_and_gets_its_model_back(monkeypatch, name, digesting):
+    from rollout.weights import vllm_receive
+
+    class Model(torch.nn.Module):
+        def load_weights(self, weights):
+            self.loaded = dict(weights)
+
+    engine_class = getattr(vllm_receive, name)
+    vllms = engine_class.__base__
+    monkeypatch.setattr(vllms, "start_weight_update", lambda self: None)
+    monkeypatch.setattr(vllms, "receive_weights", lambda self, update: self.model.load_weights(iter(update)))
+    engine, model = object.__new__(engine_class), Model()
+    engine.model, engine.digesting = model, digesting
+    engine.start_weight_update()
+    engine.receive_weights([("w", torch.ones(3))])
+    assert model.loaded["w"].tolist() == [1.0, 1.0, 1.0]
+    assert engine.digests == ({"w": digest(torch.ones(3))} if digesting else {})
+    assert engine.model is model
+
+
 @pytest.mark.parametrize(
     "yields",
     [("other", torch.zeros(3)), ("w", torch.zeros(3).bfloat16()), ("w", torch.zeros(1, 3)), ("w", torch.zeros(4))],
