@@ -1,5 +1,84 @@
-"""The algorithm: types, objectives and the loop. Pure Python and torch."""
+"""The algorithm: types, objectives and the loop. Pure Python and torch.
+
+`__all__` is what recipes need. Its names load their module when they are first used, so `import rl` alone is cheap.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from rl import checkout
 
+if TYPE_CHECKING:
+    from rl.config import Config, Deadlines, Lora, RolloutConfig, TrackingConfig, TrainerConfig
+    from rl.contract.check import assert_objective, check_objective
+    from rl.filters import Difficulty, Overlong, ZeroAdvantage
+    from rl.objectives import CISPO, DAPO, GMPO, GRPO, GSPO, M2PO, OPO, PPO, RLOO, SAPO, DrGRPO, Objective, ReinforcePP
+    from rl.objectives.corrections import MIS, Correction, GeometricMask, IcePop, SequenceTIS, TokenTIS, Uncorrected
+    from rl.rewards.shaping import SoftOverlong
+    from rl.types import Batch, Data, Example, PolicyOutput, Reply, Step, Trajectory, needed
+
+__all__ = [
+    "CISPO",
+    "DAPO",
+    "GMPO",
+    "GRPO",
+    "GSPO",
+    "M2PO",
+    "MIS",
+    "OPO",
+    "PPO",
+    "RLOO",
+    "SAPO",
+    "Batch",
+    "Config",
+    "Correction",
+    "Data",
+    "Deadlines",
+    "Difficulty",
+    "DrGRPO",
+    "Example",
+    "GeometricMask",
+    "IcePop",
+    "Lora",
+    "Objective",
+    "Overlong",
+    "PolicyOutput",
+    "ReinforcePP",
+    "Reply",
+    "RolloutConfig",
+    "SequenceTIS",
+    "SoftOverlong",
+    "Step",
+    "TokenTIS",
+    "TrackingConfig",
+    "TrainerConfig",
+    "Trajectory",
+    "Uncorrected",
+    "ZeroAdvantage",
+    "assert_objective",
+    "check_objective",
+    "needed",
+]
+
+_MODULES = {
+    "rl.config": "Config Deadlines Lora RolloutConfig TrackingConfig TrainerConfig",
+    "rl.contract.check": "assert_objective check_objective",
+    "rl.filters": "Difficulty Overlong ZeroAdvantage",
+    "rl.objectives": "CISPO DAPO GMPO GRPO GSPO M2PO OPO PPO RLOO SAPO DrGRPO Objective ReinforcePP",
+    "rl.objectives.corrections": "MIS Correction GeometricMask IcePop SequenceTIS TokenTIS Uncorrected",
+    "rl.rewards.shaping": "SoftOverlong",
+    "rl.types": "Batch Data Example PolicyOutput Reply Step Trajectory needed",
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
+
 checkout.verify()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rl' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

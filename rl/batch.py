@@ -1,4 +1,4 @@
-"""How trajectories become the tensors of one step, and how a step is cut into micro-batches and ranks."""
+"""How do trajectories become the tensors of one step, and how is a step cut into micro-batches and ranks?"""
 
 from dataclasses import fields, replace
 from itertools import chain
@@ -27,7 +27,7 @@ def trajectory(prompt: Prompt, completion: Completion, reward: float, parts: dic
 
 
 def collate(trajectories: list[Trajectory]) -> Batch:
-    """Right-pad trajectories to [B, T + 1] and shift them, here and nowhere else, so that column t predicts t + 1."""
+    """Right-pad trajectories to [B, T + 1] and shift them: column t predicts token t + 1. Nothing else shifts."""
     length = max(len(t.token_ids) for t in trajectories)
     support = _support(trajectories, length)
     return Batch(
@@ -46,11 +46,11 @@ def _pad(rows: list[list[Any]], length: int, value: int | float, dtype: torch.dt
 
 
 def _support(trajectories: list[Trajectory], length: int) -> Tensor | None:
-    """The kept ids of every token [B, length, K], padded with -1. In int32, for K is up to hundreds."""
+    """The kept ids of every token [B, length, K], padded with -1; int32, because K may be hundreds."""
     known = [t.support for t in trajectories if t.support is not None]
     if not known:
         return None
-    assert len(known) == len(trajectories), "some trajectories tell what truncation kept, and some do not"
+    assert len(known) == len(trajectories), "some trajectories have the ids that truncation kept, and some do not"
     counts = torch.tensor([[*map(len, kept), *[0] * (length - len(kept))] for kept in known])
     for t, kept in zip(trajectories, known, strict=True):
         assert [bool(ids) for ids in kept] == t.mask, f"group {t.group}: kept ids belong to sampled tokens, and to each"
@@ -60,7 +60,7 @@ def _support(trajectories: list[Trajectory], length: int) -> Tensor | None:
 
 
 def lengths(batch: Batch) -> Tensor:
-    """Columns [B] each row needs: up to its last sampled token, for causal attention sees nothing behind it."""
+    """Columns [B] that each row needs: up to its last sampled token, because causal attention never looks ahead."""
     columns = torch.arange(1, batch.mask.shape[1] + 1, device=batch.mask.device)
     return (batch.mask * columns).amax(dim=1)
 
@@ -97,13 +97,12 @@ def micro_batches(
 ) -> list[list[Tensor]]:
     """Cut rows into micro-batches of about `budget` tokens, the same number of them on every rank.
 
-    With `share_prompts` the rows of a group stay together and its prompt counts once. Rows that are not `packed` count
-    as long as the longest of their micro-batch. Units (groups, or rows) are
-    dealt largest first to the rank with the least work: a token counts 1, and with a model of so many hidden
-    `features` position / (6 features) more for its attention (4 features x position FLOPs; the linear layers of a
-    block have some 24 features squared). Returns one list of row indices per rank; a rank with less to
-    do gets empty ones (ZeRO 2 and 3 communicate inside backward, so unequal counts would hang). A unit above the
-    budget travels alone.
+    With `share_prompts` the rows of a group stay together, and its prompt counts once. Rows that are not `packed` count
+    as long as the longest row of their micro-batch. Units (groups, or rows) are dealt largest first to the rank with
+    the least work. A token costs 1; with `features`, the model's hidden size, it costs position / (6 features) more for
+    its attention (4 features x position FLOPs, against about 24 features^2 in the linear layers of a block). Returns
+    one list of row indices [R] per rank. A rank with less work gets empty ones: ZeRO 2 and 3 communicate inside
+    backward, and unequal counts would hang. A unit above the budget is a micro-batch of its own.
     """
     total = lengths(batch)
     prompt = batch.mask.int().argmax(dim=1) + 1

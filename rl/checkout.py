@@ -1,4 +1,4 @@
-"""Do the three packages come from one checkout? Their names are generic, so another `trainer` on the path is likely."""
+"""Do the three packages come from one checkout? Their names are generic, so another `trainer` may be on the path."""
 
 import hashlib
 import importlib.util
@@ -9,7 +9,7 @@ PACKAGES = ("rl", "rollout", "trainer")
 
 
 def verify() -> None:
-    """Raise ImportError when `rollout` or `trainer` would be imported from somewhere else than `rl`."""
+    """Raise ImportError when `rollout` or `trainer` would be imported from another checkout than `rl`."""
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
         found = Path(spec.origin).resolve().parent if spec and spec.origin else None

@@ -1,60 +1,62 @@
-"""The whole run as one value: every setting, its unit and its default."""
+"""The whole run as one value: every setting, its unit and its default. The rules are in rl/validate.py."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from rl.filters import GroupFilter, ZeroAdvantage
-from rl.objectives import GSPO, M2PO, Objective
+from rl.filters import GroupFilter
+from rl.objectives import GSPO, Objective
 from rl.objectives.corrections import Correction, Uncorrected
 from rl.rewards.score import Reward
-from rl.rewards.shaping import SoftOverlong
 from rl.truncation import Truncation
+from rl.typed import Checked
 from rl.types import Data
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """The engines."""
+class RolloutConfig(Checked):
+    """The engines: how vLLM samples."""
 
     engines: int = 1
-    """How many vLLM engines sample; each is one Ray actor."""
+    """Number of vLLM engines. Each is one Ray actor."""
     tensor_parallel: int = 1
-    """GPUs of one engine."""
+    """GPUs per engine."""
     max_tokens: int = 256
-    """Most tokens of one completion."""
+    """Most tokens of one completion; a longer one is cut off there."""
     max_model_len: int = 1024
-    """Most tokens of prompt and completion together."""
+    """Most tokens of a prompt and its completion together."""
     max_num_seqs: int = 64
-    """Most sequences that one engine decodes at a time."""
+    """Most sequences that one engine decodes at the same time."""
     top_p: float = 1.0
-    """Below 1, or top_k or min_p above 0: the trainer renormalises over the tokens that the engine kept."""
+    """Sample from the most likely tokens whose probabilities first add up to this. The trainer then renormalises over
+    the same tokens. 1 is off."""
     top_k: int = 0
-    """0 is off."""
+    """Sample from the k most likely tokens. The trainer then renormalises over the same tokens. 0 is off."""
     min_p: float = 0.0
+    """Sample from tokens at least this likely, relative to the most likely one. 0 is off."""
     prefix_cache: bool = True
-    """Share a group's prompt; entries are salted with the weight version, so that none outlives its weights."""
+    """Compute the prompt of a group once. Entries are keyed by weight version, so none is used after an update."""
     recompute_kv: bool = False
-    """At an update, compute the context of running requests anew with the new weights: their next tokens are then the
-    new policy's alone, at the price of a prefill each. Off: they go on over the KV of the weights that wrote it."""
+    """At a weight update, recompute the context of running requests with the new weights, at the cost of one prefill
+    each. Off: running requests continue on the KV cache of the old weights."""
     async_scheduling: bool = False
-    """vLLM's own default is on; it stays off until parity with it on has been shown on your platform."""
+    """Use vLLM's asynchronous scheduler, its own default. Keep it off until the doctor shows parity with it."""
     enforce_eager: bool | None = None
-    """Skip compilation and CUDA graphs. None: on CPU only."""
+    """Run without compilation and CUDA graphs. Default: on for CPU, off for GPU."""
     gpu_memory_utilization: float = 0.85
-    """Share of a GPU's memory for one engine: weights and KV cache."""
+    """Share of a GPU's memory for one engine: weights and KV cache, from 0 to 1."""
     kv_cache_gib: float = 1.0
-    """KV cache of one engine on CPU, GiB."""
+    """KV cache of one engine on CPU, in GiB."""
     threads: int | None = None
-    """OpenMP threads of one engine on CPU. None: all cores if it takes turns with the learner, else 1."""
+    """OpenMP threads of one engine on CPU. Default: all cores if engine and learner take turns, else 1."""
     seeded: bool = True
-    """Give every sample its own seed, so that its tokens do not depend on what else is in the batch."""
+    """Give every sample its own seed, so that its tokens do not depend on the rest of the batch."""
     retries: int = 3
-    """How often a group is sampled again whose engine was lost, before it counts as failed."""
+    """How many times a group is sampled again after its engine was lost. After that it counts as failed."""
     restarts: int = 3
-    """How often engines that were lost are started again in one run, before it ends."""
+    """How many lost engines are restarted in one run. After that the run ends."""
     engine_class: str = "rollout.engine:Engine"
-    """Class of the engines, "module:Class". An experiment may name its own, in a file next to its recipe."""
+    """Class of the engines, "module:Class". An experiment may name its own class, in a file next to its recipe."""
 
     @property
     def truncation(self) -> Truncation | None:
@@ -64,57 +66,63 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora:
+class Lora(Checked):
     """Train low-rank adapters of every linear layer but the head (arXiv 2106.09685); engines get the merged weights.
 
-    Without dropout: the trainer would not say what the engine sampled with.
+    There is no dropout: with it, the trainer's log-probabilities would differ from the engine's.
     """
 
     rank: int = 0
-    """0 is off: all weights are trained."""
+    """Rank of the adapters. 0 is off: all weights are trained."""
     alpha: float = 32.0
-    """A layer's weight is W + alpha / rank * B A."""
+    """Scale of the adapters: the weight of a layer is W + alpha / rank * B A."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
-    """The learner."""
+class TrainerConfig(Checked):
+    """The learner: how DeepSpeed trains."""
 
     ranks: int = 1
-    """DeepSpeed ranks; each is one Ray actor."""
+    """Number of DeepSpeed ranks. Each is one Ray actor."""
     sequence_parallel: int = 1
-    """Neighbouring ranks that share each packed row (DeepSpeed Ulysses), for rows too long for one GPU; it divides
-    `ranks` and the model's heads. 1: every rank has rows of its own."""
+    """Neighbouring ranks that share each packed row (DeepSpeed Ulysses), for rows too long for one GPU. It must divide
+    `ranks` and the attention heads of the model. 1: every rank has its own rows."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What DeepSpeed shards: 0 nothing (float32 only), 1 optimizer states, 2 and gradients, 3 and weights."""
+    """What DeepSpeed shards over ranks. 0: nothing (float32 only). 1: optimizer states. 2: also gradients. 3: also
+    weights."""
     offload: Literal["none", "optimizer"] = "none"
-    """Keep master weights and Adam's moments in the host's memory, and step there. GPUs only."""
+    """Keep master weights and Adam's moments in host memory, and step there. GPUs only."""
     lora: Lora = field(default_factory=Lora)
     lr: float = 1e-6
+    """Peak learning rate of AdamW."""
     value_lr: float | None = None
-    """Of the value head, with the schedule of `lr`; it starts from zero, so ten times `lr` and more is common. None: as
-    `lr`."""
+    """Learning rate of the value head, with the same schedule. The head starts at zero, so use 10 times `lr` or more.
+    Default: the same as `lr`."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """From the peak to 0 over the run's steps."""
+    """Shape of the learning rate after the warmup: constant, or from the peak down to 0 at the last step."""
     warmup_steps: int = 0
-    """Optimizer steps (epochs x minibatches of them in each step of the loop) up to the peak."""
+    """Optimizer steps from 0 up to the peak learning rate. Each step of the loop has epochs x minibatches of them."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and the second moment."""
     weight_decay: float = 0.0
+    """AdamW's decoupled weight decay. 0 is off."""
     max_grad_norm: float = 1.0
+    """Gradients with a larger global norm are scaled down to this norm."""
     epochs: int = 1
-    """Passes over each batch."""
+    """Passes over the batch of each step."""
     minibatches: int = 1
     """Optimizer steps per pass."""
     micro_batch_tokens: int | None = None
-    """Tokens of one forward pass: the length of its packed row, a shared prompt counted once. None: 4096 on GPUs, 512
+    """Tokens of one forward pass: the length of its packed row. A shared prompt counts once. Default: 4096 on GPU; 512
     on CPU, where more is no faster and takes memory."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
     skip_zero_advantage: bool = True
-    """Leave out rows that provably have no gradient (zero advantage, no KL, no entropy bonus, no critic)."""
+    """Leave out rows that cannot have a gradient: zero advantage, and no KL, no entropy bonus, no critic."""
     share_prompts: bool | None = None
-    """Compute a group's prompt once. None: on CPU; on CUDA rows that share nothing go through one varlen kernel."""
+    """Compute the prompt of a group once. Default: on for CPU, off for GPU, where one varlen kernel takes all rows."""
     threads: int | None = None
-    """OpenMP threads of one rank on CPU. None: all cores if it takes turns with the engine, else 1."""
+    """OpenMP threads of one rank on CPU. Default: all cores if engine and learner take turns, else 1."""
 
     def tokens_per_pass(self, device: str) -> int:
         """`micro_batch_tokens`, or its default on a device ("cpu" or "cuda")."""
@@ -122,220 +130,124 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deadlines:
-    """How long each wait may take, in seconds, before the run ends with a message that says who waited for whom."""
+class Deadlines(Checked):
+    """How long each wait may take, in seconds. After that the run ends with a message: who waited for whom."""
 
     start_s: float = 900.0
+    """Seconds for engines and ranks to start."""
     sample_s: float = 1800.0
+    """Seconds that a step waits for its samples."""
     reward_s: float = 60.0
+    """Seconds for one call of the reward function."""
     step_s: float = 1800.0
+    """Seconds for one call to the learner, such as a training step."""
     sync_s: float = 300.0
+    """Seconds for one weight update of all engines."""
     stop_s: float = 30.0
-    """From SIGTERM to the end of the checkpoint that it asks for; schedulers wait about as long before they kill."""
+    """Seconds from SIGTERM to the end of the checkpoint that it starts. Schedulers wait about 30 s before they kill."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrackingConfig:
-    """Where the numbers go."""
+class TrackingConfig(Checked):
+    """Where the metrics are written."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """auto: online when you are logged in, else offline. Never a prompt for a key."""
+    """Weights & Biases. auto: online if you are logged in, else offline. It never asks for a key."""
     project: str = "unison-rl"
+    """Project in W&B."""
     samples_per_step: int = 4
-    """Decoded trajectories kept in samples.jsonl per step."""
+    """Decoded trajectories per step in samples.jsonl."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """One run. Both sides of every decision that costs parity are set by one value here."""
+class Config(Checked):
+    """One run."""
 
     name: str
     """Folder of the run under `output_dir`, and its name in W&B."""
     model: str
     """Local folder or hub name of a causal language model."""
     data: Callable[[], Data]
-    """Called once, on the driver."""
+    """Function that returns `Data(train=[Example(...)])`, or a `Data`. Called once, on the driver."""
     reward: Reward
+    """Function that takes a `Reply` and returns its reward. It may be `async`."""
     eval_reward: Reward | None = None
-    """For evaluations, where the one of training is shaped; None: `reward`. pass@k counts what is at least 1."""
+    """Reward for evaluations. pass@k counts a reward of at least 1. Default: the same as `reward`."""
     objective: Objective = field(default_factory=GSPO)
+    """What is optimised: an object of rl/objectives, or your own."""
     steps: int = 100
+    """Steps of the loop: sample, score, learn, publish."""
     prompts_per_step: int = 8
+    """Prompts, and so groups, of one step."""
     group_size: int = 8
-    """Completions of each prompt."""
+    """Completions per prompt."""
     filters: tuple[GroupFilter, ...] = ()
-    """A group that one of them (rl/filters.py) gives a reason for is not trained on, and another is sampled instead:
-    with `ZeroAdvantage()` the dynamic sampling of DAPO."""
+    """Rules (rl/filters.py) that take a group out of training; another group is sampled instead. `ZeroAdvantage()` is
+    DAPO's dynamic sampling."""
     max_filtered: int = 10
-    """Groups that the filters may take between two steps, as a multiple of `prompts_per_step`, before the run ends."""
+    """Most groups that filters may take out between two steps, as a multiple of `prompts_per_step`. After that the run
+    ends."""
     max_staleness: int = 0
-    """Weight versions that a sample may be behind when its step begins. 0 is synchronous and on-policy."""
+    """How many weight versions a sample may be behind when its step begins. 0: synchronous and on-policy."""
     late_groups: Literal["drop", "wait"] = "drop"
-    """A group that is still being sampled when the next version makes it too old: drop it, count it and admit another,
-    or let the step wait for it. Dropping never holds up a step, but where it happens often, long replies are lost."""
+    """What to do with a group that is still being sampled when the next version makes it too old. drop: count it, and
+    admit another; if this is frequent, long replies are lost. wait: delay the step."""
     old_logprobs: Literal["auto", "recompute", "rollout"] = "auto"
-    """The proximal policy: the trainer's own log-probabilities at the start of the step, or the engine's. auto: the
-    engine's where `max_staleness` is 0 and the doctor finds that noise alone would not clip, else the trainer's."""
+    """Log-probabilities of the proximal policy. recompute: the trainer's own, at the start of the step. rollout: the
+    engine's. auto: the engine's if `max_staleness` is 0 and the doctor finds that noise alone does not clip."""
     correction: Correction = field(default_factory=Uncorrected)
-    """Importance weight old / rollout on the policy loss, e.g. `TokenTIS(cap=2.0)` of rl/objectives/corrections.py."""
+    """Importance weight old / rollout on the policy loss, e.g. `TokenTIS(cap=2.0)` (rl/objectives/corrections.py)."""
     doctor: Literal["short", "full", "off"] = "short"
-    """Before the first step, check that the engines' log-probabilities mean what the loss thinks, and end the run with
-    the cause and the remedy when not. full: with the ladder of `unison doctor`, which takes minutes."""
+    """Check before the first step that the log-probabilities of engines and trainer agree; if not, the run ends with
+    cause and remedy. full: also compare precisions, as `unison doctor` does; takes minutes."""
     temperature: float = 1.0
-    """Of sampling, and of the trainer's log-probabilities."""
+    """Temperature of sampling, and of the trainer's log-probabilities."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the model body, in the engine and in the trainer (whose master weights are always fp32)."""
+    """Precision of the model body in the engine and in the trainer. The trainer's master weights are always fp32."""
     fp32_head: bool = True
     """Compute logits in fp32, in the engine and in the trainer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where engines and learner run. auto: on GPUs if there are any."""
     share_gpu: bool | None = None
-    """Engine and learner share one GPU; weights travel by CUDA IPC instead of NCCL. None: when there is only one."""
+    """Engine and learner share one GPU, and weights travel by CUDA IPC, not NCCL. Default: on if there is one GPU."""
     eval_every: int = 0
-    """Steps between evaluations on the held-out sets; 0 evaluates before and after only."""
+    """Steps between evaluations on the held-out sets. 0: only before the first step and after the last."""
     eval_samples: int = 1
     """Completions per held-out problem."""
     eval_temperature: float | None = None
-    """None: the run's temperature."""
+    """Temperature of evaluations. Default: the same as `temperature`."""
     verify_every: int = 0
-    """Steps between digest checks of every tensor at every engine; the first update is always checked."""
+    """Steps between digest checks of every tensor at every engine. The first update is always checked. 0: only that."""
     record_batches: int = 0
-    """Steps between records of a whole step for `unison what-if`, in the run's folder under batches/; each costs two
-    forward passes. 0 keeps none."""
+    """Steps between records of a whole step for `unison what-if`, in the run's folder under batches/. Each costs two
+    forward passes. 0: none."""
     save_every: int = 20
-    """Steps between checkpoints; 0 makes none. One takes about as long as a step, and 12 bytes per parameter: at 20
-    that is about 5 % of the time, and a crash costs at most 20 steps. SIGTERM makes one more."""
+    """Steps between checkpoints; SIGTERM makes one more. A checkpoint takes about as long as a step, and 12 bytes per
+    parameter. 0: none."""
     keep_last: int = 2
-    """Checkpoints that are kept: one more than needed, for the newest may be found damaged."""
+    """Checkpoints to keep. Two, because the newest may be damaged."""
     save_final: bool = True
     """Export the trained model (safetensors and tokenizer) into the run's folder."""
     chat_template_kwargs: dict[str, bool | int | str] = field(default_factory=dict)
+    """Extra arguments of the chat template, such as enable_thinking False. Default: none."""
     seed: int = 0
+    """Seed of the order of prompts and of the samples."""
     output_dir: str = "runs"
+    """Folder for all runs."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     deadlines: Deadlines = field(default_factory=Deadlines)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
-
-def check(config: Config) -> None:
-    """Raise ValueError, with the remedy, for settings that cannot work together. Starts and loads nothing."""
-    r, t = config.rollout, config.trainer
-    at_least_one = {
-        "": (config, ("steps", "prompts_per_step", "group_size", "eval_samples", "max_filtered", "keep_last")),
-        "rollout.": (r, ("max_tokens", "max_num_seqs")),
-        "trainer.": (t, ("epochs", "minibatches", "micro_batch_tokens")),
-    }
-    for prefix, (part, names) in at_least_one.items():
-        for name in names:
-            value = getattr(part, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{prefix}{name}={value} must be at least 1")
-    for name in ("lr", "value_lr", "warmup_steps", "weight_decay"):
-        if (getattr(t, name) or 0.0) < 0:
-            raise ValueError(f"trainer.{name}={getattr(t, name)} must not be negative")
-    _check_memory_settings(config)
-    off = {
-        "save_every": (config.save_every, "makes no checkpoint"),
-        "eval_every": (config.eval_every, "evaluates at the start and the end only"),
-        "verify_every": (config.verify_every, "looks at the first update only"),
-        "record_batches": (config.record_batches, "keeps none"),
-        "max_staleness": (config.max_staleness, "is synchronous"),
-        "rollout.retries": (r.retries, "gives a group up with its engine"),
-        "rollout.restarts": (r.restarts, "ends the run with an engine"),
-    }
-    for name, (value, meaning) in off.items():
-        if value < 0:
-            raise ValueError(f"{name}={value} must be at least 0 (0 {meaning})")
-    if config.temperature <= 0:
-        raise ValueError(
-            f"temperature={config.temperature}: greedy samples have no log-probability to learn from; use a "
-            "temperature above 0 (eval_temperature may be 0)"
-        )
-    _check_objective(config)
-    if r.truncation:
-        r.truncation.check()
-    if r.max_tokens >= r.max_model_len:
-        raise ValueError(f"rollout.max_tokens={r.max_tokens} leaves no room for a prompt in {r.max_model_len} tokens")
-    rows = config.prompts_per_step * config.group_size
-    if t.minibatches > rows:
-        raise ValueError(f"trainer.minibatches={t.minibatches} exceeds the {rows} sequences of a step")
-
-
-def _check_memory_settings(config: Config) -> None:
-    t = config.trainer
-    if t.zero_stage == 0 and config.dtype == "bfloat16":
-        raise ValueError(
-            "trainer.zero_stage=0 with dtype=bfloat16 has no fp32 gradients and starts Adam with a step too many (in "
-            "DeepSpeed 0.19): use zero_stage=1, which is never larger, or dtype=float32"
-        )
-    if t.zero_stage == 0 and t.offload != "none":
-        raise ValueError(f"trainer.offload={t.offload} needs DeepSpeed's own optimizer: use zero_stage 1, 2 or 3")
-    if t.sequence_parallel < 1 or t.ranks % t.sequence_parallel:
-        raise ValueError(f"trainer.sequence_parallel={t.sequence_parallel} must divide trainer.ranks={t.ranks}")
-    if t.lora.rank < 0 or t.lora.alpha <= 0:
-        raise ValueError(f"trainer.lora: rank={t.lora.rank} must be at least 0, and alpha={t.lora.alpha:g} above 0")
-
-
-def _check_objective(config: Config) -> None:
-    objective, t = config.objective, config.trainer
-    name = type(objective).__name__
-    if objective.group_relative and config.group_size < 2:
-        raise ValueError(
-            f"group_size=1 gives {name} only zero advantages, for it compares samples of "
-            "one prompt: use group_size >= 2, or PPO, whose critic is the baseline"
-        )
-    if objective.uses_old_logprobs and config.old_logprobs == "rollout":
-        raise ValueError(
-            f"{name} compares the trainer's log-probabilities with the engine's, and old_logprobs='rollout' makes them "
-            "the same: use old_logprobs='recompute' (or 'auto')"
-        )
-    if config.old_logprobs == "rollout" and not isinstance(config.correction, Uncorrected):
-        raise ValueError(
-            f"{type(config.correction).__name__} weighs by the trainer's log-probabilities against the engine's, and "
-            "old_logprobs='rollout' makes them the same: use old_logprobs='recompute' (or 'auto')"
-        )
-    if isinstance(objective, M2PO) and not isinstance(config.correction, Uncorrected):
-        raise ValueError(
-            f"M2PO's ratio is policy / rollout already, so {type(config.correction).__name__} would count the mismatch "
-            "twice: leave `correction` at its default"
-        )
-    if objective.kl_coef < 0 or objective.entropy_coef < 0:
-        raise ValueError(
-            f"kl_coef={objective.kl_coef:g} and entropy_coef={objective.entropy_coef:g} must not be negative: both are "
-            "counted so that a larger one holds the policy closer, or keeps it more random"
-        )
-    if objective.kl_coef and (objective.kl_in, objective.kl_estimator) == ("loss", "k1"):
-        raise ValueError(
-            f"k1 in the loss has no gradient on average (rl/objectives/kl.py), so kl_coef={objective.kl_coef:g} would "
-            f'do nothing: use {name}(kl_estimator="k2") or "k3+", or kl_in="reward"'
-        )
-    if config.group_size == 1 and any(isinstance(each, ZeroAdvantage) for each in config.filters):
-        raise ValueError(
-            "filters: the rewards of a group of one are all equal, so ZeroAdvantage would take every group: leave it "
-            "out, or use group_size >= 2"
-        )
-    if isinstance(config.reward, SoftOverlong) and config.reward.max_tokens != config.rollout.max_tokens:
-        raise ValueError(
-            f"SoftOverlong(max_tokens={config.reward.max_tokens}) punishes by another limit than "
-            f"rollout.max_tokens={config.rollout.max_tokens}: give both the same"
-        )
-    if objective.kl_target is not None and not (objective.kl_target > 0 and objective.kl_coef > 0):
-        raise ValueError(
-            f"kl_target={objective.kl_target:g} needs to be above 0, and a kl_coef above 0 to begin with: e.g. "
-            f"{name}(kl_coef=0.01, kl_target=0.02)"
-        )
-    if objective.entropy_target is not None and objective.entropy_target <= 0:
-        raise ValueError(
-            f"entropy_target={objective.entropy_target:g} must be above 0 nats per token, e.g. "
-            f"{name}(entropy_target=0.2)"
-        )
-    if t.value_lr is not None and not objective.uses_values:
-        raise ValueError(
-            f"trainer.value_lr={t.value_lr:g} has no value head to move: {name} has no critic; leave it out"
-        )
-    optimizer_steps = config.steps * t.epochs * t.minibatches
-    if 0 < optimizer_steps <= objective.critic_warmup:
-        raise ValueError(
-            f"critic_warmup={objective.critic_warmup} covers all {optimizer_steps} optimizer steps of the run, so the "
-            "policy would never learn: lower it, or raise `steps`"
-        )
+    @classmethod
+    def right_form(cls, field: str, value: Any) -> str | None:
+        """How to write a setting whose value is code."""
+        if field == "filters" and callable(value):
+            return f"is one filter: write a tuple, filters=({value!r},)"
+        forms: Mapping[str, str] = {
+            "data": "must be a function that returns Data(train=[Example(...)]), or such a Data",
+            "reward": "must be a function that takes a Reply and returns a float, or a dict of floats",
+            "eval_reward": "must be a function that takes a Reply and returns a float, or None",
+            "objective": "must be an objective: write objective=GSPO(), with `from rl.objectives import GSPO`",
+        }
+        return forms.get(field)

@@ -14,17 +14,18 @@ from rl.objectives.corrections import Correction, Uncorrected
 from rl.objectives.kl import kl_estimate
 from rl.objectives.objective import Objective
 from rl.parity.mismatch import mismatch
-from rl.types import Batch, Metrics, PolicyOutput
+from rl.types import Batch, Metrics, PolicyOutput, needed, step_of
 
 
 def prepare(objective: Objective, batch: Batch) -> tuple[Batch, Float[Tensor, "B T"]]:
     """A whole step's batch with its KL in the reward, and the advantages, 0 outside the mask.
 
-    With `kl_in="reward"` every token is paid -kl_coef * KL(old || reference) beside its reward. `rewards` holds the
-    sums, so that an objective which knows sequences only has the KL too. Source: arXiv 1909.08593, eq. 2.
+    With `kl_in="reward"` every token is paid -kl_coef * KL(old || reference) in addition to its reward. `rewards` holds
+    the sums, so an objective that only reads rewards of sequences includes the KL too. Source: arXiv 1909.08593, eq. 2.
     """
     if objective.kl_coef and objective.kl_in == "reward":
-        kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, objective.kl_estimator).detach()
+        old, reference = needed(batch.old_logprobs, "old_logprobs"), needed(batch.ref_logprobs, "ref_logprobs")
+        kl = kl_estimate(old, reference, objective.kl_estimator).detach()
         paid = torch.where(batch.mask, token_rewards(batch) - objective.kl_coef * kl, 0.0)
         batch = replace(batch, token_rewards=paid, rewards=paid.sum(dim=1))
     advantages = objective.advantages(batch)
@@ -38,12 +39,12 @@ def prepare(objective: Objective, batch: Batch) -> tuple[Batch, Float[Tensor, "B
 
 
 def critic_alone(policy: PolicyOutput) -> PolicyOutput:
-    """The same numbers with no gradient but that of the values: the loss's other terms then leave the policy alone.
+    """The same numbers, of which only the values have a gradient: the loss then trains the value head alone.
 
-    The gradient is 0 rather than missing, for DeepSpeed waits for one of every weight.
+    The other gradients are 0 rather than missing, because DeepSpeed waits for one of every weight.
     """
-    still = {name: getattr(policy, name).detach() + 0.0 * getattr(policy, name) for name in ("logprobs", "entropy")}
-    return replace(policy, **still)
+    logprobs, entropy = policy.logprobs, policy.entropy
+    return replace(policy, logprobs=logprobs.detach() + 0.0 * logprobs, entropy=entropy.detach() + 0.0 * entropy)
 
 
 def full_loss(
@@ -53,36 +54,35 @@ def full_loss(
     batch: Batch,
     advantages: Float[Tensor, "B T"],
     *,
-    engine_is_old: bool = False,
+    old_is_rollout: bool = False,
 ) -> tuple[Float[Tensor, "B T"], Metrics]:
-    """Per-token loss [B, T] and metrics. `batch.old_logprobs` of None means that the policy of now is the old one.
+    """Per-token loss [B, T] and metrics of a micro-batch.
 
-    That is exact in the first (or only) optimizer step of a batch, and spares the extra forward pass. With
-    `engine_is_old` the old log-probabilities are the engine's own (`Config.old_logprobs="rollout"`), so the policy of
-    now takes their place in the mismatch, which would else be 0 whatever the engine says.
+    Without `batch.old_logprobs` the current policy is the old one: exact in the first (or only) optimizer step of a
+    batch, and it saves a forward pass. `old_is_rollout` (`Config.old_logprobs="rollout"`): the old log-probabilities
+    are the rollout's, so the mismatch metrics compare the rollout with the current policy; with itself it is always 0.
     """
-    if batch.old_logprobs is None:
-        batch = replace(batch, old_logprobs=policy.logprobs.detach())
+    step = step_of(batch, policy.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs)
     if objective.entropy_coef and objective.entropy_in == "advantages":
         advantages = advantages + torch.minimum(objective.entropy_coef * policy.entropy.detach(), advantages.abs() / 2)
     weighted: Metrics = {}
     if not isinstance(correction, Uncorrected):
         # On the advantages rather than on the loss: a value loss must not be weighted.
-        w = correction.weights(batch)
+        w = correction.weights(step)
         advantages = advantages * w
         weighted = {
             "rollout_corr/weight": w,
             "rollout_corr/weight_sq": w**2,
             "rollout_corr/rejected_frac": (w == 0).float(),
         }
-    loss, metrics = objective.loss(policy, batch, advantages)
-    if loss.shape != batch.mask.shape:
+    loss, metrics = objective.loss(policy, step, advantages)
+    if loss.shape != step.mask.shape:
         raise ValueError(
             f"{type(objective).__name__}.loss returned shape {tuple(loss.shape)}; it must return a per-token loss "
-            f"[B, T]={tuple(batch.mask.shape)} and leave masking and averaging to the trainer"
+            f"[B, T]={tuple(step.mask.shape)} and leave masking and averaging to the trainer"
         )
     if objective.kl_coef:
-        kl = kl_estimate(policy.logprobs, batch.ref_logprobs, objective.kl_estimator)
+        kl = kl_estimate(policy.logprobs, needed(step.ref_logprobs, "ref_logprobs"), objective.kl_estimator)
         if objective.kl_in == "loss":
             loss = loss + objective.kl_coef * kl
         metrics[f"actor/kl_{objective.kl_in}"] = kl.detach()
@@ -90,7 +90,6 @@ def full_loss(
         loss = loss - objective.entropy_coef * policy.entropy
     metrics |= {
         "actor/entropy": policy.entropy.detach(),
-        "actor/ppo_kl": batch.old_logprobs - policy.logprobs.detach(),
+        "actor/ppo_kl": step.old_logprobs - policy.logprobs.detach(),
     }
-    trainer = replace(batch, old_logprobs=policy.logprobs) if engine_is_old else batch
-    return loss, metrics | weighted | mismatch(trainer)
+    return loss, metrics | weighted | mismatch(replace(step, old_logprobs=policy.logprobs) if old_is_rollout else step)

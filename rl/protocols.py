@@ -1,4 +1,4 @@
-"""All that the loop sees of the engines, the trainer and the tokenizer. Fakes of these drive its unit tests."""
+"""All that the loop sees of the engines, the trainer and the tracker. Its unit tests use fakes of these protocols."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from rl.types import Batch, Completion, Trajectory
 
 @dataclass(frozen=True, kw_only=True)
 class SyncReport:
-    """One published update: seconds in all, seconds in which generation stood still, bytes sent to each engine."""
+    """One published update: total seconds, seconds in which generation was paused, bytes sent to each engine."""
 
     seconds: float
     pause_seconds: float
@@ -17,15 +17,15 @@ class SyncReport:
     verified: bool
     """Whether every engine's digests were compared with the sender's."""
     failed: int = 0
-    """How often it was sent before the engines took it."""
+    """Failed attempts before the engines took it."""
 
 
 class EngineLost(RuntimeError):
-    """The engine that sampled a group is gone; the group may be sampled again, by another or by its successor."""
+    """The engine that sampled a group was lost. Another engine, or this one restarted, may sample the group again."""
 
 
 class UpdateFailed(RuntimeError):
-    """A weight update was not taken, and every engine goes on with the weights that it had; it may be sent again."""
+    """A weight update failed, and every engine keeps its weights. The update may be sent again."""
 
 
 @runtime_checkable
@@ -35,7 +35,7 @@ class Rollouts(Protocol):
     async def sample(
         self, token_ids: list[int], n: int, *, seed: int | None, temperature: float | None = None
     ) -> list[Completion]:
-        """n completions of one prompt; `temperature=None` means the run's. Raises EngineLost."""
+        """n completions of one prompt; `temperature=None` uses the temperature of the run. Raises EngineLost."""
         ...
 
 
@@ -78,4 +78,4 @@ class Tracker(Protocol):
 
 
 class StallError(RuntimeError):
-    """A wait passed its deadline; the message says who waited for whom."""
+    """A wait passed its deadline, or no step can ever begin; the message names who waited for whom, and the remedy."""

@@ -1,4 +1,4 @@
-"""How a per-token loss becomes one number that no micro-batch or rank split can change, and how metrics average."""
+"""How is a per-token loss averaged so that no split into micro-batches or ranks changes it, and how are metrics?"""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ AverageOver = Literal["tokens", "sequences", "constant"]
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Counts over the whole optimizer step, over all ranks: the denominators of its loss."""
+    """Counts over the whole optimizer step and all ranks: the denominators of its loss."""
 
     tokens: int
     sequences: int
@@ -23,11 +23,11 @@ class Totals:
 
 
 def loss_weights(mask: Bool[Tensor, "B T"], average_over: AverageOver, totals: Totals) -> Float[Tensor, "B T"]:
-    """Weights [B, T] whose sum with a per-token loss, added up over all splits of a step, is its average.
+    """Weights [B, T]: sum(weights * loss), added over all splits of a step, is the average of the per-token loss.
 
-    `tokens`: every token counts alike (DAPO, arXiv 2503.14476, eq. 8). `sequences`: every sequence counts alike, by
-    the mean of its tokens (GRPO, arXiv 2402.03300, eq. 3). `constant`: the sum over tokens divided by a fixed length
-    (Dr. GRPO, arXiv 2503.20783).
+    `tokens`: every token has the same weight (DAPO, arXiv 2503.14476, eq. 8). `sequences`: every sequence has the
+    same weight, spread over its tokens (GRPO, arXiv 2402.03300, eq. 3). `constant`: the sum over tokens divided by a
+    fixed length (Dr. GRPO, arXiv 2503.20783).
     """
     m = mask.float()
     if average_over == "tokens":
@@ -54,7 +54,7 @@ class Meter:
     counts: dict[str, float] = field(default_factory=dict)
 
     def add(self, metrics: Mapping[str, Tensor], mask: Bool[Tensor, "B T"]) -> None:
-        """Count in one micro-batch. Raises ValueError for a metric that is neither [B, T] nor [B]."""
+        """Add one micro-batch. Raises ValueError for a metric that is neither [B, T] nor [B]."""
         present = mask.any(dim=1)
         for name, value in metrics.items():
             keep = {mask.shape: mask, present.shape: present}.get(value.shape)
@@ -68,9 +68,9 @@ class Meter:
                 self.merge_one(name, float(picked.max() if name.endswith("_max") else picked.sum()), picked.numel())
 
     def merge_one(self, name: str, value: float, count: float | int) -> None:
-        """Count in a sum (or a maximum) over `count` entries."""
+        """Add a sum (or a maximum) over `count` entries."""
         if name.endswith("_max"):
-            # A plain max() would drop a NaN, and a NaN is what must be seen.
+            # A plain max() would drop a NaN, which must stay visible.
             worst = self.sums.get(name, -math.inf)
             self.sums[name] = value if math.isnan(value) or value > worst else worst
         else:
@@ -78,7 +78,7 @@ class Meter:
         self.counts[name] = self.counts.get(name, 0.0) + count
 
     def merge(self, other: "Meter") -> None:
-        """Count in another rank's meter."""
+        """Add the meter of another rank."""
         for name, value in other.sums.items():
             self.merge_one(name, value, other.counts[name])
 

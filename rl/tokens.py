@@ -3,15 +3,25 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rl.types import Given
 
-def encode(tokenizer: Any, prompt: str | list[dict[str, str]], template: Mapping[str, Any]) -> list[int]:
-    """Token ids of a prompt. Chat messages go through the model's template, plain text is taken as it is.
+
+def encode(tokenizer: Any, prompt: Given, template: Mapping[str, Any]) -> list[int]:
+    """Token ids of a prompt. Chat messages go through the model's template; text and token ids are taken as they are.
 
     `tokenizer` is a Hugging Face tokenizer, `template` holds extra arguments of its chat template. Raises ValueError
-    for messages when there is no chat template.
+    for messages when there is no chat template, and for ids outside of the vocabulary.
     """
     if isinstance(prompt, str):
         return list(tokenizer.encode(prompt))
+    ids = [token for token in prompt if isinstance(token, int)]
+    if len(ids) == len(prompt):
+        if ids and not 0 <= min(ids) <= max(ids) < len(tokenizer):
+            raise ValueError(
+                f"the prompt has token ids from {min(ids)} to {max(ids)}, and the vocabulary of "
+                f"{tokenizer.name_or_path} has ids from 0 to {len(tokenizer) - 1}: encode it with this tokenizer"
+            )
+        return ids
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the data holds chat messages, but {tokenizer.name_or_path} has no chat template; give plain text prompts"

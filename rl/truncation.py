@@ -1,4 +1,4 @@
-"""Sampling from a part of the vocabulary: which tokens top-k, top-p and min-p keep, as vLLM keeps them."""
+"""Which tokens of the vocabulary do top-k, top-p and min-p keep? The same as in vLLM."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 SHORTLIST = 1024
-"""Tokens that top-p looks at before it sorts a whole vocabulary, which costs more than logits and gradients."""
+"""Most likely tokens that top-p tries before it sorts the whole vocabulary; the sort costs more than the logits and
+their gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,7 @@ class Truncation:
     """Which tokens may be sampled. The defaults keep all of them."""
 
     top_p: float = 1.0
-    """Keep the most likely tokens whose probabilities first add up to this."""
+    """Keep the fewest most likely tokens whose probabilities add up to this. 1 is off."""
     top_k: int = 0
     """Keep the k most likely tokens, and all that tie with the last of them. 0 is off."""
     min_p: float = 0.0
@@ -44,7 +45,7 @@ def keep(logits: Float[Tensor, "N V"], truncation: Truncation) -> Bool[Tensor, "
     if 0 < truncation.top_k < logits.shape[-1]:
         last = logits.topk(truncation.top_k).values[:, -1:]
     if truncation.top_p < 1:
-        # vLLM holds top_p in fp32 and compares with 1 - top_p, which rounds otherwise than Python's.
+        # vLLM holds top_p in fp32 and compares with 1 - top_p; Python would round it differently.
         return _nucleus(logits, last, 1 - logits.new_tensor(truncation.top_p))
     return _capped(logits, last) > -torch.inf
 
@@ -66,7 +67,8 @@ def _nucleus(
     p = capped.softmax(-1)
     top, ids = capped.topk(SHORTLIST)
     top_p = p.gather(-1, ids).double()
-    # What _sorted_nucleus sums from below, here from above; in double and then rounded, as torch.cumsum does on CPU.
+    # _sorted_nucleus sums from the least likely up, this from the most likely down; in double, then rounded, as
+    # torch.cumsum does on CPU.
     up_to = (p.sum(-1, keepdim=True, dtype=torch.double) - (top_p.cumsum(-1) - top_p)).float()
     count = (up_to > tail).sum(-1, keepdim=True).clamp(min=1)
     lowest = top.gather(-1, count - 1)
@@ -79,8 +81,8 @@ def _nucleus(
 def _sorted_nucleus(
     logits: Float[Tensor, "N V"], last: Float[Tensor, "N 1"] | None, tail: Float[Tensor, ""]
 ) -> Bool[Tensor, "N V"]:
-    """The same by vLLM's own steps (`apply_top_k_top_p_pytorch`): where equal logits straddle the boundary, the order
-    that its sort gives them decides."""
+    """The same by vLLM's own steps (`apply_top_k_top_p_pytorch`). If equal logits lie on both sides of the boundary,
+    the order of its sort decides."""
     ascending, ids = logits.sort(dim=-1)
     ascending = _capped(ascending, last)
     dropped = ascending.softmax(-1).cumsum(-1) <= tail

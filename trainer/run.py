@@ -1,7 +1,7 @@
 """One run from config to summary: start, evaluate, train, export, and a readable folder however it ends."""
 
 import asyncio
-import math
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ from trainer.runs.model_card import write_card
 from trainer.runs.records import Recorder
 from trainer.runs.resume import Resumed, data_digest, state_of, write_history
 from trainer.runs.settings import config_digest, resolved, stack_versions
+from trainer.runs.summary import ending, summarise
 from trainer.stop import EXIT_CODE, Stop
 from trainer.tracking.terminal import Lines, closing_table, console, status
 from trainer.tracking.tracker import RunTracker
@@ -40,12 +41,21 @@ def run(config: Config, *, resumed: Resumed | None = None, flags: Sequence[str] 
 
     `flags` is the command line that made the config of the recipe's, for checkpoints to remember.
     """
+    try:
+        return asyncio.run(run_async(config, resumed=resumed, flags=flags))
+    except asyncio.CancelledError:
+        sys.exit(EXIT_CODE)
+
+
+async def run_async(config: Config, *, resumed: Resumed | None = None, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """`run` for a running event loop, as in a notebook: `summary = await run_async(config)`. Cancelling it ends it."""
     plan = make_plan(config)
     plan.check_gpus()
     try:
-        return asyncio.run(_run(plan, resumed, flags))
-    except asyncio.CancelledError:
-        sys.exit(EXIT_CODE)
+        return await _run(plan, resumed, flags)
+    finally:
+        # The loop outlives this run, and SIGTERM must end its process again.
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
 
 
 async def _run(plan: Plan, resumed: Resumed | None, flags: Sequence[str]) -> dict[str, Any]:
@@ -239,26 +249,18 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         summary, loop = self.summary, self.loop
-        if isinstance(error, asyncio.CancelledError | KeyboardInterrupt):
-            summary["status"] = "interrupted"
-        elif error is not None:
-            summary |= {"error": f"{type(error).__name__}: {error}", "logs": self.cluster.logs}
-        rows = [row for row in self.tracker.history if "reward/mean" in row]
-        gaps = [row["rollout_corr/logprob_abs_diff_mean"] for row in rows]
-        summary |= {
-            "steps": len(rows),
-            "tokens": loop.trained_tokens if loop else 0,
-            "weight_version": loop.admission.version if loop else 0,
-            "resume": self._how_to_resume() if summary["status"] != "finished" else None,
-            "engines_lost": self.fleet.causes if self.fleet else [],
-            "ledger": loop.admission.ledger.summary() if loop else {},
-            "reward_first": rows[0]["reward/mean"] if rows else None,
-            "reward_last": rows[-1]["reward/mean"] if rows else None,
-            "alerts": len(self.tracker.alerts),
-            "worst_logprob_gap": max(gaps, key=lambda gap: (math.isnan(gap), gap), default=None),
-        }
+        summary |= ending(error, logs=self.cluster.logs)
+        summary |= summarise(
+            self.tracker.history,
+            tokens=loop.trained_tokens if loop else 0,
+            weight_version=loop.admission.version if loop else 0,
+            ledger=loop.admission.ledger.summary() if loop else {},
+            alerts=len(self.tracker.alerts),
+            engines_lost=self.fleet.causes if self.fleet else [],
+            resume=self._how_to_resume() if summary["status"] != "finished" else None,
+        )
         write_json(self.folder / "summary.json", summary)
-        if rows:
+        if summary["steps"]:
             plot(self.tracker.history, self.folder / "curves.png", summary["name"])
         self.tracker.close(summary)
         closing_table(summary, self.folder)

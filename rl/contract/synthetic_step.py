@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from rl.loss import full_loss, prepare
 from rl.objectives.corrections import Uncorrected
 from rl.objectives.objective import Objective
 from rl.reduce import Meter, Totals, loss_weights
-from rl.types import Batch, PolicyOutput
+from rl.types import Batch, PolicyOutput, Step, columns, needed, step_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a step came to: the loss as one number, its gradients [B, T], and the means of its metrics."""
+    """The result of a step: the loss as one number, its gradients [B, T], and the means of its metrics."""
 
     total: float
     logprobs: Tensor
@@ -34,7 +34,7 @@ class Outcome:
         return math.isfinite(self.total) and bool((self.logprobs.isfinite() & self.values.isfinite()).all())
 
     def differs(self, other: "Outcome", tolerance: float, order: Tensor | None = None) -> str:
-        """What is not the same as in `other` (whose rows are taken in `order`), in words; empty when all is."""
+        """The first difference to `other` (its rows taken in `order`) in words; empty when there is none."""
         width = min(self.logprobs.shape[1], other.logprobs.shape[1])
         for name, what in {
             "advantages": "the advantages change",
@@ -58,15 +58,18 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
-    """An objective on synthetic steps, drawn from a seed. KL and entropy are the framework's, and off unless in the
-    reward, where the advantages hold them."""
+class SyntheticStep:
+    """An objective on synthetic steps that are drawn from a seed.
+
+    The KL and entropy terms belong to the framework and are off here, except a KL in the reward: that one changes the
+    advantages.
+    """
 
     objective: Objective
     seed: int = 0
 
     def _noise(self, batch: Batch, kind: int, size: float) -> Tensor:
-        # Drawn per row, wide enough for any padding, so that the same row has the same numbers in any step.
+        # Drawn per row, and wide enough for any padding: the same row has the same numbers in every step.
         keys = (self.seed * 1000 + kind * 100 + batch.input_ids[:, 0]).tolist()
         rows = [torch.randn(64, generator=torch.Generator().manual_seed(key)) for key in keys]
         return size * torch.stack(rows)[:, : batch.mask.shape[1]]
@@ -94,7 +97,7 @@ class Bench:
         return (-1.0 - self._noise(batch, 2, 0.6).abs()) * batch.mask
 
     def rich(self, batch: Batch) -> Batch:
-        """With everything that a batch can have."""
+        """The batch with every optional column of numbers."""
         old = self._old(batch)
         return replace(
             batch,
@@ -104,7 +107,7 @@ class Bench:
         )
 
     def seen_by_advantages(self, batch: Batch) -> Batch:
-        """With what the trainer has at hand before a step: no more than the objective asks for."""
+        """The columns that the trainer has before a step: only those that the objective asks for."""
         o = self.objective
         return replace(
             batch,
@@ -113,12 +116,12 @@ class Bench:
             values=batch.values if o.uses_values else None,
         )
 
-    def seen_by_loss(self, batch: Batch) -> Batch:
-        """The same, and the old log-probabilities, which are always there by then."""
-        return replace(self.seen_by_advantages(batch), old_logprobs=batch.old_logprobs)
+    def seen_by_loss(self, batch: Batch) -> Step:
+        """The same with the old log-probabilities, which `loss` always gets."""
+        return step_of(self.seen_by_advantages(batch), batch.old_logprobs)
 
     def policy(self, batch: Batch, drift: float | None = None) -> PolicyOutput:
-        """What the policy says now, up to some 0.5 nats from before; `drift` puts it that far off instead."""
+        """The current policy, up to about 0.5 nats from the old one; `drift` moves it by that many nats instead."""
         moved = self._noise(batch, 5, 0.35) if drift is None else torch.full(batch.mask.shape, drift)
         base = -1.0 - self._noise(batch, 2, 0.6).abs()
         logprobs = torch.where(batch.mask, base + moved, 0.0)
@@ -126,12 +129,12 @@ class Bench:
         return PolicyOutput(logprobs=logprobs, entropy=torch.ones(batch.mask.shape) * batch.mask, values=values)
 
     def extreme(self, batch: Batch, nats: float) -> Batch:
-        """The same step of which a second part of the trainer's numbers is far from the engine's, too."""
-        odd = torch.arange(len(batch.rewards))[:, None] % 2 == 1
-        return replace(batch, rollout_logprobs=torch.where(odd, batch.old_logprobs - nats, batch.rollout_logprobs))
+        """The same step, with the old log-probabilities of every second row far from the rollout's."""
+        odd, old = torch.arange(len(batch.rewards))[:, None] % 2 == 1, needed(batch.old_logprobs, "old_logprobs")
+        return replace(batch, rollout_logprobs=torch.where(odd, old - nats, batch.rollout_logprobs))
 
     def advantages(self, batch: Batch) -> tuple[Batch, Tensor]:
-        """What the trainer makes of a whole step before it cuts it."""
+        """The whole step and its advantages, as the trainer prepares them before it cuts the step."""
         seen, advantages = prepare(self.objective, self.seen_by_advantages(batch))
         return replace(seen, old_logprobs=batch.old_logprobs), advantages
 
@@ -140,7 +143,7 @@ class Bench:
         totals = Totals(tokens=int(batch.mask.sum()), sequences=len(batch.rewards), horizon=16)
         return loss_weights(batch.mask, self.objective.average_over, totals)
 
-    def step(
+    def run(
         self,
         batch: Batch,
         cut: Sequence[Tensor] | None = None,
@@ -170,11 +173,11 @@ class Bench:
             def of(x: Tensor, chosen: Tensor = chosen, width: int = width) -> Tensor:
                 return x[chosen][:, :width]
 
-            said = PolicyOutput(
+            policy = PolicyOutput(
                 logprobs=of(logprobs), entropy=of(now.entropy), values=None if values is None else of(values)
             )
-            share = of(advantages) * scale * part.mask
-            loss, metrics = full_loss(plain, Uncorrected(), said, part, share)
+            scaled = of(advantages) * scale * part.mask
+            loss, metrics = full_loss(plain, Uncorrected(), policy, part, scaled)
             weights = loss_weights(part.mask, plain.average_over, totals)
             total = total + torch.where(part.mask, loss * weights, 0.0).sum()
             meter.add({n: m for n, m in metrics.items() if not n.startswith("rollout_corr/")}, part.mask)
@@ -194,24 +197,25 @@ class Bench:
 
 def junk(batch: Batch) -> Batch:
     """Other numbers wherever nothing was sampled."""
-    changed: dict[str, Any] = {}
-    for f in fields(batch):
-        x = getattr(batch, f.name)
-        if isinstance(x, Tensor) and x.shape == batch.mask.shape and x.is_floating_point():
-            changed[f.name] = torch.where(batch.mask, x, 3.0 + torch.arange(x.numel()).reshape(x.shape) % 5)
+    changed: dict[str, Any] = {
+        name: torch.where(batch.mask, x, 3.0 + torch.arange(x.numel()).reshape(x.shape) % 5)
+        for name, x in columns(batch).items()
+        if x.shape == batch.mask.shape and x.is_floating_point()
+    }
     return replace(batch, **changed)
 
 
-def pad(batch: Batch, columns: int) -> Batch:
-    """The same step, wider by columns of padding."""
-    wider: dict[str, Any] = {}
-    for f in fields(batch):
-        x = getattr(batch, f.name)
-        if isinstance(x, Tensor) and x.dim() == 2:
-            wider[f.name] = torch.cat([x, torch.zeros(len(x), columns, dtype=x.dtype)], dim=1)
+def pad(batch: Batch, width: int) -> Batch:
+    """The same step with so many more columns of padding."""
+    wider: dict[str, Any] = {
+        name: torch.cat([x, torch.zeros(len(x), width, dtype=x.dtype)], dim=1)
+        for name, x in columns(batch).items()
+        if x.dim() == 2
+    }
     return replace(batch, **wider)
 
 
 def permute(batch: Batch, order: Tensor) -> Batch:
     """The same rows in another order."""
-    return replace(batch, **{f.name: x[order] for f in fields(batch) if (x := getattr(batch, f.name)) is not None})
+    permuted: dict[str, Any] = {name: x[order] for name, x in columns(batch).items()}
+    return replace(batch, **permuted)

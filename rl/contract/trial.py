@@ -1,9 +1,9 @@
-"""What one check of an objective gets to see, and what it reports."""
+"""What does one check of an objective get, and what does it report?"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from rl.contract.synthetic_step import Bench, Outcome
+from rl.contract.synthetic_step import Outcome, SyntheticStep
 from rl.objectives.objective import Objective
 from rl.types import Batch
 
@@ -12,26 +12,26 @@ TOLERANCE = 2e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
-    """A law that an objective breaks."""
+class Violation:
+    """A check that an objective fails."""
 
-    law: str
+    check: str
     what: str
-    """What was seen."""
+    """What the check found."""
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.law}: {self.what}. {self.remedy}"
+        return f"{self.check}: {self.what}. {self.remedy}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What a law sees: the objective, its bench, a step's batch, and what the step came to in one piece."""
+    """An objective, its synthetic steps, the batch of one step, and the outcome of that step without any cut."""
 
     objective: Objective
-    bench: Bench
+    synthetic: SyntheticStep
     batch: Batch
     whole: Outcome
 
 
-Law = Callable[[Trial], Iterator[Finding]]
+Check = Callable[[Trial], Iterator[Violation]]

@@ -1,7 +1,7 @@
-"""What would another objective have made of the same step? Loss and gradient with respect to the log-probabilities.
+"""What would another objective compute on the same step? Its loss and gradient with respect to the log-probabilities.
 
-No model is needed: the gradient of a loss with respect to the log-probability of each sampled token says which tokens
-it pushes, where to and how hard. What the model's weights make of that push is the same for every objective.
+No model is needed: the gradient with respect to the log-probability of each sampled token gives the direction and the
+size of the push on that token. How the weights then change follows from it in the same way for every objective.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from torch import Tensor
 from rl.loss import full_loss, prepare
 from rl.objectives.corrections import Correction, Uncorrected
 from rl.objectives.objective import Objective
+from rl.parity.sample_size import effective_sample_share
 from rl.reduce import Meter, Totals, loss_weights
 from rl.types import Batch, PolicyOutput
 
@@ -26,16 +27,17 @@ class ObjectiveReport:
     name: str
     loss: float
     gradient: Float[Tensor, "B T"]
-    """Of the averaged loss with respect to each sampled token's log-probability."""
+    """Gradient of the averaged loss with respect to each sampled token's log-probability."""
     grad_norm: float
     clip_low: float
-    """Share of tokens whose clip binds from below, and from above; NaN without a clip."""
+    """Share of tokens that the clip holds at its lower bound; NaN without a clip."""
     clip_high: float
+    """The same at its upper bound."""
     ess: float
-    """(sum w)^2 / (n sum w^2) of the n tokens with an advantage, w their gradient over the on-policy one: 1 when none
-    is clipped or weighed up."""
+    """Effective sample size over sample size of the tokens with an advantage. Their weights are their gradients over
+    the on-policy gradients: 1 when no token is clipped or weighted."""
     effective_tokens: float
-    """(sum |g|)^2 / sum g^2: how many tokens of equal gradient would carry as much."""
+    """(sum |g|)^2 / sum g^2: the number of tokens with equal gradients that would have the same spread."""
 
 
 def evaluate_objective(
@@ -46,17 +48,17 @@ def evaluate_objective(
     horizon: int,
     correction: Correction = PLAIN,
 ) -> ObjectiveReport:
-    """An objective's verdict on a whole step, with `policy` as the policy of now.
+    """The report of one objective on a whole step, with `policy` as the current policy.
 
-    Raises ValueError when the record lacks what the objective reads.
+    Raises ValueError when the record has no values or reference and the objective reads them.
     """
     for field, needed in (("values", objective.uses_values), ("ref_logprobs", objective.needs_reference)):
         if needed and getattr(batch, field) is None:
-            raise ValueError(f"{name} reads {field}, which this record has not: record a run that has them")
+            raise ValueError(f"{name} reads {field}, which this record does not have: record a run that has them")
     seen, advantages = prepare(objective, batch)
     now = policy.logprobs.detach().clone().requires_grad_()
-    said = PolicyOutput(logprobs=now, entropy=policy.entropy, values=policy.values)
-    loss, metrics = full_loss(objective, correction, said, seen, advantages)
+    current = PolicyOutput(logprobs=now, entropy=policy.entropy, values=policy.values)
+    loss, metrics = full_loss(objective, correction, current, seen, advantages)
     totals = Totals(tokens=int(batch.mask.sum()), sequences=len(batch.rewards), horizon=horizon)
     weights = loss_weights(batch.mask, objective.average_over, totals)
     total = torch.where(batch.mask, loss * weights, 0.0).sum()
@@ -74,19 +76,13 @@ def evaluate_objective(
         grad_norm=float(gradient.norm()),
         clip_low=clips.get("actor/clip_frac_low", torch.nan),
         clip_high=clips.get("actor/clip_frac_high", torch.nan),
-        ess=share(pull),
-        effective_tokens=share(size[batch.mask]) * int(batch.mask.sum()),
+        ess=effective_sample_share(pull.abs()),
+        effective_tokens=effective_sample_share(size[batch.mask]) * int(batch.mask.sum()),
     )
 
 
-def share(weights: Float[Tensor, " N"]) -> float:
-    """(sum |w|)^2 / (n sum w^2), 0 where there is no weight (Kish, 1965)."""
-    square = float((weights**2).sum()) * max(len(weights), 1)
-    return float(weights.abs().sum()) ** 2 / square if square else 0.0
-
-
-def cosines(verdicts: list[ObjectiveReport]) -> Float[Tensor, "N N"]:
-    """How much the gradients of each pair agree: 1 the same direction, 0 at right angles; NaN where one has none."""
-    flat = torch.stack([v.gradient.flatten() for v in verdicts]).double()
+def cosines(reports: list[ObjectiveReport]) -> Float[Tensor, "N N"]:
+    """Cosine between the gradients of each pair: 1 the same direction, 0 orthogonal; NaN where a gradient is 0."""
+    flat = torch.stack([r.gradient.flatten() for r in reports]).double()
     unit = flat / flat.norm(dim=1, keepdim=True)
     return (unit @ unit.T).float()

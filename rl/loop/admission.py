@@ -1,4 +1,4 @@
-"""Which group may be admitted, trained on, or must go? The loop's rules as a state machine, which never waits."""
+"""Which group may be admitted, trained on, or must be dropped? The loop's rules as a state machine that never waits."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,10 +10,10 @@ from rl.loop.ledger import Ledger
 class Admission:
     """Every group of a run, by its prompt's ordinal.
 
-    The bound on staleness holds by admission: groups that were, are, or will be trained on never outnumber
-    (version + max_staleness + 1) * prompts_per_step, so that in their own order they all come in time. Slow groups are
-    overtaken, and may become too old: `late` says whether they are then dropped, or whether a step waits while it
-    would leave more groups behind than the steps that are left to them can take.
+    At most (version + max_staleness + 1) * prompts_per_step groups are admitted in total, trained ones included. If
+    they finish in order, none exceeds `max_staleness`. A group that is slower than later ones may become too old:
+    `late="drop"` then drops it; `late="wait"` delays a step when skipping the slow groups would make some of them too
+    old later.
     """
 
     prompts_per_step: int
@@ -31,13 +31,13 @@ class Admission:
         return self.ledger.pending() + self.ledger.count("trained") < steps * self.prompts_per_step
 
     def admit(self, ordinal: int) -> None:
-        """A group that is to be sampled."""
-        assert self.room(), "no room: ask first"
+        """A new group, to be sampled next."""
+        assert self.room(), "no room: call room() first"
         self.ledger.admit(ordinal)
         self.born[ordinal] = self.version
 
     def move(self, ordinal: int, state: str) -> None:
-        """A group goes on to `sampling`, `scoring`, `ready`, back to `admitted`, or to an end other than trained."""
+        """A group's next state: `sampling`, `scoring`, `ready`, `admitted` again, or an end other than `trained`."""
         self.ledger.move(ordinal, state)
         if state == "admitted":
             self.born[ordinal] = self.version
@@ -53,7 +53,7 @@ class Admission:
         return oldest
 
     def _too_many_without(self, taken: list[int]) -> bool:
-        """Whether the groups that a step leaves behind are too many for the steps before they are too old."""
+        """Whether more groups would be left over than the next steps can take before they are too old."""
         left = [born for ordinal, born in self.born.items() if ordinal not in taken]
         due = self.version - self.max_staleness
         return any(sum(b <= due + k for b in left) > k * self.prompts_per_step for k in range(self.max_staleness + 1))
@@ -64,9 +64,9 @@ class Admission:
             self.ledger.move(ordinal, "training")
 
     def publish(self) -> list[int]:
-        """The step's weights serve as the next version.
+        """The engines now serve the step's weights as the next version.
 
-        Returns the groups that this made too old, now filtered.
+        Returns the groups that are now too old, already moved to `filtered(too_old)`.
         """
         for ordinal in [o for o in self.born if self.ledger.states[o] == "training"]:
             self.ledger.move(ordinal, "trained")

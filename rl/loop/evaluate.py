@@ -8,40 +8,39 @@ from statistics import fmean, pstdev
 from rl.config import Config
 from rl.loop.stream import sample_seed
 from rl.protocols import EngineLost, Rollouts
-from rl.rewards.score import score_in_time
-from rl.types import Completion, Prompt, Reply
+from rl.rewards.score import reply_to, score_in_time
+from rl.types import Completion, Prompt
 
 
 async def evaluate(
     config: Config,
     rollouts: Rollouts,
-    decode: Callable[[list[int]], str],
+    decode: Callable[..., str],
     sets: Mapping[str, list[Prompt]],
 ) -> dict[str, float]:
     """Metrics by set, with k = `config.eval_samples`: avg@k is the mean reward, pass@k the share of problems with at
     least one reward of 1, avg@k_se the standard error of the mean over problems. Seeds do not change between calls."""
-    k, judged_by = config.eval_samples, config.eval_reward or config.reward
+    k, reward = config.eval_samples, config.eval_reward or config.reward
 
     async def problem(name: str, prompt: Prompt) -> list[float]:
         seed = sample_seed(config.seed + 7919, prompt.ordinal)
-        completions = await patiently(
+        completions = await with_retries(
             lambda: rollouts.sample(prompt.token_ids, k, seed=seed, temperature=config.eval_temperature),
             config.rollout.retries,
         )
-        rewards = []
-        for c in completions:
-            text = decode(c.token_ids)
-            reply = Reply(text=text, finished=c.finish_reason == "stop", task=prompt.task, token_ids=c.token_ids)
-            rewards.append((await score_in_time(judged_by, reply, prompt.ordinal, config.deadlines.reward_s))[0])
+        rewards: list[float] = []
+        for completion in completions:
+            reply = reply_to(prompt, completion, decode)
+            rewards.append((await score_in_time(reward, reply, prompt.ordinal, config.deadlines.reward_s))[0])
         return rewards
 
-    async def patiently(sample: Callable[[], Awaitable[list[Completion]]], retries: int) -> list[Completion]:
+    async def with_retries(sample: Callable[[], Awaitable[list[Completion]]], retries: int) -> list[Completion]:
         try:
             return await sample()
         except EngineLost:
             if not retries:
                 raise
-            return await patiently(sample, retries - 1)
+            return await with_retries(sample, retries - 1)
 
     metrics: dict[str, float] = {}
     for name, prompts in sets.items():

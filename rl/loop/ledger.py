@@ -1,4 +1,4 @@
-"""Where is every prompt? Each ordinal of the stream is in exactly one state, and moves along known ways only."""
+"""In which state is every prompt? Each ordinal of the stream is in exactly one, and only known moves are allowed."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,8 +10,8 @@ NEXT = {
     "ready": {"training", "filtered"},
     "training": {"trained"},
 }
-"""Where a state may lead. A group goes back from sampling to admitted when its engine was lost. The others are ends:
-`trained`, `filtered(reason)` and `failed(reason)`."""
+"""The states that may follow each state. A group moves back from sampling to admitted when its engine was lost. All
+other states are ends: `trained`, `filtered(reason)` and `failed(reason)`."""
 
 
 @dataclass
@@ -28,9 +28,9 @@ class Ledger:
         self.counts["admitted"] += 1
 
     def move(self, ordinal: int, state: str) -> None:
-        """A prompt goes on to its next state."""
+        """A prompt moves to its next state."""
         before = self.states.get(ordinal, "unknown")
-        assert state.partition("(")[0] in NEXT.get(before, ()), f"prompt {ordinal} is {before}, and now {state}?"
+        assert state.partition("(")[0] in NEXT.get(before, ()), f"prompt {ordinal} is {before}, not yet {state}"
         self.states[ordinal] = state
         self.counts[before] -= 1
         self.counts[state] += 1

@@ -1,4 +1,4 @@
-"""What of a loop outlives its process? How far it came, and where every prompt of the stream ended."""
+"""What does a checkpoint keep of the loop? The steps done, and the end of every prompt of the stream."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,8 +13,8 @@ from rl.types import Prompt
 class Progress:
     """A loop between two steps.
 
-    A prompt that had reached no end is pending. Its group, finished or not, is sampled again by the loop that goes on:
-    under the same ordinal and with the same seeds, so that no prompt is lost and none is trained on twice.
+    A prompt without an end is pending. The resumed loop samples its group again, finished or not, under the same
+    ordinal and with the same seeds: no prompt is lost, and none is trained on twice.
     """
 
     version: int = 0
@@ -24,10 +24,10 @@ class Progress:
     """`trained`, `filtered(reason)` or `failed(reason)` by ordinal."""
     pending: frozenset[int] = frozenset()
     owes_evaluation: bool = False
-    """Whether the last step's evaluation was given up when the run was told to stop."""
+    """Whether the last step's evaluation is missing because the run was told to stop."""
 
     def ledger(self) -> Ledger:
-        """The ledger to go on with: ends as they were, and pending prompts yet to be admitted."""
+        """The ledger to resume with: ends are kept, and pending prompts are yet to be admitted."""
         return Ledger(states=dict(self.ends), counts=Counter(self.ends.values()))
 
     def remaining(self, prompts: Iterator[Prompt]) -> Iterator[Prompt]:
@@ -35,7 +35,7 @@ class Progress:
         return (prompt for prompt in prompts if prompt.ordinal not in self.ends)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values; ordinals as runs of [first, last], for there may be millions."""
+        """As plain values. Ordinals are runs of [first, last], because there may be millions."""
         by_state: dict[str, list[int]] = {"pending": sorted(self.pending)}
         for ordinal, state in sorted(self.ends.items()):
             by_state.setdefault(state, []).append(ordinal)
@@ -48,7 +48,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> "Progress":
-        """Raises ValueError when some ordinal is in no state, or in two."""
+        """From plain values. Raises ValueError when an ordinal is in no state, or in two."""
         states: dict[int, str] = {}
         for state, runs in plain["ledger"].items():
             for first, last in runs:
@@ -58,7 +58,7 @@ class Progress:
                     states[ordinal] = state
         missing = set(range(len(states))) - set(states)
         if missing:
-            raise ValueError(f"prompt {min(missing)} is nowhere, although later ones are somewhere")
+            raise ValueError(f"prompt {min(missing)} is in no state, although later ones are")
         return cls(
             version=plain["version"],
             trained_tokens=plain["trained_tokens"],
@@ -69,8 +69,7 @@ class Progress:
 
 
 def progress_of(version: int, ledger: Ledger, trained_tokens: int, owes_evaluation: bool) -> Progress:
-    """What to remember of a loop now. Between two steps only: a group that is being trained on is neither here nor
-    there."""
+    """The progress of a loop. Call it between steps: groups in training are neither pending nor finished."""
     assert not ledger.count("training"), "a step is under way"
     return Progress(
         version=version,

@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 from rl.types import Prompt
 
 
 def stream(prompts: list[Prompt], seed: int) -> Iterator[Prompt]:
-    """Epoch after epoch of the given prompts, each in an order of its own, numbered by position in the stream.
+    """The given prompts epoch after epoch, each epoch in its own order, numbered by position in the stream.
 
     Raises ValueError for an empty list.
     """
@@ -17,11 +18,11 @@ def stream(prompts: list[Prompt], seed: int) -> Iterator[Prompt]:
     while True:
         order = random.Random(f"{seed}/{epoch}").sample(range(len(prompts)), len(prompts))
         for index in order:
-            yield Prompt(ordinal=ordinal, token_ids=prompts[index].token_ids, task=prompts[index].task)
+            yield replace(prompts[index], ordinal=ordinal)
             ordinal += 1
         epoch += 1
 
 
 def sample_seed(seed: int, ordinal: int) -> int:
-    """Seed of a group's first sample; the next samples count up from it. Fits 31 bits."""
+    """Seed of a group's first sample, below 2^31; each further sample adds 1."""
     return random.Random(f"{seed}:{ordinal}").randrange(2**31 - 2**12)

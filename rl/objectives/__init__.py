@@ -1,14 +1,14 @@
 """Which objectives are there? All of them by name, to be imported from here."""
 
 from rl.objectives.grpo import CISPO, DAPO, GRPO, M2PO, SAPO, DrGRPO
-from rl.objectives.gspo import GMPO, GSPO, GSPOToken
+from rl.objectives.gspo import GMPO, GSPO
 from rl.objectives.objective import Objective
 from rl.objectives.ppo import PPO
 from rl.objectives.reinforce import OPO, RLOO, ReinforcePP, ReinforcePPBaseline
 from rl.objectives.surrogates import clipped_surrogate
 
 FAMILY: tuple[type[Objective], ...] = (
-    *(GRPO, DrGRPO, DAPO, GSPO, GSPOToken, GMPO, CISPO, SAPO, M2PO, RLOO, OPO, ReinforcePP, ReinforcePPBaseline),
+    *(GRPO, DrGRPO, DAPO, GSPO, GMPO, CISPO, SAPO, M2PO, RLOO, OPO, ReinforcePP, ReinforcePPBaseline),
     PPO,
 )
 """Every objective that comes with the framework; each works with its defaults."""
@@ -26,7 +26,6 @@ __all__ = [
     "RLOO",
     "SAPO",
     "DrGRPO",
-    "GSPOToken",
     "Objective",
     "ReinforcePP",
     "ReinforcePPBaseline",

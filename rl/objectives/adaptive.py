@@ -1,4 +1,4 @@
-"""Coefficients that follow what a step measured: KL to its target, entropy to its own."""
+"""How do coefficients adapt after each step? `kl_coef` to the measured KL, `entropy_coef` to the measured entropy."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ ENTROPY_STEP = 0.005
 
 
 def coefficients(objective: Objective) -> dict[str, float]:
-    """Those of an objective's coefficients that move in a run, by the names of their fields."""
+    """The coefficients of an objective that change during a run, by field name."""
     targets = {"kl_coef": objective.kl_target, "entropy_coef": objective.entropy_target}
     return {name: getattr(objective, name) for name, target in targets.items() if target is not None}
 
@@ -39,6 +39,6 @@ def next_entropy_coef(coef: float, entropy: float, target: float) -> float:
     """0.005 up where the step's entropy (nats per token) was at most its target, else 0.005 down; within [0, 1].
 
     Source: He et al., "Skywork Open Reasoner 1", arXiv 2505.22312, on adaptive entropy control. There the bonus is also
-    switched off while entropy is above the target; here it sinks to 0 step by step, so that one number is the state.
+    off while entropy is above the target; here it decreases to 0 step by step, so the state is one number.
     """
     return min(max(coef + (ENTROPY_STEP if entropy <= target else -ENTROPY_STEP), 0.0), 1.0)

@@ -1,4 +1,4 @@
-"""How good was each token, compared with what: pure functions from rewards (and values) to advantages."""
+"""How do rewards (and values) become advantages? Pure functions, one for each baseline."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,8 +12,8 @@ def group_relative(
 ) -> Float[Tensor, " B"]:
     """Reward minus the mean of its group, over the group's standard deviation (unbiased, plus `eps`) if asked.
 
-    Equal rewards give exactly 0: in fp32 the mean of eight times 0.7 is not 0.7, hence fp64. Source: GRPO, arXiv
-    2402.03300, section 4.1.2; without the division: Dr. GRPO, arXiv 2503.20783.
+    Equal rewards give exactly 0: computed in fp64, because in fp32 the mean of eight times 0.7 is not 0.7. Source:
+    GRPO, arXiv 2402.03300, section 4.1.2; without the division: Dr. GRPO, arXiv 2503.20783.
     """
     precise = rewards.double()
     count = group_sums(torch.ones_like(precise), group_ids)
@@ -38,7 +38,7 @@ def leave_one_out(rewards: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) ->
 def length_weighted(
     rewards: Float[Tensor, " B"], group_ids: Int[Tensor, " B"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, " B"]:
-    """Reward minus the mean of its group, in which a sample counts by its sampled tokens.
+    """Reward minus the mean of its group, weighted by the number of sampled tokens.
 
     Source: OPO, arXiv 2505.23585, eq. 7.
     """
@@ -48,7 +48,7 @@ def length_weighted(
 
 
 def group_sums(x: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """The sum of x over each row's group, at that row. Groups need not be neighbours, nor of one size."""
+    """The sum of x over each row's group, at that row. Rows of a group need not be adjacent; sizes may differ."""
     names, index = torch.unique(group_ids, return_inverse=True)
     return x.new_zeros(len(names)).index_add(0, index, x)[index]
 
@@ -65,7 +65,7 @@ def at_end(rewards: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Ten
 
 
 def token_rewards(batch: Batch) -> Float[Tensor, "B T"]:
-    """What every token is paid: `batch.token_rewards` where they are set, else the sequence's reward at its end."""
+    """The reward of every token: `batch.token_rewards` if set, else the sequence's reward at its last token."""
     return at_end(batch.rewards, batch.mask) if batch.token_rewards is None else batch.token_rewards
 
 
@@ -80,7 +80,7 @@ def gae(
     """Generalised advantage estimates [B, T] for the rewards of every token.
 
     A_t = sum_k (gamma lam)^k delta_{t+k}, delta_t = r_t + gamma V_{t+1} - V_t, where t + 1 is the next *sampled*
-    token (tool replies in between are not steps) and V is 0 after the last. Source: arXiv 1506.02438, eq. 16.
+    token (tool replies in between are skipped) and V is 0 after the last. Source: arXiv 1506.02438, eq. 16.
     """
     advantages = torch.zeros_like(values)
     following = torch.zeros_like(values[:, 0])
@@ -104,13 +104,13 @@ def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], eps: float = 1e-8
 def kept_by_second_moment(
     log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], limit: float
 ) -> Bool[Tensor, "B T"]:
-    """The sampled tokens that stay when the largest (log r)^2 leave until the mean of the rest is at most `limit`.
+    """The sampled tokens that stay when the largest (log r)^2 are removed until the mean is at most `limit`.
 
-    Tokens that are equally far off stay or leave together. Source: M2PO, arXiv 2510.01161, algorithm 1.
+    Tokens with equal (log r)^2 stay or are removed together. Source: M2PO, arXiv 2510.01161, algorithm 1.
     """
     square = torch.where(mask, log_ratio.double() ** 2, torch.inf)
     ordered = square[mask].sort().values
-    # Of an ascending sequence the running mean ascends too, so that those within the limit come first.
+    # The running mean of an ascending sequence ascends too: all means within the limit come first.
     mean = ordered.cumsum(0) / torch.arange(1, len(ordered) + 1, device=mask.device)
     stay = int((mean <= limit).sum())
     return mask if stay == len(ordered) else mask & (square < ordered[stay])

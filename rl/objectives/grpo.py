@@ -1,7 +1,7 @@
-"""Objectives without a critic whose ratio belongs to a token: GRPO and what the field made of it."""
+"""Objectives without a critic and with one ratio per token: GRPO and its variants."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -11,10 +11,14 @@ from rl.objectives.advantages import (
     kept_by_second_moment,
     spread,
 )
+from rl.objectives.corrections import Uncorrected
 from rl.objectives.objective import Objective
 from rl.objectives.surrogates import check_clip, clipped_surrogate, reinforce, soft_gate, truncated_reinforce
 from rl.reduce import AverageOver
-from rl.types import Batch, Metrics, PolicyOutput
+from rl.types import Batch, Metrics, PolicyOutput, Step, needed
+
+if TYPE_CHECKING:
+    import rl.config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +30,14 @@ class GRPO(Objective):
     """
 
     clip_low: float = 0.2
+    """The ratio is clipped from below at 1 - clip_low."""
     clip_high: float = 0.2
+    """The ratio is clipped from above at 1 + clip_high."""
     divide_by_std: bool = True
+    """Divide advantages by the standard deviation of the group's rewards."""
     dual_clip: float | None = None
-    """Above 1, e.g. 3.0: bounds the loss of tokens with A < 0 whose ratio exploded (arXiv 1912.09729, eq. 5)."""
+    """Bound, above 1 (such as 3.0), on the loss of tokens with a negative advantage and a very large ratio (arXiv
+    1912.09729, eq. 5). Default: off."""
 
     def __post_init__(self) -> None:
         check_clip(self.clip_low, self.clip_high, self.dual_clip)
@@ -38,7 +46,7 @@ class GRPO(Objective):
         return spread(group_relative(batch.rewards, batch.group_ids, divide_by_std=self.divide_by_std), batch.mask)
 
     def loss(
-        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T"], Metrics]:
         log_ratio = policy.logprobs - batch.old_logprobs
         return clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip)
@@ -86,7 +94,7 @@ class CISPO(GRPO):
             raise ValueError("CISPO bounds the weight of every token already: leave dual_clip=None")
 
     def loss(
-        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T"], Metrics]:
         log_ratio = policy.logprobs - batch.old_logprobs
         return truncated_reinforce(policy.logprobs, log_ratio, advantages, self.clip_low, self.clip_high)
@@ -101,8 +109,11 @@ class SAPO(Objective):
     """
 
     tau_positive: float = 1.0
+    """Steepness of the gate for positive advantages; a larger one fades earlier."""
     tau_negative: float = 1.05
+    """Steepness of the gate for negative advantages."""
     divide_by_std: bool = True
+    """Divide advantages by the standard deviation of the group's rewards."""
     average_over: AverageOver = "sequences"
 
     def __post_init__(self) -> None:
@@ -113,7 +124,7 @@ class SAPO(Objective):
         return spread(group_relative(batch.rewards, batch.group_ids, divide_by_std=self.divide_by_std), batch.mask)
 
     def loss(
-        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T"], Metrics]:
         return soft_gate(policy.logprobs - batch.old_logprobs, advantages, self.tau_positive, self.tau_negative)
 
@@ -128,7 +139,9 @@ class M2PO(Objective):
     """
 
     second_moment: float = 0.04
+    """Largest mean of (log r)^2 of the tokens that stay in the step, in nats squared."""
     divide_by_std: bool = True
+    """Divide advantages by the standard deviation of the group's rewards."""
 
     uses_old_logprobs: ClassVar[bool] = True
 
@@ -136,13 +149,21 @@ class M2PO(Objective):
         if self.second_moment <= 0:
             raise ValueError(f"second_moment={self.second_moment:g} must be above 0: no token would be left")
 
+    def check(self, config: "rl.config.Config") -> None:
+        """A correction would count the mismatch a second time."""
+        if not isinstance(config.correction, Uncorrected):
+            raise ValueError(
+                f"M2PO's ratio is policy / rollout already, so {type(config.correction).__name__} would count the "
+                "mismatch twice: leave `correction` at its default"
+            )
+
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
         advantages = group_relative(batch.rewards, batch.group_ids, divide_by_std=self.divide_by_std)
-        drift = batch.old_logprobs - batch.rollout_logprobs
+        drift = needed(batch.old_logprobs, "old_logprobs") - batch.rollout_logprobs
         return spread(advantages, batch.mask) * kept_by_second_moment(drift, batch.mask, self.second_moment)
 
     def loss(
-        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T"], Metrics]:
         log_ratio = policy.logprobs - batch.rollout_logprobs
         return reinforce(log_ratio, advantages), {"actor/second_moment": log_ratio.detach() ** 2}

@@ -1,13 +1,13 @@
-"""Estimators of KL(policy || other) from one sampled token: their bias, their variance, and where their gradient leads.
+"""Estimators of KL(policy || other) from one sampled token: their bias, variance and gradient.
 
-A good estimate of the value need not have the gradient of what it estimates. For tokens that the policy sampled:
+An unbiased estimate of a divergence may have the wrong gradient. For tokens that the policy sampled:
 
-| estimator | in the loss, its mean gradient is that of | in the reward, where its value alone counts |
+| estimator | in the loss: its mean gradient is the gradient of | in the reward: only its value is used |
 |---|---|---|
-| k1 | nothing: E[grad log pi] = 0 | KL(policy || other): the right one |
-| k2 | KL(policy || other): the right one | biased |
-| k3 | KL(other || policy), the other way round | KL(policy || other), unless the two are far apart: its variance |
-| k3+ | KL(policy || other): k2's gradient under k3's value | the same as k3 |
+| k1 | nothing, because E[grad log pi] = 0 | KL(policy || other), correct |
+| k2 | KL(policy || other), correct | biased |
+| k3 | KL(other || policy), the reverse | KL(policy || other), with high variance if the two are far apart |
+| k3+ | KL(policy || other), correct: the value of k3 with the gradient of k2 | the same as k3 |
 """
 
 from typing import Literal

@@ -1,4 +1,4 @@
-"""The objective with a critic: PPO, whose value head says what to expect of every token."""
+"""The objective with a critic: PPO, whose value head estimates the return from every token on."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +10,7 @@ from torch import Tensor
 from rl.objectives.advantages import gae, token_rewards, whiten
 from rl.objectives.objective import Objective
 from rl.objectives.surrogates import check_clip, clipped_surrogate
-from rl.types import Batch, Metrics, PolicyOutput
+from rl.types import Batch, Metrics, PolicyOutput, Step, needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,21 +18,27 @@ class PPO(Objective):
     """Proximal policy optimisation (arXiv 1707.06347) with a value head and GAE (arXiv 1506.02438, eq. 16).
 
     loss = -min(r A, clip(r) A) + value_coef / 2 max((V - R)^2, (clip(V, V_old +- value_clip) - R)^2), with A whitened
-    over the step and R = A_raw + V_old. The value head sits on the policy's body and has a learning rate of its own,
+    over the step and R = A_raw + V_old. The value head shares the policy's body and has its own learning rate,
     `trainer.value_lr`.
     """
 
     clip_low: float = 0.2
+    """The ratio is clipped from below at 1 - clip_low."""
     clip_high: float = 0.2
+    """The ratio is clipped from above at 1 + clip_high."""
     dual_clip: float | None = None
-    """Above 1, e.g. 3.0: bounds the loss of tokens with A < 0 whose ratio exploded (arXiv 1912.09729, eq. 5)."""
+    """Bound, above 1 (such as 3.0), on the loss of tokens with a negative advantage and a very large ratio (arXiv
+    1912.09729, eq. 5). Default: off."""
     gamma: float = 1.0
+    """Discount per token."""
     lam: float = 0.95
+    """Lambda of generalised advantage estimation: 0 trusts the critic alone, 1 the rewards alone."""
     value_coef: float = 0.5
+    """Weight of the value loss."""
     value_clip: float = 0.2
+    """How far a value may move from the old one before its loss is clipped."""
     critic_warmup: int = 0
-    """Optimizer steps at the start in which the value head alone learns, and the policy stays as it is (but for weight
-    decay)."""
+    """Optimizer steps at the start in which only the value head learns; the policy changes by weight decay alone."""
 
     uses_values: ClassVar[bool] = True
     group_relative: ClassVar[bool] = False
@@ -41,27 +47,28 @@ class PPO(Objective):
         check_clip(self.clip_low, self.clip_high, self.dual_clip)
 
     def _raw(self, batch: Batch) -> Float[Tensor, "B T"]:
-        return gae(token_rewards(batch), batch.values, batch.mask, gamma=self.gamma, lam=self.lam)
+        values = needed(batch.values, "values")
+        return gae(token_rewards(batch), values, batch.mask, gamma=self.gamma, lam=self.lam)
 
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
         return whiten(self._raw(batch), batch.mask)
 
     def loss(
-        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T"], Metrics]:
         log_ratio = policy.logprobs - batch.old_logprobs
         surrogate, metrics = clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip)
-        old = batch.values
+        old, values = needed(batch.values, "values"), needed(policy.values, "values")
         returns = old + self._raw(batch)
-        moved = policy.values - old
+        moved = values - old
         clipped = old + moved.clamp(-self.value_clip, self.value_clip)
-        free, held = (policy.values - returns) ** 2, (clipped - returns) ** 2
+        free, held = (values - returns) ** 2, (clipped - returns) ** 2
         vf_loss = 0.5 * torch.max(free, held)
         metrics |= {
             "critic/vf_loss": vf_loss.detach(),
-            # By the bound too: old + (values - old) is not `values` to the last bit.
+            # Test the bound too, because old + (values - old) differs from `values` in the last bit.
             "critic/vf_clipfrac": ((held > free) & (moved.abs() > self.value_clip)).float(),
-            # Moments from which the step's explained variance is made once all micro-batches are in.
+            # Moments for the explained variance of the whole step (`rl.parity.mismatch.finish`).
             "critic/returns": returns,
             "critic/returns_sq": returns**2,
             "critic/residual": returns - old,

@@ -21,14 +21,14 @@ from rl.objectives.kl import Estimator
 from rl.objectives.objective import Objective
 from rl.objectives.surrogates import reinforce
 from rl.reduce import AverageOver
-from rl.types import Batch, Metrics, PolicyOutput
+from rl.types import Batch, Metrics, PolicyOutput, Step
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLOO(Objective):
     """REINFORCE leave-one-out (arXiv 2402.14740, section 2.2): the baseline is the mean reward of the group's others.
 
-    A_i = R_i - mean_{j != i} R_j; loss = -r A, unclipped, a sum over tokens. The paper has its KL in the reward.
+    A_i = R_i - mean_{j != i} R_j; loss = -r A, unclipped, a sum over tokens. As in the paper, the KL is in the reward.
     """
 
     kl_estimator: Estimator = "k1"
@@ -39,7 +39,7 @@ class RLOO(Objective):
         return spread(leave_one_out(batch.rewards, batch.group_ids), batch.mask)
 
     def loss(
-        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T"], Metrics]:
         return reinforce(policy.logprobs - batch.old_logprobs, advantages), {}
 
@@ -82,8 +82,8 @@ class ReinforcePP(GRPO):
 class ReinforcePPBaseline(GRPO):
     """REINFORCE++-baseline (arXiv 2501.03262): reward minus group mean, then normalised over the whole batch.
 
-    Unlike GRPO it divides by one deviation for all groups, so that a group in which rewards hardly differ is not blown
-    up. With `kl_coef`, k2 in the loss.
+    Unlike GRPO it divides by one standard deviation for all groups: a group whose rewards hardly differ is not
+    amplified. With `kl_coef`, k2 in the loss.
     """
 
     kl_estimator: Estimator = "k2"

@@ -1,4 +1,4 @@
-"""How a ratio and an advantage become a per-token loss: the pure functions that the objectives share.
+"""How do a ratio and an advantage become a per-token loss? The pure functions that objectives share.
 
 All take log-ratios in nats, clamped to +-20 before any exp (`LOG_RATIO_BOUND`): e^100 is infinite in fp32, and the
 gradient of a clipped branch, 0 times infinity, is NaN. A token beyond the bound has no gradient.
@@ -33,7 +33,7 @@ def clipped_surrogate(
     high = (ratio > 1.0 + clip_high) & (advantages > 0)
     metrics = clip_metrics(low, high)
     if dual_clip is not None:
-        # Through `where`, so that no gradient of 0 meets the ratio of a token that is cut.
+        # torch.where, so the ratio of a cut token gets no gradient (0 * inf would be NaN).
         dual = (ratio > dual_clip) & (advantages < 0)
         loss = torch.where(dual, -dual_clip * advantages, loss)
         metrics["actor/clip_frac_dual"] = dual.float()
@@ -73,9 +73,9 @@ def truncated_reinforce(
 def soft_gate(
     log_ratio: Float[Tensor, "B T"], advantages: Float[Tensor, "B T"], tau_positive: float, tau_negative: float
 ) -> tuple[Float[Tensor, "B T"], Metrics]:
-    """-4 / tau sigmoid(tau (r - 1)) A with a tau for each sign of A: a slope of 1 at r = 1 that fades on both sides.
+    """-4 / tau sigmoid(tau (r - 1)) A with a tau for each sign of A: slope 1 at r = 1, less on both sides.
 
-    `actor/gate` is that slope, 4 p (1 - p) with p the sigmoid: the share of the gradient that is let through. Source:
+    `actor/gate` is that slope, 4 p (1 - p) with p the sigmoid: the share of the gradient that passes. Source:
     SAPO, arXiv 2511.20347, eq. 5 to 8.
     """
     tau = torch.where(advantages > 0, tau_positive, tau_negative)
@@ -84,10 +84,11 @@ def soft_gate(
 
 
 def token_by_token(log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """The mean log-ratio of each sequence's sampled tokens, at every one of them, where token t alone moves it.
+    """The mean log-ratio of each sequence at each of its sampled tokens, with a gradient to that token alone.
 
-    log s_t = sg(mean log r) + log r_t - sg(log r_t), outside the mask 0. A loss s_t A_t then has the gradient s A_t
-    grad log pi_t at token t; while A is shared, their sum is that of s A itself. Source: arXiv 2507.18071, eq. 14.
+    log s_t = sg(mean log r) + log r_t - sg(log r_t), 0 outside the mask. A loss s_t A_t has the gradient
+    s A_t grad log pi_t at token t; if all tokens share A, the sum of these is the gradient of s A.
+    Source: arXiv 2507.18071, eq. 14.
     """
     own = torch.where(mask, log_ratio - log_ratio.detach(), 0.0)
     return spread(masked_mean(log_ratio.detach(), mask), mask) + own

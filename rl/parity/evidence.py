@@ -1,4 +1,4 @@
-"""What an examination of engines and learner found out, before anyone judges it."""
+"""What did an examination of engines and learner measure? Numbers only; `trainer.doctor.diagnosis` names causes."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,7 +11,7 @@ Kind = Literal["linear", "norm", "embedding", "head"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerError:
-    """One layer of an engine, given the very input that the engine gave it, against the learner's layer."""
+    """One layer of an engine against the same layer of the learner, both with the input that the engine's layer got."""
 
     name: str
     """Checkpoint name without `.weight`."""
@@ -19,11 +19,11 @@ class LayerError:
     error: float
     """Norm of the difference of the outputs over the norm of the learner's output."""
     scale: float
-    """The factor on the learner's output that explains the engine's best; 1 where they agree."""
+    """The factor on the learner's output that fits the engine's output best; 1 where they agree."""
     scaled_error: float
-    """What is left of `error` once that factor is applied."""
+    """`error` after that factor is applied."""
     bf16_error: float
-    """The same against the learner's layer with its weight and output rounded to bf16."""
+    """`error` against the learner's layer with its weight and output rounded to bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +33,16 @@ class WeightEvidence:
     engine: int
     version: int
     sent: dict[str, str]
-    """Digest of every tensor as it left."""
+    """Digest of every tensor when it was sent."""
     live: dict[str, str]
-    """Digest of every tensor as the learner holds it now."""
+    """Digest of every tensor in the learner now."""
     received: list[dict[str, str]]
-    """Digest of every tensor as it arrived, by worker."""
+    """Digest of every tensor when it arrived, by worker."""
     layers: list[LayerError]
     uncovered: str = ""
-    """Why layers could not be compared, if so."""
+    """Why layers could not be compared; empty if they were."""
     cached_after_update: int = 0
-    """Prompt tokens served from the prefix cache right after the update, although only older weights computed them."""
+    """Prompt tokens that the prefix cache served right after the update, although older weights had computed them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +53,20 @@ class SampleEvidence:
     gap: Gap
     hypotheses: list[Hypothesis]
     surprise: float
-    """How many standard deviations the sampled tokens are less likely than draws from the trainer's distribution."""
+    """`rl.parity.gap.surprise` of the sampled tokens under the trainer's distribution, in standard deviations."""
     nonfinite: int
     """Sampled tokens whose log-probability is missing or not finite."""
     ended: int
-    """Replies that ended by themselves."""
+    """Replies that ended before `max_tokens`."""
     ended_without_stop_token: int
-    """Those whose last sampled token is not one that ends a reply."""
+    """Those of them whose last sampled token is no stop token."""
     wrong_version: int
-    """Sampled tokens that carry another version than the one the engine holds."""
+    """Sampled tokens with another version than the engine's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Everything about one run's engines and learner at one moment."""
+    """All measurements of a run's engines and learner at one moment."""
 
     dtype: Literal["bfloat16", "float32"]
     engine_facts: list[dict[str, Any]]
@@ -76,4 +76,4 @@ class Evidence:
     samples: list[SampleEvidence]
     clip: NoiseClip | None
     notes: list[str] = field(default_factory=list)
-    """What could not be covered, and why."""
+    """What could not be measured, and why."""

@@ -1,4 +1,4 @@
-"""How far the trainer is from the engine about the same tokens, each number with what chance alone could make it."""
+"""How far are the trainer's log-probabilities from the engine's on the same tokens, and how sure is each number?"""
 
 import math
 from dataclasses import asdict, dataclass, replace
@@ -10,13 +10,14 @@ from torch import Tensor
 
 from rl.objectives import Objective
 from rl.objectives.ratios import LOG_RATIO_BOUND
-from rl.types import Batch, PolicyOutput
+from rl.parity.sample_size import effective_sample_share
+from rl.types import Batch, PolicyOutput, step_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gap:
-    """d = trainer - rollout in nats over the sampled tokens of a batch. Standard errors (`_se`) are between sequences,
-    for the tokens of one sequence are not independent."""
+    """d = trainer - rollout in nats over the sampled tokens of a batch. Standard errors (`_se`) treat sequences as the
+    independent draws, because the tokens of one sequence are not independent."""
 
     tokens: int
     sequences: int
@@ -24,10 +25,10 @@ class Gap:
     p99_abs: float
     max_abs: float
     k1: float
-    """mean(-d): estimates KL(rollout || trainer), one-signed when the two mean different things."""
+    """mean(-d): estimates KL(rollout || trainer); far from 0 when the two compute different distributions."""
     k1_se: float
     k3: float
-    """mean(e^d - d - 1): estimates the same divergence, never negative."""
+    """mean(e^d - d - 1): estimates the same divergence; never negative."""
     k3_se: float
     chi2: float
     """mean(e^2d) - 1; negative when the engine samples from a part of the trainer's support."""
@@ -36,19 +37,19 @@ class Gap:
     outside: float
     """Share of ratios e^d outside [0.5, 2]."""
     ess_token: float
-    """(mean w)^2 / mean w^2 of w = e^d: share of the tokens that would count."""
+    """Effective sample size over sample size, of the weights w = e^d of tokens."""
     ess_sequence: float
-    """The same of w = e^(sum of a sequence's d)."""
+    """The same for whole sequences, w = e^(sum of a sequence's d)."""
     worst: tuple[int, int]
     """Row and column of the largest |d|."""
 
     @property
     def detectable_k3(self) -> float:
-        """The smallest k3 that this sample could have told from the one it shows (two standard errors), in nats."""
+        """The smallest change of k3 that this sample can detect (two standard errors), in nats."""
         return 2 * self.k3_se
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """As plain values for JSON."""
         return asdict(self)
 
 
@@ -75,8 +76,8 @@ def gap(trainer: Float[Tensor, "B T"], rollout: Float[Tensor, "B T"], mask: Bool
         chi2=float((ratio**2).mean() - 1.0),
         mult=float(flat.abs().exp().mean()),
         outside=float(((ratio < 0.5) | (ratio > 2.0)).double().mean()),
-        ess_token=effective_share(ratio),
-        ess_sequence=effective_share(sequence),
+        ess_token=effective_sample_share(ratio),
+        ess_sequence=effective_sample_share(sequence),
         worst=(worst // d.shape[1], worst % d.shape[1]),
     )
 
@@ -94,30 +95,25 @@ def clustered_error(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float
     return float((count / (count - 1) * (residual**2).sum()).sqrt() / lengths.sum())
 
 
-def effective_share(weights: Float[Tensor, " N"]) -> float:
-    """Kish's effective sample size over the sample size: (mean w)^2 / mean(w^2)."""
-    return float(weights.mean() ** 2 / (weights**2).mean())
-
-
 @dataclass(frozen=True, kw_only=True)
 class NoiseClip:
-    """Share that an objective would clip although the policy has not moved, were `old_logprobs` the rollout's."""
+    """Share that an objective clips before the policy has moved, if `old_logprobs` are the rollout's."""
 
     tokens: float
     sequences: float
 
 
 def clipped_by_noise(objective: Objective, batch: Batch, trainer: Float[Tensor, "B T"]) -> NoiseClip | None:
-    """What the gap to the engine alone does to an objective's clip range, averaged over both signs of the advantage.
+    """What the gap to the engine alone clips, as the mean over both signs of the advantage.
 
     None when the objective has no clip range (its `loss` returns no `actor/clip_frac` of shape [B, T]).
     """
     nothing = torch.zeros_like(trainer)
-    batch = replace(batch, old_logprobs=batch.rollout_logprobs, ref_logprobs=trainer, values=nothing)
+    step = step_of(replace(batch, ref_logprobs=trainer, values=nothing), batch.rollout_logprobs)
     policy = PolicyOutput(logprobs=trainer, entropy=nothing, values=nothing)
     tokens, sequences = [], []
     for sign in (1.0, -1.0):
-        _, metrics = objective.loss(policy, batch, sign * batch.mask.float())
+        _, metrics = objective.loss(policy, step, sign * batch.mask.float())
         bound = metrics.get("actor/clip_frac")
         if bound is None or bound.shape != batch.mask.shape:
             return None
@@ -128,11 +124,11 @@ def clipped_by_noise(objective: Objective, batch: Batch, trainer: Float[Tensor, 
 
 
 def surprise(logprobs: Tensor, entropy: Tensor, mask: Tensor) -> float:
-    """How much less likely the sampled tokens are than draws from the distributions they came from, in standard
-    deviations. Takes the tokens' log-probabilities and those distributions' entropies, [B, T] in nats.
+    """How much less likely the sampled tokens are than draws from the given distributions, in standard deviations.
 
-    The excess -log p - H of a token has mean 0 when it was drawn, so sum(excess) / sqrt(sum(excess^2)) is about N(0, 1)
-    then, whatever the engine said about log-probabilities. NaN when a token has no number.
+    Takes the tokens' log-probabilities and the distributions' entropies, [B, T] in nats. The excess -log p - H of a
+    drawn token has mean 0, so sum(excess) / sqrt(sum(excess^2)) is about N(0, 1), and needs no log-probability of the
+    engine. NaN when a token has no number.
     """
     excess = (-logprobs - entropy)[mask].double()
     return float(excess.sum() / excess.square().sum().clamp(min=1e-12).sqrt())

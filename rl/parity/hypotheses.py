@@ -1,4 +1,4 @@
-"""What would the engine have to be doing for its log-probabilities to be these? Each guess is tried on the numbers."""
+"""What could the engine do differently to produce these log-probabilities? Each guess is tested on the numbers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ MIN_PS = [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3]
 
 @dataclass(frozen=True, kw_only=True)
 class Hypothesis:
-    """One guess, and what it leaves unexplained."""
+    """One guess, and the gap that it leaves unexplained."""
 
     cause: str
     """Key of `trainer.doctor.remedies`."""
     says: str
     """What the engine would be doing."""
     residual: float
-    """Mean |d| in nats that is left if it is."""
+    """Mean |d| in nats that remains if the guess is right."""
 
 
 def explain(
@@ -34,9 +34,9 @@ def explain(
     temperature: float,
     truncation: Truncation | None,
 ) -> list[Hypothesis]:
-    """Guesses about the engine's sampler, best first, from the trainer's own logits (T = 1, nothing cut).
+    """Guesses about the engine's sampler, best first, from the trainer's own logits (temperature 1, whole vocabulary).
 
-    Shapes: N sampled tokens, V vocabulary; `rollout` is what the engine said, in nats.
+    Shapes: N sampled tokens, V vocabulary; `rollout` is the engine's log-probabilities in nats.
     """
     guesses = [*_sampling(logits, targets, rollout, temperature, truncation)]
     best_t, residual = fit_temperature(logits, targets, rollout)
@@ -63,7 +63,7 @@ def _sampling(
         return
     cuts = [Truncation(top_p=p) for p in TOP_PS]
     cuts += [Truncation(top_k=k) for k in TOP_KS if k < logits.shape[1]] + [Truncation(min_p=p) for p in MIN_PS]
-    # Truncation only ever raises the probability of what was kept, so d is not positive anywhere.
+    # Truncation only raises the probability of kept tokens, so d is nowhere positive.
     d = whole.gather(1, targets[:, None])[:, 0] - rollout
     if float(d.mean()) >= -1e-6 or float((d > 1e-3).float().mean()) > 0.4:
         return
@@ -82,7 +82,7 @@ def _left(logprobs: Tensor, targets: Tensor, rollout: Tensor) -> float:
 def fit_temperature(
     logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"], rollout: Float[Tensor, " N"]
 ) -> tuple[float, float]:
-    """The temperature that explains the engine's numbers best, by golden-section search, and the mean |d| it leaves."""
+    """The temperature that fits the engine's numbers best, by golden-section search, and the mean |d| that remains."""
     low, high, golden = 0.2, 3.0, 0.6180339887
 
     def left(t: float) -> float:

@@ -1,11 +1,12 @@
-"""How far the trainer is from the engine on one batch: the sums that every step reports."""
+"""How far is the trainer from the engine on one batch? The metrics that every step reports."""
 
 import math
 
 import torch
 
 from rl.objectives.ratios import sequence_log_ratio, token_log_ratio
-from rl.types import Batch, Metrics
+from rl.parity.sample_size import effective_share
+from rl.types import Metrics, Step
 
 MOMENTS = {
     *(f"rollout_corr/{n}" for n in ("kl_sq", "k3_kl_sq", "mult_error_sq", "token_count", "seq_is", "seq_is_sq")),
@@ -14,11 +15,11 @@ MOMENTS = {
     "critic/residual",
     "critic/residual_sq",
 }
-"""Metrics of which only what `finish` makes of them is shown."""
+"""Sums that `finish` turns into other metrics, and does not show."""
 
 
-def mismatch(batch: Batch) -> Metrics:
-    """How far the trainer (old) is from what the engine said (rollout) about the same tokens: [B, T], `seq_*` [B].
+def mismatch(batch: Step) -> Metrics:
+    """The trainer's log-probabilities (old) against the engine's (rollout) on the same tokens: [B, T], `seq_*` [B].
 
     With d = old - rollout in nats and r = e^d: kl = -d estimates KL(rollout || old), k3_kl = r - 1 - d the same with
     less variance (http://joschu.net/blog/kl-approx.html), chi2 = r^2 - 1 the chi-squared divergence, mult_error =
@@ -27,7 +28,7 @@ def mismatch(batch: Batch) -> Metrics:
     """
     d = (batch.old_logprobs - batch.rollout_logprobs).detach()
     bounded = token_log_ratio(batch)
-    # expm1, for in fp32 e^d rounds by a thousand times more than the k3 of two sides that agree.
+    # expm1, because in fp32 the rounding of e^d is a thousand times the k3 of two sides that agree.
     ratio, k3, excess = bounded.exp(), bounded.expm1() - bounded, bounded.abs().expm1()
     whole = sequence_log_ratio(batch).exp()
     metrics = {
@@ -51,24 +52,24 @@ def mismatch(batch: Batch) -> Metrics:
 
 
 def finish(means: dict[str, float]) -> dict[str, float]:
-    """Turn the step's moments into what only the whole step can give: ESS, standard errors, explained variance.
+    """Turn the step's moments into metrics of the whole step: ESS, standard errors, explained variance.
 
-    A standard error takes tokens as independent, and counts them again in every epoch.
+    Standard errors treat tokens as independent, and count them again in every epoch.
     """
     out = {name: value for name, value in means.items() if name not in MOMENTS}
     corr = {n.removeprefix("rollout_corr/"): value for n, value in means.items() if n.startswith("rollout_corr/")}
     if corr:
         n = corr["token_count"]
         out |= {
-            "rollout_corr/ess": effective(corr["rollout_is_mean"], 1.0 + corr["chi2"]),
-            "rollout_corr/seq_ess": effective(corr["seq_is"], corr["seq_is_sq"]),
+            "rollout_corr/ess": effective_share(corr["rollout_is_mean"], 1.0 + corr["chi2"]),
+            "rollout_corr/seq_ess": effective_share(corr["seq_is"], corr["seq_is_sq"]),
             "rollout_corr/kl_se": standard_error(corr["kl"], corr["kl_sq"], n),
             "rollout_corr/k3_kl_se": standard_error(corr["k3_kl"], corr["k3_kl_sq"], n),
             "rollout_corr/mult_error_se": standard_error(corr["mult_error"] - 1.0, corr["mult_error_sq"], n),
             "rollout_corr/logprob_abs_diff_mean_se": standard_error(corr["logprob_abs_diff_mean"], corr["kl_sq"], n),
         }
     if "weight" in corr:
-        out["rollout_corr/weight_ess"] = effective(corr["weight"], corr["weight_sq"])
+        out["rollout_corr/weight_ess"] = effective_share(corr["weight"], corr["weight_sq"])
     if "critic/returns" in means:
         variance = means["critic/returns_sq"] - means["critic/returns"] ** 2
         residual = means["critic/residual_sq"] - means["critic/residual"] ** 2
@@ -76,11 +77,6 @@ def finish(means: dict[str, float]) -> dict[str, float]:
     return out
 
 
-def effective(mean: float, square: float) -> float:
-    """Effective sample size as a share of the sample, E[w]^2 / E[w^2] (Kish, 1965); 0 where every weight is 0."""
-    return mean**2 / square if square else 0.0
-
-
 def standard_error(mean: float, square: float, count: float) -> float:
-    """Of a mean over `count` independent values, from their first two moments."""
+    """Standard error of a mean over `count` independent values, from their first two moments."""
     return math.sqrt(max(square - mean**2, 0.0) / count)

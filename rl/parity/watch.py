@@ -1,4 +1,4 @@
-"""Do a running step's numbers still say that engine and trainer agree, and if not, what does that most likely mean?"""
+"""Do engine and trainer still agree at this step, and if not, what is the most likely cause?"""
 
 import math
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ class Threshold:
 
     metric: str
     tight: Range
-    """In float32, where the samples' policy is the trainer's: rounding noise alone."""
+    """In float32, when the samples come from the current policy: rounding noise alone."""
     loose: Range
-    """In bfloat16, or where d also holds what the policy moved."""
+    """In bfloat16, or when d also contains the policy's own change."""
     advice: str
-    """What leaving them most likely means, and what to do."""
+    """The most likely cause of a value outside, and the remedy."""
 
 
 STALE = "If it is staleness, lower `max_staleness` or `trainer.lr`, or set a `correction`."
@@ -41,27 +41,27 @@ THRESHOLDS = [
         metric="rollout_corr/kl",
         tight=(-5e-6, 5e-6),
         loose=(-0.02, 0.02),
-        advice="The gap has a sign, which rounding has not. Above 0: truncated sampling that the trainer does not "
+        advice="The gap has a sign; rounding has none. Above 0: truncated sampling that the trainer does not "
         "replay. Below: raw log-probabilities, or another temperature.",
     ),
     Threshold(
         metric="rollout_corr/k3_kl",
         tight=(-math.inf, 1e-9),
         loose=(-math.inf, 3e-3),
-        advice="Growing over steps: the weights that sample are not the ones that learn. Set `verify_every=1`, look at "
-        "weight_sync/*.",
+        advice="Growing over steps: the engines do not sample from the weights that learn. Set `verify_every=1`, and "
+        "look at weight_sync/*.",
     ),
     Threshold(
         metric="rollout_corr/mult_error",
         tight=(0.0, 1.00001),
         loose=(0.0, 1.05),
-        advice="NeMo-RL's bar for looking into it: at 1.05 a token's probability is 5 % off. Keep `fp32_head=True`.",
+        advice="NeMo-RL's limit for an investigation: at 1.05 a token's probability is 5 % off. Keep `fp32_head=True`.",
     ),
     Threshold(
         metric="rollout_corr/rollout_is_mean",
         tight=(0.99999, 1.00001),
         loose=(0.95, 1.05),
-        advice=f"The ratios' mean is 1 when both sides mean the same distribution. {STALE}",
+        advice=f"The mean ratio is 1 when both sides compute the same distribution. {STALE}",
     ),
     Threshold(
         metric="rollout_corr/ess",
@@ -79,7 +79,7 @@ THRESHOLDS = [
         metric="rollout_corr/rejected_frac",
         tight=(0.0, 0.01),
         loose=(0.0, 0.3),
-        advice="The correction throws much of the batch away: find the gap's cause, then widen its range.",
+        advice="The correction rejects much of the batch: find the cause of the gap, then widen its range.",
     ),
     Threshold(
         metric="staleness/dropped_frac",
@@ -93,7 +93,7 @@ THRESHOLDS = [
 
 @dataclass(frozen=True, kw_only=True)
 class Alert:
-    """A metric that has just left its range."""
+    """A metric that left its range at this step."""
 
     metric: str
     value: float
@@ -112,7 +112,7 @@ class Alert:
 
 
 class Watch:
-    """Called with each step's metrics; returns an alert for each that was in its range before and now is not."""
+    """Called with each step's metrics; returns an alert for each metric that has left its range."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -120,7 +120,7 @@ class Watch:
         self.settle(config.old_logprobs)
 
     def settle(self, old_logprobs: str) -> None:
-        """What `old_logprobs="auto"` came to."""
+        """Choose the ranges, once `old_logprobs="auto"` is decided."""
         t = self.config.trainer
         moving = t.epochs * t.minibatches > 1 and old_logprobs != "recompute"
         self.tight = self.config.dtype == "float32" and self.config.max_staleness == 0 and not moving
@@ -132,12 +132,12 @@ class Watch:
             if name not in metrics:
                 continue
             low, high = bounds = threshold.tight if self.tight else threshold.loose
-            # A step with few live rows has few tokens: what its sampling noise alone explains is no alert.
+            # A step with few trained rows has few tokens: a deviation within its sampling noise is no alert.
             noise = 3.0 * metrics.get(f"{name}_se", 0.0)
             if low - noise <= metrics[name] <= high + noise:
                 self.outside.discard(name)
             elif name not in self.outside:
-                # Reached by a NaN too, which is in no range.
+                # Also for NaN, which is in no range.
                 self.outside.add(name)
                 alerts.append(Alert(metric=name, value=metrics[name], bounds=bounds, advice=threshold.advice))
         return alerts

@@ -5,27 +5,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Thread
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
-from rl.weights import TensorMeta, check_complete
+from rl.weights import check_complete
 from rollout.weights.channel import Layout, join, reserve, this_host
 from rollout.weights.outbox import Outbox
-
-
-class Weights(Protocol):
-    """The learner's weights: names first, then full tensors in that order (a collective call over its ranks)."""
-
-    def metadata(self) -> list[TensorMeta]: ...
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
-
-
-class Sender(Protocol):
-    """Sends the learner's current weights to every engine, as `client.version`; called on every rank."""
-
-    def send_weights(self) -> None: ...
+from rollout.weights.protocols import Sender, Weights
 
 
 class GlooSender:

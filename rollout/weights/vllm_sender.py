@@ -11,7 +11,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from rl.weights import check_complete
-from rollout.weights.sender import Weights
+from rollout.weights.protocols import Weights
 
 
 class Source(WeightSource):

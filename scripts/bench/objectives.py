@@ -23,7 +23,7 @@ import torch
 
 from rl.batch import collate
 from rl.config import Config, RolloutConfig, TrainerConfig
-from rl.objectives import FAMILY, GSPO, PPO, GSPOToken, Objective
+from rl.objectives import FAMILY, GSPO, PPO, Objective
 from rl.types import Data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,6 @@ REPLY = 8
 SETTINGS: dict[str, Objective] = {each.__name__: each() for each in FAMILY} | {
     # The paper's range of 3e-4 is for small learning rates and long replies; one step changes more here.
     "GSPO": GSPO(clip_low=0.03, clip_high=0.04),
-    "GSPOToken": GSPOToken(clip_low=0.03, clip_high=0.04),
     "PPO": PPO(lam=1.0, critic_warmup=4),
 }
 

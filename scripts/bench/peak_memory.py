@@ -105,7 +105,8 @@ def marked(mark: str, known: dict[int, bool]) -> dict[int, str]:
     for pid in pids:
         if pid not in known:
             known[pid] = f"{MARK}={mark}" in read(f"/proc/{pid}/environ")
-    return {pid: kind_of(pid) for pid in pids if known[pid]}
+    # One that has ended and waits for its parent has no command line, and holds nothing.
+    return {pid: kind_of(pid) for pid in pids if known[pid] and read(f"/proc/{pid}/cmdline")}
 
 
 def kind_of(pid: int) -> str:

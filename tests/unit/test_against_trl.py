@@ -15,7 +15,7 @@ from rl.loss import full_loss
 from rl.objectives import CISPO, DAPO, GMPO, GRPO, GSPO, SAPO, DrGRPO
 from rl.objectives.corrections import Uncorrected
 from rl.reduce import Totals, loss_weights
-from rl.types import Batch, PolicyOutput
+from rl.types import PolicyOutput, Step
 
 pytest.importorskip("trl", reason="TRL is not installed: scripts/setup --dev brings it")
 from trl.experimental.gmpo.gmpo_trainer import GMPOTrainer
@@ -87,7 +87,7 @@ def of_ours(objective):
     """Ours, averaged as the learner does it, in one piece."""
     mask, old, now, ref, advantages = tensors()
     now.requires_grad_()
-    batch = Batch(
+    batch = Step(
         input_ids=torch.zeros(ROWS, COLUMNS + 1, dtype=torch.long),
         mask=mask,
         rollout_logprobs=old,

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from rl.config import Config, Lora, RolloutConfig, TrainerConfig, check
+from rl.config import Config, Lora, RolloutConfig, TrainerConfig
 from rl.filters import ZeroAdvantage
 from rl.objectives import GRPO, GSPO, M2PO, PPO, RLOO, ReinforcePP
 from rl.objectives.corrections import TokenTIS
 from rl.rewards.shaping import SoftOverlong
 from rl.truncation import Truncation
 from rl.types import Data
+from rl.validate import check
 from trainer.cluster.placement import check_fits, default_threads, engine_threads, learner_threads, place
 from trainer.plan.plan import make_plan
 from trainer.plan.rules import check_truncation
@@ -32,7 +33,10 @@ def config_of(**settings):
         ({"max_staleness": -1}, "max_staleness=-1 must be at least 0 (0 is synchronous)"),
         ({"temperature": 0.0}, "use a temperature above 0 (eval_temperature may be 0)"),
         ({"temperature": -1.0}, "temperature=-1.0: greedy"),
-        ({"objective": GRPO(), "group_size": 1}, "GRPO only zero advantages, for it compares samples of one prompt"),
+        (
+            {"objective": GRPO(), "group_size": 1},
+            "GRPO only zero advantages, because it compares samples",
+        ),
         ({"objective": GSPO(), "group_size": 1}, "use group_size >= 2, or PPO"),
         ({"max_filtered": 0}, "max_filtered=0 must be at least 1"),
         (
@@ -58,7 +62,7 @@ def config_of(**settings):
         ({"rollout": RolloutConfig(retries=-1)}, "rollout.retries=-1 must be at least 0"),
         (
             {"filters": (ZeroAdvantage(),), "objective": PPO(), "group_size": 1},
-            "ZeroAdvantage would take every group: leave it out",
+            "ZeroAdvantage would take every group: remove it",
         ),
         (
             {"reward": SoftOverlong(reward=lambda reply: 1.0, max_tokens=1024, buffer=128)},
@@ -67,7 +71,7 @@ def config_of(**settings):
         ({"objective": GSPO(entropy_target=0.0)}, "entropy_target=0 must be above 0 nats per token"),
         (
             {"trainer": TrainerConfig(value_lr=1e-3)},
-            "value_lr=0.001 has no value head to move: GSPO has",
+            "value_lr=0.001 has no value head to train: GSPO has",
         ),
         ({"objective": PPO(critic_warmup=100)}, "critic_warmup=100 covers all 100 optimizer steps of the run"),
         ({"objective": M2PO(), "old_logprobs": "rollout"}, "use old_logprobs='recompute' (or 'auto')"),

@@ -15,8 +15,8 @@ from rl.reduce import masked_mean
 from trainer.cli import main
 
 
-def laws(objective):
-    return {f.law for f in check_objective(objective)}
+def broken(objective):
+    return {f.check for f in check_objective(objective)}
 
 
 VARIANTS = [
@@ -113,7 +113,7 @@ def noisy(self, policy, batch, advantages):
 
 
 @pytest.mark.parametrize(
-    ("method", "law"),
+    ("method", "check"),
     [
         (own_average, "policy gradient"),
         (sum_over_the_sequence, "policy gradient"),
@@ -131,15 +131,15 @@ def noisy(self, policy, batch, advantages):
     ],
     ids=lambda x: getattr(x, "__name__", x),
 )
-def test_a_planted_mistake_in_the_loss_is_named(method, law):
-    assert law in laws(planted(loss=method))
+def test_a_planted_mistake_in_the_loss_is_named(method, check):
+    assert check in broken(planted(loss=method))
 
 
 def test_the_loss_that_the_mistakes_were_planted_in_is_right():
     assert not check_objective(planted(loss=right))
 
 
-def test_a_finding_says_what_the_mistake_looks_like_and_how_to_mend_it():
+def test_a_violation_shows_what_the_mistake_looks_like_and_how_to_fix_it():
     said = {
         m.__name__: " ".join(map(str, check_objective(planted(loss=m)))) for m in (own_average, wrong_sign, detached)
     }
@@ -186,7 +186,7 @@ def mean_with_padding(self, batch):
     ids=["by position", "step mean", "padded mean", "in place", "[B]", "[B, 1]", "[T]", "old", "broadcast"],
 )
 def test_a_planted_mistake_in_the_advantages_is_named(method, found):
-    assert laws(planted(advantages=method)) == found
+    assert broken(planted(advantages=method)) == found
 
 
 @pytest.mark.parametrize(
@@ -202,16 +202,16 @@ def test_what_a_loss_reads_without_declaring_it_is_named_with_its_flag(reads, fl
         plain, metrics = right(self, policy, batch, advantages)
         return plain + 0.01 * (policy.logprobs - reads(policy, batch).detach()) ** 2, metrics
 
-    (finding,) = check_objective(planted(loss=loss))
-    assert finding.law == "declares"
-    assert f"Declare `{flag}: ClassVar[bool] = True`" in finding.remedy
-    assert "loss(policy, batch, advantages) reads" in finding.what
+    (violation,) = check_objective(planted(loss=loss))
+    assert violation.check == "declares"
+    assert f"Declare `{flag}: ClassVar[bool] = True`" in violation.remedy
+    assert "loss(policy, batch, advantages) reads" in violation.what
 
 
 def test_a_baseline_other_than_the_group_can_be_declared():
-    assert not laws(planted(advantages=mean_of_the_step, group_relative=False))
-    assert not laws(planted(loss=penalised, skippable=False))
-    assert not laws(planted(loss=half_detached, stop_gradient=True))
+    assert not broken(planted(advantages=mean_of_the_step, group_relative=False))
+    assert not broken(planted(loss=penalised, skippable=False))
+    assert not broken(planted(loss=half_detached, stop_gradient=True))
 
 
 # -- shapes and metrics ------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def test_a_loss_of_another_shape_is_named(reduce):
     def loss(self, policy, batch, advantages):
         return reduce(right(self, policy, batch, advantages)[0]), {}
 
-    assert laws(planted(loss=loss)) == {"shape"}
+    assert broken(planted(loss=loss)) == {"shape"}
 
 
 @pytest.mark.parametrize(
@@ -246,27 +246,27 @@ def test_metrics_have_a_shape_no_graph_and_no_denominator_of_their_own(metric, f
             "mine": metric(ratio_of(log_ratio(policy, batch)), batch.mask)
         }
 
-    assert laws(planted(loss=loss)) == found
+    assert broken(planted(loss=loss)) == found
 
 
-def test_the_value_loss_is_held_to_the_same_laws():
+def test_the_value_loss_is_held_to_the_same_checks():
     @dataclass(frozen=True, kw_only=True)
     class Averaged(PPO):
         def loss(self, policy, batch, advantages):
             loss, metrics = super().loss(policy, batch, advantages)
             return loss + (policy.values - 1.0) ** 2 / len(batch.rewards), metrics
 
-    assert "micro-batches" in laws(Averaged())
+    assert "micro-batches" in broken(Averaged())
 
 
-def test_the_helper_for_tests_raises_with_every_finding():
+def test_the_helper_for_tests_raises_with_every_violation():
     assert_objective(GSPO())
     with pytest.raises(AssertionError, match=r"Planted breaks its contract:\n- sign: .*\n- policy gradient: "):
         assert_objective(planted(loss=wrong_sign))
 
 
 def test_an_objective_may_not_be_loud_only_at_its_default():
-    assert not laws(replace(GSPO(), clip_low=0.2, clip_high=0.2))
+    assert not broken(replace(GSPO(), clip_low=0.2, clip_high=0.2))
     assert_objective(replace(PPO(), value_clip=0.01, lam=1.0))
 
 
@@ -305,7 +305,7 @@ def test_the_command_ends_with_1_and_a_table_when_something_is_wrong(tmp_path, m
     said = capsys.readouterr().out
     assert "Bounded breaks its contract" in said
     assert "policy gradient" in said
-    assert "how to mend it" in said
+    assert "how to fix it" in said
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_the_command_ends_with_1_and_a_table_when_something_is_wrong(tmp_path, m
     [
         ("nothing.py:Mine", "there is no file 'nothing.py'"),
         ("GRPPO", "GRPPO is no objective; rl.objectives has CISPO, DAPO"),
-        ("rl.config:Config", "rl.config:Config is no objective; rl.config has GSPO, M2PO"),
+        ("rl.config:Config", "rl.config:Config is no objective; rl.config has GSPO, Objective"),
     ],
 )
 def test_what_cannot_be_checked_ends_with_2_and_the_reason(target, message, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import torch
 
 from rl.objectives.corrections import MIS, GeometricMask, IcePop, SequenceTIS, TokenTIS, Uncorrected
 from rl.objectives.ratios import sequence_log_ratio, token_log_ratio
-from rl.types import Batch
+from rl.types import Step
 
 MASK = torch.tensor([[False, True, True, False], [True, True, True, True]])
 EVERY = pytest.mark.parametrize(
@@ -21,7 +21,7 @@ EVERY = pytest.mark.parametrize(
 def batch_of(d, mask=MASK):
     """A batch in which old - rollout is d; the rollout's own numbers are 0, so that d is exact."""
     d = torch.tensor(d) if isinstance(d, list) else d
-    return Batch(
+    return Step(
         input_ids=torch.zeros(d.shape[0], d.shape[1] + 1, dtype=torch.long),
         mask=mask,
         rollout_logprobs=torch.zeros_like(d),

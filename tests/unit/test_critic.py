@@ -7,7 +7,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from rl.loss import critic_alone, full_loss, prepare
 from rl.objectives import PPO
 from rl.objectives.corrections import Uncorrected
-from rl.types import Batch
+from rl.types import Step
 from trainer.learner.deepspeed_engine import parameter_groups
 from trainer.model.policy import Policy
 
@@ -22,7 +22,7 @@ def policy(with_values=True):
 def batch():
     mask = torch.tensor([[False, True, True, True], [False, True, True, False]])
     nothing = torch.zeros(2, 4)
-    return Batch(
+    return Step(
         input_ids=torch.randint(0, 20, (2, 5), generator=torch.Generator().manual_seed(1)),
         mask=mask,
         rollout_logprobs=nothing,

@@ -19,13 +19,12 @@ from rl.objectives import (
     RLOO,
     SAPO,
     DrGRPO,
-    GSPOToken,
     ReinforcePP,
     ReinforcePPBaseline,
 )
 from rl.objectives.corrections import IcePop, Uncorrected
 from rl.reduce import Totals, loss_weights
-from rl.types import Batch, PolicyOutput
+from rl.types import PolicyOutput, Step
 
 ALL = torch.ones(2, 3, dtype=torch.bool)
 MASK = torch.tensor([[True, True, True], [False, True, True]])
@@ -33,7 +32,7 @@ OLD = torch.full((2, 3), -2.0)
 
 
 def batch_of(mask=MASK, old=OLD, rewards=(1.0, 0.0), group_ids=(0, 0), rollout=None, ref=None, values=None):
-    return Batch(
+    return Step(
         input_ids=torch.zeros(len(mask), mask.shape[1] + 1, dtype=torch.long),
         mask=mask,
         rollout_logprobs=old if rollout is None else rollout,
@@ -168,9 +167,7 @@ def test_gmpo_clips_each_token_in_log_space_before_the_mean():
     assert metrics["actor/clip_frac"].tolist() == [[1, 0, 0], [0, 0, 1]]
 
 
-@pytest.mark.parametrize(
-    "objective", [GSPO(clip_low=0.2, clip_high=0.2), GSPOToken(clip_low=0.2, clip_high=0.2), GMPO()]
-)
+@pytest.mark.parametrize("objective", [GSPO(clip_low=0.2, clip_high=0.2), GMPO()])
 def test_a_sequences_ratio_has_the_gradient_of_the_whole_ratio_while_its_advantage_is_shared(objective):
     ratio, advantages = [[1.1, 0.9, 1.2], [1.0, 1.3, 0.9]], torch.tensor([[1.0] * 3, [-2.0] * 3])
     loss, _, grad = loss_of(objective, ratio, advantages.tolist(), mask=MASK)

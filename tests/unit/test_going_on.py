@@ -16,7 +16,8 @@ from rl.config import Config, TrackingConfig
 from rl.loop.progress import Progress
 from rl.parity.watch import Watch
 from rl.types import Data, Prompt
-from trainer.launch import launch, override, resume_folder
+from trainer.flags import override
+from trainer.launch import launch, option
 from trainer.model import files as model_files
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointError
@@ -130,11 +131,15 @@ def test_a_tracker_that_goes_on_appends_and_does_not_tell_the_same_alert_again(t
 
 
 def test_resume_is_taken_from_the_command_line_wherever_it_stands():
-    assert resume_folder(["--steps", "3"]) == (None, ["--steps", "3"])
-    assert resume_folder(["--resume", "runs/t", "--steps", "3"]) == ("runs/t", ["--steps", "3"])
-    assert resume_folder(["--steps", "3", "--resume=runs/t"]) == ("runs/t", ["--steps", "3"])
-    with pytest.raises(SystemExit):
-        resume_folder(["--resume"])
+    def folder(*arguments):
+        return option("--resume", arguments, "the folder of a run")
+
+    assert folder("--steps", "3") == (None, ["--steps", "3"])
+    assert folder("--resume", "runs/t", "--steps", "3") == ("runs/t", ["--steps", "3"])
+    assert folder("--steps", "3", "--resume=runs/t") == ("runs/t", ["--steps", "3"])
+    for wrong in (["--resume"], ["--resume", "--steps", "3"]):
+        with pytest.raises(ValueError, match="--resume needs the folder of a run"):
+            folder(*wrong)
 
 
 def test_flags_of_the_run_count_and_those_of_now_count_more():
@@ -153,7 +158,7 @@ def test_the_command_line_says_where_it_goes_on_and_what_is_wrong(tmp_path, monk
     with pytest.raises(SystemExit):
         launch(CONFIG)
     said = " ".join(capsys.readouterr().out.split())
-    assert f"passed over: {newer}/history.jsonl is missing" in said
+    assert f"skipped: {newer}/history.jsonl is missing" in said
     assert "resuming after step 2" in said
     assert "changed steps: 6 -> 9" in said
     assert "changed model: 'm' -> 'no/where'" in said

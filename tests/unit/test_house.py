@@ -27,9 +27,12 @@ def module_of(path: Path, root: Path = ROOT) -> str:
 
 
 def imports_of(source: str, modules: set[str]) -> set[str]:
-    """Modules of ours that a source imports when it is imported itself, and later."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
+    """Modules of ours that a source imports, at once or later; what only annotations need is never imported."""
+    found: set[str] = set()
+    tree = ast.parse(source)
+    for_types = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    left_out = {inner for node in for_types for inner in ast.walk(node)}
+    for node in set(ast.walk(tree)) - left_out:
         if isinstance(node, ast.ImportFrom) and node.module:
             found |= {f"{node.module}.{name.name}" for name in node.names} | {node.module}
         elif isinstance(node, ast.Import):

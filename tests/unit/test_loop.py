@@ -239,7 +239,7 @@ def test_a_group_of_which_a_reply_was_aborted_is_sampled_again():
     assert ends == {True}
 
 
-def test_the_replies_of_a_group_are_judged_at_the_same_time():
+def test_the_replies_of_a_group_are_scored_at_the_same_time():
     meet = Barrier(2, timeout=10)  # of two threads, the replies of one group
 
     def reward(reply):

@@ -12,7 +12,7 @@ from rl.objectives import GRPO, GSPO, PPO
 from rl.objectives.corrections import IcePop, TokenTIS, Uncorrected
 from rl.parity.mismatch import finish, mismatch
 from rl.reduce import Meter
-from rl.types import Batch, PolicyOutput
+from rl.types import Batch, PolicyOutput, Step
 
 OBJECTIVES = pytest.mark.parametrize("objective", [GRPO(), GSPO(), PPO()], ids=["GRPO", "GSPO", "PPO"])
 NOW = torch.tensor([[-1.0, -0.5, -2.0], [-0.2, -1.5, -0.7]])
@@ -20,7 +20,7 @@ ADVANTAGES = torch.tensor([[1.0, 1.0, 1.0], [-0.5, -0.5, -0.5]])
 
 
 def batch_of(old=NOW - 0.01, rollout=NOW, ref=None):
-    return Batch(
+    return (Batch if old is None else Step)(
         input_ids=torch.zeros(2, 4, dtype=torch.long),
         mask=torch.ones(2, 3, dtype=torch.bool),
         rollout_logprobs=rollout,
@@ -197,7 +197,7 @@ def test_a_gap_that_is_not_a_number_is_not_hidden():
 def test_the_gap_to_the_engine_shows_also_where_the_engine_s_own_numbers_are_the_old_ones():
     batch = batch_of(old=NOW - 0.5, rollout=NOW - 0.5)
     _, hidden = full_loss(GRPO(), Uncorrected(), policy_of(), batch, ADVANTAGES)
-    _, shown = full_loss(GRPO(), Uncorrected(), policy_of(), batch, ADVANTAGES, engine_is_old=True)
+    _, shown = full_loss(GRPO(), Uncorrected(), policy_of(), batch, ADVANTAGES, old_is_rollout=True)
     assert hidden["rollout_corr/kl"].abs().max() == 0
     assert torch.allclose(shown["rollout_corr/kl"], torch.tensor(-0.5))
     assert torch.equal(hidden["actor/ppo_kl"], shown["actor/ppo_kl"])
@@ -205,7 +205,7 @@ def test_the_gap_to_the_engine_shows_also_where_the_engine_s_own_numbers_are_the
 
 def test_no_gradient_flows_through_the_mismatch():
     now = NOW.clone().requires_grad_()
-    metrics = full_loss(GRPO(), TokenTIS(), policy_of(now), batch_of(), ADVANTAGES, engine_is_old=True)[1]
+    metrics = full_loss(GRPO(), TokenTIS(), policy_of(now), batch_of(), ADVANTAGES, old_is_rollout=True)[1]
     assert not [n for n, v in metrics.items() if n.startswith("rollout_corr/") and v.requires_grad]
 
 

@@ -9,14 +9,14 @@ import torch
 
 from rl.objectives import GRPO, GSPO, PPO, Objective, clipped_surrogate
 from rl.reduce import Totals, loss_weights
-from rl.types import Batch, PolicyOutput
+from rl.types import PolicyOutput, Step
 
 MASK = torch.tensor([[True, True, True], [False, True, True]])
 
 
 def batch_of(mask, old, rewards=None, group_ids=None, values=None):
     b = len(mask)
-    return Batch(
+    return Step(
         input_ids=torch.zeros(b, mask.shape[1] + 1, dtype=torch.long),
         mask=mask,
         rollout_logprobs=old,

@@ -5,6 +5,7 @@ import asyncio
 import math
 import random
 from collections import Counter
+from dataclasses import fields
 
 import jaxtyping
 import pytest
@@ -13,6 +14,7 @@ from cases import nightly_unless
 from orders import DeadlockError, run_seeded
 from rl.config import Config, RolloutConfig
 from rl.loop.admission import Admission
+from rl.loop.groups import Groups
 from rl.loop.loop import Loop
 from rl.loop.stream import stream
 from rl.protocols import EngineLost, StallError, SyncReport, Tracker
@@ -144,8 +146,8 @@ def check(world, loop):
     assert +admission.ledger.counts == Counter(states.values())
     assert admission.ledger.pending() == 0, "a group was lost"
     assert config.late_groups == "drop" or not admission.ledger.counts["filtered(too_old)"], "thrown away for its age"
-    assert not loop._ready
-    assert not loop._tasks
+    assert not loop.groups.ready
+    assert not loop.groups.in_flight.tasks
 
 
 @pytest.mark.parametrize("block", nightly_unless(lambda block: block < 2, range(6)))
@@ -218,7 +220,7 @@ def test_the_orders_find_a_planted_fault(admission, says):
         def __post_init__(self):
             super().__post_init__()
             fine = self.admission
-            self.admission = admission(
+            self.groups.admission = admission(
                 prompts_per_step=fine.prompts_per_step,
                 max_staleness=fine.max_staleness,
                 steps=fine.steps,
@@ -229,14 +231,19 @@ def test_the_orders_find_a_planted_fault(admission, says):
         all(check(*live(seed, Faulty)) is None for seed in range(600))
 
 
-def test_a_loop_that_forgets_to_say_what_changed_is_found_asleep():
-    class Silent(Loop):
-        async def _group(self, prompt):
+def test_a_loop_that_forgets_to_notify_is_found_asleep():
+    class SilentGroups(Groups):
+        async def process(self, prompt):
             changed, self._changed = self._changed, asyncio.Condition()
             try:
-                await super()._group(prompt)
+                await super().process(prompt)
             finally:
                 self._changed = changed
+
+    class Silent(Loop):
+        def __post_init__(self):
+            super().__post_init__()
+            self.groups = SilentGroups(**{f.name: getattr(self.groups, f.name) for f in fields(Groups) if f.init})
 
     with pytest.raises((DeadlockError, StallError)):
         all(live(seed, Silent) for seed in range(20))

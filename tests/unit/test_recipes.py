@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from models import make_model
-from rl.config import check
 from rl.objectives import Objective
 from rl.types import Reply
+from rl.validate import check
 from trainer.cluster.placement import place
 from trainer.learner.deepspeed_engine import deepspeed_settings
 from trainer.runs.settings import resolved

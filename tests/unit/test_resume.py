@@ -210,7 +210,7 @@ class Forgetful(Loop):
     def __post_init__(self):
         super().__post_init__()
         first = max([*self.progress.ends, *self.progress.pending], default=-1) + 1
-        self.prompts = (p for p in self.prompts if p.ordinal >= first)
+        self.groups.prompts = (p for p in self.prompts if p.ordinal >= first)
 
 
 class Repeating(Loop):
@@ -257,7 +257,7 @@ def test_progress_survives_json_with_every_prompt_in_its_state():
     ("ledger", "says"),
     [
         ({"pending": [[1, 1]], "trained": [[0, 1]]}, "prompt 1 is both pending and trained"),
-        ({"pending": [[3, 3]], "trained": [[0, 1]]}, "prompt 2 is nowhere"),
+        ({"pending": [[3, 3]], "trained": [[0, 1]]}, "prompt 2 is in no state"),
     ],
 )
 def test_a_ledger_that_cannot_be_is_refused(ledger, says):

@@ -14,7 +14,7 @@ from rl.contract.what_if import cosines, evaluate_objective
 from rl.objectives import CISPO, GRPO, GSPO, PPO
 from rl.protocols import SyncReport
 from rl.types import Batch, Data, PolicyOutput
-from trainer.commands.what_if import compare
+from trainer.commands.what_if import what_if
 from trainer.runs.records import Record, Recorder, load, save
 
 MASK = torch.tensor([[True, True], [True, False]])
@@ -67,7 +67,7 @@ def test_where_nothing_moved_all_agree_but_for_their_averaging():
 def test_a_record_without_what_an_objective_reads_is_refused():
     record = record_of([[1.0, 1.0], [1.0, 1.0]])
     for objective, lacks in ((PPO(), "values"), (GRPO(kl_coef=0.1), "ref_logprobs")):
-        with pytest.raises(ValueError, match=f"x reads {lacks}, which this record has not"):
+        with pytest.raises(ValueError, match=f"x reads {lacks}, which this record does not have"):
             evaluate_objective("x", objective, record.batch, record.policy, 4)
 
 
@@ -153,7 +153,7 @@ def test_after_a_resume_records_keep_the_numbers_of_their_steps(tmp_path):
 def test_the_command_compares_and_leaves_a_table_a_plot_and_json(tmp_path, capsys):
     path = tmp_path / "step-7.safetensors"
     save(record_of([[1.5, 1.1], [1.0, 0.9]]), path)
-    compare(str(path), ["--objectives", "grpo,GSPO,cispo"])
+    assert what_if([str(path), "--objectives", "grpo,GSPO,cispo"]) == 0
     said = capsys.readouterr().out
     assert "step-7.safetensors, recorded with GRPO" in said
     found = json.loads((tmp_path / "what-if-step-7.json").read_text())
@@ -162,4 +162,4 @@ def test_the_command_compares_and_leaves_a_table_a_plot_and_json(tmp_path, capsy
     assert found["cosine"][0][0] == pytest.approx(1.0)
     assert (tmp_path / "what-if-step-7.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match=r"no objective 'qspo'; there are cispo, dapo.*FILE\.py:CLASS"):
-        compare(str(path), ["--objectives", "qspo"])
+        what_if([str(path), "--objectives", "qspo"])

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rl import checkout
 from rl.config import Config
-from rl.loop.loop import first_error
+from rl.loop.errors import first_error
 from rl.protocols import EngineLost
 from rl.weights import check_complete
 from rollout.settings import engine_env

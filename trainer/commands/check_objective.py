@@ -1,41 +1,44 @@
-"""What `unison check-objective` shows: a table of findings, or what was checked."""
+"""`unison check-objective`: a table of what is wrong with an objective, or a list of what was checked."""
 
-import sys
+import argparse
+from collections.abc import Sequence
 
 from rich.markup import escape
 from rich.table import Table
 
-from rl.contract.check import LAWS
-from rl.contract.trial import Finding
+from rl.contract import check as contract
+from rl.contract.trial import Violation
 from rl.objectives import Objective
 from trainer.commands.load import load_objective
 from trainer.tracking.terminal import console
 
 
-def show(objective: Objective, found: list[Finding]) -> None:
-    """One row per finding."""
+def show(objective: Objective, found: list[Violation]) -> None:
+    """One row per violation."""
     name = type(objective).__name__
     if not found:
-        console.print(f"[green]{name} keeps the contract[/]: {len(LAWS)} laws were tried", highlight=False)
-        for law in LAWS:
-            console.print(f"  {law.__doc__}", style="dim", highlight=False, markup=False)
+        console.print(f"[green]{name} keeps the contract[/]: {len(contract.CHECKS)} checks passed", highlight=False)
+        for check in contract.CHECKS:
+            console.print(f"  {check.__doc__}", style="dim", highlight=False, markup=False)
         return
     table = Table(title=f"{name} breaks its contract", show_lines=True)
-    for header in ("law", "what is wrong", "how to mend it"):
+    for header in ("check", "what is wrong", "how to fix it"):
         table.add_column(header, overflow="fold")
-    for finding in found:
-        table.add_row(*(escape(text) for text in (finding.law, finding.what, finding.remedy)))
+    for violation in found:
+        table.add_row(*(escape(text) for text in (violation.check, violation.what, violation.remedy)))
     console.print(table)
 
 
-def check_objective(target: str, flags: list[str]) -> None:
-    """Hold an objective to its contract; exits with 1 when it breaks it."""
-    if flags:
-        raise ValueError(f"check-objective takes one objective and no flags, but got {flags}")
-    from rl.contract import check as contract
-    from trainer.commands.check_objective import show
-
-    objective = load_objective(target)
+def check_objective(arguments: Sequence[str]) -> int:
+    """Check that an objective keeps its contract; returns 1 when it breaks it."""
+    parser = argparse.ArgumentParser(
+        prog="unison check-objective",
+        description="Check an objective of your own: gradients, masks, micro-batches, ranks, groups, extreme values. "
+        "Needs no model. The exit status is 1 when a check fails; the table then names the remedy.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("objective", help="FILE.py:CLASS, MODULE:CLASS, or the name of one in rl.objectives")
+    objective = load_objective(parser.parse_args(arguments).objective)
     found = contract.check_objective(objective)
     show(objective, found)
-    sys.exit(1 if found else 0)
+    return 1 if found else 0

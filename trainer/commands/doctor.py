@@ -1,19 +1,32 @@
 """`unison doctor`: examine a recipe."""
 
+import argparse
 import asyncio
-import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from trainer.commands.load import load_recipe
-from trainer.launch import override
+from trainer.launch import configure
 from trainer.tracking.terminal import console
 
 
-def doctor(recipe: str, flags: list[str]) -> None:
-    """Examine a recipe; exits with 1 when a fault was found."""
-    short = "--short" in flags
-    config = override(load_recipe(recipe), [f for f in flags if f != "--short"])
+def doctor(arguments: Sequence[str]) -> int:
+    """Examine a recipe; returns 1 when a fault was found."""
+    parser = argparse.ArgumentParser(
+        prog="unison doctor",
+        usage="unison doctor [-h] [--short] RECIPE.py [FLAGS of the recipe]",
+        description="Check that engines and trainer compute the same log-probabilities, and name the cause if they do "
+        "not: on the recipe's own engines, learner and prompts, then in several precisions. Writes doctor.json and "
+        "doctor.html. The exit status is 1 when a fault was found.",
+        epilog="All flags of the recipe work here too: `python RECIPE.py --help` lists them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", metavar="RECIPE.py", help="a recipe, such as recipes/quickstart.py")
+    parser.add_argument("--short", action="store_true", help="do not compare precisions; saves some minutes")
+    asked, flags = parser.parse_known_args(arguments)
+    short = asked.short
+    config, _ = configure(load_recipe(asked.recipe), flags)
 
     from trainer.doctor.doctor import DoctorReport, examine_full, examine_short
     from trainer.doctor.report import save, show, token_table
@@ -28,13 +41,13 @@ def doctor(recipe: str, flags: list[str]) -> None:
     plan.check_gpus()
     tracking = config.tracking
     if tracking.wandb == "auto" and wandb_mode(tracking) == "offline":
-        # Nobody looks for a doctor's report in an offline W&B run: page and JSON hold the same, seconds earlier.
+        # Page and JSON hold the same as an offline W&B run, seconds earlier.
         tracking = replace(tracking, wandb="off")
     name = f"{config.name}-doctor"
     folder = fresh_folder(Path(config.output_dir) / name)
 
     async def record(reading: asyncio.Task[Prepared]) -> RunTracker:
-        """Open the record once the data was found good, while the actors start."""
+        """Open the record once the data is read and valid, while the actors start."""
         await reading
         settings = resolved(config)
         return await asyncio.to_thread(lambda: RunTracker(folder=folder, config=tracking, name=name, settings=settings))
@@ -56,5 +69,5 @@ def doctor(recipe: str, flags: list[str]) -> None:
         return result
 
     result = asyncio.run(examined())
-    console.print(f"look at {folder / 'doctor.html'} and {folder / 'doctor.json'}", highlight=False)
-    sys.exit(1 if result.faults else 0)
+    console.print(f"see {folder / 'doctor.html'} and {folder / 'doctor.json'}", highlight=False)
+    return 1 if result.faults else 0

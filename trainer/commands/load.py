@@ -1,4 +1,4 @@
-"""Recipes and objectives from files."""
+"""Which recipe or objective does a file hold?"""
 
 import importlib.util
 import sys
@@ -7,6 +7,7 @@ from types import ModuleType
 
 from rl.config import Config
 from rl.objectives import Objective
+from trainer.launch import importing
 
 
 def load_objective(target: str) -> Objective:
@@ -35,8 +36,9 @@ def load_objective(target: str) -> Objective:
 
 
 def load_recipe(path: str) -> Config:
-    """The `config` of a recipe file. Raises ValueError when the file has none."""
-    config = getattr(load_file(path), "config", None)
+    """The `config` of a recipe file. Raises ValueError when the file has none, or starts its run while it is read."""
+    with importing(path):
+        config = getattr(load_file(path), "config", None)
     if not isinstance(config, Config):
         raise ValueError(f"{path} defines no `config = Config(...)`, so it is no recipe")
     return config

@@ -1,7 +1,8 @@
-"""What `unison what-if` shows: objectives side by side on one recorded step, as a table, a plot and JSON."""
+"""`unison what-if`: objectives side by side on one recorded step, as a table, a plot and JSON."""
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -15,23 +16,36 @@ from trainer.tracking.terminal import console
 DEFAULT = "grpo,dapo,gspo,cispo,sapo,gmpo,m2po"
 
 
-def compare(path: str, flags: list[str]) -> None:
-    """Judge a record by every objective asked for. Raises ValueError for an objective that does not exist."""
-    parser = argparse.ArgumentParser(prog="unison what-if", description=__doc__)
-    parser.add_argument("--objectives", default=DEFAULT, help="names, or FILE.py:CLASS, separated by commas")
-    parser.add_argument("--out", help="folder for what-if-NAME.json and .png; by default beside the record")
-    asked = parser.parse_args(flags)
-    record = load(Path(path))
-    named = {n.rpartition(":")[2]: by_name(n) for n in asked.objectives.split(",")}
+def what_if(arguments: Sequence[str]) -> int:
+    """Compare objectives on a recorded step."""
+    parser = argparse.ArgumentParser(
+        prog="unison what-if",
+        description="Compare objectives on one recorded step (`--record-batches 1` records all): loss, gradient, "
+        "clipping, and the cosine of their gradients.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("record", help="a file of the run's folder, such as runs/quickstart/batches/step-3.safetensors")
+    parser.add_argument(
+        "--objectives", default=DEFAULT, help="names, or FILE.py:CLASS, separated by commas (default: %(default)s)"
+    )
+    parser.add_argument("--out", help="folder for what-if-NAME.json and .png (default: the record's folder)")
+    asked = parser.parse_args(arguments)
+    compare(Path(asked.record), asked.objectives.split(","), Path(asked.out or Path(asked.record).parent))
+    return 0
+
+
+def compare(path: Path, objectives: Sequence[str], folder: Path) -> None:
+    """Evaluate a record by every objective. Raises ValueError for an objective that does not exist."""
+    record = load(path)
+    named = {n.rpartition(":")[2]: by_name(n) for n in objectives}
     verdicts = [evaluate_objective(n, o, record.batch, record.policy, record.horizon) for n, o in named.items()]
-    folder = Path(asked.out) if asked.out else Path(path).parent
     folder.mkdir(parents=True, exist_ok=True)
-    console.print(table(verdicts, f"{Path(path).name}, recorded with {record.objective}"))
+    console.print(table(verdicts, f"{path.name}, recorded with {record.objective}"))
     console.print(agreement(verdicts))
-    stem = folder / f"what-if-{Path(path).stem}"
+    stem = folder / f"what-if-{path.stem}"
     write_json(stem.with_suffix(".json"), as_dict(verdicts))
     plot(verdicts, stem.with_suffix(".png"))
-    console.print(f"look at {stem.with_suffix('.png')}", highlight=False)
+    console.print(f"see {stem.with_suffix('.png')}", highlight=False)
 
 
 def by_name(name: str) -> Objective:
@@ -97,10 +111,3 @@ def plot(verdicts: list[ObjectiveReport], path: Path) -> None:
     right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def what_if(path: str, flags: list[str]) -> None:
-    """Compare objectives on a recorded step."""
-    from trainer.commands.what_if import compare
-
-    compare(path, flags)

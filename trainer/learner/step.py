@@ -117,8 +117,8 @@ class Stepper:
             policy = critic_alone(policy)
         part_advantages = torch.zeros_like(policy.logprobs)
         part_advantages[: len(micro)] = advantages[micro, : part.mask.shape[1]].to(r.device)
-        engine_is_old = self.old_logprobs == "rollout"
-        loss, metrics = full_loss(objective, c.correction, policy, part, part_advantages, engine_is_old=engine_is_old)
+        old_is_rollout = self.old_logprobs == "rollout"
+        loss, metrics = full_loss(objective, c.correction, policy, part, part_advantages, old_is_rollout=old_is_rollout)
         weights = loss_weights(part.mask, objective.average_over, totals)
         # A bare product would carry an infinity from outside the mask as 0 * inf. DeepSpeed averages over ranks.
         total = torch.where(part.mask, loss * weights, 0.0).sum() * r.ranks

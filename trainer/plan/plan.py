@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from rl.config import Config, check
+from rl.config import Config
+from rl.validate import check
 from trainer.cluster.placement import Placement, check_fits, place
 from trainer.cluster.ray_session import cluster_gpus
 from trainer.model.files import check_model_folder, model_config

