@@ -1,6 +1,6 @@
 """The whole RL loop in one file, for reading: sample, score, batch, learn, and the new weights sample again.
 
-    python recipes/loop_in_one_file.py --steps 8                  # about a minute and a half on two CPU cores
+    python recipes/loop_in_one_file.py --steps 8                  # some 20 s of one CPU core per step
 
 One process, one Hugging Face model as sampler and as learner, no Ray, no vLLM, no DeepSpeed. Everything from `rl` is
 what a real run uses: the types, the batch, the objective, the loss and its average. A real run differs in three points:
