@@ -140,7 +140,11 @@ def _fit_plain(value: Any, hint: Any, path: str) -> Any:
         raise Misfit(path, value, f"is a class: write {path}={value.__name__}()")
     if isinstance(value, str) and (near := _named(hint, value)):
         raise Misfit(path, value, f"is text: write {path}={near}(), with `from {_home(near, hint)} import {near}`")
-    if isinstance(value, collections.abc.Mapping) and dataclasses.is_dataclass(hint):
+    if (
+        isinstance(value, collections.abc.Mapping)
+        and dataclasses.is_dataclass(hint)
+        and value.keys() <= hints_of(hint).keys()
+    ):
         fields = ", ".join(f"{key}={each!r}" for key, each in value.items())
         raise Misfit(path, value, f"is a dict: write {path}={hint.__name__}({fields})")
     return _refuse(path, value)

@@ -49,12 +49,13 @@ def _merged(owner: Any, settings: Mapping[str, Any], path: str, prefix: str) -> 
     for name, value in settings.items():
         if name == "type":
             continue
-        if name not in hints:
-            near = suggestions(f"{prefix}{name}", [prefix + each for each in hints])
-            meant = f"; did you mean {near[0]}?" if near else ""
+        if name not in hints and name not in type(owner).__dataclass_fields__:
+            known = [(prefix + each).replace("_", "-") for each in hints]
+            near = suggestions((prefix + name).replace("_", "-"), known)
+            meant = f"; did you mean {near[0].replace('-', '_')}?" if near else ""
             raise ValueError(f"{path} has a setting {prefix}{name}, which does not exist{meant}")
-        if is_code(hints[name]):
-            continue
+        if name not in hints or is_code(hints[name]):
+            continue  # a constant of the class, or code
         now = getattr(owner, name)
         if is_dataclass(now) and isinstance(value, Mapping):
             changes[name] = _merged(now, value, path, f"{prefix}{name}.")

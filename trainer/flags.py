@@ -158,6 +158,7 @@ def suggestions(name: str, known: Sequence[str]) -> list[str]:
         meant = [flag for flag in every if flag.rpartition(".")[2] == last]
     if not meant:
         lasts = {flag.rpartition(".")[2]: flag for flag in reversed(every)}
-        meant = difflib.get_close_matches(name, every, cutoff=0.75)
-        meant += [lasts[each] for each in difflib.get_close_matches(last, lasts, cutoff=0.75)]
+        for cutoff in (0.88, 0.7):
+            near = difflib.get_close_matches(name, every, cutoff=cutoff)
+            meant = meant or [*near, *(lasts[each] for each in difflib.get_close_matches(last, lasts, cutoff=cutoff))]
     return list(dict.fromkeys(meant))[:3]

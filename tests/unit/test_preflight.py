@@ -1,6 +1,7 @@
 """Bad input ends before anything expensive, with an error that names it and the remedy."""
 
-import subprocess
+import asyncio
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from models import make_model
-from rl.config import Config, RolloutConfig, TrainerConfig
+from rl.config import Config, Deadlines, RolloutConfig, TrainerConfig
 from rl.rewards.score import RewardError
 from rl.types import Data, Example, Reply
 from trainer.plan.plan import make_plan
@@ -72,6 +73,38 @@ def test_messages_for_a_model_without_chat_template_are_refused(model: str) -> N
         prepare(config(model, data=lambda: Data(train=chat)))
 
 
+def test_token_ids_are_a_prompt_as_they_are(model: str) -> None:
+    prepared = prepare(config(model, data=Data(train=[Example(prompt=[5, 6, 7], task={"answer": "2"})])))
+    assert prepared.train[0].token_ids == prepared.train[0].given == prepared.first_prompt == [5, 6, 7]
+    size = len(prepared.tokenizer)
+    with pytest.raises(ValueError, match=rf"data.train\[0\] .* from 5 to {size}, and the vocabulary .* to {size - 1}"):
+        prepare(config(model, data=Data(train=[Example(prompt=[5, size])])))
+
+
+def test_messages_that_the_chat_template_refuses_are_named(tmp_path: Path) -> None:
+    model = str(make_model(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}"))
+    chat = Data(train=[Example(prompt=[{"role": "system", "content": "1+1="}])])
+    with pytest.raises(ValueError, match=r"data.train\[0\] cannot be encoded: roles must alternate. It begins"):
+        prepare(config(model, data=chat))
+
+
+def test_an_async_reward_is_tried_with_the_prompt_and_has_its_deadline(model: str) -> None:
+    async def judge(reply: Reply) -> float:
+        seen.append((reply.prompt, reply.prompt_token_ids, reply.text_with_special_tokens))
+        return 0.0
+
+    async def hangs(reply: Reply) -> float:
+        await asyncio.sleep(60)
+        return 0.0
+
+    seen: list = []
+    prepared = prepare(config(model, reward=judge))
+    assert seen == [("1+1=", prepared.train[0].token_ids, "")]
+    assert prepared.decode([1, 5]) != prepared.decode([1, 5], skip_special_tokens=False)
+    with pytest.raises(RewardError, match=r"took longer than 0\.2 s"):
+        prepare(config(model, reward=hangs, deadlines=Deadlines(reward_s=0.2)))
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -98,15 +131,17 @@ def test_a_reward_that_cannot_work_is_found_before_anything_starts(model: str) -
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--no-such-flag", "3"], "no-such-flag"),
+        (["--no-such-flag", "3"], "there is no flag --no-such-flag"),
         (["--group-size", "1"], "group_size=1 gives GSPO only zero advantages"),
         (["--model", "models/nowhere"], "there is no model in 'models/nowhere'"),
     ],
 )
-def test_the_command_line_says_what_is_wrong_in_one_message(flags: list[str], message: str) -> None:
+def test_the_command_line_shows_what_is_wrong_in_one_message(flags, message, monkeypatch, capsys) -> None:
     recipe = Path(__file__).parents[2] / "recipes" / "quickstart.py"
-    done = subprocess.run([sys.executable, str(recipe), *flags], capture_output=True, text=True, timeout=120)
-    said = done.stdout + done.stderr
-    assert done.returncode == 2
-    assert message in said
-    assert "Traceback" not in said
+    monkeypatch.setattr(sys, "argv", [str(recipe), *flags])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(recipe), run_name="__main__")
+    printed = "".join(capsys.readouterr())
+    assert end.value.code == 2
+    assert message in printed
+    assert "Traceback" not in printed
