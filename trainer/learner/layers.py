@@ -40,7 +40,7 @@ def layer_errors(
     return found, unknown
 
 
-def _apply(module: nn.Module, given: Tensor, rounded: bool = False) -> Tensor:
+def _apply(module: Any, given: Tensor, rounded: bool = False) -> Tensor:
     """A layer's output as fp32. `rounded`: its weight is cast to bf16 and back, and a head runs entirely in bf16."""
     weight = module.weight.bfloat16().to(module.weight.dtype) if rounded else module.weight
     if isinstance(module, LogprobHead):

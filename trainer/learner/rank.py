@@ -50,7 +50,8 @@ class Rank:
     @property
     def head(self) -> LogprobHead:
         """The policy's lm_head."""
-        return self.policy.hf.get_output_embeddings()
+        head: Any = self.policy.hf.get_output_embeddings()
+        return head
 
 
 def make_rank(config: Config, *, rank: int, engine: Any, memory: PeakMemory) -> Rank:

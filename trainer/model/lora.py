@@ -58,7 +58,7 @@ def merged(layer: Any) -> Tensor:
     return torch.addmm(weight.float(), b, a, alpha=layer.scaling[NAME]).to(weight.dtype)
 
 
-def as_engines_have_it(layer: nn.Module) -> nn.Module:
+def as_engines_have_it(layer: Any) -> nn.Module:
     """The layer itself, or a plain layer with the merged weight. Needs gathered parameters."""
     if not hasattr(layer, "base_layer"):
         return layer
