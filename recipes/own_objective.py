@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rl.objectives import Objective
 from rl.objectives.advantages import spread
-from rl.types import Batch, Metrics, PolicyOutput
+from rl.types import Batch, Metrics, PolicyOutput, Step
 from trainer.launch import launch
 
 
@@ -38,7 +38,7 @@ class NearOldPolicy(Objective):
         return spread(batch.rewards - batch.rewards.mean(), batch.mask)
 
     def loss(
-        self, policy: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"]
+        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T"], Metrics]:
         move = policy.logprobs - batch.old_logprobs
         loss = -advantages * policy.logprobs + self.penalty * move**2
