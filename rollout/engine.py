@@ -20,7 +20,8 @@ from rollout.process import fork_from_server
 from rollout.settings import engine_args
 from rollout.worker import WorkerExtension
 
-T, P = TypeVar("T"), ParamSpec("P")
+T = TypeVar("T")
+P = ParamSpec("P")
 UNSENT = -100
 """Version of an engine that has not received weights from the learner yet. It holds random weights and serves only the
 doctor, which may send its own versions below 0."""

@@ -21,7 +21,7 @@ def deepspeed_engine(config: Config, model: str, device: str, *, share_prompts: 
     if device == "cpu":
         # It would spend minutes on compiling a C++ operator that only inference uses; a killed compile leaves a lock
         # that hangs every later run. (`import deepspeed.comm.torch` would bind the real torch.)
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+        setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010 (no stub)
     t = config.trainer
     settings = deepspeed_settings(config)
     sharding = HfDeepSpeedConfig(settings) if t.zero_stage == 3 else None

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trainer.learner.weights import layers
+from trainer.learner.weights import deepspeed_fields, layers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COUNTERS, RANDOM = "counters.json", "random.safetensors"
@@ -95,7 +95,9 @@ def load(engine: Any, folder: Path, *, base: str) -> dict[str, float]:
     Raises ValueError, before anything changes, when the files are of another model.
     """
     parameters, stage = _trained(engine), engine.zero_optimization_stage()
-    check_shapes(folder, {name: tuple(p.ds_shape if stage == 3 else p.shape) for name, p in parameters.items()})
+    check_shapes(
+        folder, {name: tuple(deepspeed_fields(p).ds_shape if stage == 3 else p.shape) for name, p in parameters.items()}
+    )
     counters = json.loads((folder / COUNTERS).read_text())
     if counters.get("base", "") != base:
         raise ValueError(f"the adapters in {folder} were trained on other weights: resume with the model of that run")
@@ -126,7 +128,7 @@ def _put_partitioned(engine: Any, parameter: nn.Parameter, kind: str, value: Ten
 
 def _put_sharded(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
     # DeepSpeed's setter of full tensors reads past the end of those that no number of ranks divides.
-    shard = _shard(value.to(engine.device), parameter.ds_tensor.numel(), dist.get_rank())
+    shard = _shard(value.to(engine.device), deepspeed_fields(parameter).ds_tensor.numel(), dist.get_rank())
     if kind != "weights":
         safe_set_local_optimizer_state(parameter, shard, kind)
         return
@@ -156,7 +158,7 @@ def _link(engine: Any, parameters: list[nn.Parameter]) -> None:
     adam = engine.optimizer.optimizer
     for parameter in parameters:
         # None: no part of it is in this rank's partition.
-        mapping = parameter._hp_mapping
+        mapping = deepspeed_fields(parameter)._hp_mapping
         if mapping is not None:
             flat = adam.param_groups[mapping.param_group_index]["params"][0]
             lazy_init_hp_params_optimizer_state([parameter], flat, adam.state)

@@ -1,6 +1,7 @@
 """Which tensors does the trainer send? HF names, full tensors, gathered layer by layer over the ranks."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import deepspeed
 import torch
@@ -8,6 +9,11 @@ from torch import Tensor, nn
 
 from rl.weights import TensorMeta, WeightManifest, digest
 from trainer.model.lora import adapted, adapter_parameters, base_parameters, merged
+
+
+def deepspeed_fields(parameter: nn.Parameter) -> Any:
+    """The parameter with the attributes that DeepSpeed adds to it, which no stub declares."""
+    return parameter
 
 
 class LearnerWeights:
@@ -30,7 +36,7 @@ class LearnerWeights:
             TensorMeta(
                 name=name,
                 dtype=str(p.dtype).removeprefix("torch."),
-                shape=tuple(p.ds_shape if self.sharded else p.shape),
+                shape=tuple(deepspeed_fields(p).ds_shape if self.sharded else p.shape),
             )
             for name, p in self.parameters.items()
         ]
