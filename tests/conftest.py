@@ -53,7 +53,7 @@ class Seconds:
     def pytest_sessionfinish(self) -> None:
         kept = json.loads(SECONDS.read_text())
         files = kept.get(self.mode, {}) | {name: round(seconds, 1) for name, seconds in self.of.items()}
-        there = {name: files[name] for name in sorted(files) if SECONDS.with_name(name).exists()}
+        there = {name: files[name] for name in sorted(files) if (SECONDS.parent / name).exists()}
         SECONDS.write_text(json.dumps(kept | {self.mode: there}, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Nothing that a failed test started runs next to the following one; one finished run is read by several tests."""
+"""Nothing that a failed test started runs next to the following one; runs share a model."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -9,7 +9,7 @@ import pytest
 
 from models import make_model
 from processes import assert_gone, marked
-from runs import STARTED, Finished, finish, printed, start
+from runs import STARTED
 
 
 @pytest.fixture(autouse=True)
@@ -26,15 +26,3 @@ def no_run_outlives_its_test() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def echo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("echo"), peak=1.0)
-
-
-@pytest.fixture(scope="session")
-def whole(echo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The echo recipe, left alone until its end. It keeps checkpoints, so a resumed run can be compared with it."""
-    folder = tmp_path_factory.mktemp("whole")
-    flags = ("--save-every", "2", "--rollout.max-tokens", "4", "--old-logprobs", "recompute")
-    process, mark = start(echo_model, folder, *flags)
-    code, summary, rows = finish(process, folder)
-    assert code == 0, printed(folder)
-    assert_gone(mark)
-    return Finished(flags, folder, summary, rows)

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from processes import assert_gone
-from runs import Finished, finish, printed, start, wait_for, wait_for_step
+from runs import finish, printed, start, wait_for, wait_for_step
 from trainer.runs.checkpoint import finished
 
-pytestmark = pytest.mark.xdist_group("runs")
+STEPS = 20
+FLAGS = f"--steps {STEPS} --save-every 2 --rollout.max-tokens 4 --old-logprobs recompute".split()
 
 
 def go_on(model: Path, folder: Path) -> tuple[subprocess.Popen, str, int]:
@@ -49,51 +50,54 @@ def sampled(folder: Path) -> list[tuple]:
 
 
 @pytest.mark.timeout(1500)
-def test_kill_9_and_sigterm_at_any_moment_change_nothing_but_the_clock(
-    echo_model: Path, whole: Finished, tmp_path: Path
-) -> None:
-    expected, rows = whole.summary, whole.rows
+def test_kill_9_and_sigterm_at_any_moment_change_nothing_but_the_clock(echo_model: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    process, _ = start(echo_model, whole, *FLAGS)
+    code, expected, rows = finish(process, whole)
+    assert code == 0, printed(whole)
     assert all(row["actor/grad_norm"] > 0 for row in rows[2:]), "nothing was learned that could be lost"
-    process, mark = start(echo_model, tmp_path, *whole.flags)
+    process, mark = start(echo_model, killed, *FLAGS)
     # Past the checkpoint of step 2, and as it writes its next one or in the middle of a step.
-    wait_for_step(process, tmp_path, 3)
+    wait_for_step(process, killed, 3)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert_gone(mark)
     # Told to stop, it saves between two checkpoints.
-    process, mark, at = go_on(echo_model, tmp_path)
-    wait_for_step(process, tmp_path, at + 3)
+    process, mark, at = go_on(echo_model, killed)
+    wait_for_step(process, killed, at + 3)
     os.kill(process.pid, signal.SIGTERM)
-    code, summary, _ = finish(process, tmp_path)
-    assert (code, summary["status"]) == (143, "interrupted"), printed(tmp_path)
-    assert summary["resume"].endswith(f"--resume {tmp_path / 'echo'}")
-    assert summary["resume"] in (tmp_path / "terminal.log").read_text()
+    code, summary, _ = finish(process, killed)
+    assert (code, summary["status"]) == (143, "interrupted"), printed(killed)
+    assert summary["resume"].endswith(f"--resume {killed / 'echo'}")
+    assert summary["resume"] in (killed / "terminal.log").read_text()
     stopped = summary["steps"]
-    assert (tmp_path / "echo" / "checkpoints" / f"step-{stopped:06d}" / "manifest.json").exists()
+    assert (killed / "echo" / "checkpoints" / f"step-{stopped:06d}" / "manifest.json").exists()
     assert_gone(mark)
-    process, mark, at = go_on(echo_model, tmp_path)
+    process, mark, at = go_on(echo_model, killed)
     assert at == stopped
-    code, summary, resumed = finish(process, tmp_path)
-    assert code == 0, printed(tmp_path)
+    code, summary, resumed = finish(process, killed)
+    assert code == 0, printed(killed)
     assert_gone(mark)
 
     # Weights, Adam's moments, generators; then what was sampled; then every number that is no time.
-    mine, theirs = learner(tmp_path, len(rows)), learner(whole.folder, len(rows))
+    mine, theirs = learner(killed, STEPS), learner(whole, STEPS)
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
-    final = [load_file(folder / "echo" / "model" / "model.safetensors") for folder in (tmp_path, whole.folder)]
+    final = [load_file(folder / "echo" / "model" / "model.safetensors") for folder in (killed, whole)]
     assert [name for name in final[0] if not torch.equal(final[0][name], final[1][name])] == []
-    assert sampled(tmp_path) == sampled(whole.folder)
-    assert [row["step"] for row in resumed] == [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert sampled(killed) == sampled(whole)
+    assert [row["step"] for row in resumed] == [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for one, other in zip(resumed, rows, strict=True):
         for name in one.keys() & other.keys():
             if name.startswith(("reward/", "actor/", "ledger/", "response_length/", "staleness/", "eval/")):
                 assert one[name] == other[name], (one["step"], name)
-    assert summary["ledger"] == expected["ledger"] == {"pending": 0, "trained": 8 * len(rows)}
+    assert summary["ledger"] == expected["ledger"] == {"pending": 0, "trained": 8 * STEPS}
     assert summary["tokens"] == expected["tokens"]
     assert summary["eval_before"] == expected["eval_before"]
     assert summary["eval_after"] == expected["eval_after"]
     assert summary["status"] == "finished"
     assert summary["resume"] is None
-    runs = {path.name.rpartition("-")[2] for path in (tmp_path / "echo" / "wandb").glob("offline-run-*")}
+    runs = {path.name.rpartition("-")[2] for path in (killed / "echo" / "wandb").glob("offline-run-*")}
     assert len(runs) == 1, "one run to W&B"

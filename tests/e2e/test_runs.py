@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from processes import assert_gone, kill_one
-from runs import Finished, every_prompt_was_trained_once, finish, printed, start, wait_for_step
-
-pytestmark = pytest.mark.xdist_group("runs")
+from runs import every_prompt_was_trained_once, finish, printed, start, wait_for_step
 
 
-def test_a_users_objective_learns_and_every_step_agrees_with_the_engine(whole: Finished) -> None:
-    summary, rows = whole.summary, whole.rows
+def test_a_users_objective_learns_and_every_step_agrees_with_the_engine(echo_model: Path, tmp_path: Path) -> None:
+    process, mark = start(echo_model, tmp_path)
+    code, summary, rows = finish(process, tmp_path)
+    assert code == 0, printed(tmp_path)
     assert summary["status"] == "finished"
     assert len(rows) == 40
     assert sum(row["reward/mean"] for row in rows[:3]) / 3 < 0.4
@@ -27,10 +27,11 @@ def test_a_users_objective_learns_and_every_step_agrees_with_the_engine(whole: F
     assert all(row["staleness/max"] == 0 for row in rows)
     assert rows[3]["actor/move"] == 0.0  # one step per batch: the current policy is the old one
     assert summary["ledger"] == {"pending": 0, "trained": 320}
-    run = whole.folder / "echo"
+    run = tmp_path / "echo"
     for name in ("config.json", "samples.jsonl", "curves.png", "model/model.safetensors", "model/tokenizer.json"):
         assert (run / name).stat().st_size > 0, name
     assert list(run.glob("wandb/offline-run-*")), "W&B must have recorded the run offline"
+    assert_gone(mark)
 
 
 def test_two_engines_and_two_ranks_overlap_sampling_with_updates_and_lose_no_request(

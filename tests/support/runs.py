@@ -8,7 +8,6 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -17,16 +16,6 @@ STARTED: list[str] = []
 RECIPE = Path(__file__).parents[1] / "e2e" / "recipes" / "echo.py"
 HANGS_S = 560
 """No wait of a run is meant to take a tenth of this: it only keeps a run that hangs from hanging the tests."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A run that has ended: its flags, its folder, its summary, and the metrics of its steps."""
-
-    flags: tuple[str, ...]
-    folder: Path
-    summary: dict
-    rows: list[dict]
 
 
 def start(model: Path, folder: Path, *flags: str) -> tuple[subprocess.Popen, str]:
