@@ -17,6 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record-seconds", metavar="MODE", help="keep each file's seconds in tests/durations.json")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest group of tests comes first, because the last one decides when the second lane ends."""
     for item in items:

@@ -104,7 +104,7 @@ def answer(rank: int, request: dict) -> dict:
         # The next learner must not see that this one was sharded.
         unset_hf_deepspeed_config()
         if learner is not None:
-            learner.engine.destroy()
+            learner.parts.engine.destroy()
         del learner
         gc.collect()
 
