@@ -114,7 +114,7 @@ class TrainerConfig(Checked):
     """Optimizer steps per pass."""
     micro_batch_tokens: int | None = None
     """Tokens of one forward pass: the length of its packed row. A shared prompt counts once. Default: 4096 on GPU; 512
-    on CPU, where more is no faster and takes memory."""
+    on CPU, where memory is short."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     skip_zero_advantage: bool = True

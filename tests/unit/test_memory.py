@@ -16,7 +16,7 @@ from trainer.cluster.placement import place
 from trainer.learner.memory_meter import PeakMemory
 from trainer.model.files import model_config
 from trainer.model.policy import load
-from trainer.plan.memory import Memory, Shape, available_memory, required_memory, shape_of
+from trainer.plan.memory import DRIVER, Memory, Shape, available_memory, required_memory, shape_of
 
 BILLION = Shape(parameters=2**30, layers=16, hidden=1024, inner=4096, vocabulary=2**15, adapted=2**20)
 
@@ -109,7 +109,7 @@ def test_on_cpu_the_host_holds_every_process_and_the_weights_on_their_way():
     _, places = found(cuda=False, rollout=rollout, ranks=2, save_every=0)
     engine, rank = (sum(places[name].values()) for name in ("engine", "learner rank"))
     assert places["engine"]["KV cache"] == 3.0
-    assert sum(places["host"].values()) == pytest.approx(2 * engine + 2 * rank + 2)
+    assert sum(places["host"].values()) == pytest.approx(2 * engine + 2 * rank + 2 + DRIVER)
 
 
 def test_what_cannot_fit_is_refused_with_the_parts_and_only_with_remedies_that_are_left(monkeypatch):

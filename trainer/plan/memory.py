@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
-PROCESS = {"learner rank": 0.8, "engine": 1.2}
-"""Libraries, and on a GPU its context, before any weight."""
+PROCESS = {"cpu": {"learner rank": 0.4, "engine": 1.4}, "cuda": {"learner rank": 0.8, "engine": 1.2}}
+"""Libraries and working memory, on a GPU also its context, before any weight. Those of CPU were measured with
+scripts/bench/peak_memory.py; those of CUDA are guesses."""
+DRIVER = 1.0
+"""The driver, Ray's own processes, and pages of files; measured in the same way."""
 Needs = dict[str, dict[str, float]]
 
 
@@ -127,10 +130,12 @@ def required_memory(config: Config, placement: Placement, shape: Shape) -> Needs
         host["weights under way"] = size * s.parameters
     places = {"learner rank": learner, "engine": engine, "host": host}
     found = {place: {what: n / GIB for what, n in parts.items() if n} for place, parts in places.items()}
-    for place, gib in PROCESS.items():
+    process = PROCESS[placement.device]
+    for place, gib in process.items():
         found[place]["process"] = gib
+    found["host"]["driver and Ray"] = DRIVER
     for place, count in (("learner rank", placement.learners), ("engine", placement.engines)):
-        own = found[place] if placement.device == "cpu" else {"process": PROCESS[place]}
+        own = found[place] if placement.device == "cpu" else {"process": process[place]}
         found["host"][f"{count} x {place}"] = count * sum(own.values())
     return found
 
