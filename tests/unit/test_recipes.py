@@ -200,11 +200,11 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help(tmp_path):
     assert "What would help: rollout.kv_cache_gib below 5000" in " ".join(shown.stdout.split())
 
 
-def test_an_unreadable_model_leaves_the_memory_unknown():
+def test_where_the_model_cannot_be_read_a_dry_run_shows_the_placement_and_ends_with_the_reason():
     shown = run_recipe("gsm8k_gspo.py", "--dry-run", "--device", "cuda", "--model", "nobody/nothing")
-    assert shown.returncode == 0, shown.stderr
-    assert "unknown" in shown.stdout
+    assert shown.returncode == 2, shown.stderr
     assert "nccl" in shown.stdout
+    assert "the model 'nobody/nothing' is not in the hub's cache" in " ".join(shown.stdout.split())
 
 
 def test_a_recipe_is_a_value_that_another_can_start_from(monkeypatch):

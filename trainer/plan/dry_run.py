@@ -17,7 +17,11 @@ def dry_run(config: Config) -> None:
     for row in plan.placement.table():
         table.add_row(*row)
     table.add_row("GPUs", f"{plan.placement.gpus:g} asked for, {plan.gpus:g} here")
-    shape = plan.memory.shape
+    try:
+        shape = plan.memory.shape
+    except OSError:
+        console.print(table)
+        raise
     table.add_row("parameters", f"{shape.parameters:,}")
     trained = config.trainer.lora.rank * shape.adapted or shape.parameters
     if trained != shape.parameters:
