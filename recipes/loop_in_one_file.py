@@ -73,12 +73,12 @@ def sample(model: Any, prompt: Prompt, s: Settings, *, eos: int | None, version:
         out = model(ids, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         # The distribution that we sample from, after the temperature: the loss must use the same one.
-        said = (out.logits[:, -1].float() / s.temperature).log_softmax(dim=-1)
-        ids = torch.multinomial(said.exp(), num_samples=1)
+        logprobs_all = (out.logits[:, -1].float() / s.temperature).log_softmax(dim=-1)
+        ids = torch.multinomial(logprobs_all.exp(), num_samples=1)
         tokens.append(ids)
-        logprobs.append(said.gather(1, ids))
+        logprobs.append(logprobs_all.gather(1, ids))
     rows = zip(torch.cat(tokens, dim=1).tolist(), torch.cat(logprobs, dim=1).tolist(), strict=True)
-    return [completion(row, said, eos, version) for row, said in rows]
+    return [completion(ids, numbers, eos, version) for ids, numbers in rows]
 
 
 def completion(tokens: list[int], logprobs: list[float], eos: int | None, version: int) -> Completion:
@@ -113,9 +113,9 @@ def policy_output(model: Any, batch: Batch, temperature: float) -> PolicyOutput:
 
     Rows are padded on the right, and attention is causal, so no attention mask is needed.
     """
-    said = (model(batch.input_ids[:, :-1]).logits.float() / temperature).log_softmax(dim=-1)
-    logprobs = said.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
-    return PolicyOutput(logprobs=logprobs, entropy=-(said.exp() * said).sum(dim=-1))
+    logprobs_all = (model(batch.input_ids[:, :-1]).logits.float() / temperature).log_softmax(dim=-1)
+    logprobs = logprobs_all.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
+    return PolicyOutput(logprobs=logprobs, entropy=-(logprobs_all.exp() * logprobs_all).sum(dim=-1))
 
 
 def learn(model: Any, optimizer: torch.optim.Optimizer, batch: Batch, s: Settings) -> dict[str, float]:

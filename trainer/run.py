@@ -139,7 +139,7 @@ class Run:
         probe = self.prepared.train[0].token_ids
         learner = RemoteLearner(cluster, probe=probe, fleet=fleet, version=self.progress.version)
         if self.resumed:
-            with status(f"going on from {self.resumed.checkpoint.folder}"):
+            with status(f"resuming from {self.resumed.checkpoint.folder}"):
                 state = self.resumed.learner
                 await cluster.ask_learners(lambda rank: rank.load_state(state))
         await self._check(learner)
@@ -168,7 +168,7 @@ class Run:
         await self.loop.run()
         self.stop.saved()
         if not self.loop.done:
-            raise asyncio.CancelledError("told to stop")
+            raise asyncio.CancelledError("stopped by SIGTERM")
         summary["train_seconds"] = time.perf_counter() - self.began
         summary["eval_after"] = self._evaluation(self.tracker.history[-1])
         summary["learner_peak_gib"] = await cluster.ask_learners(lambda rank: rank.peak_memory_gib())
@@ -267,7 +267,7 @@ class Run:
         self.lock.close()
 
     def _how_to_resume(self) -> str | None:
-        """The command, once there is a checkpoint to go on from."""
+        """The command, once there is a checkpoint to resume from."""
         if not checkpoint.finished(self.folder / "checkpoints"):
             return None
         return f"python {sys.argv[0]} --resume {self.folder}"

@@ -80,7 +80,7 @@ class Groups:
             self._changed.notify_all()
 
     async def take(self, step: int) -> list[Trajectory] | None:
-        """The oldest ready groups of one step, or None when the run is told to stop.
+        """The oldest ready groups of one step, or None when the run is being stopped.
 
         Raises StallError when they are not ready within `deadlines.sample_s` seconds.
         """

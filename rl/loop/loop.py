@@ -88,7 +88,7 @@ class Loop:
         return self.admission.version == self.config.steps and not self._owes_evaluation
 
     async def run(self) -> None:
-        """Train up to `config.steps` steps, or until `stop`; `done` tells which of the two. The failure of any task
+        """Train up to `config.steps` steps, or until `stop`; `done` is True in the first case. The failure of any task
         ends the run with the error of that task."""
         c = self.config
         try:
@@ -112,7 +112,7 @@ class Loop:
         await self.groups.stop()
 
     async def _step(self, step: int) -> bool:
-        """One step; False when the run was told to stop before the step could begin."""
+        """One step; False when the run was stopped before the step could begin."""
         c, groups = self.config, self.groups
         began, busy = time.perf_counter(), groups.in_flight.seconds()
         trajectories = await groups.take(step)
@@ -150,7 +150,7 @@ class Loop:
         return True
 
     async def _evaluated(self) -> dict[str, float]:
-        """The evaluation's metrics; empty, and the evaluation owed, when the run is told to stop meanwhile."""
+        """The evaluation's metrics; empty, and the evaluation owed, when the run is stopped meanwhile."""
         evaluating = asyncio.ensure_future(self.evaluate())
         stopping = asyncio.ensure_future(self.groups.stopping.wait())
         try:

@@ -20,7 +20,7 @@ class Hypothesis:
 
     cause: str
     """Key of `trainer.doctor.remedies`."""
-    says: str
+    text: str
     """What the engine would be doing."""
     residual: float
     """Mean |d| in nats that remains if the guess is right."""
@@ -42,7 +42,7 @@ def explain(
     best_t, residual = fit_temperature(logits, targets, rollout)
     if abs(best_t / temperature - 1) > 5e-3 and best_t != 1.0:
         guesses.append(
-            Hypothesis(cause="temperature", says=f"it samples at temperature {best_t:.3g}", residual=residual)
+            Hypothesis(cause="temperature", text=f"it samples at temperature {best_t:.3g}", residual=residual)
         )
     return sorted(guesses, key=lambda g: g.residual)
 
@@ -53,13 +53,13 @@ def _sampling(
     if temperature != 1.0 or truncation:
         left = _left(logits.log_softmax(-1), targets, rollout)
         yield Hypothesis(
-            cause="raw_logprobs", says="it returns raw log-probabilities, before temperature and cuts", residual=left
+            cause="raw_logprobs", text="it returns raw log-probabilities, before temperature and cuts", residual=left
         )
     scaled = logits / temperature
     whole = scaled.log_softmax(-1)
     if truncation:
         left = _left(whole, targets, rollout)
-        yield Hypothesis(cause="truncation", says="it samples from the whole vocabulary", residual=left)
+        yield Hypothesis(cause="truncation", text="it samples from the whole vocabulary", residual=left)
         return
     cuts = [Truncation(top_p=p) for p in TOP_PS]
     cuts += [Truncation(top_k=k) for k in TOP_KS if k < logits.shape[1]] + [Truncation(min_p=p) for p in MIN_PS]
@@ -72,7 +72,7 @@ def _sampling(
         mass = torch.where(kept, whole, -torch.inf).logsumexp(-1)
         left = float((d - mass).abs().mean())
         name = next(f"{n}={v:g}" for n, v in vars(cut).items() if v != getattr(Truncation(), n))
-        yield Hypothesis(cause="truncation", says=f"it samples with {name} (or close to it)", residual=left)
+        yield Hypothesis(cause="truncation", text=f"it samples with {name} (or close to it)", residual=left)
 
 
 def _left(logprobs: Tensor, targets: Tensor, rollout: Tensor) -> float:
@@ -112,7 +112,7 @@ def shifts(trainer: Float[Tensor, "B T"], rollout: Float[Tensor, "B T"], mask: T
             left = float((trainer - moved)[both].abs().mean())
             found.append(
                 Hypothesis(
-                    cause="shift", says=f"each number belongs to the token {where} the one it stands at", residual=left
+                    cause="shift", text=f"each number belongs to the token {where} the one it stands at", residual=left
                 )
             )
     return found

@@ -146,7 +146,7 @@ def test_weights_that_differ_lead_to_the_cause_they_show(changes: dict, cause: s
 
 
 def test_a_gap_is_given_the_hypothesis_that_leaves_least_of_it() -> None:
-    guess = Hypothesis(cause="temperature", says="it samples at temperature 0.9", residual=1e-6)
+    guess = Hypothesis(cause="temperature", text="it samples at temperature 0.9", residual=1e-6)
     found = diagnose(evidence(samples=[sample(gap=gap_of(0.1), hypotheses=[guess])]))
     assert [f.cause for f in found] == ["temperature"]
     assert "best explanation: it samples at temperature 0.9; leaves 1.0e-06 nats unexplained" in found[0].evidence

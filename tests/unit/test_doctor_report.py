@@ -64,7 +64,7 @@ def make_report(*findings: Finding, comparisons: bool = False, engines: int = 1,
     config = Config(name="small", model="models/none", data=lambda: Data(train=[]), reward=len, **settings)
     distances = [D * (i + 1) for i in range(engines)]
     gaps = [gap(ROLLOUT + d, ROLLOUT, MASK) for d in distances]
-    guess = Hypothesis(cause="temperature", says="it samples at temperature 0.9", residual=0.01)
+    guess = Hypothesis(cause="temperature", text="it samples at temperature 0.9", residual=0.01)
     sample = SampleEvidence(
         engine=0,
         gap=gaps[0],

@@ -35,7 +35,7 @@ def said(temperature: float, cut: Truncation | None = None) -> tuple[torch.Tenso
 def test_the_true_guess_leaves_nothing(true: tuple, cause: str, says: str) -> None:
     best = explain(LOGITS, *true, temperature=0.8, truncation=None)[0]
     assert best.cause == cause
-    assert says in best.says
+    assert says in best.text
     assert best.residual < 1e-4
 
 
@@ -49,7 +49,7 @@ def test_raw_log_probabilities_are_told_from_another_temperature() -> None:
 
 def test_a_trainer_that_cuts_alone_is_told() -> None:
     guesses = explain(LOGITS, *said(0.8), temperature=0.8, truncation=Truncation(top_k=5))
-    assert guesses[0].says == "it samples from the whole vocabulary"
+    assert guesses[0].text == "it samples from the whole vocabulary"
     assert guesses[0].residual < 1e-6
 
 
@@ -66,7 +66,7 @@ def test_a_shift_by_one_leaves_nothing_in_its_direction() -> None:
     mask = torch.tensor([[True] * 6, [False, True, True, True, True, False]])
     after, before = shifts(trainer, trainer.roll(-1, dims=1), mask)
     assert after.residual == 0.0
-    assert "token after" in after.says
+    assert "token after" in after.text
     assert before.residual > 0.1
     after, before = shifts(trainer, trainer.roll(1, dims=1), mask)
     assert before.residual == 0.0

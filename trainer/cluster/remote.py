@@ -70,7 +70,7 @@ class RemoteLearner:
         return (await self.cluster.ask_learners(lambda rank: rank.step(batch)))[0]
 
     async def answer(self, batch: Batch) -> PolicyOutput:
-        """What the current policy says about a batch: [B, T] each, on CPU; `values` None without a critic."""
+        """The current policy's output for a batch: [B, T] each, on CPU; `values` is None without a critic."""
         return (await self.cluster.ask_learners(lambda rank: rank.answer(batch)))[0]
 
     async def reference_logprobs(self, batch: Batch) -> Tensor | None:

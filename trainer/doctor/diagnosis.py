@@ -204,7 +204,7 @@ def _numbers(s: SampleEvidence, dtype: str, *, explained: bool) -> Iterator[Find
     size = f"mean |d| {g.mean_abs:.1e} nats, k1 {g.k1:+.1e} ± {g.k1_se:.0e}, k3 {g.k3:.1e}"
     best = s.hypotheses[0] if s.hypotheses else None
     if best is not None and best.residual < EXPLAINED * g.mean_abs and not agrees(g, dtype):
-        text = f"{size}; best explanation: {best.says}; leaves {best.residual:.1e} nats unexplained"
+        text = f"{size}; best explanation: {best.text}; leaves {best.residual:.1e} nats unexplained"
         yield Finding(cause=best.cause, severity="fault", where=where, evidence=text)
     elif not g.mean_abs <= limit or is_biased(g, dtype):  # not >: a NaN is a fault
         if not explained:

@@ -37,7 +37,7 @@ def explain_batch(model: Any, head: LogprobHead, batch: Batch, config: Config, s
     guesses = explain(logits, targets, rollout, temperature=config.temperature, truncation=truncation)
     reported = (other / config.temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     cause = f"its lm_head is in {'bf16' if head.fp32 else 'fp32'}"
-    guesses.append(Hypothesis(cause="head_dtype", says=cause, residual=float((reported - rollout).abs().mean())))
+    guesses.append(Hypothesis(cause="head_dtype", text=cause, residual=float((reported - rollout).abs().mean())))
     guesses += shifts(trainer, part.rollout_logprobs, part.mask)
     return sorted(guesses, key=lambda g: g.residual)
 
