@@ -134,7 +134,7 @@ def test_doctor_json_comes_back_as_it_was_with_null_for_every_nan(tmp_path, find
     assert said["comparisons"][2]["gap"] is None
     assert said["verdict"] == ("fault" if findings else "well")
     assert [f["remedy"] for f in said["findings"]] == [f.remedy for f in findings]
-    assert said["evidence"]["samples"][0]["hypotheses"][0]["says"] == "it samples at temperature 0.9"
+    assert said["evidence"]["samples"][0]["hypotheses"][0]["text"] == "it samples at temperature 0.9"
     assert said["evidence"]["facts"]["learner"]["truncation"]["top_p"] == 0.5
     assert said["evidence"]["clip"] == {"tokens": 0.125, "sequences": 0.25}
 
