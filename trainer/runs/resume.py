@@ -65,8 +65,8 @@ class Resumed:
         if digest != self.saved("data"):
             raise CheckpointError(
                 f"{self.checkpoint.folder / checkpoint.STATE} is of a run over other training prompts: `Config.data` "
-                "must return what it returned then, in the same order, or trained prompts cannot be distinguished from new "
-                "ones"
+                "must return what it returned then, in the same order. Else trained prompts cannot be distinguished "
+                "from new ones"
             )
 
     def rewind(self) -> None:
