@@ -23,8 +23,8 @@ from typing import Any
 GIB = 2**30
 MARK = "UNISON_MEMORY_MARK"
 KINDS = {
-    "learner rank": r"^ray::Host",
-    "engine's actor": r"^ray::AsyncHost",
+    "learner rank": r"^ray::LearnerActor",
+    "engine's actor": r"^ray::EngineActor",
     "engine core": r"^VLLM::|multiprocessing\.",
     "Ray, gcs": r"gcs_server",
     "Ray, raylet": r"raylet/raylet",
