@@ -31,7 +31,12 @@ FLAGS = (
     f"--old-logprobs recompute --doctor off --tracking.wandb off --rollout.restarts 1000 --rollout.retries 1000 "
     f"--tracking.samples-per-step {PROMPTS * SAMPLES} --trainer.lr 1e-3"
 ).split()
-VICTIMS = {"driver": None, "engine": "ray::EngineActor", "vLLM's process": "VLLM::EngineCore", "learner": "ray::LearnerActor"}
+VICTIMS = {
+    "driver": None,
+    "engine": "ray::EngineActor",
+    "vLLM's process": "VLLM::EngineCore",
+    "learner": "ray::LearnerActor",
+}
 
 
 def rows_of(folder: Path) -> list[dict]:
