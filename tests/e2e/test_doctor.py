@@ -27,23 +27,6 @@ def say(*command: str, model: Path, folder: Path) -> tuple[int, str, str]:
     return done.returncode, done.stdout + done.stderr, mark
 
 
-def test_truncated_sampling_on_cpu_is_trained_after_all_comparisons_agree(echo_model: Path, tmp_path: Path) -> None:
-    recipe = [sys.executable, "-W", "ignore", str(RECIPES / "echo.py"), "--doctor", "full", "--steps", "2"]
-    cut = ["--rollout.top-k", "20", "--rollout.top-p", "0.9", "--temperature", "0.9", "--rollout.max-tokens", "4"]
-    code, said, _ = say(*recipe, *cut, "--group-size", "4", model=echo_model, folder=tmp_path)
-    assert code == 0, said[-3000:]
-    rows = [json.loads(line) for line in (tmp_path / "echo" / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "reward/mean" in row]
-    assert [row["weight_sync/version"] for row in rows] == [1, 2]
-    assert max(row["rollout_corr/logprob_abs_diff_mean"] for row in rows) <= 1e-5
-    report = json.loads((tmp_path / "echo" / "doctor.json").read_text())
-    assert report["verdict"] == "well"
-    tried = {comparison["name"] for comparison in report["comparisons"] if comparison["gap"]}
-    assert {"the same engine, asked twice", "prefix cache hit | miss"} <= tried
-    assert "in flight: begun after it | trainer's new weights" in tried
-    assert (tmp_path / "echo" / "doctor.html").stat().st_size > 10_000
-
-
 def test_a_faulty_engine_ends_the_run_before_its_first_step_with_cause_and_remedy(
     echo_model: Path, tmp_path: Path
 ) -> None:
