@@ -1,4 +1,4 @@
-"""Two lanes: which tests share a process, which files come first, and how many seconds each file took."""
+"""Two lanes: which files come first, and how many seconds each file took."""
 
 import json
 import os
@@ -17,29 +17,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record-seconds", metavar="MODE", help="keep each file's seconds in tests/durations.json")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest group of tests comes first, because the last one decides when the second lane ends."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(SECONDS.parent).as_posix()))
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    """The longest file comes first, because the last one decides when the second lane ends."""
     took: dict[str, float] = {}
     for mode in json.loads(SECONDS.read_text()).values():
         took |= mode
-    files: dict[str, set[str]] = {group(item): set() for item in items}
+    items.sort(key=lambda item: -took.get(item.path.relative_to(SECONDS.parent).as_posix(), 0.0))
     for item in items:
-        files[group(item)].add(item.path.relative_to(SECONDS.parent).as_posix())
-    total = {name: sum(took.get(file, 0.0) for file in of) for name, of in files.items()}
-    items.sort(key=lambda item: -total[group(item)])
-
-
-def group(item: pytest.Item) -> str:
-    """Tests of one group run in one process, in their order."""
-    mark = item.get_closest_marker("xdist_group")
-    assert mark is not None
-    return mark.args[0] if mark.args else mark.kwargs["name"]
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 class Seconds:
