@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import cache
 from itertools import product
 
 import pytest
@@ -26,14 +27,25 @@ MODELS = ["qwen2-untied", "llama-tied"]
 
 
 @pytest.fixture(scope="module")
-def pair(request: pytest.FixtureRequest, live: Callable, tiny: Callable) -> Pair:
-    """An engine and a learner at T = 0.8, in fp32."""
-    family, tying = request.param.split("-")
-    model = tiny(family=family, tied=tying == "tied", chat_template=TEMPLATE)
-    rollout = RolloutConfig(max_tokens=48, max_model_len=320, max_num_seqs=64, kv_cache_gib=0.25)
-    config = engine_config(model, temperature=0.8, rollout=rollout)
-    engine = live(config, version=-1, load_format="dummy", worker_extension_cls="faults.FaultyExtension")
-    return Pair(config, engine, make_learner(config))
+def pairs(live: Callable, tiny: Callable) -> Callable[[str], Pair]:
+    """Engines and learners at T = 0.8, in fp32; one for each model, whatever order the tests have."""
+
+    @cache
+    def make(name: str) -> Pair:
+        family, tying = name.split("-")
+        model = tiny(family=family, tied=tying == "tied", chat_template=TEMPLATE)
+        rollout = RolloutConfig(max_tokens=48, max_model_len=320, max_num_seqs=64, kv_cache_gib=0.25)
+        config = engine_config(model, temperature=0.8, rollout=rollout)
+        engine = live(config, version=-1, load_format="dummy", worker_extension_cls="faults.FaultyExtension")
+        return Pair(config, engine, make_learner(config))
+
+    return make
+
+
+@pytest.fixture
+def pair(request: pytest.FixtureRequest, pairs: Callable[[str], Pair]) -> Pair:
+    """The pair of one model. Not a fixture of the module: pytest 9.2 ends those between two cases of one value."""
+    return pairs(request.param)
 
 
 def examine(pair: Pair, seed: int = 0) -> ParityCheck:
