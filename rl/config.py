@@ -34,6 +34,15 @@ class RolloutConfig(Checked):
     """Sample from the k most likely tokens. The trainer then renormalises over the same tokens. 0 is off."""
     min_p: float = 0.0
     """Sample from tokens at least this likely, relative to the most likely one. 0 is off."""
+    min_tokens: int = 0
+    """Fewest tokens of one completion. Until then no stop token can be sampled; the trainer gives them the probability
+    0 there too. 0 is off."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a reply as soon as it holds one of them. Their tokens stay in the reply and are trained on."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a reply, besides those of the model. They are trained on."""
+    bad_words: tuple[str, ...] = ()
+    """Words that cannot be sampled: the last token of each after its others. The trainer forbids it there too."""
     prefix_cache: bool = True
     """Compute the prompt of a group once. Entries are keyed by weight version, so none is used after an update."""
     recompute_kv: bool = False
@@ -63,6 +72,12 @@ class RolloutConfig(Checked):
         """What top_p, top_k and min_p cut off; None when they keep the whole vocabulary."""
         wanted = Truncation(top_p=self.top_p, top_k=self.top_k, min_p=self.min_p)
         return None if wanted == Truncation() else wanted
+
+    @classmethod
+    def right_form(cls, field: str, value: Any) -> str | None:
+        """How to write one stop text or one bad word."""
+        lone = field in ("stop", "bad_words") and isinstance(value, str)
+        return f"is text: write a tuple, {field}=({value!r},)" if lone else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +185,8 @@ class Config(Checked):
     data: Callable[[], Data]
     """Function that returns `Data(train=[Example(...)])`, or a `Data`. Called once, on the driver."""
     reward: Reward
-    """Function that takes a `Reply` and returns its reward. It may be `async`."""
+    """Function that takes a `Reply` and returns its reward. It may be `async`. Several rewards: `Weighted({...})`; one
+    that sees the whole group: `OverGroup(judge)`."""
     eval_reward: Reward | None = None
     """Reward for evaluations. pass@k counts a reward of at least 1. Default: the same as `reward`."""
     objective: Objective = field(default_factory=GSPO)
@@ -187,6 +203,9 @@ class Config(Checked):
     max_filtered: int = 10
     """Most groups that filters may take out between two steps, as a multiple of `prompts_per_step`. After that the run
     ends."""
+    mask_truncated: bool = False
+    """Do not train on replies that `rollout.max_tokens` cut off. Their rewards still count for the rest of the group.
+    A group of cut replies alone is left out, as by a filter."""
     max_staleness: int = 0
     """How many weight versions a sample may be behind when its step begins. 0: synchronous and on-policy."""
     late_groups: Literal["drop", "wait"] = "drop"
@@ -244,6 +263,8 @@ class Config(Checked):
         """How to write a setting whose value is code."""
         if field == "filters" and callable(value):
             return f"is one filter: write a tuple, filters=({value!r},)"
+        if field in ("reward", "eval_reward") and isinstance(value, Mapping | list | tuple):
+            return f"is several rewards: write {field}=Weighted({{'right': right, 'short': (short, 0.2)}})"
         forms: Mapping[str, str] = {
             "data": "must be a function that returns Data(train=[Example(...)]), or such a Data",
             "reward": "must be a function that takes a Reply and returns a float, or a dict of floats",

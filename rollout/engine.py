@@ -81,14 +81,22 @@ class Engine:
         return list(await asyncio.gather(*(self._complete(token_ids, seed=s, **sampling) for s in seeds)))
 
     def _sampling(self, temperature: float | None, max_tokens: int | None) -> dict[str, Any]:
-        c = self.config
-        sampling = {
+        c, r = self.config, self.config.rollout
+        longest = max_tokens or r.max_tokens
+        sampling: dict[str, Any] = {
             "temperature": c.temperature if temperature is None else temperature,
-            "max_tokens": max_tokens or c.rollout.max_tokens,
-            "top_p": c.rollout.top_p,
-            "top_k": c.rollout.top_k,
-            "min_p": c.rollout.min_p,
+            "max_tokens": longest,
+            "top_p": r.top_p,
+            "top_k": r.top_k,
+            "min_p": r.min_p,
+            "min_tokens": min(r.min_tokens, longest),
+            "stop_token_ids": list(r.stop_token_ids),
+            "bad_words": list(r.bad_words),
+            "detokenize": False,
         }
+        if r.stop:
+            # vLLM looks for stop texts in the decoded reply; with special tokens, because a stop text may be one.
+            sampling |= {"stop": list(r.stop), "detokenize": True, "skip_special_tokens": False}
         if c.rollout.truncation and sampling["temperature"] == 0:
             # An engine that reports the kept tokens refuses greedy requests; top_k=1 is equivalent.
             sampling |= {"temperature": 1.0, "top_p": 1.0, "top_k": 1, "min_p": 0.0}
@@ -96,7 +104,7 @@ class Engine:
 
     async def _complete(self, token_ids: list[int], **sampling: Any) -> Completion:
         """One completion of one prompt."""
-        params = SamplingParams(**sampling, logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+        params = SamplingParams(**sampling, logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
         output = await self.generate(token_ids, params)
         assert output.finished, "vLLM ended a request without its final output"
         done = output.outputs[0]

@@ -10,6 +10,7 @@ from vllm import SamplingParams
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from rl.forbidden import Forbidden
 from rl.tokens import encode
 from rollout.worker import WorkerExtension
 
@@ -42,6 +43,14 @@ def describe(llm: AsyncLLM, sampling: SamplingParams, messages: Any, template: d
     c = llm.vllm_config
     model = c.model_config
     tokenizer: Any = llm.get_tokenizer()
+    # As vLLM does with every request that it takes.
+    sampling.update_from_generation_config(model.try_get_generation_config(), tokenizer.eos_token_id)
+    sampling.update_from_tokenizer(tokenizer)
+    forbidden = Forbidden(
+        min_tokens=sampling.min_tokens,
+        stop_ids=tuple(sampling.all_stop_token_ids),
+        words=tuple(tuple(word) for word in sampling.bad_words_token_ids or ()),
+    )
     return {
         "logprobs_mode": model.logprobs_mode,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -51,6 +60,7 @@ def describe(llm: AsyncLLM, sampling: SamplingParams, messages: Any, template: d
         "top_p": sampling.top_p,
         "top_k": max(sampling.top_k, 0),
         "min_p": sampling.min_p,
+        "forbidden": forbidden.facts(),
         "penalties": [sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty - 1.0],
         "async_scheduling": bool(c.scheduler_config.async_scheduling),
         "prefix_caching": bool(c.cache_config.enable_prefix_caching),

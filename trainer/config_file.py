@@ -10,7 +10,7 @@ from typing import Any
 
 from rl.config import Config
 from rl.typed import hints_of
-from trainer.flags import is_code, suggestions
+from trainer.flags import is_code, refused, suggestions
 
 
 def from_file(config: Config, path: str) -> Config:
@@ -53,6 +53,8 @@ def _merged(owner: Any, settings: Mapping[str, Any], path: str, prefix: str) -> 
             known = [(prefix + each).replace("_", "-") for each in hints]
             near = suggestions((prefix + name).replace("_", "-"), known)
             meant = f"; did you mean {near[0].replace('-', '_')}?" if near else ""
+            if reason := refused(name):
+                meant = f": {reason}"
             raise ValueError(f"{path} has a setting {prefix}{name}, which does not exist{meant}")
         if name not in hints or is_code(hints[name]):
             continue  # a constant of the class, or code

@@ -14,7 +14,7 @@ from trainer.flags import OPTIONS, Flag, docs_of, flags_of, is_code
 GROUPS = {
     "The run": "name model steps seed device output-dir",
     "Sampling and learning": "prompts-per-step group-size temperature max-staleness late-groups max-filtered "
-    "old-logprobs dtype fp32-head share-gpu chat-template-kwargs",
+    "mask-truncated old-logprobs dtype fp32-head share-gpu chat-template-kwargs",
     "Evaluation": "eval-every eval-samples eval-temperature",
     "Checks, records and checkpoints": "doctor verify-every record-batches save-every keep-last save-final",
 }

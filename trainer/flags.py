@@ -29,8 +29,13 @@ SYNONYMS = {
     "rollout.engines": "gpus num-gpus num-engines vllm-num-engines",
     "rollout.tensor-parallel": "tp tp-size tensor-parallel-size tensor-model-parallel-size",
     "rollout.max-tokens": "max-new-tokens max-completion-length max-response-length response-length max-length",
+    "rollout.min-tokens": "min-new-tokens min-completion-length min-length min-response-length",
+    "rollout.stop": "stop-strings stop-sequences stop-words stop-str",
+    "rollout.stop-token-ids": "stop-ids stop-tokens eos-token-id eos-token-ids",
+    "rollout.bad-words": "bad-words-ids bad-token-ids banned-words",
     "rollout.max-model-len": "max-seq-len max-seq-length max-sequence-length context-length max-prompt-length",
     "prompts-per-step": "batch-size train-batch-size rollout-batch-size num-prompts",
+    "mask-truncated": "mask-truncated-completions overlong-filter overlong-filtering mask-overlong",
     "group-size": "batch-size n num-generations n-samples num-samples samples-per-prompt num-return-sequences",
     "steps": "max-steps num-steps total-steps training-steps iterations epochs num-train-epochs num-epochs",
     "max-staleness": "off-policy-steps max-off-policy async-level staleness",
@@ -49,6 +54,17 @@ SYNONYMS = {
     "resume": "resume-from resume-from-checkpoint checkpoint load",
 }
 """What other libraries call a flag of ours."""
+REFUSED = {
+    "repetition-penalty frequency-penalty presence-penalty no-repeat-ngram-size length-penalty": "a penalty changes "
+    "every probability by what was sampled before, and the trainer does not repeat that: its log-probabilities would "
+    "be those of another policy. Give the reward a part that counts repetitions, or forbid words (--rollout.bad-words)",
+    "logit-bias allowed-token-ids guided-json guided-regex guided-choice structured-outputs logits-processors": "it "
+    "changes the distribution that is sampled from, and the trainer does not repeat that: its log-probabilities would "
+    "be those of another policy. To forbid tokens use --rollout.bad-words or --rollout.min-tokens",
+    "ignore-eos": "set --rollout.min-tokens to the value of rollout.max_tokens: the trainer then forbids the stop "
+    "tokens too",
+}
+"""What vLLM can do and a run cannot, by its names there, with the reason (docs/sampling.md)."""
 OPTIONS = {
     "dry-run": "Print settings, placement and memory. Start nothing.",
     "resume": "Continue the run in FOLDER from its last checkpoint, with the flags that started it. Flags given now "
@@ -145,9 +161,17 @@ def _remedy(config: Config, name: str, known: list[str]) -> str:
         more = [flag for flag in known if flag.startswith(f"{name}.")]
         numbers = f"; its numbers are flags, such as --{more[0]}" if more else ""
         return f"{field} is code or a group of settings: set it in the recipe, as {field}=...{numbers}"
+    if reason := refused(name):
+        return reason
     if near := suggestions(name, known):
         return f"Did you mean {' or '.join(f'--{each}' for each in near)}? --help lists all flags"
     return "--help lists all flags"
+
+
+def refused(name: str) -> str | None:
+    """Why a run has no setting of this name, which vLLM has."""
+    last = name.rpartition(".")[2].replace("_", "-")
+    return next((reason for names, reason in REFUSED.items() if last in names.split()), None)
 
 
 def suggestions(name: str, known: Sequence[str]) -> list[str]:

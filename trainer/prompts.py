@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rl.config import Config
+from rl.rewards.combined import judges_groups
 from rl.rewards.score import score_in_time
 from rl.tokens import encode
 from rl.typed import show
 from rl.types import Data, Example, Given, Prompt, Reply
+from trainer.model.forbidden import forbidden
 from trainer.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -95,6 +97,7 @@ def prepare(config: Config) -> Prepared:
     """
     data = load_data(config)
     tokenizer = load_tokenizer(config.model)
+    forbidden(config, config.model, tokenizer)  # refuses what the actors would refuse after their start
     train = encode_all(tokenizer, data.train, config, "data.train")
     evals = {
         name: encode_all(tokenizer, examples, config, f"data.evals[{name!r}]") for name, examples in data.evals.items()
@@ -117,4 +120,5 @@ def try_rewards(config: Config, prepared: Prepared) -> None:
         decode=prepared.decode,
     )
     for reward in (config.reward, *([config.eval_reward] if config.eval_reward else [])):
-        asyncio.run(score_in_time(reward, empty, 0, config.deadlines.reward_s))
+        asked = [empty] * config.group_size if judges_groups(reward) else empty
+        asyncio.run(score_in_time(reward, asked, 0, config.deadlines.reward_s))

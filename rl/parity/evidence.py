@@ -62,6 +62,8 @@ class SampleEvidence:
     """Those of them whose last sampled token is no stop token."""
     wrong_version: int
     """Sampled tokens with another version than the engine's."""
+    forbidden: int = 0
+    """Sampled tokens that the run forbids at their place, so that the trainer gives them the probability 0."""
 
 
 @dataclass(frozen=True, kw_only=True)

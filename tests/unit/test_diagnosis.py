@@ -22,6 +22,7 @@ ENGINE = {
     "top_p": 1.0,
     "top_k": 0,
     "min_p": 0.0,
+    "forbidden": {"min_tokens": 0, "stop_ids": [], "words": []},
     "penalties": [0.0, 0.0, 0.0],
     "generation_config": "vllm",
     "generation_eos": 1,
@@ -30,7 +31,14 @@ ENGINE = {
     "chat_template": "t",
     "prompt": [5, 6],
 }
-LEARNER = {"dtype": "float32", "head_dtype": "float32", "tied": True, "temperature": 1.0, "truncation": None}
+LEARNER = {
+    "dtype": "float32",
+    "head_dtype": "float32",
+    "tied": True,
+    "temperature": 1.0,
+    "truncation": None,
+    "forbidden": {"min_tokens": 0, "stop_ids": [], "words": []},
+}
 DRIVER = {"chat_template": "t", "prompt": [5, 6], "eos": 1, "vocabulary": 100}
 DIGESTS = {f"w{i}": f"d{i}" for i in range(6)}
 LAYER = LayerError(name="w0", kind="linear", error=1e-6, scale=1.0, scaled_error=1e-6, bf16_error=1e-3)
@@ -88,6 +96,7 @@ def test_agreement_leads_to_no_finding() -> None:
         ("top_p", 0.9, "truncation"),
         ("top_k", 20, "truncation"),
         ("penalties", [0.0, 0.0, 0.1], "penalties"),
+        ("forbidden", {"min_tokens": 5, "stop_ids": [1], "words": []}, "forbidden"),
         ("dtype", "bfloat16", "dtype"),
         ("head_dtype", "bfloat16", "head_dtype"),
         ("tied", False, "tied_head"),
@@ -177,6 +186,7 @@ def test_a_sign_below_the_limit_is_still_a_fault_and_noise_of_that_size_is_not()
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
+        ({"forbidden": 2}, "forbidden"),
         ({"nonfinite": 2}, "nonfinite"),
         ({"wrong_version": 1}, "versions"),
         ({"ended_without_stop_token": 3}, "eos"),

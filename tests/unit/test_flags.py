@@ -108,6 +108,11 @@ def test_help_needs_no_network_and_starts_nothing(capsys):
         ("--resume-from-checkpoint", "Did you mean --resume?"),
         ("--objective", "set it in the recipe, as objective=...; its numbers are flags, such as --objective.kl-coef"),
         ("--data", "data is code or a group of settings: set it in the recipe, as data=..."),
+        ("--mask-truncated-completions", "Did you mean --mask-truncated?"),
+        ("--min-new-tokens", "Did you mean --rollout.min-tokens?"),
+        ("--rollout.repetition-penalty", "a penalty changes every probability by what was sampled before"),
+        ("--logit_bias", "the trainer does not repeat that"),
+        ("--ignore-eos", "set --rollout.min-tokens to the value of rollout.max_tokens"),
         ("--zzzzzz", "there is no flag --zzzzzz. --help lists all flags"),
     ],
 )
@@ -126,6 +131,13 @@ def test_flags_are_taken_with_dashes_and_underscores():
     assert (config.trainer.micro_batch_tokens, config.trainer.value_lr, config.save_final) == (64, 1e-3, False)
     with_data = override(replace(CONFIG, data=Data(train=[])), ["--steps", "4"])
     assert (with_data.steps, with_data.data) == (4, Data(train=[]))
+
+
+def test_several_texts_are_one_flag_and_read_back(tmp_path):
+    changed = override(CONFIG, ["--rollout.stop", "</answer>", "\n\n", "--rollout.stop-token-ids", "3", "7"])
+    assert (changed.rollout.stop, changed.rollout.stop_token_ids) == (("</answer>", "\n\n"), (3, 7))
+    write_json(tmp_path / "config.json", resolved(changed))
+    assert from_file(CONFIG, str(tmp_path / "config.json")).rollout == changed.rollout
 
 
 def test_an_objective_of_the_users_own_has_its_flags():
@@ -177,6 +189,10 @@ def test_yaml_reads_as_well_with_numbers_as_people_write_them(tmp_path):
         (
             {"trainer": {"learning_rate": 1}},
             "which does not exist; did you mean trainer.lr?",
+        ),
+        (
+            {"rollout": {"repetition_penalty": 1.1}},
+            "rollout.repetition_penalty, which does not exist: a penalty changes",
         ),
         ({"dtype": "fp32"}, "config.json: dtype='fp32' is not one of 'bfloat16', 'float32'"),
         ({"trainer": {"lr": "fast"}}, "config.json: trainer.lr='fast' must be a number"),

@@ -101,8 +101,10 @@ class Comparisons:
     async def _prefill(self) -> Comparison:
         """Decode against prefill. Both at T = 1 and untruncated: vLLM scores prompts in no other way."""
         name, config = "decode | prefill, at T = 1", self.examiner.config
-        if config.rollout.truncation:
-            return Comparison(name=name, gap=None, note="vLLM scores prompts without the run's truncation")
+        r = config.rollout
+        if r.truncation or r.min_tokens or r.bad_words:
+            note = "vLLM scores prompts without the run's truncation, min_tokens and bad words"
+            return Comparison(name=name, gap=None, note=note)
         groups = await self._sample(temperature=1.0)
         deadline = config.deadlines.sample_s
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from rl.parity.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
 from rl.parity.gap import Gap
+from rl.typed import show
 from trainer.doctor.remedies import REMEDIES
 
 MEAN_GAP = {"float32": 3e-5, "bfloat16": 6e-2}
@@ -76,6 +77,10 @@ def _semantics(e: Evidence) -> Iterator[Finding]:
         got = tuple(engine[name] for name in ("top_p", "top_k", "min_p"))
         if got != wanted:
             yield fault("truncation", f"the engine samples with top_p, top_k, min_p = {got}, the loss uses {wanted}")
+        if engine["forbidden"] != mine["forbidden"]:
+            differ = [name for name, ours in mine["forbidden"].items() if ours != engine["forbidden"][name]]
+            here, there = ({name: show(side["forbidden"][name]) for name in differ} for side in (engine, mine))
+            yield fault("forbidden", f"the engine forbids {here}, the loss {there}")
         if any(engine["penalties"]):
             yield fault("penalties", f"presence, frequency, repetition penalties are {engine['penalties']}")
         if engine["dtype"] != mine["dtype"]:
@@ -178,6 +183,9 @@ def _layers(layers: list[LayerError], dtype: str, fault: Callable[[str, str], Fi
 
 def _structure(s: SampleEvidence) -> Iterator[Finding]:
     where = f"engine {s.engine}"
+    if s.forbidden:
+        text = f"{s.forbidden} sampled tokens are forbidden at their place (rollout.min_tokens, rollout.bad_words)"
+        yield Finding(cause="forbidden", severity="fault", where=where, evidence=text)
     if s.nonfinite:
         text = f"{s.nonfinite} of {s.gap.tokens} sampled tokens have no finite log-probability"
         yield Finding(cause="nonfinite", severity="fault", where=where, evidence=text)

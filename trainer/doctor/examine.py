@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rl.batch import collate, trajectory
+from rl.batch import collate, integers, trajectory
 from rl.config import Config
 from rl.objectives.corrections import Uncorrected
 from rl.parity.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
@@ -17,6 +17,7 @@ from rl.types import Batch, Completion
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.remote import RemoteLearner
 from trainer.doctor.diagnosis import Finding, ParityError, agrees, diagnose
+from trainer.model.forbidden import stop_ids
 from trainer.prompts import Prepared
 
 PROMPTS = 8
@@ -82,6 +83,8 @@ class Examiner:
         self.config = cluster.config
         train, count = prepared.train, min(PROMPTS, len(prepared.train))
         self.prompts = [replace(train[i * len(train) // count], ordinal=i) for i in range(count)]
+        self.stops = {*stop_ids(self.config.model, prepared.tokenizer), *self.config.rollout.stop_token_ids}
+        """Tokens that end a reply."""
         self.max_tokens = min(self.config.rollout.max_tokens, 48)
         self.per_prompt = max(3, min(32, math.ceil(TOKENS / (len(self.prompts) * self.max_tokens))))
 
@@ -218,15 +221,17 @@ class Examiner:
         batch = collate(rows)
         trainer, entropy = (await cluster.ask_learners(lambda rank: rank.logprobs_and_entropy(batch)))[0]
         finite = batch.mask & batch.rollout_logprobs.isfinite() & trainer.isfinite()
-        nonfinite = int(batch.mask.sum() - finite.sum())
+        banned = batch.mask & batch.rollout_logprobs.isfinite() & trainer.isneginf()
+        nonfinite = int(batch.mask.sum() - finite.sum() - banned.sum())
         if not finite.any():
-            raise ParityError(f"none of {nonfinite} tokens that engine {engine} sampled has a finite log-probability")
+            raise ParityError(
+                f"none of {int(batch.mask.sum())} tokens that engine {engine} sampled has a finite log-probability"
+            )
         # Tokens without a finite number are counted, then left out of the averages: one NaN would hide all others.
         clean = replace(batch, mask=finite, rollout_logprobs=batch.rollout_logprobs.nan_to_num(0.0, 0.0, 0.0))
         g = gap(trainer, clean.rollout_logprobs, clean.mask)
         agreed = agrees(g, self.config.dtype)
         hypotheses = [] if agreed else (await cluster.ask_learners(lambda rank: rank.explain(clean)))[0]
-        eos = self.prepared.tokenizer.eos_token_id
         ended = [(row, t) for row, t in zip(batch.mask, rows, strict=True) if t.finish_reason == "stop"]
         evidence = SampleEvidence(
             engine=engine,
@@ -235,13 +240,17 @@ class Examiner:
             surprise=surprise(trainer, entropy, clean.mask),
             nonfinite=nonfinite,
             ended=len(ended),
-            ended_without_stop_token=sum(_last_trained(row, t.token_ids) != eos for row, t in ended),
+            ended_without_stop_token=sum(not self._shows_its_end(row, t.token_ids) for row, t in ended),
             wrong_version=int((batch.versions[batch.mask] != version).sum()),
+            forbidden=int(banned.sum()),
         )
         return evidence, clean, trainer
 
-
-def _last_trained(mask: torch.Tensor, token_ids: list[int]) -> int:
-    """The last token that a row trains on."""
-    columns = mask.nonzero()[:, 0]
-    return token_ids[int(columns[-1]) + 1] if len(columns) else -1
+    def _shows_its_end(self, mask: torch.Tensor, token_ids: list[int]) -> bool:
+        """Whether a row trains on what ended its reply: a stop token at the end, or a text of `rollout.stop`."""
+        trained = [token_ids[column + 1] for column in integers(mask.nonzero()[:, 0])]
+        if trained and trained[-1] in self.stops:
+            return True
+        wanted = self.config.rollout.stop
+        text = self.prepared.decode(trained, skip_special_tokens=False) if wanted else ""
+        return any(stop in text for stop in wanted)

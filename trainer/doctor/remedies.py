@@ -4,6 +4,8 @@ REMEDIES = {
     "raw_logprobs": 'Set logprobs_mode="processed_logprobs" in the engine\'s arguments (rollout/settings.py)',
     "temperature": "Set the temperature once, as Config.temperature; engine and loss both read it there",
     "truncation": "Set top_p, top_k, min_p once, in Config.rollout; the loss then applies the same truncation",
+    "forbidden": "Set min_tokens, stop_token_ids and bad_words once, in Config.rollout, and give engine and trainer "
+    "the same model files: the loss then forbids the same tokens",
     "penalties": "Leave presence, frequency and repetition penalties off: the loss cannot apply them",
     "dtype": "Set Config.dtype once; engine and trainer both read it there",
     "head_dtype": "Set Config.fp32_head once; an fp32 lm_head on one side alone is no better than on none",

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from rl.forbidden import Forbidden
 from rl.parity.evidence import LayerError
 from rl.parity.hypotheses import Hypothesis
 from rl.types import Batch
@@ -23,6 +24,7 @@ def describe(rank: Rank) -> dict[str, Any]:
         "tied": bool(hf.config.get_text_config().tie_word_embeddings),
         "temperature": rank.config.temperature,
         "truncation": rank.config.rollout.truncation,
+        "forbidden": (rank.policy.forbidden or Forbidden()).facts(),
     }
 
 

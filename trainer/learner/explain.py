@@ -11,7 +11,7 @@ from rl.batch import take
 from rl.config import Config
 from rl.parity.hypotheses import Hypothesis, explain, shifts
 from rl.types import Batch
-from trainer.model.head import LogprobHead
+from trainer.model.head import LogprobHead, without
 
 TOKENS = 256
 """At most so many sampled tokens have their full logits examined: [256, 150,000] in fp32 are 150 MB."""
@@ -26,18 +26,25 @@ def explain_batch(model: Any, head: LogprobHead, batch: Batch, config: Config, s
     rows = torch.arange(max(1, int((counts <= TOKENS).sum())))
     part = take(batch, rows)
     truncation = config.rollout.truncation
-    seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    seen: list[Any] = []
+    hook = head.register_forward_pre_hook(lambda _, args: seen.extend((args[0], args[-1])))
     trainer = model(part.input_ids, part.mask, config.temperature, truncation, part.support).logprobs
     hook.remove()
     with deepspeed.zero.GatheredParameters([head.weight], enabled=sharded):
         logits = _logits(seen[0], head.weight, head.fp32)
         other = _logits(seen[0], head.weight, not head.fp32)
+    whole, banned = logits, seen[1]
+    if banned is not None:
+        logits, other = without(logits, banned), without(other, banned)
     targets, rollout = part.input_ids[:, 1:][part.mask], part.rollout_logprobs[part.mask]
     guesses = explain(logits, targets, rollout, temperature=config.temperature, truncation=truncation)
     reported = (other / config.temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     cause = f"its lm_head is in {'bf16' if head.fp32 else 'fp32'}"
     guesses.append(Hypothesis(cause="head_dtype", text=cause, residual=float((reported - rollout).abs().mean())))
+    if banned is not None:
+        reported = (whole / config.temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        text = "it samples the tokens that the run forbids (rollout.min_tokens, rollout.bad_words)"
+        guesses.append(Hypothesis(cause="forbidden", text=text, residual=float((reported - rollout).abs().mean())))
     guesses += shifts(trainer, part.rollout_logprobs, part.mask)
     return sorted(guesses, key=lambda g: g.residual)
 

@@ -16,7 +16,7 @@ class _TokenLogprob(torch.autograd.Function):
     gradient of either output. The kept tokens are a constant of the gradient, and are recomputed too."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, inv_temperature, dtype, truncation, support):
+    def forward(ctx, hidden, weight, targets, inv_temperature, dtype, truncation, support, forbidden):
         w = weight.to(dtype)
         n = hidden.shape[0]
         logprob, lse, entropy = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
@@ -25,7 +25,7 @@ class _TokenLogprob(torch.autograd.Function):
             logits, space = (x[: s.stop - s.start] for x in spaces)
             _logits(hidden[s], w, inv_temperature, out=logits)
             chosen = logits.gather(-1, targets[s, None])[:, 0]
-            kept = _kept(logits, s, targets, truncation, support)
+            kept = _kept(logits, s, targets, truncation, support, forbidden)
             if kept is not None:
                 logits.masked_fill_(~kept, -torch.inf)
             # log_softmax, as the engine does: on CPU its rounding over a large vocabulary is 1e-5 nats away from
@@ -37,14 +37,14 @@ class _TokenLogprob(torch.autograd.Function):
             if kept is not None:
                 log_p.masked_fill_(~kept, 0.0)  # where p is 0, -inf would make NaN of it
             entropy[s] = -p.mul_(log_p).sum(-1)
-        ctx.save_for_backward(hidden, weight, targets, lse, entropy, support)
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy, support, forbidden)
         ctx.inv_temperature, ctx.dtype, ctx.truncation = inv_temperature, dtype, truncation
         ctx.set_materialize_grads(False)
         return logprob, entropy
 
     @staticmethod
     def backward(ctx, grad_logprob, grad_entropy):
-        hidden, weight, targets, lse, entropy, support = ctx.saved_tensors
+        hidden, weight, targets, lse, entropy, support, forbidden = ctx.saved_tensors
         w = weight.to(ctx.dtype)
         grad_hidden = torch.empty_like(hidden)
         # Frozen under adapters.
@@ -56,7 +56,7 @@ class _TokenLogprob(torch.autograd.Function):
         for s in _chunks(hidden.shape[0]):
             logits, space = (x[: s.stop - s.start] for x in spaces)
             _logits(hidden[s], w, ctx.inv_temperature, out=logits)
-            kept = _kept(logits, s, targets, ctx.truncation, support)
+            kept = _kept(logits, s, targets, ctx.truncation, support, forbidden)
             log_p = logits.sub_(lse[s, None])
             p = torch.exp(log_p, out=space)
             if kept is not None:
@@ -72,7 +72,7 @@ class _TokenLogprob(torch.autograd.Function):
                 grad_weight.addmm_(grad.t(), hidden[s].to(ctx.dtype).float())
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _spaces(hidden: Float[Tensor, "N H"], w: Float[Tensor, "V H"]) -> tuple[Float[Tensor, "C V"], Float[Tensor, "C V"]]:
@@ -96,19 +96,31 @@ def _kept(
     targets: Int[Tensor, " N"],
     truncation: Truncation | None,
     support: Int[Tensor, "N K"] | None,
+    forbidden: Int[Tensor, "N F"] | None,
 ) -> Bool[Tensor, "C V"] | None:
     """Vocabulary entries that a chunk's tokens were sampled from; None for the whole vocabulary."""
     if support is not None:
-        ids = support[s].long()
-        # Padding goes to an extra column after the vocabulary.
-        wide = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
-        kept = wide.scatter_(1, ids.where(ids >= 0, logits.shape[1]), True)[:, :-1]
+        kept = _named(support[s], logits)
     elif truncation is not None:
-        kept = keep(logits, truncation)
+        kept = keep(logits if forbidden is None else without(logits, forbidden[s]), truncation)
     else:
-        return None
+        # A forbidden target has the probability 0: the engine cannot have sampled it.
+        return None if forbidden is None else ~_named(forbidden[s], logits)
     # The engine sampled the target, so the engine kept it, even if rounding at the boundary excludes it here.
     return kept.scatter_(1, targets[s, None], True)
+
+
+def without(logits: Float[Tensor, "C V"], ids: Int[Tensor, "C K"]) -> Float[Tensor, "C V"]:
+    """A copy of logits with -inf at these entries of each row; -1 names none."""
+    return logits.masked_fill(_named(ids, logits), -torch.inf)
+
+
+def _named(ids: Int[Tensor, "C K"], logits: Float[Tensor, "C V"]) -> Bool[Tensor, "C V"]:
+    """True at these vocabulary entries of each row; -1 names none."""
+    # Padding goes to an extra column after the vocabulary.
+    wide = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
+    ids = ids.long()
+    return wide.scatter_(1, ids.where(ids >= 0, logits.shape[1]), True)[:, :-1]
 
 
 def _chunks(n: int) -> list[slice]:
@@ -135,11 +147,14 @@ class LogprobHead(nn.Module):
         temperature: float,
         truncation: Truncation | None = None,
         support: Int[Tensor, "N K"] | None = None,
+        forbidden: Int[Tensor, "N F"] | None = None,
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """Log-probability of each target and entropy (nats) of softmax(logits / temperature), in fp32.
 
         `support` (kept ids, padded with -1), else `truncation`, restricts the softmax to the kept tokens; each target
-        is one of them.
+        is one of them. `forbidden` (ids, padded with -1) takes tokens out before that.
         """
         dtype = torch.float32 if self.fp32 else self.weight.dtype
-        return _TokenLogprob.apply(hidden, self.weight, targets, 1.0 / temperature, dtype, truncation, support)
+        return _TokenLogprob.apply(
+            hidden, self.weight, targets, 1.0 / temperature, dtype, truncation, support, forbidden
+        )

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rl.config import Lora
+from rl.forbidden import Forbidden
 from rl.truncation import Truncation
 from rl.types import PolicyOutput
 from trainer.model.attention import packs, use_segments
@@ -30,6 +31,8 @@ class Policy(nn.Module):
         """Counts since the last reset: tokens that some output needed, and tokens that went through the layers."""
         self.ulysses: Ulysses | None = None
         """Sequence parallelism, where ranks share each row."""
+        self.forbidden: Forbidden | None = None
+        """Tokens that the engine may not sample at some places; None: none."""
         if self.packs:
             use_segments(hf)
         hf.set_output_embeddings(LogprobHead(hf.get_output_embeddings(), fp32=fp32_head))
@@ -51,14 +54,18 @@ class Policy(nn.Module):
         """The policy's output at every column of `mask`; 0 elsewhere, where nothing is computed.
 
         With truncated sampling, the softmax runs over the kept tokens: those in `support` (reported by the engine,
-        padded with -1), else those that `truncation` keeps of the policy's own logits. With `head_alone` the gradient
-        of the values stops at the value head and does not reach the body.
+        padded with -1), else those that `truncation` keeps of the policy's own logits. `self.forbidden` takes tokens
+        out before that. With `head_alone` the gradient of the values stops at the value head and does not reach the
+        body.
         """
         picked, mine = self._hidden(input_ids, mask)
         targets, support = input_ids[:, 1:][mask], None if support is None else support[mask]
+        forbidden = None if self.forbidden is None else self.forbidden.ids(input_ids, mask)
         if mine is not None:
             targets, support = targets[mine], None if support is None else support[mine]
-        answers = list(self.hf.get_output_embeddings()(picked, targets, temperature, truncation, support))
+            forbidden = None if forbidden is None else forbidden[mine]
+        head = self.hf.get_output_embeddings()
+        answers = list(head(picked, targets, temperature, truncation, support, forbidden))
         if self.value_head is not None:
             seen = picked.detach() if head_alone else picked
             answers.append(self.value_head(seen)[:, 0])

@@ -1,0 +1,48 @@
+"""Which tokens does a run forbid? Found from the model's files, as vLLM finds them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rl.config import Config
+from rl.forbidden import Forbidden, word_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_forbidden(config: Config, model: str) -> Forbidden | None:
+    """The same from a model's folder or hub name; loads its tokenizer only if the run forbids something."""
+    if not (config.rollout.min_tokens or config.rollout.bad_words):
+        return None
+    from transformers import AutoTokenizer
+
+    return forbidden(config, model, AutoTokenizer.from_pretrained(model))
+
+
+def forbidden(config: Config, model: str, tokenizer: PreTrainedTokenizerBase) -> Forbidden | None:
+    """What a run may not sample; None if it may sample every token everywhere.
+
+    Raises ValueError, with the remedy, for a bad word without tokens, and for a stop token outside of the vocabulary.
+    """
+    r = config.rollout
+    if wrong := [token for token in r.stop_token_ids if token >= len(tokenizer)]:
+        raise ValueError(
+            f"rollout.stop_token_ids has {wrong[0]}, and the vocabulary of {model} ends at {len(tokenizer) - 1}"
+        )
+    if not (r.min_tokens or r.bad_words):
+        return None
+    stops = {*stop_ids(model, tokenizer), *r.stop_token_ids} if r.min_tokens else set[int]()
+    return Forbidden(min_tokens=r.min_tokens, stop_ids=tuple(sorted(stops)), words=word_ids(tokenizer, r.bad_words))
+
+
+def stop_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a reply: the tokenizer's EOS, and those of generation_config.json, or else of config.json."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        generation = GenerationConfig.from_pretrained(model)
+    except OSError:  # there is none
+        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+    found: Any = [generation.eos_token_id, tokenizer.eos_token_id]
+    return {token for each in found for token in (each if isinstance(each, list) else [each]) if token is not None}
