@@ -101,7 +101,9 @@ def scored(prompt: Prompt, completions: list[Completion], reward: Reward, tokeni
     for c in completions:
         text = tokenizer.decode(c.token_ids, skip_special_tokens=True)
         reply = Reply(text=text, finished=c.finish_reason == "stop", task=prompt.task, token_ids=c.token_ids)
-        group.append(trajectory(prompt, c, *score(reward, reply, prompt.ordinal)))
+        paid, parts = score(reward, reply, prompt.ordinal)
+        if paid is not None:  # a sample to which the reward does not apply counts nowhere
+            group.append(trajectory(prompt, c, paid, parts))
     return group
 
 

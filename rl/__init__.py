@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rl.filters import Difficulty, Overlong, ZeroAdvantage
     from rl.objectives import CISPO, DAPO, GMPO, GRPO, GSPO, M2PO, OPO, PPO, RLOO, SAPO, DrGRPO, Objective, ReinforcePP
     from rl.objectives.corrections import MIS, Correction, GeometricMask, IcePop, SequenceTIS, TokenTIS, Uncorrected
+    from rl.rewards.combined import OverGroup, Weighted
+    from rl.rewards.result import NOT_APPLICABLE, Scored
     from rl.rewards.shaping import SoftOverlong
     from rl.types import Batch, Data, Example, PolicyOutput, Reply, Step, Trajectory, needed
 
@@ -25,6 +27,7 @@ __all__ = [
     "GSPO",
     "M2PO",
     "MIS",
+    "NOT_APPLICABLE",
     "OPO",
     "PPO",
     "RLOO",
@@ -41,11 +44,13 @@ __all__ = [
     "IcePop",
     "Lora",
     "Objective",
+    "OverGroup",
     "Overlong",
     "PolicyOutput",
     "ReinforcePP",
     "Reply",
     "RolloutConfig",
+    "Scored",
     "SequenceTIS",
     "SoftOverlong",
     "Step",
@@ -54,6 +59,7 @@ __all__ = [
     "TrainerConfig",
     "Trajectory",
     "Uncorrected",
+    "Weighted",
     "ZeroAdvantage",
     "assert_objective",
     "check_objective",
@@ -66,6 +72,8 @@ _MODULES = {
     "rl.filters": "Difficulty Overlong ZeroAdvantage",
     "rl.objectives": "CISPO DAPO GMPO GRPO GSPO M2PO OPO PPO RLOO SAPO DrGRPO Objective ReinforcePP",
     "rl.objectives.corrections": "MIS Correction GeometricMask IcePop SequenceTIS TokenTIS Uncorrected",
+    "rl.rewards.combined": "OverGroup Weighted",
+    "rl.rewards.result": "NOT_APPLICABLE Scored",
     "rl.rewards.shaping": "SoftOverlong",
     "rl.types": "Batch Data Example PolicyOutput Reply Step Trajectory needed",
 }

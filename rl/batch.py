@@ -10,8 +10,11 @@ from torch import Tensor
 from rl.types import Batch, Completion, Prompt, Trajectory
 
 
-def trajectory(prompt: Prompt, completion: Completion, reward: float, parts: dict[str, float]) -> Trajectory:
-    """Join a prompt and one completion of it, token in, token out."""
+def trajectory(
+    prompt: Prompt, completion: Completion, reward: float, parts: dict[str, float], *, mask_truncated: bool = False
+) -> Trajectory:
+    """Join a prompt and one completion of it, token in, token out. With `mask_truncated` it is not trained on if it was
+    cut off."""
     p, n = len(prompt.token_ids), len(completion.token_ids)
     return Trajectory(
         group=prompt.ordinal,
@@ -23,11 +26,23 @@ def trajectory(prompt: Prompt, completion: Completion, reward: float, parts: dic
         reward_parts=parts,
         finish_reason=completion.finish_reason,
         support=None if completion.support is None else [list[int]() for _ in range(p)] + completion.support,
+        trained=not (mask_truncated and completion.finish_reason == "length"),
     )
 
 
+def without_tokens(t: Trajectory) -> Trajectory:
+    """The same reply with nothing to train on: its mask is empty, and outside the mask there are no numbers."""
+    n = len(t.token_ids)
+    support = None if t.support is None else [list[int]() for _ in range(n)]
+    return replace(t, mask=[False] * n, logprobs=[0.0] * n, versions=[-1] * n, support=support)
+
+
 def collate(trajectories: list[Trajectory]) -> Batch:
-    """Right-pad trajectories to [B, T + 1] and shift them: column t predicts token t + 1. Nothing else shifts."""
+    """Right-pad trajectories to [B, T + 1] and shift them: column t predicts token t + 1. Nothing else shifts.
+
+    A trajectory that is not trained on keeps its row, with an empty mask: baselines see its reward.
+    """
+    trajectories = [t if t.trained else without_tokens(t) for t in trajectories]
     length = max(len(t.token_ids) for t in trajectories)
     support = _support(trajectories, length)
     return Batch(
@@ -68,6 +83,11 @@ def lengths(batch: Batch) -> Tensor:
     """Columns [B] that each row needs: up to its last sampled token, because causal attention never looks ahead."""
     columns = torch.arange(1, batch.mask.shape[1] + 1, device=batch.mask.device)
     return (batch.mask * columns).amax(dim=1)
+
+
+def trained_rows(batch: Batch) -> Tensor:
+    """Indices [R] of the rows with a sampled token; the others have nothing to compute."""
+    return batch.mask.any(dim=1).nonzero()[:, 0]
 
 
 def take(batch: Batch, rows: Tensor) -> Batch:

@@ -27,7 +27,9 @@ def prepare(objective: Objective, batch: Batch) -> tuple[Batch, Float[Tensor, "B
         old, reference = needed(batch.old_logprobs, "old_logprobs"), needed(batch.ref_logprobs, "ref_logprobs")
         kl = kl_estimate(old, reference, objective.kl_estimator).detach()
         paid = torch.where(batch.mask, token_rewards(batch) - objective.kl_coef * kl, 0.0)
-        batch = replace(batch, token_rewards=paid, rewards=paid.sum(dim=1))
+        # A row without tokens pays nothing at its end, and its reward counts all the same.
+        rewards = torch.where(batch.mask.any(dim=1), paid.sum(dim=1), batch.rewards)
+        batch = replace(batch, token_rewards=paid, rewards=rewards)
     advantages = objective.advantages(batch)
     if advantages.shape != batch.mask.shape:
         raise ValueError(

@@ -149,6 +149,8 @@ class Trajectory:
     reward_parts: Mapping[str, float] = field(default_factory=dict[str, float])
     finish_reason: FinishReason = "stop"
     support: list[list[int]] | None = None
+    trained: bool = True
+    """Whether its tokens are trained on. False: its reward counts for the others of its group, and that is all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,14 @@
 """Can these settings work together? The rules of the run itself; objectives, rewards and filters state their own."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rl.config import Config
+from rl.forbidden import check_stops
 from rl.objectives.rules import check_objective
+from rl.rewards.combined import Weighted
+from rl.rewards.shaping import SoftOverlong
 
 
 def check(config: Config) -> None:
@@ -23,17 +26,26 @@ def check(config: Config) -> None:
         )
     check_objective(config)
     config.correction.check(config)
-    for part in (*config.filters, config.reward, config.eval_reward):
+    for part in (*config.filters, *_nested(config.reward), *_nested(config.eval_reward)):
         if rule := own_rule(part):
             rule(config)
     r = config.rollout
     if r.truncation:
         r.truncation.check()
+    check_stops(r)
     if r.max_tokens >= r.max_model_len:
         raise ValueError(f"rollout.max_tokens={r.max_tokens} leaves no room for a prompt in {r.max_model_len} tokens")
     rows = config.prompts_per_step * config.group_size
     if config.trainer.minibatches > rows:
         raise ValueError(f"trainer.minibatches={config.trainer.minibatches} exceeds the {rows} sequences of a step")
+
+
+def _nested(reward: object) -> Iterator[object]:
+    """A reward, and those inside of it."""
+    yield reward
+    inner = [member for member, _ in reward.members.values()] if isinstance(reward, Weighted) else []
+    for one in [reward.reward] if isinstance(reward, SoftOverlong) else inner:
+        yield from _nested(one)
 
 
 def own_rule(part: object) -> Callable[[Config], None] | None:

@@ -59,7 +59,7 @@ def evaluate_objective(
     now = policy.logprobs.detach().clone().requires_grad_()
     current = PolicyOutput(logprobs=now, entropy=policy.entropy, values=policy.values)
     loss, metrics = full_loss(objective, correction, current, seen, advantages)
-    totals = Totals(tokens=int(batch.mask.sum()), sequences=len(batch.rewards), horizon=horizon)
+    totals = Totals(tokens=int(batch.mask.sum()), sequences=int(batch.mask.any(dim=1).sum()), horizon=horizon)
     weights = loss_weights(batch.mask, objective.average_over, totals)
     total = torch.where(batch.mask, loss * weights, 0.0).sum()
     (gradient,) = torch.autograd.grad(total, now)

@@ -2,13 +2,14 @@
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from statistics import fmean, pstdev
+from typing import Any
 
 from rl.config import Config
 from rl.loop.stream import sample_seed
 from rl.protocols import EngineLost, Rollouts
-from rl.rewards.score import reply_to, score_in_time
+from rl.rewards.score import Asked, Reward, reply_to, score_all, score_in_time
 from rl.types import Completion, Prompt
 
 
@@ -19,20 +20,22 @@ async def evaluate(
     sets: Mapping[str, list[Prompt]],
 ) -> dict[str, float]:
     """Metrics by set, with k = `config.eval_samples`: avg@k is the mean reward, pass@k the share of problems with at
-    least one reward of 1, avg@k_se the standard error of the mean over problems. Seeds do not change between calls."""
+    least one reward of 1, avg@k_se and pass@k_se their standard errors over problems. Seeds do not change between
+    calls."""
     k, reward = config.eval_samples, config.eval_reward or config.reward
 
-    async def problem(name: str, prompt: Prompt) -> list[float]:
+    async def problem(prompt: Prompt) -> list[float | None]:
         seed = sample_seed(config.seed + 7919, prompt.ordinal)
         completions = await with_retries(
             lambda: rollouts.sample(prompt.token_ids, k, seed=seed, temperature=config.eval_temperature),
             config.rollout.retries,
         )
-        rewards: list[float] = []
-        for completion in completions:
-            reply = reply_to(prompt, completion, decode)
-            rewards.append((await score_in_time(reward, reply, prompt.ordinal, config.deadlines.reward_s))[0])
-        return rewards
+        replies = [reply_to(prompt, completion, decode) for completion in completions]
+
+        async def scored(reward: Reward, asked: Asked) -> Any:
+            return await score_in_time(reward, asked, prompt.ordinal, config.deadlines.reward_s)
+
+        return [points for points, _ in await score_all(reward, replies, scored)]
 
     async def with_retries(sample: Callable[[], Awaitable[list[Completion]]], retries: int) -> list[Completion]:
         try:
@@ -44,9 +47,23 @@ async def evaluate(
 
     metrics: dict[str, float] = {}
     for name, prompts in sets.items():
-        rewards = await asyncio.gather(*(problem(name, p) for p in prompts))
-        means = [fmean(r) for r in rewards]
-        metrics[f"eval/{name}/avg@{k}"] = fmean(means)
-        metrics[f"eval/{name}/avg@{k}_se"] = pstdev(means) / math.sqrt(len(means))
-        metrics[f"eval/{name}/pass@{k}"] = fmean(max(r) >= 1.0 for r in rewards)
+        found = await asyncio.gather(*(problem(p) for p in prompts))
+        metrics |= figures(name, k, found)
     return metrics
+
+
+def figures(name: str, k: int, found: Sequence[Sequence[float | None]]) -> dict[str, float]:
+    """The metrics of one set from the rewards of each problem; None where the reward does not apply, which is counted
+    and left out."""
+    rewards = [applied for each in found if (applied := [r for r in each if r is not None])]
+    left_out = sum(r is None for each in found for r in each)
+    metrics = {f"eval/{name}/not_applicable_frac": left_out / sum(map(len, found))} if left_out else {}
+    if not rewards:
+        return metrics
+    means, passed = [fmean(r) for r in rewards], [float(max(r) >= 1.0) for r in rewards]
+    return metrics | {
+        f"eval/{name}/avg@{k}": fmean(means),
+        f"eval/{name}/avg@{k}_se": pstdev(means) / math.sqrt(len(means)),
+        f"eval/{name}/pass@{k}": fmean(passed),
+        f"eval/{name}/pass@{k}_se": pstdev(passed) / math.sqrt(len(passed)),
+    }

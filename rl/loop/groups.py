@@ -5,6 +5,7 @@ import math
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 from rl.batch import trajectory
 from rl.config import Config
@@ -13,10 +14,10 @@ from rl.loop.admission import Admission
 from rl.loop.in_flight import InFlight
 from rl.loop.stream import sample_seed
 from rl.protocols import EngineLost, Rollouts, StallError
-from rl.rewards.score import Reward, reply_to
-from rl.types import Completion, Prompt, Reply, Trajectory
+from rl.rewards.score import Asked, Reward, reply_to, score_all
+from rl.types import Completion, Prompt, Trajectory
 
-Score = Callable[[Reward, Reply, int, float], Awaitable[tuple[float, dict[str, float]]]]
+Score = Callable[[Reward, Asked, int, float], Awaitable[Any]]
 """`rl.rewards.score.score_in_time`, or a replacement with the same arguments."""
 MAX_SCORING = 64
 """Replies that are scored at the same time, each in a thread: many rewards wait for a sandbox or for a model."""
@@ -27,17 +28,28 @@ class Tally:
     """What happened to the groups that were scored since the last step."""
 
     rewards: list[float] = field(default_factory=list[float])
-    """Mean reward of each group with finite log-probabilities, filtered or not."""
+    """Mean reward of each group with finite log-probabilities to which the reward applied, filtered or not."""
+    groups: int = 0
+    """Those groups, and those to which it did not apply."""
     filtered: int = 0
-    """How many of them the filters took."""
+    """How many of them were left out."""
     nonfinite: int = 0
     """Groups with a log-probability that is NaN or infinite."""
+    samples: int = 0
+    not_applicable: int = 0
+    """Samples to which the reward did not apply."""
 
-    def metrics(self) -> dict[str, float]:
-        """The share of groups that the filters took, and the mean reward before filtering; empty without groups."""
-        if not self.rewards:
-            return {}
-        return {"filter/taken_frac": self.filtered / len(self.rewards), "filter/reward_mean": fmean(self.rewards)}
+    def metrics(self, *, filters: bool) -> dict[str, float]:
+        """With filters, or where groups were left out without them: their share, and the mean reward before that. Where
+        the reward did not apply to some samples: their share."""
+        metrics: dict[str, float] = {}
+        if self.groups and (filters or self.filtered):
+            metrics["filter/taken_frac"] = self.filtered / self.groups
+        if self.rewards and (filters or self.filtered):
+            metrics["filter/reward_mean"] = fmean(self.rewards)
+        if self.not_applicable:
+            metrics["reward/not_applicable_frac"] = self.not_applicable / self.samples
+        return metrics
 
 
 @dataclass(kw_only=True)
@@ -73,10 +85,13 @@ class Groups:
     async def process(self, prompt: Prompt) -> None:
         """Sample and score one group, and decide whether it is ready, filtered or failed."""
         completions = await self._sample(prompt)
-        group = list(await asyncio.gather(*(self._scored(prompt, completion) for completion in completions)))
+        group = await self._scored(prompt, completions)
         async with self._changed:
             self.in_flight.end(prompt.ordinal)
-            self._settle(prompt.ordinal, group)
+            if completions:
+                self._settle(prompt.ordinal, group, len(completions))
+            else:
+                self.admission.move(prompt.ordinal, "failed(engine_lost)")
             self._changed.notify_all()
 
     async def take(self, step: int) -> list[Trajectory] | None:
@@ -138,30 +153,48 @@ class Groups:
             return completions
         return []
 
-    async def _scored(self, prompt: Prompt, completion: Completion) -> Trajectory:
-        c, reply = self.config, reply_to(prompt, completion, self.decode)
-        async with self._scoring:
-            reward, parts = await self.score(c.reward, reply, prompt.ordinal, c.deadlines.reward_s)
-        return trajectory(prompt, completion, reward, parts)
+    async def _scored(self, prompt: Prompt, completions: list[Completion]) -> list[Trajectory]:
+        """The group with its rewards, without the samples to which the reward does not apply."""
+        c = self.config
 
-    def _settle(self, ordinal: int, group: list[Trajectory]) -> None:
-        if not group:
-            self.admission.move(ordinal, "failed(engine_lost)")
-        elif not all(math.isfinite(x) for t in group for x in t.logprobs):
+        async def scored(reward: Reward, asked: Asked) -> Any:
+            async with self._scoring:
+                return await self.score(reward, asked, prompt.ordinal, c.deadlines.reward_s)
+
+        replies = [reply_to(prompt, completion, self.decode) for completion in completions]
+        return [
+            trajectory(prompt, completion, reward, parts, mask_truncated=c.mask_truncated)
+            for completion, (reward, parts) in zip(completions, await score_all(c.reward, replies, scored), strict=True)
+            if reward is not None
+        ]
+
+    def _settle(self, ordinal: int, group: list[Trajectory], samples: int) -> None:
+        """Decide what becomes of a scored group, of which so many were sampled."""
+        if not all(math.isfinite(x) for t in group for x in t.logprobs):
             # Never replaced by a number that looks right: the group is set aside, counted, and another admitted.
             self.admission.move(ordinal, "filtered(nonfinite_logprobs)")
             self.set_aside(group)
             self.tally.nonfinite += 1
             self._check_finite()
+            return
+        tally, why = self.tally, self._why_not(group)
+        self.admission.move(ordinal, f"filtered({why})" if why else "ready")
+        tally.groups += 1
+        tally.samples += samples
+        tally.not_applicable += samples - len(group)
+        if group:
+            tally.rewards.append(fmean(t.reward for t in group))
+        if why:
+            tally.filtered += 1
+            self._check_filters()
         else:
-            why = reason(self.config.filters, group)
-            self.admission.move(ordinal, f"filtered({why})" if why else "ready")
-            self.tally.rewards.append(fmean(t.reward for t in group))
-            if why:
-                self.tally.filtered += 1
-                self._check_filters()
-            else:
-                self.ready[ordinal] = group
+            self.ready[ordinal] = group
+
+    def _why_not(self, group: list[Trajectory]) -> str | None:
+        """Why a group must not be trained on; None if it may be."""
+        if not group:
+            return "not_applicable"
+        return reason(self.config.filters, group) if any(t.trained for t in group) else "all_truncated"
 
     def _check_finite(self) -> None:
         if self.tally.nonfinite > self.config.max_filtered * self.config.prompts_per_step:
@@ -174,11 +207,12 @@ class Groups:
     def _check_filters(self) -> None:
         """Raise StallError when the filters leave too little: sampling costs time, and no step could ever begin."""
         if self.tally.filtered > self.config.max_filtered * self.config.prompts_per_step:
-            ledger = self.admission.ledger
+            ledger, rewards = self.admission.ledger, self.tally.rewards
             reasons = {s: n for s, n in ledger.summary().items() if s.startswith("filtered") and n}
+            mean = f"{fmean(rewards):.3g}" if rewards else "none, because the reward never applied"
             raise StallError(
                 f"the filters took {self.tally.filtered} groups since the last step (in all: {reasons}), mean "
-                f"reward {fmean(self.tally.rewards):.3g}: the task is too hard, too easy or solved for this policy. "
+                f"reward {mean}: the task is too hard, too easy or solved for this policy. "
                 "Change the data, raise `group_size`, loosen `filters`, or raise `max_filtered`"
             )
 

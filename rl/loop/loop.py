@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from rl.batch import collate
 from rl.config import Config
@@ -121,8 +122,9 @@ class Loop:
         waited = time.perf_counter() - began
         metrics = batch_metrics(trajectories, self.admission.version, c.group_size)
         metrics |= queue_metrics(self.admission.ledger, groups.in_flight)
-        if c.filters:
-            metrics |= groups.tally.metrics()
+        metrics |= groups.tally.metrics(filters=bool(c.filters))
+        if c.mask_truncated:
+            metrics["response_length/masked_frac"] = fmean(not t.trained for t in trajectories)
         groups.tally = Tally()
 
         learning = time.perf_counter()

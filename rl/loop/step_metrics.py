@@ -50,7 +50,10 @@ def batch_metrics(trajectories: list[Trajectory], version: int, group_size: int)
     if group_size > 1:
         metrics["reward/frac_zero_std"] = fmean(pstdev(g) == 0 for g in groups.values())
     for name in sorted({name for t in trajectories for name in t.reward_parts}):
-        metrics[f"reward/{name}/mean"] = fmean(t.reward_parts[name] for t in trajectories if name in t.reward_parts)
+        paid = [t.reward_parts[name] for t in trajectories if name in t.reward_parts]
+        metrics[f"reward/{name}/mean"] = fmean(paid)
+        if len(paid) < len(trajectories):
+            metrics[f"reward/{name}/left_out_frac"] = 1 - len(paid) / len(trajectories)
     return metrics
 
 

@@ -3,23 +3,25 @@
 import asyncio
 import concurrent.futures
 import inspect
-import math
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import cache
-from typing import Any, SupportsFloat
+from reprlib import Repr
+from typing import Any, overload
 
-import numpy as np
-from torch import Tensor
-
+from rl.rewards.combined import OverGroup, Weighted, judges_groups
+from rl.rewards.result import RIGHT_FORM, NoScore, Points, Score, points, rows_of
 from rl.types import Completion, Prompt, Reply
 
-Score = SupportsFloat | Mapping[str, SupportsFloat]
-"""A number (numpy and torch scalars too), or named parts that are added up."""
-Reward = Callable[[Reply], Score | Awaitable[Score]]
+Awaiting = Callable[[concurrent.futures.Future[Any]], object]
+Reward = Callable[[Reply], Score | Awaitable[Score]] | OverGroup | Weighted
 """Takes one reply, returns its score. It runs in a thread of the driver; if it is `async`, it is awaited on an event
 loop that all rewards share and that is not the driver's, so a blocking call in it delays other rewards only."""
+Asked = Reply | list[Reply]
+"""What a reward is called with: one reply, or all replies of a group."""
+SHOWN = 200
+"""Most characters of a task, or of an error, in a message."""
 
 
 class RewardError(RuntimeError):
@@ -39,48 +41,55 @@ def reply_to(prompt: Prompt, completion: Completion, decode: Callable[..., str])
     )
 
 
-def number(value: Any) -> float | None:
-    """A Python, numpy or torch number as a float; None for everything else. One element of a tensor is a number."""
-    if isinstance(value, np.generic | np.ndarray | Tensor):
-        size = value.numel() if isinstance(value, Tensor) else value.size
-        value = value.item() if size == 1 else None
-    return float(value) if isinstance(value, int | float) else None
-
-
-def parts_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """Named parts as floats. Raises TypeError for a part that is no number."""
-    parts = {str(name): number(part) for name, part in result.items()}
-    if wrong := [name for name, part in parts.items() if part is None]:
-        raise TypeError(f"the part {wrong[0]!r} is {result[wrong[0]]!r}, not a number")
-    return {name: part for name, part in parts.items() if part is not None}
-
-
+@overload
+def score(reward: Reward, asked: Reply, ordinal: int, *, awaiting: Awaiting = ...) -> Points: ...
+@overload
+def score(reward: Reward, asked: list[Reply], ordinal: int, *, awaiting: Awaiting = ...) -> list[Points]: ...
 def score(
-    reward: Reward,
-    reply: Reply,
-    ordinal: int,
-    *,
-    awaiting: Callable[[concurrent.futures.Future[Any]], object] = lambda future: None,
-) -> tuple[float, dict[str, float]]:
-    """Reward and its parts. Raises RewardError, naming the prompt, when the function raises or returns no number.
+    reward: Reward, asked: Asked, ordinal: int, *, awaiting: Awaiting = lambda future: None
+) -> Points | list[Points]:
+    """Reward and its parts of one reply, or of each reply of a group.
 
-    Blocks until an `async` reward has its answer; `awaiting` gets the future of it, which can be cancelled.
+    Raises RewardError, naming the prompt, when the function raises or returns no score. Blocks until an `async` reward
+    has its answer; `awaiting` gets the future of it, which can be cancelled.
     """
-    where = f"the reward of prompt {ordinal} (task {dict(reply.task)}, reply {reply.text[:80]!r})"
     try:
-        result = reward(reply)
+        ask: Any = reward
+        result = ask(asked)
         if inspect.isawaitable(result):
             future = asyncio.run_coroutine_threadsafe(_awaited(result), _reward_loop())
             awaiting(future)
             result = future.result()
+        if isinstance(asked, list):
+            return [points(each) for each in rows_of(result, len(asked))]
+        return points(result)
+    except NoScore as error:
+        raise RewardError(
+            f"the reward of prompt {ordinal} {shown(asked)} {_with_notes(error)}; {RIGHT_FORM}"
+        ) from error
     except Exception as error:
-        raise RewardError(f"{where} raised {type(error).__name__}: {error}") from error
-    numbers = {k: number(v) for k, v in result.items()} if isinstance(result, Mapping) else {"": number(result)}
-    parts = {name: part for name, part in numbers.items() if part is not None}
-    total = sum(parts.values())
-    if not parts or len(parts) < len(numbers) or not math.isfinite(total):
-        raise RewardError(f"{where} is {result!r}; return a finite float, or a dict of finite floats")
-    return total, parts if isinstance(result, Mapping) else {}
+        raised = f"raised {type(error).__name__}: {_with_notes(error)}"
+        raise RewardError(f"the reward of prompt {ordinal} {shown(asked)} {raised}") from error
+
+
+def shown(asked: Asked) -> str:
+    """What a reward was called with, for an error: short, however large the task."""
+    first, replies = (asked[0], f"{len(asked)} replies, the first") if isinstance(asked, list) else (asked, "reply")
+    short = Repr()
+    short.maxstring = short.maxother = 120
+    # reprlib cuts before it formats: a task may hold megabytes of tests.
+    task = cut(short.repr(dict(first.task)))
+    return f"(task {task}, {replies} {cut(repr(first.text[:80]))})"
+
+
+def cut(text: str) -> str:
+    """A text in an error message, bounded."""
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def _with_notes(error: Exception) -> str:
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return cut(str(error)) + cut(notes)
 
 
 async def _awaited(result: Awaitable[Any]) -> Any:
@@ -95,18 +104,25 @@ def _reward_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-async def score_in_time(
-    reward: Reward, reply: Reply, ordinal: int, deadline_s: float
-) -> tuple[float, dict[str, float]]:
+async def score_all(
+    reward: Reward, replies: list[Reply], score_one: Callable[[Reward, Asked], Awaitable[Any]]
+) -> list[Points]:
+    """The points of every reply of a group: `score_one` is called with each reply, or once with all of them."""
+    if judges_groups(reward):
+        return await score_one(reward, replies)
+    return list(await asyncio.gather(*(score_one(reward, reply) for reply in replies)))
+
+
+async def score_in_time(reward: Reward, asked: Asked, ordinal: int, deadline_s: float) -> Any:
     """`score` in a thread. Raises RewardError after `deadline_s` seconds; an `async` reward is then cancelled.
 
     The thread is a daemon: at exit Python would wait for any other kind, and a reward that hangs would hang the run.
     """
     loop = asyncio.get_running_loop()
-    scored: asyncio.Future[tuple[float, dict[str, float]]] = loop.create_future()
+    scored: asyncio.Future[Points | list[Points]] = loop.create_future()
     awaited: list[concurrent.futures.Future[Any]] = []
 
-    def settle(result: tuple[float, dict[str, float]] | None, error: BaseException | None) -> None:
+    def settle(result: Points | list[Points] | None, error: BaseException | None) -> None:
         if scored.done():
             return
         if error is None:
@@ -117,7 +133,7 @@ async def score_in_time(
     def work() -> None:
         result, error = None, None
         try:
-            result = score(reward, reply, ordinal, awaiting=awaited.append)
+            result = score(reward, asked, ordinal, awaiting=awaited.append)
         except BaseException as raised:
             error = raised
         with suppress(RuntimeError):  # the run has ended, and its event loop is closed
@@ -130,8 +146,8 @@ async def score_in_time(
             return await scored
     except TimeoutError:
         raise RewardError(
-            f"the reward of prompt {ordinal} took longer than {deadline_s:g} s (task {dict(reply.task)}, reply "
-            f"{reply.text[:80]!r}); bound its work, or raise `deadlines.reward_s`"
+            f"the reward of prompt {ordinal} took longer than {deadline_s:g} s {shown(asked)}; bound its work, or "
+            "raise `deadlines.reward_s`"
         ) from None
     finally:
         for future in awaited:

@@ -5,11 +5,13 @@ rl/validate.py calls it before anything starts.
 """
 
 import inspect
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rl.rewards.score import Reward, Score, parts_of
+from rl.rewards.combined import judges_groups
+from rl.rewards.result import NOT_APPLICABLE, Score, Scored, points
+from rl.rewards.score import Reward
 from rl.typed import Checked
 from rl.types import Reply
 
@@ -37,6 +39,11 @@ class SoftOverlong(Checked):
     def __post_init__(self) -> None:
         if not 0 < self.buffer <= self.max_tokens:
             raise ValueError(f"buffer={self.buffer} must be above 0 and at most max_tokens={self.max_tokens}")
+        if judges_groups(self.reward):
+            raise ValueError(
+                "SoftOverlong shapes the reward of one reply, and this one judges whole groups: write "
+                "Weighted({'judge': OverGroup(...), 'short': SoftOverlong(reward=lambda reply: 0.0, ...)})"
+            )
 
     def check(self, config: "rl.config.Config") -> None:
         """Punishment and cut must have one limit."""
@@ -47,13 +54,19 @@ class SoftOverlong(Checked):
             )
 
     def __call__(self, reply: Reply) -> Score | Awaitable[Score]:
-        result = self.reward(reply)
+        ask: Any = self.reward
+        result = ask(reply)
         return self._later(result, reply) if inspect.isawaitable(result) else self._shaped(result, reply)
 
     async def _later(self, result: Awaitable[Score], reply: Reply) -> Score:
         return self._shaped(await result, reply)
 
-    def _shaped(self, result: Score, reply: Reply) -> dict[str, float]:
-        parts = parts_of(result if isinstance(result, Mapping) else {"task": result})
+    def _shaped(self, result: Score, reply: Reply) -> Score:
+        reward, parts = points(result)
+        if reward is None:
+            return NOT_APPLICABLE
         over = len(reply.token_ids) - (self.max_tokens - self.buffer)
-        return parts | {"overlong": -self.penalty * min(1.0, max(0, over) / self.buffer)}
+        overlong = {"overlong": -self.penalty * min(1.0, max(0, over) / self.buffer)}
+        if isinstance(result, Scored):
+            return Scored(reward=reward + overlong["overlong"], parts=parts | overlong)
+        return (parts or {"task": reward}) | overlong

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from rl.rewards.score import RewardError, number, reply_to, score, score_in_time
+from rl.rewards.result import number
+from rl.rewards.score import RewardError, reply_to, score, score_in_time
 from rl.rewards.shaping import SoftOverlong
 from rl.types import Completion, Prompt, Reply
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rl.batch import micro_batches, take
+from rl.batch import micro_batches, take, trained_rows
 from rl.config import Config
 from rl.types import Batch, PolicyOutput
 from trainer.learner.deepspeed_engine import deepspeed_settings
@@ -32,7 +32,7 @@ class Passes:
         r = self.rank
         model = r.engine if model is None else model
         out = {name: torch.zeros(batch.mask.shape) for name in ("logprobs", "entropy", "values")}
-        for micro in own_micro_batches(r, batch, torch.arange(len(batch.rewards))):
+        for micro in own_micro_batches(r, batch, trained_rows(batch)):
             part = take(batch, micro).to_device(r.device)
             output: PolicyOutput = model(
                 part.input_ids, part.mask, r.config.temperature, r.config.rollout.truncation, part.support
@@ -76,7 +76,7 @@ def load_reference(rank: Rank, model: str) -> Any:
     share_prompts = shares_prompts(c, rank.device.type)
     policy = load(model, dtype=c.dtype, fp32_head=c.fp32_head, share_prompts=share_prompts)
     policy = policy.requires_grad_(False).eval()
-    policy.ulysses = rank.policy.ulysses
+    policy.ulysses, policy.forbidden = rank.policy.ulysses, rank.policy.forbidden
     if c.trainer.zero_stage == 3:
         # It was loaded in shards, like the policy; an engine without optimizer gathers them layer by layer.
         return deepspeed.initialize(model=policy, config=deepspeed_settings(c), dist_init_required=False)[0]

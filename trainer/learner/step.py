@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rl.batch import take
+from rl.batch import take, trained_rows
 from rl.loss import critic_alone, full_loss, prepare
 from rl.objectives.adaptive import coefficients, next_objective
 from rl.parity.mismatch import finish
@@ -38,10 +38,11 @@ class Stepper:
         several = t.epochs * t.minibatches > 1
         batch = self._with_start_of_step(batch, several)
         batch, advantages = prepare(objective, batch)
-        rows, meter, grad_norms = torch.arange(len(batch.rewards)), Meter(), []
+        rows, meter, grad_norms = trained_rows(batch), Meter(), []
+        parts = min(t.minibatches, len(rows))  # rows that are not trained on may leave fewer than minibatches
         for epoch in range(t.epochs):
             order = rows if not several else rows[torch.randperm(len(rows), generator=self._shuffle(epoch))]
-            for part in order.tensor_split(t.minibatches):
+            for part in order.tensor_split(parts):
                 grad_norms.append(self._optimizer_step(batch, advantages, part, meter))
         for name, gib in r.memory.report().items():
             meter.merge_one(name, gib, 1)
@@ -91,7 +92,7 @@ class Stepper:
             for micro in own_micro_batches(r, batch, live):
                 self._accumulate(batch, advantages, micro, totals, meter)
         meter.merge_one("actor/loss", 0.0, 1.0 / r.ranks)
-        needed, computed = r.policy.tokens.tolist() if r.is_dp_leader else (0, 0)
+        needed, computed = (float(n) for n in r.policy.tokens) if r.is_dp_leader else (0.0, 0.0)
         meter.merge_one("perf/useful_tokens_frac", needed, computed)
         meter.merge_one("perf/trained_tokens_count", needed, 1)
         with r.memory.during("optimizer"):
