@@ -14,6 +14,10 @@ COMMANDS = {
         "trainer.commands.check_objective:check_objective",
         "Check that an objective of your own keeps the contract. Needs no model.",
     ),
+    "evaluate": (
+        "trainer.commands.evaluate:evaluate_model",
+        "Evaluate the model of a recipe, or an exported one, on the recipe's held-out sets. Trains nothing.",
+    ),
     "what-if": ("trainer.commands.what_if:what_if", "Compare objectives on one recorded step of a run."),
 }
 """Where each command is, and what it does. It takes the arguments after its name and returns the exit status."""

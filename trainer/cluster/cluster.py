@@ -64,6 +64,9 @@ class Cluster:
     def _boot_engine(self, index: int) -> tuple[EngineProcess, Any]:
         engine = engine_process(self.engine_options[index])
         settings = self._common() | {"backend": self.placement.backend}
+        if not self.placement.learners:
+            # Nobody will send weights: the engine reads the model's own.
+            settings |= {"version": 0, "overrides": {"load_format": "auto"}}
         return engine, engine.build(self.config.rollout.engine_class, self.sources, settings)
 
     async def restart_engine(self, index: int) -> None:
@@ -83,7 +86,7 @@ class Cluster:
         if self.group is not None:
             late = f"the driver waited {{s}} s for {p.gpus:g} free GPUs, see `ray status`"
             await answer(self.group.ready(), late, deadline)
-        address, ports = await self._addresses()
+        address, ports = await self._addresses() if self.learners else ("", [0])
         rank = self._common() | {"address": address, "port": ports[0], "threads": self.learner_threads}
         try:
             async with asyncio.TaskGroup() as building:
@@ -125,7 +128,12 @@ class Cluster:
         return ("127.0.0.1" if self.started_ray else found[0][0]), [port for _, port in found]
 
     async def open_channel(self) -> None:
-        """Open the weight channel from the ranks to all engines; a second one replaces the first."""
+        """Open the weight channel from the ranks to all engines; a second one replaces the first.
+
+        Without ranks there is none.
+        """
+        if not self.learners:
+            return
         c, p = self.config, self.placement
         address, (port, _) = await self._addresses()
         names = (await self.ask_learners(lambda rank: rank.names()))[0]

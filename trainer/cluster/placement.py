@@ -1,7 +1,7 @@
 """Which actor gets which device: arithmetic on the config, checked against the GPUs that exist."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rl.config import Config
@@ -73,6 +73,13 @@ def place(config: Config, *, cuda: bool, gpus: float = math.inf) -> Placement:
     return Placement(
         device="cuda", backend="nccl", engines=engines, learners=ranks, gpus_per_engine=tp, gpus_per_learner=1
     )
+
+
+def engines_alone(placement: Placement, config: Config) -> Placement:
+    """The engines of a placement without a learner: nothing shares their GPUs."""
+    gpus = config.rollout.tensor_parallel if placement.device == "cuda" else 0
+    backend: Backend = "gloo" if placement.device == "cpu" else "nccl"
+    return replace(placement, backend=backend, learners=0, gpus_per_engine=gpus, gpus_per_learner=0)
 
 
 def default_threads(config: Config, cores: int) -> int:

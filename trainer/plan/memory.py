@@ -140,6 +140,20 @@ def required_memory(config: Config, placement: Placement, shape: Shape) -> Needs
     return found
 
 
+def engines_memory(config: Config, placement: Placement, shape: Shape) -> Needs:
+    """GiB by place and component of engines alone, which read the model themselves and get no update."""
+    size = {"bfloat16": 2, "float32": 4}[config.dtype]
+    engine = {"weights": size * shape.parameters / config.rollout.tensor_parallel / GIB}
+    if placement.device == "cpu":
+        engine["KV cache"] = config.rollout.kv_cache_gib
+    engine["process"] = PROCESS[placement.device]["engine"]
+    each = sum(engine.values()) if placement.device == "cpu" else engine["process"]
+    return {
+        "engine": engine,
+        "host": {"driver and Ray": DRIVER, f"{placement.engines} x engine": placement.engines * each},
+    }
+
+
 def available_memory(config: Config, placement: Placement) -> dict[str, float]:
     """GiB that each place may use; infinite where this machine cannot know, as for other nodes of a cluster."""
     limits = {"learner rank": math.inf, "engine": math.inf, "host": math.inf}

@@ -5,10 +5,10 @@ from functools import cached_property
 
 from rl.config import Config
 from rl.validate import check
-from trainer.cluster.placement import Placement, check_fits, place
+from trainer.cluster.placement import Placement, check_fits, engines_alone, place
 from trainer.cluster.ray_session import cluster_gpus
 from trainer.model.files import check_model_folder, model_config
-from trainer.plan.memory import Memory, available_memory, required_memory, shape_of
+from trainer.plan.memory import Memory, available_memory, engines_memory, required_memory, shape_of
 from trainer.plan.rules import check_rows, check_truncation
 
 
@@ -29,20 +29,26 @@ class Plan:
     def memory(self) -> Memory:
         """GiB by place. Reads the model's config, which takes seconds. Raises OSError when there is none."""
         shape = shape_of(model_config(self.config.model))
-        required = required_memory(self.config, self.placement, shape)
+        needs = required_memory if self.placement.learners else engines_memory
+        required = needs(self.config, self.placement, shape)
         return Memory(shape=shape, required=required, available=available_memory(self.config, self.placement))
 
     def check_model(self) -> None:
         """Raise ValueError where the model cannot run as the settings ask, or does not fit. Takes seconds."""
-        check_rows(self.config)
+        if self.placement.learners:
+            check_rows(self.config)
         self.memory.check(self.config)
 
 
-def make_plan(config: Config) -> Plan:
-    """Check the settings and place the run; takes no time. Raises ValueError or FileNotFoundError, with the remedy."""
+def make_plan(config: Config, *, learners: bool = True) -> Plan:
+    """Check the settings and place the run; takes no time. Raises ValueError or FileNotFoundError, with the remedy.
+
+    Without learners it is an evaluation: engines alone, which read the model themselves.
+    """
     check(config)
     check_model_folder(config.model)
     gpus = cluster_gpus() if config.device != "cpu" else 0.0
     placement = place(config, cuda=gpus > 0, gpus=gpus)
+    placement = placement if learners else engines_alone(placement, config)
     check_truncation(config, placement.device)
     return Plan(config=config, placement=placement, gpus=gpus)
