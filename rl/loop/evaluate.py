@@ -3,14 +3,19 @@
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import Any
 
 from rl.config import Config
+from rl.loop.errors import first_error
+from rl.loop.groups import MAX_SCORING
 from rl.loop.stream import sample_seed
 from rl.protocols import EngineLost, Rollouts
 from rl.rewards.score import Asked, Reward, reply_to, score_all, score_in_time
 from rl.types import Completion, Prompt
+
+PASSED = 1.0 - 1e-6
+"""Parts such as 0.7 + 0.2 + 0.1 add up to a little less than 1."""
 
 
 async def evaluate(
@@ -20,22 +25,35 @@ async def evaluate(
     sets: Mapping[str, list[Prompt]],
 ) -> dict[str, float]:
     """Metrics by set, with k = `config.eval_samples`: avg@k is the mean reward, pass@k the share of problems with at
-    least one reward of 1, avg@k_se and pass@k_se their standard errors over problems. Seeds do not change between
-    calls."""
+    least one reward of 1, avg@k_se and pass@k_se their standard errors over problems (NaN for a single problem). Seeds
+    do not change between calls."""
     k, reward = config.eval_samples, config.eval_reward or config.reward
+    # More requests would only wait in the engines' queues.
+    sampling = asyncio.Semaphore(max(1, config.rollout.engines * config.rollout.max_num_seqs // k))
+    scoring = asyncio.Semaphore(MAX_SCORING)
 
     async def problem(prompt: Prompt) -> list[float | None]:
         seed = sample_seed(config.seed + 7919, prompt.ordinal)
-        completions = await with_retries(
-            lambda: rollouts.sample(prompt.token_ids, k, seed=seed, temperature=config.eval_temperature),
-            config.rollout.retries,
-        )
+        async with sampling:
+            completions = await with_retries(
+                lambda: rollouts.sample(prompt.token_ids, k, seed=seed, temperature=config.eval_temperature),
+                config.rollout.retries,
+            )
         replies = [reply_to(prompt, completion, decode) for completion in completions]
 
         async def scored(reward: Reward, asked: Asked) -> Any:
-            return await score_in_time(reward, asked, prompt.ordinal, config.deadlines.reward_s)
+            async with scoring:
+                return await score_in_time(reward, asked, prompt.ordinal, config.deadlines.reward_s)
 
         return [points for points, _ in await score_all(reward, replies, scored)]
+
+    async def problems(prompts: list[Prompt]) -> list[list[float | None]]:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                asked = [tasks.create_task(problem(prompt)) for prompt in prompts]
+        except BaseExceptionGroup as group:
+            raise first_error(group) from None
+        return [task.result() for task in asked]
 
     async def with_retries(sample: Callable[[], Awaitable[list[Completion]]], retries: int) -> list[Completion]:
         try:
@@ -47,8 +65,7 @@ async def evaluate(
 
     metrics: dict[str, float] = {}
     for name, prompts in sets.items():
-        found = await asyncio.gather(*(problem(p) for p in prompts))
-        metrics |= figures(name, k, found)
+        metrics |= figures(name, k, await problems(prompts))
     return metrics
 
 
@@ -60,10 +77,15 @@ def figures(name: str, k: int, found: Sequence[Sequence[float | None]]) -> dict[
     metrics = {f"eval/{name}/not_applicable_frac": left_out / sum(map(len, found))} if left_out else {}
     if not rewards:
         return metrics
-    means, passed = [fmean(r) for r in rewards], [float(max(r) >= 1.0) for r in rewards]
+    means, passed = [fmean(r) for r in rewards], [float(max(r) >= PASSED) for r in rewards]
     return metrics | {
         f"eval/{name}/avg@{k}": fmean(means),
-        f"eval/{name}/avg@{k}_se": pstdev(means) / math.sqrt(len(means)),
+        f"eval/{name}/avg@{k}_se": standard_error(means),
         f"eval/{name}/pass@{k}": fmean(passed),
-        f"eval/{name}/pass@{k}_se": pstdev(passed) / math.sqrt(len(passed)),
+        f"eval/{name}/pass@{k}_se": standard_error(passed),
     }
+
+
+def standard_error(values: list[float]) -> float:
+    """Standard error of the mean of a sample; NaN for a single value, which shows no spread."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan

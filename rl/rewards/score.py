@@ -10,8 +10,10 @@ from functools import cache
 from reprlib import Repr
 from typing import Any, overload
 
+from rl.rewards.clock import RewardClock
 from rl.rewards.combined import OverGroup, Weighted, judges_groups
 from rl.rewards.result import RIGHT_FORM, NoScore, Points, Score, points, rows_of
+from rl.typed import shortened
 from rl.types import Completion, Prompt, Reply
 
 Awaiting = Callable[[concurrent.futures.Future[Any]], object]
@@ -20,8 +22,8 @@ Reward = Callable[[Reply], Score | Awaitable[Score]] | OverGroup | Weighted
 loop that all rewards share and that is not the driver's, so a blocking call in it delays other rewards only."""
 Asked = Reply | list[Reply]
 """What a reward is called with: one reply, or all replies of a group."""
-SHOWN = 200
-"""Most characters of a task, or of an error, in a message."""
+SHOWN = 180
+"""About how many characters of a task, or of an error, are in a message."""
 
 
 class RewardError(RuntimeError):
@@ -42,22 +44,33 @@ def reply_to(prompt: Prompt, completion: Completion, decode: Callable[..., str])
 
 
 @overload
-def score(reward: Reward, asked: Reply, ordinal: int, *, awaiting: Awaiting = ...) -> Points: ...
-@overload
-def score(reward: Reward, asked: list[Reply], ordinal: int, *, awaiting: Awaiting = ...) -> list[Points]: ...
 def score(
-    reward: Reward, asked: Asked, ordinal: int, *, awaiting: Awaiting = lambda future: None
+    reward: Reward, asked: Reply, ordinal: int, *, awaiting: Awaiting = ..., clock: RewardClock | None = ...
+) -> Points: ...
+@overload
+def score(
+    reward: Reward, asked: list[Reply], ordinal: int, *, awaiting: Awaiting = ..., clock: RewardClock | None = ...
+) -> list[Points]: ...
+def score(
+    reward: Reward,
+    asked: Asked,
+    ordinal: int,
+    *,
+    awaiting: Awaiting = lambda future: None,
+    clock: RewardClock | None = None,
 ) -> Points | list[Points]:
     """Reward and its parts of one reply, or of each reply of a group.
 
     Raises RewardError, naming the prompt, when the function raises or returns no score. Blocks until an `async` reward
-    has its answer; `awaiting` gets the future of it, which can be cancelled.
+    has its answer; `awaiting` gets the future of it, which can be cancelled. `clock` measures the call.
     """
+    clock = clock or RewardClock()
     try:
         ask: Any = reward
-        result = ask(asked)
+        with clock.working():
+            result = ask(asked)
         if inspect.isawaitable(result):
-            future = asyncio.run_coroutine_threadsafe(_awaited(result), _reward_loop())
+            future = asyncio.run_coroutine_threadsafe(clock.awaited(_awaited(result)), _reward_loop())
             awaiting(future)
             result = future.result()
         if isinstance(asked, list):
@@ -78,18 +91,13 @@ def shown(asked: Asked) -> str:
     short = Repr()
     short.maxstring = short.maxother = 120
     # reprlib cuts before it formats: a task may hold megabytes of tests.
-    task = cut(short.repr(dict(first.task)))
-    return f"(task {task}, {replies} {cut(repr(first.text[:80]))})"
-
-
-def cut(text: str) -> str:
-    """A text in an error message, bounded."""
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    task = shortened(short.repr(dict(first.task)), SHOWN)
+    return f"(task {task}, {replies} {shortened(repr(first.text[:80]), SHOWN)})"
 
 
 def _with_notes(error: Exception) -> str:
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    return cut(str(error)) + cut(notes)
+    return shortened(str(error), SHOWN) + shortened(notes, SHOWN)
 
 
 async def _awaited(result: Awaitable[Any]) -> Any:
@@ -116,11 +124,14 @@ async def score_all(
 async def score_in_time(reward: Reward, asked: Asked, ordinal: int, deadline_s: float) -> Any:
     """`score` in a thread. Raises RewardError after `deadline_s` seconds; an `async` reward is then cancelled.
 
-    The thread is a daemon: at exit Python would wait for any other kind, and a reward that hangs would hang the run.
+    The clock starts when the call runs, and stands still while other rewards compute. The thread is a daemon: at exit
+    Python would wait for any other kind, and a reward that hangs would hang the run.
     """
     loop = asyncio.get_running_loop()
     scored: asyncio.Future[Points | list[Points]] = loop.create_future()
     awaited: list[concurrent.futures.Future[Any]] = []
+    clocks: list[RewardClock] = []
+    """The call's clock, once it runs."""
 
     def settle(result: Points | list[Points] | None, error: BaseException | None) -> None:
         if scored.done():
@@ -132,8 +143,9 @@ async def score_in_time(reward: Reward, asked: Asked, ordinal: int, deadline_s: 
 
     def work() -> None:
         result, error = None, None
+        clocks.append(RewardClock())
         try:
-            result = score(reward, asked, ordinal, awaiting=awaited.append)
+            result = score(reward, asked, ordinal, awaiting=awaited.append, clock=clocks[0])
         except BaseException as raised:
             error = raised
         with suppress(RuntimeError):  # the run has ended, and its event loop is closed
@@ -141,14 +153,17 @@ async def score_in_time(reward: Reward, asked: Asked, ordinal: int, deadline_s: 
 
     threading.Thread(target=work, daemon=True, name=f"reward of prompt {ordinal}").start()
     try:
-        # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
-        async with asyncio.timeout(deadline_s):
-            return await scored
-    except TimeoutError:
-        raise RewardError(
-            f"the reward of prompt {ordinal} took longer than {deadline_s:g} s {shown(asked)}; bound its work, or "
-            "raise `deadlines.reward_s`"
-        ) from None
+        while not scored.done():
+            left = deadline_s - (clocks[0].seconds() if clocks else 0.0)
+            if left <= 0:
+                raise RewardError(
+                    f"the reward of prompt {ordinal} took longer than {deadline_s:g} s {shown(asked)}; bound its "
+                    "work, or raise `deadlines.reward_s`"
+                )
+            # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
+            await asyncio.wait({scored}, timeout=max(left, 0.01))
+        return scored.result()
     finally:
+        scored.cancel()  # nobody reads what comes later
         for future in awaited:
             future.cancel()

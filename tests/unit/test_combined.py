@@ -227,8 +227,8 @@ def test_problems_to_which_the_reward_does_not_apply_are_counted_and_left_out():
     assert found["eval/held/not_applicable_frac"] == 3 / 8
     assert found["eval/held/avg@2"] == pytest.approx((0.5 + 0.5 + 1.0) / 3)
     assert found["eval/held/pass@2"] == pytest.approx(2 / 3)
-    # sqrt(2/3 1/3) / sqrt(3)
-    assert found["eval/held/pass@2_se"] == pytest.approx(0.2721655)
+    # The variance of 1, 0, 1 is 1/3, over 3 problems.
+    assert found["eval/held/pass@2_se"] == pytest.approx(0.3333333)
     assert figures("held", 1, [[None]]) == {"eval/held/not_applicable_frac": 1.0}
 
 

@@ -14,7 +14,7 @@ from rl.types import Prompt
 from trainer.commands.load import load_recipe
 from trainer.launch import configure
 from trainer.plan.plan import Plan, make_plan
-from trainer.runs.files import fresh_folder, write_json
+from trainer.runs.files import make_folder, write_json
 from trainer.runs.settings import config_digest, resolved, stack_versions
 from trainer.tracking.terminal import console, status
 
@@ -38,8 +38,7 @@ def evaluate_model(arguments: Sequence[str]) -> int:
     plan.check_gpus()
     began = time.perf_counter()
     metrics, sizes = asyncio.run(measured(plan))
-    folder = fresh_folder(Path(asked.out or Path(config.output_dir) / f"{config.name}-evaluation"))
-    folder.mkdir(parents=True)
+    folder = make_folder(Path(asked.out or Path(config.output_dir) / f"{config.name}-evaluation"))
     settings = resolved(config)
     write_json(folder / "config.json", settings)
     result = {
