@@ -12,6 +12,7 @@ from rl.rewards.score import score_in_time
 from rl.tokens import encode
 from rl.typed import show
 from rl.types import Data, Example, Given, Prompt, Reply
+from trainer.model.files import listed_stop_ids
 from trainer.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Prepared:
     """The first training prompt before it became tokens."""
     train: list[Prompt]
     evals: Mapping[str, list[Prompt]]
+    stop_ids: list[int]
+    """Every token id that ends a reply."""
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         """Text as a reward sees it."""
@@ -99,7 +102,13 @@ def prepare(config: Config) -> Prepared:
     evals = {
         name: encode_all(tokenizer, examples, config, f"data.evals[{name!r}]") for name, examples in data.evals.items()
     }
-    prepared = Prepared(tokenizer=tokenizer, first_prompt=data.train[0].prompt, train=train, evals=evals)
+    prepared = Prepared(
+        tokenizer=tokenizer,
+        first_prompt=data.train[0].prompt,
+        train=train,
+        evals=evals,
+        stop_ids=listed_stop_ids(config.model, tokenizer),
+    )
     try_rewards(config, prepared)
     return prepared
 

@@ -21,6 +21,7 @@ from trainer.doctor.diagnosis import ParityError
 from trainer.doctor.doctor import examine_engines
 from trainer.doctor.examine import by_settings
 from trainer.doctor.report import save, show, token_table
+from trainer.model.files import copy_companions
 from trainer.pages.curves import plot
 from trainer.plan.plan import Plan, make_plan
 from trainer.prompts import Prepared, read
@@ -176,7 +177,7 @@ class Run:
             with status("exporting the model"):
                 target = str((self.folder / "model").resolve())
                 await cluster.ask_learners(lambda rank: rank.export(target))
-                tokenizer.save_pretrained(self.folder / "model")
+                copy_companions(config.model, tokenizer, self.folder / "model")
                 write_card(self.folder / "model", config, summary, self.settings)
         summary["engines"] = await fleet.counters()
         summary["status"] = "finished"
