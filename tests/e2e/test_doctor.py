@@ -7,6 +7,8 @@ import sys
 import uuid
 from pathlib import Path
 
+import pytest
+
 from models import make_model
 from processes import assert_gone
 from runs import HANGS_S
@@ -40,6 +42,7 @@ def test_a_faulty_engine_ends_the_run_before_its_first_step_with_cause_and_remed
     assert_gone(mark)
 
 
+@pytest.mark.nightly
 def test_unison_doctor_exits_with_1_for_a_fault_and_leaves_its_report(echo_model: Path, tmp_path: Path) -> None:
     unison = [str(Path(sys.executable).with_name("unison")), "doctor", str(RECIPES / "raw.py"), "--short"]
     code, said, _ = say(*unison, model=echo_model, folder=tmp_path)
@@ -50,6 +53,7 @@ def test_unison_doctor_exits_with_1_for_a_fault_and_leaves_its_report(echo_model
     assert (tmp_path / "raw-doctor" / "doctor.html").exists()
 
 
+@pytest.mark.nightly
 def test_an_unknown_architecture_ends_the_start_with_one_message(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     settings = json.loads((model / "config.json").read_text())

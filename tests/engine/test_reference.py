@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from cases import nightly_unless
 from live import Live, engine_config
 from rl.batch import collate, trajectory
 from rl.config import RolloutConfig
@@ -77,7 +78,7 @@ def processed(live: Callable) -> Live:
     return live(TRUNCATED)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", nightly_unless(lambda setting: "top" in setting, SETTINGS))
 def test_v1_with_our_settings_agrees_with_v0_in_fp32(processed: Live, setting: str) -> None:
     items = [item for item in ITEMS if item["setting"] == setting]
     assert len(items) == 6
