@@ -248,6 +248,8 @@ class Config(Checked):
     """Checkpoints to keep. Two, because the newest may be damaged."""
     save_final: bool = True
     """Export the trained model (safetensors and tokenizer) into the run's folder."""
+    export_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of the exported weights. Default: the same as `dtype`."""
     chat_template_kwargs: dict[str, bool | int | str] = field(default_factory=dict)
     """Extra arguments of the chat template, such as enable_thinking False. Default: none."""
     seed: int = 0

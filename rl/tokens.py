@@ -6,6 +6,17 @@ from typing import Any
 from rl.types import Given
 
 
+def stop_ids(tokenizer: Any, generation: Mapping[str, Any], config: Mapping[str, Any]) -> list[int]:
+    """Every token id that ends a reply, in order: the tokenizer's EOS, and those that the model's files list.
+
+    `generation` is generation_config.json and `config` is config.json, each as a dictionary; an entry is an id, a list
+    of ids or None. Empty: no reply can end before its limit.
+    """
+    text: Mapping[str, Any] = config.get("text_config") or {}
+    listed = [tokenizer.eos_token_id, *(part.get("eos_token_id") for part in (generation, config, text))]
+    return sorted({i for ids in listed for i in (ids if isinstance(ids, list) else [ids]) if i is not None})
+
+
 def encode(tokenizer: Any, prompt: Given, template: Mapping[str, Any]) -> list[int]:
     """Token ids of a prompt. Chat messages go through the model's template; text and token ids are taken as they are.
 

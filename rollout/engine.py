@@ -5,6 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from transformers import PretrainedConfig
 from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -14,6 +15,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from rl.config import Config
 from rl.protocols import EngineLost, UpdateFailed
+from rl.tokens import stop_ids
 from rl.types import Completion
 from rollout import examine
 from rollout.process import fork_from_server
@@ -46,6 +48,9 @@ class Engine:
             fork_from_server()
         args = engine_args(config, device=device, backend=backend, model=model) | (overrides or {})
         self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+        files = PretrainedConfig.get_config_dict(model)[0]
+        self.stop_ids = stop_ids(self.llm.get_tokenizer(), self.llm.model_config.try_get_generation_config(), files)
+        """Token ids that end a reply."""
         self.version = version
         self.requests = 0
         self.aborted = 0
@@ -90,7 +95,7 @@ class Engine:
             "top_k": r.top_k,
             "min_p": r.min_p,
             "min_tokens": min(r.min_tokens, longest),
-            "stop_token_ids": list(r.stop_token_ids),
+            "stop_token_ids": sorted({*self.stop_ids, *r.stop_token_ids}),
             "bad_words": list(r.bad_words),
             "detokenize": False,
         }

@@ -12,6 +12,7 @@ from rl.config import Config
 from rl.protocols import StallError
 from rl.typed import shortened
 from trainer.cluster.cluster import Cluster
+from trainer.model.files import copy_companions
 from trainer.pages.curves import plot
 from trainer.runs import checkpoint
 from trainer.runs.files import Reserve, without_nan, write_json
@@ -39,7 +40,7 @@ async def export_model(
     shutil.rmtree(partial, ignore_errors=True)
 
     def add_files() -> None:
-        tokenizer.save_pretrained(partial)
+        copy_companions(config.model, tokenizer, partial)
         write_card(partial, config, summary, settings)
 
     try:

@@ -13,6 +13,7 @@ from rl.rewards.score import score_in_time
 from rl.tokens import encode
 from rl.typed import show
 from rl.types import Data, Example, Given, Prompt, Reply
+from trainer.model.files import listed_stop_ids
 from trainer.model.forbidden import forbidden
 from trainer.plan.plan import Plan
 
@@ -61,6 +62,8 @@ class Prepared:
     """The first training prompt before it became tokens."""
     train: list[Prompt]
     evals: Mapping[str, list[Prompt]]
+    stop_ids: list[int]
+    """Every token id that ends a reply."""
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         """Text as a reward sees it."""
@@ -102,7 +105,13 @@ def prepare(config: Config) -> Prepared:
     evals = {
         name: encode_all(tokenizer, examples, config, f"data.evals[{name!r}]") for name, examples in data.evals.items()
     }
-    prepared = Prepared(tokenizer=tokenizer, first_prompt=data.train[0].prompt, train=train, evals=evals)
+    prepared = Prepared(
+        tokenizer=tokenizer,
+        first_prompt=data.train[0].prompt,
+        train=train,
+        evals=evals,
+        stop_ids=sorted({*listed_stop_ids(config.model, tokenizer), *config.rollout.stop_token_ids}),
+    )
     try_rewards(config, prepared)
     return prepared
 

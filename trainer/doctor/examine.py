@@ -17,7 +17,6 @@ from rl.types import Batch, Completion
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.remote import RemoteLearner
 from trainer.doctor.diagnosis import Finding, ParityError, agrees, diagnose
-from trainer.model.forbidden import stop_ids
 from trainer.prompts import Prepared
 
 PROMPTS = 8
@@ -83,8 +82,6 @@ class Examiner:
         self.config = cluster.config
         train, count = prepared.train, min(PROMPTS, len(prepared.train))
         self.prompts = [replace(train[i * len(train) // count], ordinal=i) for i in range(count)]
-        self.stops = {*stop_ids(self.config.model, prepared.tokenizer), *self.config.rollout.stop_token_ids}
-        """Tokens that end a reply."""
         self.max_tokens = min(self.config.rollout.max_tokens, 48)
         self.per_prompt = max(3, min(32, math.ceil(TOKENS / (len(self.prompts) * self.max_tokens))))
 
@@ -130,7 +127,7 @@ class Examiner:
         driver = {
             "chat_template": prepared.tokenizer.chat_template,
             "prompt": prepared.train[0].token_ids,
-            "eos": prepared.tokenizer.eos_token_id,
+            "stop_ids": prepared.stop_ids,
             "vocabulary": len(prepared.tokenizer),
         }
         return engines, (await self.cluster.ask_learners(lambda rank: rank.describe()))[0], driver
@@ -249,7 +246,7 @@ class Examiner:
     def _shows_its_end(self, mask: torch.Tensor, token_ids: list[int]) -> bool:
         """Whether a row trains on what ended its reply: a stop token at the end, or a text of `rollout.stop`."""
         trained = [token_ids[column + 1] for column in integers(mask.nonzero()[:, 0])]
-        if trained and trained[-1] in self.stops:
+        if trained and trained[-1] in self.prepared.stop_ids:
             return True
         wanted = self.config.rollout.stop
         text = self.prepared.decode(trained, skip_special_tokens=False) if wanted else ""

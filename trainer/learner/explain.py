@@ -4,8 +4,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from rl.batch import take
 from rl.config import Config
@@ -30,9 +28,8 @@ def explain_batch(model: Any, head: LogprobHead, batch: Batch, config: Config, s
     hook = head.register_forward_pre_hook(lambda _, args: seen.extend((args[0], args[-1])))
     trainer = model(part.input_ids, part.mask, config.temperature, truncation, part.support).logprobs
     hook.remove()
-    with deepspeed.zero.GatheredParameters([head.weight], enabled=sharded):
-        logits = _logits(seen[0], head.weight, head.fp32)
-        other = _logits(seen[0], head.weight, not head.fp32)
+    with deepspeed.zero.GatheredParameters(list(head.parameters()), enabled=sharded):
+        logits, other = (head.logits(seen[0], dtype) for dtype in _dtypes(head))
     whole, banned = logits, seen[1]
     if banned is not None:
         logits, other = without(logits, banned), without(other, banned)
@@ -49,6 +46,7 @@ def explain_batch(model: Any, head: LogprobHead, batch: Batch, config: Config, s
     return sorted(guesses, key=lambda g: g.residual)
 
 
-def _logits(hidden: Tensor, weight: Tensor, fp32: bool) -> Tensor:
-    dtype = torch.float32 if fp32 else torch.bfloat16
-    return F.linear(hidden.to(dtype), weight.to(dtype)).float()
+def _dtypes(head: LogprobHead) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype of the head's product, and the one that the engine may have instead."""
+    here, there = torch.float32, torch.bfloat16
+    return (here, there) if head.fp32 else (there, here)

@@ -24,6 +24,7 @@ from trainer.learner.passes import Passes, shares_prompts
 from trainer.learner.rank import make_rank
 from trainer.learner.step import Stepper
 from trainer.model.forbidden import load_forbidden
+from trainer.model.own_forward import check_own_forward
 
 
 class Sender(Protocol):
@@ -46,6 +47,7 @@ class Learner:
         join_group(rank, config.trainer.ranks, device, address, port, config.deadlines.start_s)
         engine = deepspeed_engine(config, model, device, share_prompts=shares_prompts(config, device))
         self.parts = make_rank(config, rank=rank, engine=engine, memory=memory)
+        check_own_forward(self.parts.policy, engine, name=config.model, dtype=config.dtype, device=self.parts.device)
         self.parts.policy.forbidden = load_forbidden(config, model)
         self.passes = Passes(self.parts, model)
         self.stepper = Stepper(self.parts, self.passes)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rl.config import Config
 from rl.forbidden import Forbidden, word_ids
+from trainer.model.files import listed_stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,17 +33,5 @@ def forbidden(config: Config, model: str, tokenizer: PreTrainedTokenizerBase) ->
         )
     if not (r.min_tokens or r.bad_words):
         return None
-    stops = {*stop_ids(model, tokenizer), *r.stop_token_ids} if r.min_tokens else set[int]()
+    stops = {*listed_stop_ids(model, tokenizer), *r.stop_token_ids} if r.min_tokens else set[int]()
     return Forbidden(min_tokens=r.min_tokens, stop_ids=tuple(sorted(stops)), words=word_ids(tokenizer, r.bad_words))
-
-
-def stop_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end a reply: the tokenizer's EOS, and those of generation_config.json, or else of config.json."""
-    from transformers import AutoConfig, GenerationConfig
-
-    try:
-        generation = GenerationConfig.from_pretrained(model)
-    except OSError:  # there is none
-        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
-    found: Any = [generation.eos_token_id, tokenizer.eos_token_id]
-    return {token for each in found for token in (each if isinstance(each, list) else [each]) if token is not None}

@@ -13,7 +13,9 @@ from rl.truncation import Truncation
 from rl.types import PolicyOutput
 from trainer.model.attention import packs, use_segments
 from trainer.model.head import LogprobHead
+from trainer.model.logits import measure
 from trainer.model.lora import inject
+from trainer.model.own_forward import own_forward
 from trainer.model.packing import pack
 from trainer.model.ulysses import Ulysses
 
@@ -35,7 +37,8 @@ class Policy(nn.Module):
         """Tokens that the engine may not sample at some places; None: none."""
         if self.packs:
             use_segments(hf)
-        hf.set_output_embeddings(LogprobHead(hf.get_output_embeddings(), fp32=fp32_head))
+        mapped = measure(hf)
+        hf.set_output_embeddings(LogprobHead(hf.get_output_embeddings(), fp32=fp32_head, mapped=mapped))
         self.value_head = ValueHead(hf.config.get_text_config().hidden_size, 1, dtype=hf.dtype) if with_values else None
         if self.value_head is not None:
             nn.init.zeros_(self.value_head.weight)
@@ -50,14 +53,17 @@ class Policy(nn.Module):
         support: Int[Tensor, "B T K"] | None = None,
         *,
         head_alone: bool = False,
+        plain: bool = False,
     ) -> PolicyOutput:
         """The policy's output at every column of `mask`; 0 elsewhere, where nothing is computed.
 
         With truncated sampling, the softmax runs over the kept tokens: those in `support` (reported by the engine,
         padded with -1), else those that `truncation` keeps of the policy's own logits. `self.forbidden` takes tokens
         out before that. With `head_alone` the gradient of the values stops at the value head and does not reach the
-        body.
+        body. `plain` asks the model's own forward pass instead, to check all of this: see `trainer.model.own_forward`.
         """
+        if plain:
+            return own_forward(self.hf, input_ids, mask, temperature)
         picked, mine = self._hidden(input_ids, mask)
         targets, support = input_ids[:, 1:][mask], None if support is None else support[mask]
         forbidden = None if self.forbidden is None else self.forbidden.ids(input_ids, mask)
@@ -127,7 +133,7 @@ def load(
     lora: Lora | None = None,
 ) -> Policy:
     """Load a causal LM from a folder or the hub. Raises transformers' own error for any other model."""
-    hf = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    hf = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     if checkpointing:
         _checkpoint(hf)
     if lora and lora.rank:
