@@ -13,7 +13,6 @@ import pytest
 from processes import assert_gone
 from runs import HANGS_S, RECIPE, finish, start
 
-
 SAMPLES = ["--eval-samples", "32"]
 """Enough for figures that differ as soon as the model does."""
 
