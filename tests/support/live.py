@@ -73,7 +73,7 @@ class Live:
         return open_sender(
             "gloo",
             weights=weights,
-            expected=self.wait(self.engine.expected_weights()),
+            expected=self.wait(self.engine.expected_weights([m.name for m in weights.metadata()])),
             client=self,
             rank=0,
             address="127.0.0.1",
@@ -87,6 +87,9 @@ class Live:
         sender.send_weights()
 
     def close(self) -> None:
+        """End the engine; a second call does nothing."""
+        if self.loop.is_closed() or not self.loop.is_running():
+            return
         self.wait(self.engine.close())
         self.loop.call_soon_threadsafe(self.loop.stop)
 

@@ -15,7 +15,7 @@ from trainer.cluster.placement import Placement
 from trainer.model.head import CHUNK
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PreTrainedModel
 
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
@@ -73,12 +73,8 @@ class Memory:
         return lines
 
 
-def shape_of(config: "PretrainedConfig") -> Shape:
-    """Sizes from a model's config alone; makes no weights."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+def shape_of(model: "PreTrainedModel") -> Shape:
+    """Sizes of a model, which may be without weights."""
     text, head = model.config.get_text_config(), model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     return Shape(
