@@ -22,7 +22,7 @@ class Live:
     def __init__(self, config: Config, version: int = 0, **overrides: Any) -> None:
         from rollout.engine import Engine
 
-        self.config = config
+        self.config, self.closed = config, False
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
@@ -88,8 +88,9 @@ class Live:
 
     def close(self) -> None:
         """End the engine; a second call does nothing."""
-        if self.loop.is_closed() or not self.loop.is_running():
+        if self.closed:
             return
+        self.closed = True
         self.wait(self.engine.close())
         self.loop.call_soon_threadsafe(self.loop.stop)
 
