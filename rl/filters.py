@@ -35,7 +35,7 @@ class ZeroAdvantage(Checked):
             )
 
     def __call__(self, group: list[Trajectory]) -> str | None:
-        return "zero_advantage" if len({t.reward for t in group}) == 1 else None
+        return "zero_advantage" if same([t.reward for t in group]) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,11 @@ class Difficulty(Checked):
     def __call__(self, group: list[Trajectory]) -> str | None:
         mean = fmean(t.reward for t in group)
         return "too_hard" if mean < self.low else "too_easy" if mean > self.high else None
+
+
+def same(rewards: list[float]) -> bool:
+    """Whether rewards are equal, but for rounding: 0.7 + 0.2 + 0.1 is a little less than 1."""
+    return max(rewards) - min(rewards) <= 1e-6 * max(1.0, *map(abs, rewards))
 
 
 def reason(filters: tuple[GroupFilter, ...], group: list[Trajectory]) -> str | None:

@@ -14,7 +14,7 @@ from rl.parity.watch import Watch
 from rl.protocols import Tracker
 from rl.types import Data, Trajectory
 from trainer.pages.curves import plot
-from trainer.runs.files import fresh_folder, write_json
+from trainer.runs.files import make_folder, write_json
 from trainer.runs.settings import config_digest, resolved
 from trainer.tracking.tracker import RunTracker
 from trainer.tracking.wandb_run import WandbRun, wandb_mode
@@ -272,7 +272,6 @@ def test_a_resolved_config_is_plain_json_with_functions_by_name():
 def test_a_run_never_writes_into_the_folder_of_another(tmp_path):
     wanted, got = tmp_path / "runs" / "quick.start", []
     for _ in range(3):
-        got.append(fresh_folder(wanted))
-        got[-1].mkdir(parents=True)
+        got.append(make_folder(wanted))
     assert [p.name for p in got] == ["quick.start", "quick.start-2", "quick.start-3"]
     assert {p.parent for p in got} == {tmp_path / "runs"}

@@ -6,6 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import deepspeed
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from trainer.learner.examine import digests
@@ -22,7 +23,11 @@ def export(rank: Rank, folder: str) -> None:
     tensors = {name: tensor.cpu() for name, tensor in rank.weights if rank.rank == 0}
     if rank.rank == 0:
         os.makedirs(folder, exist_ok=True)
-        save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        try:
+            save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        except SafetensorError as error:
+            # It cannot travel between processes.
+            raise OSError(str(error)) from None
         rank.policy.hf.config.save_pretrained(folder)
 
     adapters = [p for layer in rank.weights.adapted.values() for p in lora.adapter_parameters(layer)]
