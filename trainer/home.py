@@ -60,7 +60,12 @@ def _writable(folder: Path) -> bool:
     """Whether files can be made in a folder, which may not exist yet."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    try:
+        # Root has every permission, but not on every file system.
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _scratch() -> Path:

@@ -156,5 +156,6 @@ async def score_in_time(
             await asyncio.wait({scored}, timeout=max(left, 0.01))
         return scored.result()
     finally:
+        scored.cancel()  # nobody reads what comes later
         for future in awaited:
             future.cancel()

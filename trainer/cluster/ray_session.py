@@ -1,6 +1,7 @@
 """Ray itself: join or start it, count its GPUs, find its logs."""
 
 import os
+import secrets
 
 import ray
 import torch
@@ -18,6 +19,10 @@ def start_ray(placement: Placement) -> bool:
     if os.environ.get("RAY_ADDRESS"):
         join_ray()
         return False
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        # Else Ray writes one into the home folder, which may be read-only, and which two runs may do at once. It stays
+        # for later sessions of this process, because Ray remembers the first.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     with ray_environment():
         ray.init(
             address="local",

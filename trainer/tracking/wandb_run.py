@@ -116,7 +116,7 @@ def open_wandb(
     try:
         return begin(mode), note
     except Exception as error:  # W&B raises errors of its own, of its client and of the system, and none may end a run
-        why = f"{type(error).__name__}: {shortened(str(error), 300)}"
+        why = _in_a_line(error)
         if insists:
             raise ValueError(
                 f"W&B must be online (tracking.wandb=online, or WANDB_MODE), and it is not: {why}. Use "
@@ -126,8 +126,13 @@ def open_wandb(
         try:
             run = begin("offline")
         except Exception as error:
-            why += f"; and offline, {type(error).__name__}: {shortened(str(error), 300)}"
+            why += f"; and offline, {_in_a_line(error)}"
         else:
             later = f"wandb sync {folder}/wandb/offline-run-*"
             return run, f"the server did not take the run ({why}). Send it later: {later}"
     return None, f"no W&B run could be begun ({why}). Metrics are in {folder}/metrics.jsonl"
+
+
+def _in_a_line(error: Exception) -> str:
+    """An error of W&B, without its advice about settings that are not ours."""
+    return f"{type(error).__name__}: {shortened(str(error).partition(chr(10))[0], 300)}"
