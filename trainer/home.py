@@ -58,7 +58,8 @@ def _default(folder: str) -> Path:
 
 def _writable(folder: Path) -> bool:
     """Whether files can be made in a folder, which may not exist yet."""
-    while not folder.exists() and folder != folder.parent:
+    # Path.exists raises where a folder above may not be entered.
+    while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
     try:
         # Root has every permission, but not on every file system.

@@ -81,6 +81,6 @@ def test_rays_store_leaves_half_of_shared_memory_to_the_weights(monkeypatch):
     monkeypatch.setattr(machine, "memory", lambda: 100.0 * 2**30)
     assert object_store_bytes(64 * MIB) is None, "Ray keeps its objects in files"
     assert object_store_bytes(2 * LEAST_STORE) == LEAST_STORE
-    assert object_store_bytes(2**40) == int(30 * 2**30)
+    assert object_store_bytes(2**40) == 30 * 2**30
     monkeypatch.setattr(machine, "SHARED", machine.Path("/no/such/folder"))
     assert machine.shared_memory() == 0
