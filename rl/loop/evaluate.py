@@ -6,15 +6,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from statistics import fmean, stdev
 
 from rl.config import Config
+from rl.filters import ROUNDING
 from rl.loop.errors import first_error
 from rl.loop.groups import MAX_SCORING
 from rl.loop.stream import sample_seed
 from rl.protocols import EngineLost, Rollouts
 from rl.rewards.score import reply_to, score_in_time
 from rl.types import Completion, Prompt
-
-PASSED = 1.0 - 1e-6
-"""Parts such as 0.7 + 0.2 + 0.1 add up to a little less than 1."""
 
 
 async def evaluate(
@@ -67,7 +65,7 @@ async def evaluate(
         means = [fmean(r) for r in rewards]
         metrics[f"eval/{name}/avg@{k}"] = fmean(means)
         metrics[f"eval/{name}/avg@{k}_se"] = standard_error(means)
-        metrics[f"eval/{name}/pass@{k}"] = fmean(max(r) >= PASSED for r in rewards)
+        metrics[f"eval/{name}/pass@{k}"] = fmean(max(r) >= 1.0 - ROUNDING for r in rewards)
     return metrics
 
 
