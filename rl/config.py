@@ -136,9 +136,10 @@ class Deadlines(Checked):
     start_s: float = 900.0
     """Seconds for engines and ranks to start."""
     sample_s: float = 1800.0
-    """Seconds that a step waits for its samples."""
+    """Seconds in which an engine must return some sample while it has any to make, and a step must get one more group.
+    It is no limit for a whole step or evaluation."""
     reward_s: float = 60.0
-    """Seconds for one call of the reward function."""
+    """Seconds for one call of the reward function, from when it runs, without those in which other rewards compute."""
     step_s: float = 1800.0
     """Seconds for one call to the learner, such as a training step."""
     sync_s: float = 300.0

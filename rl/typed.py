@@ -204,3 +204,11 @@ def show(value: Any) -> str:
     if text.startswith("<") and " at 0x" in text:
         return f"<{type(value).__name__}>"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most some `most` characters: its beginning and its end, and how much is left out between them."""
+    if len(text) <= most:
+        return text
+    begin = 2 * most // 3
+    return f"{text[:begin]} [... {len(text) - most:,} characters left out ...] {text[begin - most :]}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,7 +27,11 @@ def export(rank: Rank, folder: str) -> None:
     tensors = {name: exported(tensor, dtype) for name, tensor in rank.weights if rank.rank == 0}
     if rank.rank == 0:
         os.makedirs(folder, exist_ok=True)
-        save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        try:
+            save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        except SafetensorError as error:
+            # It cannot travel between processes.
+            raise OSError(str(error)) from None
         config = deepcopy(rank.policy.hf.config)
         config.dtype = dtype
         config.save_pretrained(folder)

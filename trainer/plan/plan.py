@@ -1,5 +1,6 @@
 """What a run asks of its machines, worked out once. Run, dry run and doctor read the same value."""
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -7,9 +8,10 @@ from typing import TYPE_CHECKING
 from rl.config import Config
 from rl.validate import check
 from trainer.cluster.placement import Placement, check_fits, place
-from trainer.cluster.ray_session import cluster_gpus
+from trainer.cluster.ray_session import LEAST_STORE, cluster_gpus, object_store_bytes
+from trainer.machine import shared_memory
 from trainer.model.files import check_model_folder, model_config, without_weights
-from trainer.plan.memory import Memory, available_memory, required_memory, shape_of
+from trainer.plan.memory import GIB, Memory, available_memory, required_memory, shape_of
 from trainer.plan.rules import check_rows, check_truncation
 
 if TYPE_CHECKING:
@@ -41,6 +43,22 @@ class Plan:
         shape = shape_of(self.skeleton)
         required = required_memory(self.config, self.placement, shape)
         return Memory(shape=shape, required=required, available=available_memory(self.config, self.placement))
+
+    def notes(self) -> list[str]:
+        """What is slower here than it need be. Reads the model's config."""
+        if os.environ.get("RAY_ADDRESS") or self.placement.device != "cpu":
+            return []
+        free, weights = shared_memory(), int(self.memory.required["host"]["weights under way"] * GIB)
+        store = object_store_bytes(free)
+        slow = [] if store else ["Ray keeps its objects in files"]
+        if weights > free - (store or 0):
+            slow.append("weights travel by sockets")
+        if not slow:
+            return []
+        return [
+            f"/dev/shm has {free / GIB:.2f} GiB free, so {' and '.join(slow)}, which is slower. Give it "
+            f"{(2 * LEAST_STORE + 2 * weights) / GIB:.1f} GiB or more, in Docker with --shm-size"
+        ]
 
     def check_model(self) -> None:
         """Raise ValueError where the model cannot run as the settings ask, or does not fit. Takes seconds."""
