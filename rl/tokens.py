@@ -13,8 +13,12 @@ def stop_ids(tokenizer: Any, generation: Mapping[str, Any], config: Mapping[str,
     of ids or None. Empty: no reply can end before its limit.
     """
     text: Mapping[str, Any] = config.get("text_config") or {}
-    listed = [tokenizer.eos_token_id, *(part.get("eos_token_id") for part in (generation, config, text))]
-    return sorted({i for ids in listed for i in (ids if isinstance(ids, list) else [ids]) if i is not None})
+    listed: list[int | list[int] | None] = [tokenizer.eos_token_id]
+    listed += [part.get("eos_token_id") for part in (generation, config, text)]
+    found: set[int] = set()
+    for ids in listed:
+        found.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
+    return sorted(found)
 
 
 def encode(tokenizer: Any, prompt: Given, template: Mapping[str, Any]) -> list[int]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from transformers import PretrainedConfig
@@ -173,9 +173,9 @@ class Engine:
         self.open.set()
         return time.perf_counter() - self.paused_at
 
-    async def expected_weights(self) -> set[str]:
-        """Checkpoint names that every update must contain."""
-        return set().union(*await self.call_workers(WorkerExtension.expected_weights))
+    async def expected_weights(self, sent: Iterable[str] = ()) -> set[str]:
+        """Names that every update must contain, in terms of those that the trainer sends."""
+        return set().union(*await self.call_workers(WorkerExtension.expected_weights, sorted(sent)))
 
     async def listen_to_weights(self, on: bool) -> None:
         """Set whether workers digest the tensors of the next updates as they arrive."""

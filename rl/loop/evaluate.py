@@ -7,15 +7,13 @@ from statistics import fmean, stdev
 from typing import Any
 
 from rl.config import Config
+from rl.filters import ROUNDING
 from rl.loop.errors import first_error
 from rl.loop.groups import MAX_SCORING
 from rl.loop.stream import sample_seed
 from rl.protocols import EngineLost, Rollouts
 from rl.rewards.score import Asked, Reward, reply_to, score_all, score_in_time
 from rl.types import Completion, Prompt
-
-PASSED = 1.0 - 1e-6
-"""Parts such as 0.7 + 0.2 + 0.1 add up to a little less than 1."""
 
 
 async def evaluate(
@@ -77,7 +75,7 @@ def figures(name: str, k: int, found: Sequence[Sequence[float | None]]) -> dict[
     metrics = {f"eval/{name}/not_applicable_frac": left_out / sum(map(len, found))} if left_out else {}
     if not rewards:
         return metrics
-    means, passed = [fmean(r) for r in rewards], [float(max(r) >= PASSED) for r in rewards]
+    means, passed = [fmean(r) for r in rewards], [float(max(r) >= 1.0 - ROUNDING) for r in rewards]
     return metrics | {
         f"eval/{name}/avg@{k}": fmean(means),
         f"eval/{name}/avg@{k}_se": standard_error(means),

@@ -100,6 +100,11 @@ def _with_notes(error: Exception) -> str:
     return shortened(str(error), SHOWN) + shortened(notes, SHOWN)
 
 
+def _shown(reply: Reply) -> str:
+    """What a reward saw, for a message. A task may hold megabytes of test cases."""
+    return f"(task {shortened(repr(dict(reply.task)), 400)}, reply {reply.text[:80]!r})"
+
+
 async def _awaited(result: Awaitable[Any]) -> Any:
     return await result
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from live import Live, engine_config
 from pair import make_learner
 from rl.batch import collate, trajectory
-from rl.config import Lora, TrainerConfig
+from rl.config import Config, Lora, TrainerConfig
 from rl.types import Batch, Completion, Prompt
 from trainer.learner.learner import Learner
 from trainer.model.files import copy_companions
@@ -35,16 +35,24 @@ def family_gaps(model: Path, folder: Path, live: Callable[..., Live], *, peak: f
     engine.update(sender, 1)
     found["update"] = engine_gap(engine, learner)
     found["export"] = export_gap(learner, folder / "exported")
+    reloaded = live(replace(config, model=str(folder / "exported")))
+    found["reload"] = engine_gap(reloaded, learner)
+    reloaded.close()
     learner.perturb(4)
-    adapted = make_learner(replace(config, trainer=TrainerConfig(lora=Lora(rank=4))))
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        for layer in adapted.weights.adapted.values():
-            layer.lora_B["default"].weight.normal_(std=0.05, generator=generator)
-    engine.update(engine.open_sender(adapted.weights), 2)
-    found["lora"] = engine_gap(engine, adapted)
+    found["lora"] = adapter_gap(config, engine)
     engine.close()
     return found
+
+
+def adapter_gap(config: Config, engine: Live) -> float:
+    """Engine against trainer after an update with random adapters, merged."""
+    learner = make_learner(replace(config, trainer=TrainerConfig(lora=Lora(rank=4))))
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for layer in learner.weights.adapted.values():
+            layer.lora_B["default"].weight.normal_(std=0.05, generator=generator)
+    engine.update(engine.open_sender(learner.weights), 2)
+    return engine_gap(engine, learner)
 
 
 def sampled(engine: Live) -> Batch:
@@ -60,6 +68,7 @@ def engine_gap(engine: Live, learner: Learner) -> float:
     """Engine against trainer on what the engine samples."""
     batch = sampled(engine)
     assert int(batch.mask.sum()) > 100
+    assert batch.rollout_logprobs[batch.mask].mean() < -0.3, "a policy that is almost certain shows no difference"
     return float((learner.logprobs(batch) - batch.rollout_logprobs)[batch.mask].abs().max())
 
 
@@ -79,7 +88,7 @@ def random_batch(vocabulary: int) -> Batch:
 
 def trainer_gap(model: Path, learner: Learner) -> float:
     """Trainer against transformers' own logits of the model in a folder."""
-    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
     batch = random_batch(min(hf.config.vocab_size, 100))
     with torch.no_grad():
         logits = hf(batch.input_ids[:, :-1]).logits.float()

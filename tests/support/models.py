@@ -33,17 +33,25 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 64,
     },
-    "Gemma": {"family": "gemma", "tied": True, "head_dim": 32, "stops": [1, 3]},
+    "Gemma": {"family": "gemma", "tied": True, "peak": 1.0, "head_dim": 32, "stops": [1, 3]},
     "Gemma-2": {
         "family": "gemma2",
         "tied": True,
+        "peak": 1.0,
         "head_dim": 32,
         "query_pre_attn_scalar": 32,
         "sliding_window": 16,
         "final_logit_softcapping": 3.0,
         "stops": [1, 3],
     },
-    "Gemma-3": {"family": "gemma3_text", "tied": True, "head_dim": 32, "sliding_window": 16, "stops": [1, 3]},
+    "Gemma-3": {
+        "family": "gemma3_text",
+        "tied": True,
+        "peak": 1.0,
+        "head_dim": 32,
+        "sliding_window": 16,
+        "stops": [1, 3],
+    },
     "Phi-3": {"family": "phi3", "stops": [1, 3]},
     "OLMo-2": {"family": "olmo2"},
     "Granite": {
@@ -56,9 +64,10 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     },
     "Cohere": {"family": "cohere", "tied": True, "logit_scale": 0.25},
     "SmolLM3": {"family": "smollm3", "tied": True},
-    "GPT-NeoX": {"family": "gpt_neox"},
+    "GPT-NeoX": {"family": "gpt_neox", "num_key_value_heads": 4},
+    "Arcee": {"family": "arcee"},
 }
-"""Arguments of `make_model` for each family that docs/models.md lists. `peak` is 6 unless the logits are scaled."""
+"""Arguments of `make_model` for each family that docs/models.md lists."""
 
 
 def make_model(

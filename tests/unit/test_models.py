@@ -15,7 +15,7 @@ from rl.tokens import stop_ids
 from trainer.learner.export import exported
 from trainer.learner.weights import LearnerWeights
 from trainer.model.attention import packs
-from trainer.model.files import copy_companions, listed_stop_ids
+from trainer.model.files import copy_companions, listed_stop_ids, model_config, without_weights
 from trainer.model.head import LogprobHead
 from trainer.model.logits import LogitsMap, measure
 from trainer.model.own_forward import check_own_forward
@@ -123,7 +123,7 @@ def test_a_model_that_changes_its_logits_in_another_way_is_refused_by_name(odd, 
 
 
 def test_a_policy_that_leaves_out_a_soft_cap_is_refused_with_family_and_size(tmp_path: Path) -> None:
-    policy = policy_of(make_model(tmp_path, **FAMILIES["Gemma-2"], peak=40.0))
+    policy = policy_of(make_model(tmp_path, **FAMILIES["Gemma-2"] | {"peak": 40.0}))
     policy.hf.get_output_embeddings().mapped = LogitsMap()
     with pytest.raises(ValueError, match=r"of tiny \(gemma2\) are not the model's own.* differ by [\d.]+e[+-]\d+ nats"):
         check_own_forward(policy, policy, name="tiny", dtype="float32", device=CPU)
@@ -243,3 +243,9 @@ def test_which_families_pack_their_rows() -> None:
 
 def _config(how: dict) -> dict:
     return {k: v for k, v in how.items() if k not in ("family", "tied", "stops", "padding")}
+
+
+def test_a_model_of_another_kind_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="family t5, which transformers does not know as a causal language model"):
+        without_weights(model_config(str(tmp_path)))

@@ -140,7 +140,7 @@ class Cluster:
         c, p = self.config, self.placement
         address, (port, _) = await self._addresses()
         names = (await self.ask_learners(lambda rank: rank.names()))[0]
-        for index, expected in enumerate(await self.ask_engines(lambda e: e.expected_weights())):
+        for index, expected in enumerate(await self.ask_engines(lambda e: e.expected_weights(names))):
             check_complete(names, expected, f"engine {index}")
         client = EngineClient(self.engines, c.rollout.tensor_parallel, c.deadlines.sync_s)
         channel = {

@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from rl.tokens import stop_ids
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 HUB_S = 3.0
 """Seconds in which the hub must answer; its own library tries five times, which takes half a minute."""
@@ -49,6 +51,19 @@ def model_config(model: str) -> PretrainedConfig:
             "local folder, or download the model where there is a network (`hf download`)"
         )
     return AutoConfig.from_pretrained(model)
+
+
+def without_weights(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config on torch's meta device. Raises ValueError when it is no causal language model."""
+    from transformers import AutoModelForCausalLM
+
+    if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+        raise ValueError(
+            f"{config.name_or_path or 'the model'} is of the family {config.model_type}, which transformers does not "
+            "know as a causal language model: give a model with a text decoder and an lm_head"
+        )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def listed_stop_ids(model: str, tokenizer: Any) -> list[int]:

@@ -155,7 +155,7 @@ class LogprobHead(nn.Module):
 
     def __init__(self, lm_head: nn.Module, *, fp32: bool, mapped: LogitsMap = PLAIN) -> None:
         super().__init__()
-        self.weight = lm_head.weight
+        self.weight: nn.Parameter = lm_head.get_parameter("weight")
         self.bias: nn.Parameter | None = getattr(lm_head, "bias", None)
         self.fp32 = fp32
         self.mapped = mapped

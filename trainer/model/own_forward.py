@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rl.types import PolicyOutput
-from trainer.model.attention import NAME
 
 LIMIT = {"float32": 1e-4, "bfloat16": 0.15}
 """Largest mean |d| in nats at which the two count as equal. Clean models show 2e-6 and 0.03."""
@@ -21,15 +20,13 @@ def own_forward(
     hf: PreTrainedModel, input_ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B T"], temperature: float
 ) -> PolicyOutput:
     """Log-probabilities and entropy (nats) at the columns of `mask`, 0 elsewhere, from the logits that the model itself
-    returns for right-padded rows, with transformers' attention. The softmax runs in fp32."""
+    returns for right-padded rows, with attention as transformers spells it out. The softmax runs in fp32."""
     attention = hf.config._attn_implementation
-    if attention == NAME:
-        hf.set_attn_implementation("sdpa")
+    hf.set_attn_implementation("eager")
     try:
         logits: Tensor = hf(input_ids=input_ids[:, :-1], use_cache=False).logits
     finally:
-        if attention == NAME:
-            hf.set_attn_implementation(NAME)
+        hf.set_attn_implementation(attention)
     log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
     chosen = log_p.gather(-1, input_ids[:, 1:, None])[..., 0]
     entropy = -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)

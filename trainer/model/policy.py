@@ -134,6 +134,8 @@ def load(
 ) -> Policy:
     """Load a causal LM from a folder or the hub. Raises transformers' own error for any other model."""
     hf = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    if getattr(hf.config.get_text_config(), "attn_logit_softcapping", None):
+        hf.set_attn_implementation("eager")  # torch's kernels leave out the soft cap
     if checkpointing:
         _checkpoint(hf)
     if lora and lora.rank:

@@ -14,7 +14,7 @@ from trainer.cluster.placement import Placement
 from trainer.model.head import CHUNK
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PreTrainedModel
 
 GIB = 2**30
 PROCESS = {"cpu": {"learner rank": 0.4, "engine": 1.4}, "cuda": {"learner rank": 0.8, "engine": 1.2}}
@@ -71,12 +71,8 @@ class Memory:
         return lines
 
 
-def shape_of(config: "PretrainedConfig") -> Shape:
-    """Sizes from a model's config alone; makes no weights."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+def shape_of(model: "PreTrainedModel") -> Shape:
+    """Sizes of a model, which may be without weights."""
     text, head = model.config.get_text_config(), model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     return Shape(

@@ -3,15 +3,19 @@
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from rl.config import Config
 from rl.validate import check
 from trainer.cluster.placement import Placement, check_fits, engines_alone, place
 from trainer.cluster.ray_session import LEAST_STORE, cluster_gpus, object_store_bytes
 from trainer.machine import shared_memory
-from trainer.model.files import check_model_folder, model_config
+from trainer.model.files import check_model_folder, model_config, without_weights
 from trainer.plan.memory import GIB, Memory, available_memory, engines_memory, required_memory, shape_of
 from trainer.plan.rules import check_rows, check_truncation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +32,15 @@ class Plan:
         check_fits(self.placement, gpus=self.gpus)
 
     @cached_property
+    def skeleton(self) -> "PreTrainedModel":
+        """The model without weights. Reads the model's config, which takes seconds. Raises OSError when there is none,
+        and ValueError for another kind of model."""
+        return without_weights(model_config(self.config.model))
+
+    @cached_property
     def memory(self) -> Memory:
-        """GiB by place. Reads the model's config, which takes seconds. Raises OSError when there is none."""
-        shape = shape_of(model_config(self.config.model))
+        """GiB by place. Raises as `skeleton`."""
+        shape = shape_of(self.skeleton)
         needs = required_memory if self.placement.learners else engines_memory
         required = needs(self.config, self.placement, shape)
         return Memory(shape=shape, required=required, available=available_memory(self.config, self.placement))
@@ -54,7 +64,11 @@ class Plan:
     def check_model(self) -> None:
         """Raise ValueError where the model cannot run as the settings ask, or does not fit. Takes seconds."""
         if self.placement.learners:
+            # Imported late: transformers takes seconds, and --help needs no model.
+            from trainer.model.logits import measure
+
             check_rows(self.config)
+            measure(self.skeleton)
         self.memory.check(self.config)
 
 
