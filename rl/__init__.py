@@ -11,6 +11,7 @@ from rl import checkout
 if TYPE_CHECKING:
     from rl.config import Config, Deadlines, Lora, RolloutConfig, TrackingConfig, TrainerConfig
     from rl.contract.check import assert_objective, check_objective
+    from rl.data import Rows
     from rl.filters import Difficulty, Overlong, ZeroAdvantage
     from rl.objectives import CISPO, DAPO, GMPO, GRPO, GSPO, M2PO, OPO, PPO, RLOO, SAPO, DrGRPO, Objective, ReinforcePP
     from rl.objectives.corrections import MIS, Correction, GeometricMask, IcePop, SequenceTIS, TokenTIS, Uncorrected
@@ -46,6 +47,7 @@ __all__ = [
     "ReinforcePP",
     "Reply",
     "RolloutConfig",
+    "Rows",
     "SequenceTIS",
     "SoftOverlong",
     "Step",
@@ -67,6 +69,7 @@ _MODULES = {
     "rl.objectives": "CISPO DAPO GMPO GRPO GSPO M2PO OPO PPO RLOO SAPO DrGRPO Objective ReinforcePP",
     "rl.objectives.corrections": "MIS Correction GeometricMask IcePop SequenceTIS TokenTIS Uncorrected",
     "rl.rewards.shaping": "SoftOverlong",
+    "rl.data": "Rows",
     "rl.types": "Batch Data Example PolicyOutput Reply Step Trajectory needed",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}

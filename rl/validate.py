@@ -6,6 +6,7 @@ from typing import Any
 
 from rl.config import Config
 from rl.objectives.rules import check_objective
+from rl.tokens import check_template
 
 
 def check(config: Config) -> None:
@@ -22,6 +23,7 @@ def check(config: Config) -> None:
             "temperature above 0 (eval_temperature may be 0)"
         )
     check_objective(config)
+    check_template(config.chat_template_kwargs)
     config.correction.check(config)
     for part in (*config.filters, config.reward, config.eval_reward):
         if rule := own_rule(part):

@@ -10,7 +10,8 @@ from vllm import SamplingParams
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from rl.tokens import encode
+from rl.data import Given
+from rl.tokens import Rendering, encode
 from rollout.worker import WorkerExtension
 
 Generate = Callable[[list[int], SamplingParams], Awaitable[RequestOutput]]
@@ -36,9 +37,9 @@ async def prefill_logprobs(generate: Generate, token_ids: list[int], reply: list
     return [step[token].logprob for step, token in zip(steps, reply, strict=True)]
 
 
-def describe(llm: AsyncLLM, sampling: SamplingParams, messages: Any, template: dict[str, Any]) -> dict[str, Any]:
-    """The settings that vLLM runs with, the run's sampling parameters, and `messages` (chat messages or plain text) as
-    token ids of the engine's own tokenizer, with the chat template's arguments `template`."""
+def describe(llm: AsyncLLM, sampling: SamplingParams, prompt: Given, rendering: Rendering) -> dict[str, Any]:
+    """The settings that vLLM runs with, the run's sampling parameters, and a prompt as token ids of the engine's own
+    tokenizer, written as the run writes it."""
     c = llm.vllm_config
     model = c.model_config
     tokenizer: Any = llm.get_tokenizer()
@@ -61,7 +62,7 @@ def describe(llm: AsyncLLM, sampling: SamplingParams, messages: Any, template: d
         "eos": tokenizer.eos_token_id,
         "vocabulary": len(tokenizer),
         "chat_template": tokenizer.chat_template,
-        "prompt": encode(tokenizer, messages, template),
+        "prompt": encode(tokenizer, prompt, rendering),
     }
 
 

@@ -122,8 +122,8 @@ class Examiner:
         )
 
     async def _facts(self) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
-        prepared, template = self.prepared, self.config.chat_template_kwargs
-        engines = await self.cluster.ask_engines(lambda e: e.describe(prepared.first_prompt, template))
+        prepared = self.prepared
+        engines = await self.cluster.ask_engines(lambda e: e.describe(prepared.first_prompt, prepared.rendering))
         driver = {
             "chat_template": prepared.tokenizer.chat_template,
             "prompt": prepared.train[0].token_ids,

@@ -11,6 +11,7 @@ from rl.config import Lora
 from rl.truncation import Truncation
 from rl.types import PolicyOutput
 from trainer.model.attention import packs, use_segments
+from trainer.model.files import remote_code
 from trainer.model.head import LogprobHead
 from trainer.model.lora import inject
 from trainer.model.packing import pack
@@ -118,9 +119,11 @@ def load(
     with_values: bool = False,
     checkpointing: bool = False,
     lora: Lora | None = None,
+    trust_remote_code: bool = False,
 ) -> Policy:
     """Load a causal LM from a folder or the hub. Raises transformers' own error for any other model."""
-    hf = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    with remote_code(path, trust_remote_code) as more:
+        hf = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa", **more)
     if checkpointing:
         _checkpoint(hf)
     if lora and lora.rank:

@@ -28,7 +28,7 @@ class Plan:
     @cached_property
     def memory(self) -> Memory:
         """GiB by place. Reads the model's config, which takes seconds. Raises OSError when there is none."""
-        shape = shape_of(model_config(self.config.model))
+        shape = shape_of(model_config(self.config.model, trust_remote_code=self.config.trust_remote_code))
         required = required_memory(self.config, self.placement, shape)
         return Memory(shape=shape, required=required, available=available_memory(self.config, self.placement))
 
