@@ -3,13 +3,28 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 from rl.data import Given
 from rl.typed import show
 
-RESERVED = ("conversation", "messages", "tools", "documents", "tokenize", "padding", "truncation", "max_length")
-RESERVED += ("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now")
+RESERVED = frozenset(
+    [
+        "conversation",
+        "messages",
+        "tools",
+        "documents",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "strftime_now",
+    ]
+)
 """Arguments of `apply_chat_template` that a run sets by itself."""
 
 
@@ -107,8 +122,10 @@ def _check_message(message: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where} has no 'content': write {{'role': 'user', 'content': 'What is 2 + 3?'}}")
     if content is None:
         raise ValueError(f"{where} has content None, which templates write as a word: write text, or leave it out")
-    for part in content if isinstance(content, list) else [content]:
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+    parts = cast(list[Any], content if isinstance(content, list) else [content])
+    for part in parts:
+        typed = cast(dict[str, Any], part if isinstance(part, dict) else {})
+        text = typed.get("text") if typed.get("type", "text") == "text" and typed else part
         if not isinstance(text, str):
             raise ValueError(f"{where} has the content {show(part)}: only text can be trained on; write text")
 

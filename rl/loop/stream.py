@@ -4,7 +4,7 @@ import inspect
 import random
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from rl.data import Train, sized
 from rl.types import Prompt
@@ -51,9 +51,10 @@ def draws(train: Train | list[Prompt], seed: int) -> Iterator[tuple[int, Take]]:
     everything else has its own order."""
     if sized(train):
         return _mixed(train, seed)
+    function: Any = train
     if callable(train):
-        return _again(train) if _takes_nothing(train) else _by_position(train)
-    return _again(lambda: train)
+        return _again(function) if _takes_nothing(function) else _by_position(function)
+    return _again(lambda: function)
 
 
 def _mixed(train: Any, seed: int) -> Iterator[tuple[int, Take]]:
@@ -73,7 +74,7 @@ def _by_position(example: Callable[[int], Any]) -> Iterator[tuple[int, Take]]:
         position += 1
 
 
-def _again(examples: Callable[[], Iterable[Any]]) -> Iterator[tuple[int, Take]]:
+def _again(examples: Callable[[], Any]) -> Iterator[tuple[int, Take]]:
     """An iterable from its start, again and again; each of its examples is read, needed or not."""
     epoch = 0
     while True:
@@ -97,14 +98,14 @@ def _again(examples: Callable[[], Iterable[Any]]) -> Iterator[tuple[int, Take]]:
         epoch += 1
 
 
-def _begun(examples: Callable[[], Iterable[Any]]) -> Iterator[Any]:
-    made = examples()
+def _begun(examples: Callable[[], Any]) -> Iterator[Any]:
+    made: Any = examples()
     if not isinstance(made, Iterable):
         raise ValueError(
             f"data.train is a function without arguments and returned a {type(made).__name__}: `yield` each Example, "
             "or take the position as argument"
         )
-    return iter(made)
+    return iter(cast(Iterable[Any], made))
 
 
 def _takes_nothing(function: Callable[..., Any]) -> bool:

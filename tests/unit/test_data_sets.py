@@ -163,7 +163,10 @@ def test_a_resumed_run_drops_the_same_positions_without_reading_them(model):
     first = prepare(config)
     whole = list(islice(first.stream(0), 12))
     resumed = prepare(config, first.state())
-    assert first.state()["long_prompts"] == {"dropped": [[1, 1], [4, 5], [8, 8], [11, 12], [15, 15], [18, 19]], "cut": []}
+    assert first.state()["long_prompts"] == {
+        "dropped": [[1, 1], [4, 5], [8, 8], [11, 12], [15, 15], [18, 19]],
+        "cut": [],
+    }
     assert list(islice(resumed.stream(0, range(5)), 7)) == whole[5:]
     assert resumed.long == first.long
 
@@ -198,7 +201,9 @@ def test_a_set_of_long_prompts_alone_is_refused(model):
 
 
 def test_a_long_prompt_is_refused_by_name_with_the_ways_out(model):
-    with pytest.raises(ValueError, match=r"data\.train\[1\] has 13 prompt tokens.* to 21, or set long_prompts='drop' or"):
+    with pytest.raises(
+        ValueError, match=r"data\.train\[1\] has 13 prompt tokens.* to 21, or set long_prompts='drop' or"
+    ):
         prepare(config_of(model, LONG))
     prepared = prepare(config_of(model, lambda i: LONG[0] if i < 20 else LONG[1]))
     with pytest.raises(ValueError, match=r"data\.train\[20\] has 13 prompt tokens"):
@@ -232,7 +237,7 @@ def broken(at):
         (broken(4)(), "data.train[4] cannot be read: KeyError: 'question'"),
         ([], "the training data is empty"),
         (Rows([], example), "the training data is empty"),
-        (lambda: [], "the training data is empty"),
+        (list, "the training data is empty"),
         (iter([]), "the training data is empty"),
         (5, "train=5 must be a list of Example"),
         ("data.json", "train='data.json' must be a list of Example"),
@@ -252,7 +257,9 @@ def test_a_mistake_further_down_a_stream_ends_the_run_by_name(model):
 
 
 def test_the_task_of_a_wrong_example_names_its_prompt():
-    with pytest.raises(ValueError, match=r"task='5' must be a dict .*write task={'answer': '5'} \(in Example with prom"):
+    with pytest.raises(
+        ValueError, match=r"task='5' must be a dict .*write task={'answer': '5'} \(in Example with prom"
+    ):
         Example(prompt="2+3=", task="5")
 
 

@@ -14,18 +14,19 @@ def model_digest(model: str) -> str:
     folder = _folder(model)
     if folder is None:
         return ""
-    digest = hashlib.blake2b(digest_size=16)
+    digest, found = hashlib.blake2b(digest_size=16), False
     for path in sorted(folder.iterdir()):
         if path.name in CONFIGS:
+            found = True
             digest.update(path.name.encode() + path.read_bytes())
         elif path.suffix in WEIGHTS:
-            size = path.stat().st_size
+            found, size = True, path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             with path.open("rb") as file:
                 for number in range(BLOCKS):
                     file.seek(number * max(size - BLOCK, 0) // max(BLOCKS - 1, 1))
                     digest.update(file.read(BLOCK))
-    return digest.hexdigest()
+    return digest.hexdigest() if found else ""
 
 
 def _folder(model: str) -> Path | None:

@@ -24,7 +24,8 @@ def check_model_folder(model: str) -> None:
     if looks_local(model) and not Path(model, "config.json").exists():
         raise FileNotFoundError(
             f"there is no model in {model!r} (no config.json in {Path(model).absolute()}). For the quickstart's model "
-            "run ./scripts/setup; else give a folder that transformers can load, or a hub name such as Qwen/Qwen2.5-1.5B-Instruct"
+            "run ./scripts/setup; else give a folder that transformers can load, or a hub name such as "
+            "Qwen/Qwen2.5-1.5B-Instruct"
         )
 
 

@@ -95,20 +95,21 @@ def _of_object(value: Any, seen: dict[int, Any]) -> Iterator[str]:
 
 
 def _of_function(function: FunctionType, seen: dict[int, Any]) -> Iterator[str]:
-    names = list(dict.fromkeys(_of_bytes(function.__code__, function.__doc__, found := [])))
+    found: list[str] = []
+    names = list(dict.fromkeys(_of_bytes(function.__code__, function.__doc__, found)))
     yield from found
     yield from _all([*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()], seen)
-    for cell in function.__closure__ or ():
+    scope = {name: function.__globals__[name] for name in names if name in function.__globals__}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
-            yield from _pieces(cell.cell_contents, seen)
+            scope[name] = cell.cell_contents
         except ValueError:
             continue  # a name that is not bound yet
-    for name in names:
-        value = function.__globals__.get(name)
+    for value in scope.values():
         if isinstance(value, ModuleType) and _own(value):
             # The names are also those of attributes: `checks.is_right` is `checks` and `is_right`.
             yield from _all([vars(value)[n] for n in names if n in vars(value)], seen)
-        elif name in function.__globals__:
+        else:
             yield from _pieces(value, seen)
 
 
