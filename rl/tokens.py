@@ -8,23 +8,8 @@ from typing import Any, cast
 from rl.data import Given
 from rl.typed import show
 
-RESERVED = frozenset(
-    [
-        "conversation",
-        "messages",
-        "tools",
-        "documents",
-        "tokenize",
-        "padding",
-        "truncation",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "return_assistant_tokens_mask",
-        "tokenizer_kwargs",
-        "strftime_now",
-    ]
-)
+RESERVED = ["conversation", "messages", "tools", "documents", "tokenize", "padding", "truncation", "max_length"]
+RESERVED.extend(["return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"])
 """Arguments of `apply_chat_template` that a run sets by itself."""
 
 
@@ -69,20 +54,7 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], rendering: Rendering)
         )
     for index, message in enumerate(messages):
         _check_message(message, f"message {index} (role {show(message['role'])})")
-    assistant_last = messages[-1]["role"] == "assistant"
-    continued = template.get("continue_final_message", assistant_last)
-    opened = template.get("add_generation_prompt", not continued)
-    if continued and opened:
-        raise ValueError(
-            "chat_template_kwargs has add_generation_prompt, and the conversation is continued where the assistant's "
-            "words end: leave add_generation_prompt out"
-        )
-    if continued and not assistant_last:
-        raise ValueError(
-            "chat_template_kwargs has continue_final_message, and the conversation does not end with the assistant: "
-            "leave it out, because those that do are continued anyway"
-        )
-    arguments = {**template, "add_generation_prompt": opened, "continue_final_message": continued}
+    arguments = {**template, **_ending(messages, template)}
     if writes_date(tokenizer, rendering):
         arguments["strftime_now"] = rendering.now.strftime
     text = str(tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
@@ -93,6 +65,22 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], rendering: Rendering)
                 "content as one text"
             )
     return text
+
+
+def _ending(messages: list[dict[str, Any]], template: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether the last message is continued, or the assistant's turn opened. Raises ValueError for a contradiction."""
+    assistant_last = messages[-1]["role"] == "assistant"
+    if template.get("continue_final_message") and not assistant_last:
+        # It is about the conversations of the data set that end with the assistant.
+        return {"add_generation_prompt": True, "continue_final_message": False}
+    continued = template.get("continue_final_message", assistant_last)
+    opened = template.get("add_generation_prompt", not continued)
+    if continued and opened:
+        raise ValueError(
+            "chat_template_kwargs has add_generation_prompt, and the conversation ends with the assistant's words, "
+            "which the reply continues: leave add_generation_prompt out, or set continue_final_message to False"
+        )
+    return {"add_generation_prompt": opened, "continue_final_message": continued}
 
 
 def chat_template(tokenizer: Any, rendering: Rendering) -> str:

@@ -118,6 +118,8 @@ def test_a_text_that_went_through_the_template_is_the_prompt_that_messages_are(f
         ([USER, BEGUN], {"continue_final_message": False}, "u:1=;a:It is;a:"),
         ([USER, BEGUN], {"continue_final_message": False, "add_generation_prompt": False}, "u:1=;a:It is;"),
         ([USER], {"add_generation_prompt": False}, "u:1=;"),
+        ([USER], {"continue_final_message": True}, "u:1=;a:"),
+        ([USER], {"continue_final_message": True, "add_generation_prompt": False}, "u:1=;a:"),
         ([USER], {"add_generation_prompt": True}, "u:1=;a:"),
         ([USER], {"chat_template": "{{ messages[0].content }}!"}, "1=!"),
     ],
@@ -126,19 +128,13 @@ def test_a_conversation_that_ends_with_the_assistant_is_continued(folders, messa
     assert text_of(folders["chat"], messages, **template) == text
 
 
-@pytest.mark.parametrize(
-    ("messages", "template", "message"),
-    [
-        ([USER, BEGUN], {"add_generation_prompt": True}, "leave add_generation_prompt out"),
-        ([USER, BEGUN], {"add_generation_prompt": True, "continue_final_message": True}, "leave add_generation_prompt"),
-        ([USER], {"continue_final_message": True}, "does not end with the assistant: leave it out"),
-    ],
-)
-def test_arguments_that_contradict_a_conversation_are_refused(folders, messages, template, message):
-    data = [Example(prompt=[USER]), Example(prompt=messages)]
-    if "continue_final_message" in template and len(messages) == 1:
-        data = data[1:]
-    with pytest.raises(ValueError, match=rf"data\.train\[\d\] cannot be encoded: .*{message}"):
+@pytest.mark.parametrize("more", [{}, {"continue_final_message": True}])
+def test_arguments_that_contradict_a_conversation_are_refused(folders, more):
+    data = [Example(prompt=[USER]), Example(prompt=[USER, BEGUN])]
+    template = {"add_generation_prompt": True, **more}
+    with pytest.raises(
+        ValueError, match=r"data\.train\[1\] cannot be encoded: .*leave add_generation_prompt out, or set"
+    ):
         prepare(config_of(folders["chat"], data, chat_template_kwargs=template))
 
 
