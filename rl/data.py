@@ -29,9 +29,11 @@ class Example(Checked):
                     "messages as {'role': 'user', 'content': 'What is 2 + 3?'}"
                 )
 
-    def place(self, field: str) -> str:
-        """Which example an error is about, in words."""
-        return "Example" if field == "prompt" else f"Example with prompt={show(self.prompt)}"
+    def located(self, path: str) -> tuple[str, str]:
+        """Which example an error is about."""
+        if path.startswith("prompt"):
+            return path, " (in Example)"
+        return path, f" (in the Example with prompt={show(self.prompt)})"
 
     @classmethod
     def right_form(cls, field: str, value: Any) -> str | None:
@@ -111,6 +113,10 @@ class Data(Checked):
         evals = "".join(f", {name!r}: {len(list(examples))}" for name, examples in self.evals.items())
         size = f"{len(self.train)} examples" if sized(self.train) else "read as needed"  # pyright: ignore
         return f"Data(train: {size}{evals})"
+
+    def located(self, path: str) -> tuple[str, str]:
+        """The same name as in all other messages about data."""
+        return f"data.{path}", ""
 
     @classmethod
     def right_form(cls, field: str, value: Any) -> str | None:

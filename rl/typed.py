@@ -44,9 +44,10 @@ class Checked:
         """What to write instead of `value`, as the end of a sentence; None: the general advice is enough."""
         return None
 
-    def place(self, field: str) -> str:
-        """Where a wrong field is, in words."""
-        return type(self).__name__
+    def located(self, path: str) -> tuple[str, str]:
+        """A wrong field as the user knows it, and where it is, as the end of a sentence."""
+        name = type(self).__name__
+        return path, "" if name == "Config" else f" (in {name})"
 
 
 class Misfit(Exception):
@@ -73,9 +74,8 @@ def fit_field(owner: Any, name: str, value: Any, hint: Any) -> Any:
         return fit(value, hint, name)
     except Misfit as error:
         advice = cls.right_form(name, error.value) or f"must be {described(hint)}{_example(cls, name)}"
-        place = owner.place(name)
-        where = "" if place == "Config" else f" (in {place})"
-        raise ValueError(f"{error.path}={show(error.value)} {error.problem or advice}{where}") from None
+        path, where = owner.located(error.path)
+        raise ValueError(f"{path}={show(error.value)} {error.problem or advice}{where}") from None
 
 
 @lru_cache(maxsize=256)

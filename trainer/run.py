@@ -175,6 +175,7 @@ class Run:
         if not self.loop.done:
             raise asyncio.CancelledError("stopped by SIGTERM")
         summary["train_seconds"] = time.perf_counter() - self.began
+        summary["long_prompts"] = self.prepared.long
         summary["eval_after"] = self._evaluation(self.tracker.history[-1])
         summary["learner_peak_gib"] = await cluster.ask_learners(lambda rank: rank.peak_memory_gib())
         if config.save_final:

@@ -223,9 +223,12 @@ def broken(at):
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ([{"prompt": "1=", "answer": "1"}], "train[0]={'prompt': '1=', 'answer': '1'} has the columns prompt, answer"),
-        ([example(0), "1="], "train[1]='1=' must be a list of Example"),
-        ([example(0), None], "train[1]=None must be"),
+        (
+            [{"prompt": "1=", "answer": "1"}],
+            "data.train[0]={'prompt': '1=', 'answer': '1'} has the columns prompt, answer",
+        ),
+        ([example(0), "1="], "data.train[1]='1=' must be a list of Example"),
+        ([example(0), None], "data.train[1]=None must be"),
         (lambda: iter([{"prompt": "1="}]), "data.train[0]={'prompt': '1='} has the columns prompt: make an Example"),
         (lambda i: {"prompt": "1="}, "data.train[0]={'prompt': '1='} has the columns prompt"),
         (lambda i: None, "data.train[0]=None must be"),
@@ -237,7 +240,7 @@ def broken(at):
         (broken(4)(), "data.train[4] cannot be read: KeyError: 'question'"),
         ([], "the training data is empty"),
         (Rows([], example), "the training data is empty"),
-        (list, "the training data is empty"),
+        (lambda: iter(()), "the training data is empty"),
         (iter([]), "the training data is empty"),
         (5, "train=5 must be a list of Example"),
         ("data.json", "train='data.json' must be a list of Example"),
@@ -258,7 +261,7 @@ def test_a_mistake_further_down_a_stream_ends_the_run_by_name(model):
 
 def test_the_task_of_a_wrong_example_names_its_prompt():
     with pytest.raises(
-        ValueError, match=r"task='5' must be a dict .*write task={'answer': '5'} \(in Example with prom"
+        ValueError, match=r"task='5' must be a dict .*write task={'answer': '5'} \(in the Example with prom"
     ):
         Example(prompt="2+3=", task="5")
 

@@ -248,10 +248,10 @@ def test_numpys_integers_are_token_ids(folders):
         ("plain", "1 = ", {}, ["it ends with a space"]),
         ("lower", "Is it", {}, ["the tokens do not give the text back: 'Is it' became 'is it'"]),
         ("chat", [USER, BEGUN], {}, ["it ends with the assistant's words, which the reply continues"]),
-        ("chat", [USER], {"add_generation_prompt": False}, ["does not open the assistant's turn"]),
+        ("chat", [USER], {"add_generation_prompt": False}, ["no generation prompt"]),
         ("dated", [USER], {}, ["can write the date; until the end of this run it is 2026-03-01"]),
-        ("drops", [{"role": "human", "content": "1="}, USER], {}, ["does not open", ]),
-        ("drops", [{"role": "human", "content": "9="}, USER], {}, ["does not open", "message 0 (role 'human')"]),
+        ("drops", [{"role": "human", "content": "1="}, USER], {}, ["no generation prompt"]),
+        ("drops", [{"role": "human", "content": "9="}, USER], {}, ["no generation prompt", "message 0 (role 'human')"]),
     ],
 )  # fmt: skip
 def test_the_first_prompt_shows_what_is_unusual_about_it(folders, kind, prompt, template, oddities):

@@ -105,7 +105,7 @@ def _of_messages(
     else:
         closed = {"add_generation_prompt": False, "continue_final_message": False}
         if render(tokenizer, messages, replace(rendering, template={**rendering.template, **closed})) == text:
-            yield "the chat template does not open the assistant's turn (no generation prompt)"
+            yield "no generation prompt: the chat template writes the same without one. Is its end right?"
     for index, message in enumerate(messages):
         content = message.get("content")
         if isinstance(content, str) and content.strip() not in text:
