@@ -85,7 +85,9 @@ def _ending(messages: list[dict[str, Any]], template: Mapping[str, Any]) -> dict
 
 def chat_template(tokenizer: Any, rendering: Rendering) -> str:
     """The source of the run's chat template; empty where there is none."""
-    return str(rendering.template.get("chat_template") or tokenizer.chat_template or "")
+    own, given = tokenizer.chat_template, rendering.template.get("chat_template")
+    # A tokenizer may have several templates by name.
+    return str(_fields(own).get(given or "") or given or own or "")
 
 
 def writes_date(tokenizer: Any, rendering: Rendering) -> bool:
@@ -112,10 +114,14 @@ def _check_message(message: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where} has content None, which templates write as a word: write text, or leave it out")
     parts = cast(list[Any], content if isinstance(content, list) else [content])
     for part in parts:
-        typed = cast(dict[str, Any], part if isinstance(part, dict) else {})
-        text = typed.get("text") if typed.get("type", "text") == "text" and typed else part
+        fields = _fields(part)
+        text = fields.get("text") if fields and fields.get("type", "text") == "text" else part
         if not isinstance(text, str):
             raise ValueError(f"{where} has the content {show(part)}: only text can be trained on; write text")
+
+
+def _fields(value: object) -> dict[str, Any]:
+    return cast(dict[str, Any], value) if isinstance(value, dict) else {}
 
 
 def _encode_text(tokenizer: Any, text: str) -> list[int]:

@@ -19,6 +19,7 @@ from rl.rewards.score import score_in_time
 from rl.tokens import Rendering
 from rl.typed import show
 from rl.types import Prompt, Reply
+from trainer.data.blame import place_of
 from trainer.data.encode import Encoder, peek
 from trainer.data.fingerprint import fingerprint
 from trainer.data.first_prompt import FirstPrompt, first_prompt
@@ -108,7 +109,8 @@ def read(plan: Plan, saved: Mapping[str, Any] | None = None) -> Prepared:
 
 
 def load_data(config: Config) -> Data:
-    """Call the user's function. Raises ValueError when it returns something else than a filled `Data`."""
+    """Call the user's function. Raises ValueError, with its line, where it fails, and when it returns something else
+    than a filled `Data`."""
     try:
         data = config.data()
     except FileNotFoundError as error:
@@ -119,6 +121,12 @@ def load_data(config: Config) -> Data:
             f"{show(config.data)} reads {name!r}, and there is no such file in {Path.cwd()}: a relative path begins in "
             "the folder where the run is started. Start it there, or write Path(__file__).parent / ... in the recipe"
         ) from error
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        # The user's function. Errors of `Example` and `Data` are whole sentences.
+        kind = "" if isinstance(error, ValueError) else f"{show(config.data)} raised {type(error).__name__}: "
+        raise ValueError(f"{kind}{error}{place_of(error)}") from error
     if not isinstance(data, Data):
         kind = type(data).__name__
         raise ValueError(

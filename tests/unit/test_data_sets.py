@@ -273,3 +273,21 @@ def test_a_file_that_is_looked_for_in_another_folder_is_explained(model, tmp_pat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"data reads 'prompts\.txt', and there is no such file in .*relative"):
         prepare(config_of(model, None, data=data))
+
+
+def test_an_error_of_the_users_function_names_its_line(model):
+    def data():
+        rows = [{"question": "1="}, {"ask": "2="}]
+        return Data(train=[Example(prompt=row["question"]) for row in rows])
+
+    def wrong():
+        return Data(train=[Example(prompt=f"{i}=", task="5") for i in range(3)])
+
+    line = data.__code__.co_firstlineno + 2
+    with pytest.raises(ValueError, match=rf"data raised KeyError: 'question' \(test_data_sets\.py, line {line}\)"):
+        prepare(config_of(model, None, data=data))
+    with pytest.raises(ValueError, match=rf"task='5' must be a dict .*\(test_data_sets\.py, line {line + 3}\)"):
+        prepare(config_of(model, None, data=wrong))
+    rows = Rows([{"a": 1}], lambda row: Example(prompt=row["q"]))
+    with pytest.raises(ValueError, match=r"cannot be read: KeyError: 'q' \(test_data_sets\.py, line \d+\)"):
+        prepare(config_of(model, rows))

@@ -154,6 +154,13 @@ def test_a_template_that_writes_the_date_writes_that_of_the_runs_start(folders):
     assert render(tokenizer, [USER, BEGUN], TODAY) == "01 Mar 2026;u:1=;a:It is"
 
 
+def test_one_of_several_templates_is_chosen_by_its_name(tmp_path):
+    tokenizer = load_tokenizer(make_tokenizer(tmp_path))
+    tokenizer.chat_template = {"default": CHAT, "dated": DATED}
+    assert render(tokenizer, [USER], TODAY) == "u:1=;a:"
+    assert render(tokenizer, [USER], replace(TODAY, template={"chat_template": "dated"})).startswith("01 Mar 2026")
+
+
 def test_a_resumed_run_has_the_prompts_of_the_day_on_which_it_was_started(folders):
     config = config_of(folders["dated"], [Example(prompt=[USER])])
     yesterday = {**prepare(config).state(), "now": "2026-02-28T23:59:59"}

@@ -13,6 +13,7 @@ from rl.loop.stream import draws
 from rl.tokens import Rendering, encode
 from rl.typed import show
 from rl.types import Prompt
+from trainer.data.blame import place_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,7 +83,8 @@ class Encoder:
         except Exception as error:
             # The user's function, or a data set behind it.
             kind = type(error).__name__
-            raise ValueError(f"{name} cannot be read: {kind}: {str(error)[:MOST_TEXT]}") from error
+            text = f"{name} cannot be read: {kind}: {str(error)[:MOST_TEXT]}{place_of(error)}"
+            raise ValueError(text) from error
         if not isinstance(example, Example):
             raise ValueError(f"{name}={show(example)} {Data.right_form('train', example)}")
         return example

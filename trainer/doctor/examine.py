@@ -13,6 +13,7 @@ from rl.config import Config
 from rl.objectives.corrections import Uncorrected
 from rl.parity.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
 from rl.parity.gap import clipped_by_noise, gap, surprise
+from rl.tokens import encode
 from rl.types import Batch, Completion
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.remote import RemoteLearner
@@ -126,7 +127,8 @@ class Examiner:
         engines = await self.cluster.ask_engines(lambda e: e.describe(prepared.first_prompt, prepared.rendering))
         driver = {
             "chat_template": prepared.tokenizer.chat_template,
-            "prompt": prepared.train[0].token_ids,
+            # Not `train[0]`: long prompts may be cut.
+            "prompt": encode(prepared.tokenizer, prepared.first_prompt, prepared.rendering),
             "eos": prepared.tokenizer.eos_token_id,
             "vocabulary": len(prepared.tokenizer),
         }

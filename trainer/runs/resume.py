@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rl.loop.progress import Progress
+from rl.typed import show
 from rl.types import Prompt
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import Checkpoint, CheckpointError
@@ -59,7 +60,9 @@ class Resumed:
             raise CheckpointError(f"{state} has done {self.progress.version} steps, and steps={steps}: ask for more")
         names = sorted((before.keys() | now.keys()) - {"output_dir"})
         return [
-            f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in names if before.get(name) != now.get(name)
+            f"{name}: {show(before.get(name))} -> {show(now.get(name))}"
+            for name in names
+            if before.get(name) != now.get(name)
         ]
 
     def _check_model(self, model: str) -> None:
