@@ -136,9 +136,10 @@ class Deadlines(Checked):
     start_s: float = 900.0
     """Seconds for engines and ranks to start."""
     sample_s: float = 1800.0
-    """Seconds that a step waits for its samples."""
+    """Seconds in which an engine must return some sample while it has any to make, and a step must get one more group.
+    It is no limit for a whole step or evaluation."""
     reward_s: float = 60.0
-    """Seconds for one call of the reward function."""
+    """Seconds for one call of the reward function, from when it runs, without those in which other rewards compute."""
     step_s: float = 1800.0
     """Seconds for one call to the learner, such as a training step."""
     sync_s: float = 300.0
@@ -228,6 +229,8 @@ class Config(Checked):
     """Checkpoints to keep. Two, because the newest may be damaged."""
     save_final: bool = True
     """Export the trained model (safetensors and tokenizer) into the run's folder."""
+    export_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of the exported weights. Default: the same as `dtype`."""
     chat_template_kwargs: dict[str, bool | int | str] = field(default_factory=dict)
     """Extra arguments of the chat template, such as enable_thinking False. Default: none."""
     long_prompts: Literal["refuse", "drop", "cut"] = "refuse"

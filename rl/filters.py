@@ -19,6 +19,10 @@ GroupFilter = Callable[[list[Trajectory]], str | None]
 """Takes a scored group. Returns why it must not be trained on, a word for the ledger's `filtered(word)`, or None."""
 
 
+ROUNDING = 1e-6
+"""Parts such as 0.7 + 0.2 + 0.1 add up to a little less than 1, and the trainer has rewards in fp32."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ZeroAdvantage(Checked):
     """Groups whose rewards are all equal: a group-relative objective learns nothing from them.
@@ -35,7 +39,7 @@ class ZeroAdvantage(Checked):
             )
 
     def __call__(self, group: list[Trajectory]) -> str | None:
-        return "zero_advantage" if len({t.reward for t in group}) == 1 else None
+        return "zero_advantage" if same([t.reward for t in group]) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,14 @@ class Difficulty(Checked):
 
     def __call__(self, group: list[Trajectory]) -> str | None:
         mean = fmean(t.reward for t in group)
-        return "too_hard" if mean < self.low else "too_easy" if mean > self.high else None
+        if mean < self.low - ROUNDING:
+            return "too_hard"
+        return "too_easy" if mean > self.high + ROUNDING else None
+
+
+def same(rewards: list[float]) -> bool:
+    """Whether rewards are equal, but for rounding."""
+    return max(rewards) - min(rewards) <= ROUNDING * max(1.0, *map(abs, rewards))
 
 
 def reason(filters: tuple[GroupFilter, ...], group: list[Trajectory]) -> str | None:

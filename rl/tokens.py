@@ -23,6 +23,21 @@ class Rendering:
     """The date for templates that write one: the start of the run, also after midnight and in a resumed run."""
 
 
+def stop_ids(tokenizer: Any, generation: Mapping[str, Any], config: Mapping[str, Any]) -> list[int]:
+    """Every token id that ends a reply, in order: the tokenizer's EOS, and those that the model's files list.
+
+    `generation` is generation_config.json and `config` is config.json, each as a dictionary; an entry is an id, a list
+    of ids or None. Empty: no reply can end before its limit.
+    """
+    text: Mapping[str, Any] = config.get("text_config") or {}
+    listed: list[int | list[int] | None] = [tokenizer.eos_token_id]
+    listed += [part.get("eos_token_id") for part in (generation, config, text)]
+    found: set[int] = set()
+    for ids in listed:
+        found.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
+    return sorted(found)
+
+
 def encode(tokenizer: Any, prompt: Given, rendering: Rendering) -> list[int]:
     """Token ids of a prompt. Chat messages go through the model's template; text and token ids are taken as they are.
 

@@ -221,6 +221,14 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def shortened(text: str, most: int) -> str:
+    """A text of at most some `most` characters: its beginning and its end, and how much is left out between them."""
+    if len(text) <= most:
+        return text
+    begin = 2 * most // 3
+    return f"{text[:begin]} [... {len(text) - most:,} characters left out ...] {text[begin - most :]}"
+
+
 class _Short(reprlib.Repr):
     """`repr` of the first items of a container, and of the start of a text: a value may have megabytes."""
 

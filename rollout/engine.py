@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from transformers import PretrainedConfig
 from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -15,7 +16,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from rl.config import Config
 from rl.data import Given
 from rl.protocols import EngineLost, UpdateFailed
-from rl.tokens import Rendering
+from rl.tokens import Rendering, stop_ids
 from rl.types import Completion
 from rollout import examine
 from rollout.process import fork_from_server
@@ -48,6 +49,9 @@ class Engine:
             fork_from_server()
         args = engine_args(config, device=device, backend=backend, model=model) | (overrides or {})
         self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+        files = PretrainedConfig.get_config_dict(model)[0]
+        self.stop_ids = stop_ids(self.llm.get_tokenizer(), self.llm.model_config.try_get_generation_config(), files)
+        """Token ids that end a reply."""
         self.version = version
         self.requests = 0
         self.aborted = 0
@@ -90,6 +94,7 @@ class Engine:
             "top_p": c.rollout.top_p,
             "top_k": c.rollout.top_k,
             "min_p": c.rollout.min_p,
+            "stop_token_ids": self.stop_ids,
         }
         if c.rollout.truncation and sampling["temperature"] == 0:
             # An engine that reports the kept tokens refuses greedy requests; top_k=1 is equivalent.
@@ -162,9 +167,9 @@ class Engine:
         self.open.set()
         return time.perf_counter() - self.paused_at
 
-    async def expected_weights(self) -> set[str]:
-        """Checkpoint names that every update must contain."""
-        return set().union(*await self.call_workers(WorkerExtension.expected_weights))
+    async def expected_weights(self, sent: Iterable[str] = ()) -> set[str]:
+        """Names that every update must contain, in terms of those that the trainer sends."""
+        return set().union(*await self.call_workers(WorkerExtension.expected_weights, sorted(sent)))
 
     async def listen_to_weights(self, on: bool) -> None:
         """Set whether workers digest the tensors of the next updates as they arrive."""

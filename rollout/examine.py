@@ -43,6 +43,7 @@ def describe(llm: AsyncLLM, sampling: SamplingParams, prompt: Given, rendering: 
     c = llm.vllm_config
     model = c.model_config
     tokenizer: Any = llm.get_tokenizer()
+    generation = model.try_get_generation_config().get("eos_token_id")
     return {
         "logprobs_mode": model.logprobs_mode,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -58,12 +59,16 @@ def describe(llm: AsyncLLM, sampling: SamplingParams, prompt: Given, rendering: 
         "eager": bool(model.enforce_eager),
         "sampling_mask": bool(model.return_sampling_mask),
         "generation_config": model.generation_config,
-        "generation_eos": model.try_get_generation_config().get("eos_token_id"),
-        "eos": tokenizer.eos_token_id,
+        "stop_ids": sorted({*(sampling.stop_token_ids or []), *_ids(tokenizer.eos_token_id), *_ids(generation)}),
         "vocabulary": len(tokenizer),
         "chat_template": tokenizer.chat_template,
         "prompt": encode(tokenizer, prompt, rendering),
     }
+
+
+def _ids(listed: int | list[int] | None) -> list[int]:
+    """Ids that vLLM stops at by itself."""
+    return [] if listed is None else [listed] if isinstance(listed, int) else listed
 
 
 async def trace(generate: Generate, call_workers: CallWorkers, token_ids: list[int]) -> list[dict[str, Any]]:

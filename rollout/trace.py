@@ -28,8 +28,9 @@ class Tracer:
 
     def _watch(self, name: str, module: nn.Module) -> None:
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            # Cloned because vLLM's norms work in place; summed because they take the residual as a second input.
-            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            # Cloned because vLLM's norms work in place; summed because they take the residual as a second input. The
+            # second input of the head is its bias.
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)][: 1 if name == HEAD else None]
             if tensors and name not in self.seen:
                 self.seen[name] = {"in": sum(tensors[1:], start=tensors[0].detach().clone())}
 

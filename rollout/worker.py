@@ -7,34 +7,13 @@ the gloo backend, the digesting variants of vLLM's own NCCL and IPC engines, and
 import threading
 from typing import Any
 
-from torch import nn
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from rollout.process import exit_when_orphaned, kill_with_parent
 from rollout.trace import Tracer
+from rollout.weights.names import expected, fused_modules
 from rollout.weights.receive import GlooEngine
 from rollout.weights.vllm_receive import IPCEngine, NCCLEngine
-
-
-def hf_names(model: nn.Module) -> set[str]:
-    """The checkpoint names that must arrive to replace every parameter of a vLLM model.
-
-    A fused parameter is named by its parts. A tied head is not sent, because vLLM ties it itself.
-    """
-    fused: dict[str, list[str]] = fused_modules(model)
-    names: set[str] = set()
-    for name, _ in model.named_parameters():
-        *parents, module, leaf = name.split(".")
-        names |= {".".join([*parents, part, leaf]) for part in fused.get(module, [module])}
-    config: Any = model.config
-    if config.tie_word_embeddings:
-        names.discard("lm_head.weight")
-    return names
-
-
-def fused_modules(model: nn.Module) -> dict[str, list[str]]:
-    """The checkpoint's modules that vLLM fuses, by the last name of the fused module; not every model has any."""
-    return getattr(model, "packed_modules_mapping", {})
 
 
 class WorkerExtension:
@@ -56,9 +35,9 @@ class WorkerExtension:
             target=exit_when_orphaned, args=(2 if several else 1,), daemon=True, name="exit when orphaned"
         ).start()
 
-    def expected_weights(self) -> list[str]:
-        """Checkpoint names that every update must contain."""
-        return sorted(hf_names(self.weight_transfer_engine.model))
+    def expected_weights(self, sent: list[str]) -> list[str]:
+        """Names that every update must contain, in terms of those that the trainer sends."""
+        return sorted(expected(self.weight_transfer_engine.model, sent))
 
     def digest_updates(self, on: bool) -> None:
         """Set whether the tensors of the next updates are digested as they arrive."""

@@ -32,6 +32,7 @@ from rl.parity.gap import Gap, gap
 from rl.types import Prompt
 from rollout.settings import engine_env
 from trainer.cluster.placement import place
+from trainer.machine import cores
 from trainer.model.policy import load
 from trainer.prompts import load_tokenizer
 from trainer.runs.settings import stack_versions
@@ -59,7 +60,7 @@ def base_config(args: argparse.Namespace, name: str, model: str, **rollout: int)
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
     """This machine's hardware and software."""
-    found: dict[str, Any] = {"cores": os.cpu_count()}
+    found: dict[str, Any] = {"cores": cores()}
     if args.device == "cuda":
         p = torch.cuda.get_device_properties(0)
         found |= {"gpu": p.name, "memory_gib": p.total_memory / 2**30, "capability": f"{p.major}.{p.minor}"}
@@ -216,9 +217,7 @@ def supervise(name: str, arguments: list[str], work: str, limit: float) -> dict[
     environ = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     if name == "parity":  # the other phases' engines get it from the cluster
         cpu = "cpu" in arguments
-        environ |= engine_env(
-            device="cpu" if cpu else "cuda", backend="gloo" if cpu else "ipc", threads=os.cpu_count() or 1
-        )
+        environ |= engine_env(device="cpu" if cpu else "cuda", backend="gloo" if cpu else "ipc", threads=cores())
     environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     command = [sys.executable, __file__, *arguments, "--phase", name, "--result", str(result), "--work", work]
     print(f"== {name} (at most {limit:.0f} s)", flush=True)

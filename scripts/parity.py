@@ -18,6 +18,7 @@ from rl.config import Config, RolloutConfig
 from rl.parity.gap import Gap, gap
 from rl.types import Batch, Data, Prompt
 from rollout.settings import engine_env
+from trainer.machine import cores
 from trainer.model.policy import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +106,7 @@ def cells(g: Gap) -> tuple[Any, ...]:
 
 def main(out: Path) -> None:
     """Print both tables and save their numbers."""
-    os.environ.update(engine_env(device="cpu", backend="gloo", threads=os.cpu_count() or 1))
+    os.environ.update(engine_env(device="cpu", backend="gloo", threads=cores()))
     result: dict[str, Any] = {"against_v0": {}, "against_trainer": []}
 
     print("| V1 mode | setting | tokens | mean abs d | max abs d |\n|---|---|---|---|---|", flush=True)

@@ -55,9 +55,10 @@ def main() -> None:
         meant = f": did you mean {near[0]}?" if near else ""
         print(f"unknown command {word!r}{meant}\n\n{usage()}" if word else usage(), file=sys.stderr)
         sys.exit(2)
-    from trainer.launch import readable_errors, relax_gc
+    from trainer.errors import readable_errors
+    from trainer.launch import settle
 
-    relax_gc()
+    settle()
     module, _, function = COMMANDS[word][0].partition(":")
     with readable_errors():
         sys.exit(getattr(importlib.import_module(module), function)(rest))

@@ -22,7 +22,7 @@ def from_file(config: Config, path: str) -> Config:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"--config: there is no file {path!r}; give the config.json of a run, or a YAML file")
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     try:
         if file.suffix in (".yaml", ".yml"):
             import yaml

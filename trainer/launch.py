@@ -3,7 +3,6 @@
 import asyncio
 import builtins
 import gc
-import os
 import sys
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,21 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import Config
-from rl.protocols import EngineLost, StallError, UpdateFailed
-from rl.rewards.score import RewardError
-from trainer.cluster.start_error import StartError
 from trainer.config_file import from_file
-from trainer.doctor.diagnosis import ParityError
+from trainer.errors import readable_errors
 from trainer.flag_help import help_text
 from trainer.flags import override
+from trainer.home import settle_home
 from trainer.plan.dry_run import dry_run
 from trainer.runs.resume import Resumed, resume
 from trainer.runs.settings import resolved
-from trainer.tracking.terminal import console
+from trainer.tracking.terminal import any_terminal_will_do, console
 
-_OURS = (RewardError, ParityError, StallError, StartError, EngineLost, UpdateFailed)
-USER_ERRORS = (ValueError, OSError, ImportError, *_OURS)
-"""What a user can fix: shown as one message. UNISON_TRACEBACK=1 shows where it came from."""
 _importing: list[str] = []
 """The recipe files that a `unison` command is importing."""
 
@@ -42,7 +36,7 @@ def launch(config: Config, args: Sequence[str] | None = None) -> dict[str, Any]:
             f"{_importing[-1]} calls launch(config) while it is imported: write it at the end of the file as\n"
             '    if __name__ == "__main__":\n        launch(config)'
         )
-    relax_gc()
+    settle()
     if args is not None or in_notebook():
         return _launch(config, list(args or ()))
     with readable_errors():
@@ -83,8 +77,12 @@ def configure(config: Config, arguments: Sequence[str]) -> tuple[Config, list[st
     return override(from_file(config, path), flags), ["--config", full, *flags]
 
 
-def relax_gc() -> None:
-    """Collect garbage less often: a start is imports, which leave none, and the search takes a fifth of their time."""
+def settle() -> None:
+    """Prepare this process for any command: its terminal, its home, its garbage."""
+    any_terminal_will_do()
+    if note := settle_home():
+        console.print(note, style="dim", markup=False, highlight=False)
+    # Collect less often: a start is imports, which leave no garbage, and the search takes a fifth of their time.
     gc.set_threshold(50_000, 20, 20)
 
 
@@ -155,18 +153,3 @@ def run_in_thread(work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
             for loop, task in started:
                 loop.call_soon_threadsafe(task.cancel)
             raise
-
-
-@contextmanager
-def readable_errors() -> Iterator[None]:
-    """End the process with one message for an error that a user can fix, and quietly at Ctrl-C."""
-    try:
-        yield
-    except USER_ERRORS as error:
-        if os.environ.get("UNISON_TRACEBACK"):
-            raise
-        console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        console.print(str(error), markup=False)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -19,11 +19,10 @@ from rl.rewards.score import score_in_time
 from rl.tokens import Rendering
 from rl.typed import show
 from rl.types import Prompt, Reply
-from trainer.data.blame import place_of
 from trainer.data.encode import Encoder, peek
 from trainer.data.fingerprint import fingerprint
 from trainer.data.first_prompt import FirstPrompt, first_prompt
-from trainer.model.files import remote_code
+from trainer.model.files import listed_stop_ids, remote_code
 from trainer.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -53,6 +52,8 @@ class Prepared:
     train: list[Prompt]
     """All prompts of a list, and some of a training set that is read as needed."""
     evals: Mapping[str, list[Prompt]]
+    stop_ids: list[int]
+    """Every token id that ends a reply."""
     encoder: Encoder
     """Makes the training prompts, and knows those that are too long."""
     source: Train | None = None
@@ -109,8 +110,7 @@ def read(plan: Plan, saved: Mapping[str, Any] | None = None) -> Prepared:
 
 
 def load_data(config: Config) -> Data:
-    """Call the user's function. Raises ValueError, with its line, where it fails, and when it returns something else
-    than a filled `Data`."""
+    """Call the user's function. Raises ValueError when it returns something else than a filled `Data`."""
     try:
         data = config.data()
     except FileNotFoundError as error:
@@ -121,12 +121,6 @@ def load_data(config: Config) -> Data:
             f"{show(config.data)} reads {name!r}, and there is no such file in {Path.cwd()}: a relative path begins in "
             "the folder where the run is started. Start it there, or write Path(__file__).parent / ... in the recipe"
         ) from error
-    except (OSError, ImportError):
-        raise
-    except Exception as error:
-        # The user's function. Errors of `Example` and `Data` are whole sentences.
-        kind = "" if isinstance(error, ValueError) else f"{show(config.data)} raised {type(error).__name__}: "
-        raise ValueError(f"{kind}{error}{place_of(error)}") from error
     if not isinstance(data, Data):
         kind = type(data).__name__
         raise ValueError(
@@ -172,6 +166,7 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Prepared:
         evals=held_out,
         encoder=main,
         source=source,
+        stop_ids=listed_stop_ids(config.model, tokenizer, trust_remote_code=config.trust_remote_code),
         long_evals={name: len(each.dropped) + len(each.cut) for name, (each, _) in evals.items()},
         fingerprint=fingerprint(config, train, held_out, source),
     )

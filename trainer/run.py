@@ -1,7 +1,6 @@
 """One run from config to summary: start, evaluate, train, export, and a readable folder however it ends."""
 
 import asyncio
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from rl.loop.evaluate import evaluate
 from rl.loop.loop import Loop
 from rl.loop.progress import Progress
 from rl.parity.watch import Watch
+from rl.typed import shortened
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.fleet import Fleet
 from trainer.cluster.remote import RemoteLearner, RemoteRollouts
@@ -20,18 +20,17 @@ from trainer.doctor.diagnosis import ParityError
 from trainer.doctor.doctor import examine_engines
 from trainer.doctor.examine import by_settings
 from trainer.doctor.report import save, show, token_table
-from trainer.pages.curves import plot
+from trainer.outcome import export_model, how_to_resume, leave
 from trainer.plan.plan import Plan, make_plan
 from trainer.prompts import Prepared, read
 from trainer.runs import checkpoint
-from trainer.runs.files import fresh_folder, write_json
-from trainer.runs.model_card import write_card
+from trainer.runs.files import Reserve, make_folder, write_json
 from trainer.runs.records import Recorder
 from trainer.runs.resume import Resumed, data_digest, state_of, write_history
 from trainer.runs.settings import config_digest, resolved, stack_versions
 from trainer.runs.summary import ending, summarise
-from trainer.stop import EXIT_CODE, Stop
-from trainer.tracking.terminal import Lines, closing_table, console, status
+from trainer.stop import EXIT_CODE, INTERRUPTED, Stop
+from trainer.tracking.terminal import Lines, console, status
 from trainer.tracking.tracker import RunTracker
 
 
@@ -42,7 +41,9 @@ def run(config: Config, *, resumed: Resumed | None = None, flags: Sequence[str] 
     """
     try:
         return asyncio.run(run_async(config, resumed=resumed, flags=flags))
-    except asyncio.CancelledError:
+    except asyncio.CancelledError as stopped:
+        if INTERRUPTED in stopped.args:
+            raise KeyboardInterrupt from None
         sys.exit(EXIT_CODE)
 
 
@@ -50,17 +51,21 @@ async def run_async(config: Config, *, resumed: Resumed | None = None, flags: Se
     """`run` for a running event loop, as in a notebook: `summary = await run_async(config)`. Cancelling it ends it."""
     plan = make_plan(config)
     plan.check_gpus()
-    try:
-        return await _run(plan, resumed, flags)
-    finally:
-        # The loop outlives this run, and SIGTERM must end its process again.
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
-
-
-async def _run(plan: Plan, resumed: Resumed | None, flags: Sequence[str]) -> dict[str, Any]:
-    config, began = plan.config, time.perf_counter()
     stop = Stop(config.deadlines.stop_s)
     stop.listen()
+    try:
+        return await _run(plan, stop, resumed, flags)
+    except asyncio.CancelledError:
+        if stop.interrupted:
+            raise asyncio.CancelledError(INTERRUPTED) from None
+        raise
+    finally:
+        # The loop outlives this run, and signals must end its process again.
+        stop.deaf()
+
+
+async def _run(plan: Plan, stop: Stop, resumed: Resumed | None, flags: Sequence[str]) -> dict[str, Any]:
+    config, began = plan.config, time.perf_counter()
     cluster = Cluster(config, plan.placement)
     try:
         # The actors import vLLM and DeepSpeed, which takes longest, while the data is read and checked here.
@@ -68,6 +73,8 @@ async def _run(plan: Plan, resumed: Resumed | None, flags: Sequence[str]) -> dic
         cluster.boot()
         stop.listen()
         prepared = await reading
+        for note in plan.notes():
+            console.print(note, style="yellow", markup=False, highlight=False)
         with Run(config, cluster, prepared, stop=stop, resumed=resumed, flags=flags) as one:
             with status(f"starting {config.rollout.engines} engine(s) and {config.trainer.ranks} learner rank(s)"):
                 await cluster.start()
@@ -75,8 +82,8 @@ async def _run(plan: Plan, resumed: Resumed | None, flags: Sequence[str]) -> dic
             await one.train()
             return one.summary
     finally:
-        # A second Ctrl-C while this runs would leave processes behind; its steps are bounded, so it may wait.
-        await asyncio.shield(cluster.close())
+        # It never suspends, so no signal can interrupt it and leave processes behind; its steps are bounded.
+        await cluster.close()
 
 
 class Run:
@@ -103,21 +110,10 @@ class Run:
             self.lock = checkpoint.lock(self.folder)
             resumed.rewind()
         else:
-            self.folder = fresh_folder(Path(config.output_dir) / config.name)
-            self.folder.mkdir(parents=True)
+            self.folder = make_folder(Path(config.output_dir) / config.name)
             self.lock = checkpoint.lock(self.folder)
-        write_json(self.folder / "config.json", self.settings)
+        self.reserve = Reserve(self.folder)
         self.watch = Watch(config)
-        self.tracker = RunTracker(
-            folder=self.folder,
-            config=config.tracking,
-            name=config.name,
-            settings=self.settings,
-            show=Lines(config),
-            watch=self.watch,
-            wandb_id=resumed.saved("wandb_id") if resumed else None,
-            history=resumed.history if resumed else [],
-        )
         self.progress = resumed.progress if resumed else Progress()
         for change in changed:
             self.tracker.alert(self.progress.version, "the run was changed", f"It has other {change}.")
@@ -134,6 +130,25 @@ class Run:
             "config_digest": config_digest(self.settings),
             "stack": stack_versions(),
         }
+        try:
+            write_json(self.folder / "config.json", self.settings)
+            self.tracker = self._tracker()
+        except BaseException as error:
+            self.reserve.free()
+            write_json(self.folder / "summary.json", self.summary | ending(error, logs=cluster.logs))
+            raise
+
+    def _tracker(self) -> RunTracker:
+        return RunTracker(
+            folder=self.folder,
+            config=self.config.tracking,
+            name=self.config.name,
+            settings=self.settings,
+            show=Lines(self.config),
+            watch=self.watch,
+            wandb_id=self.resumed.saved("wandb_id") if self.resumed else None,
+            history=self.resumed.history if self.resumed else [],
+        )
 
     async def train(self) -> None:
         """Evaluate, train, evaluate, export."""
@@ -180,10 +195,7 @@ class Run:
         summary["learner_peak_gib"] = await cluster.ask_learners(lambda rank: rank.peak_memory_gib())
         if config.save_final:
             with status("exporting the model"):
-                target = str((self.folder / "model").resolve())
-                await cluster.ask_learners(lambda rank: rank.export(target))
-                tokenizer.save_pretrained(self.folder / "model")
-                write_card(self.folder / "model", config, summary, self.settings)
+                await export_model(cluster, tokenizer, self.folder, config, summary, self.settings)
         summary["engines"] = await fleet.counters()
         summary["status"] = "finished"
 
@@ -191,7 +203,7 @@ class Run:
         """The learner, with a record of its steps where the config asks for one."""
         if not self.config.record_batches:
             return learner
-        return Recorder(learner, self.folder / "batches", self.config)
+        return Recorder(learner, self.folder / "batches", self.config, self.tracker.alert)
 
     @staticmethod
     def _evaluation(row: dict[str, float]) -> dict[str, float]:
@@ -222,7 +234,7 @@ class Run:
             keep = self.config.keep_last
             done = await asyncio.to_thread(checkpoint.commit, draft, progress.version, state, keep_last=keep)
         except OSError as error:
-            checkpoint.sweep(self.folder)
+            checkpoint.sweep(self.folder)  # the draft may be what fills the disk
             self.tracker.alert(progress.version, "no checkpoint could be made", f"{error}. The last good one is kept.")
         else:
             console.print(f"[dim]{done} ({time.perf_counter() - began:.1f} s)[/]", highlight=False)
@@ -239,7 +251,11 @@ class Run:
         with status("checking that engines and trainer agree"):
             report = await examine_engines(cluster, learner, self.prepared, version)
         show(report, self.prepared.tokenizer.decode)
-        save(report, self.folder, self.prepared.tokenizer.decode)
+        try:
+            save(report, self.folder, self.prepared.tokenizer.decode)
+        except Exception as error:  # a full disk, or a plot that cannot be drawn
+            text = f"{type(error).__name__}: {shortened(str(error), 300)}. What it found is printed above."
+            self.tracker.alert(version, "the doctor's report cannot be written", text)
         self.tracker.table("doctor", token_table(report, self.prepared.tokenizer.decode))
         self.summary["doctor"] = report.verdict
         if report.faults:
@@ -266,17 +282,7 @@ class Run:
             ledger=loop.admission.ledger.summary() if loop else {},
             alerts=len(self.tracker.alerts),
             engines_lost=self.fleet.causes if self.fleet else [],
-            resume=self._how_to_resume() if summary["status"] != "finished" else None,
+            resume=how_to_resume(self.folder) if summary["status"] != "finished" else None,
         )
-        write_json(self.folder / "summary.json", summary)
-        if summary["steps"]:
-            plot(self.tracker.history, self.folder / "curves.png", summary["name"])
-        self.tracker.close(summary)
-        closing_table(summary, self.folder)
+        leave(self.folder, summary, self.tracker, self.reserve)
         self.lock.close()
-
-    def _how_to_resume(self) -> str | None:
-        """The command, once there is a checkpoint to resume from."""
-        if not checkpoint.finished(self.folder / "checkpoints"):
-            return None
-        return f"python {sys.argv[0]} --resume {self.folder}"

@@ -58,6 +58,8 @@ class Groups:
     stopping: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _changed: asyncio.Condition = field(init=False, default_factory=asyncio.Condition)
     """Notified after every change of `admission` that may let somebody continue."""
+    _settled: int = field(init=False, default=0)
+    """Groups that were sampled and scored so far, whatever became of them."""
     _scoring: asyncio.Semaphore = field(init=False, default_factory=lambda: asyncio.Semaphore(MAX_SCORING))
 
     async def admit(self, tasks: asyncio.TaskGroup) -> None:
@@ -77,28 +79,34 @@ class Groups:
         async with self._changed:
             self.in_flight.end(prompt.ordinal)
             self._settle(prompt.ordinal, group)
+            self._settled += 1
             self._changed.notify_all()
 
     async def take(self, step: int) -> list[Trajectory] | None:
         """The oldest ready groups of one step, or None when the run is being stopped.
 
-        Raises StallError when they are not ready within `deadlines.sample_s` seconds.
+        Raises StallError when no group is sampled and scored within `deadlines.sample_s` seconds.
         """
-        deadline = self.config.deadlines.sample_s
-        try:
-            async with asyncio.timeout(deadline), self._changed:
-                await self._changed.wait_for(lambda: self.stopping.is_set() or self.admission.step())
-                if self.stopping.is_set():
-                    return None
+        async with self._changed:
+            while not self.stopping.is_set():
                 ordinals = self.admission.step()
-                assert ordinals is not None
-                self.admission.train(ordinals)
-                return [t for ordinal in ordinals for t in self.ready.pop(ordinal)]
+                if ordinals is not None:
+                    self.admission.train(ordinals)
+                    return [t for ordinal in ordinals for t in self.ready.pop(ordinal)]
+                await self._one_more(step)
+        return None
+
+    async def _one_more(self, step: int) -> None:
+        """Wait until one more group is settled, or the run is being stopped. `_changed` is held."""
+        deadline, settled = self.config.deadlines.sample_s, self._settled
+        try:
+            async with asyncio.timeout(deadline):
+                await self._changed.wait_for(lambda: self.stopping.is_set() or self._settled != settled)
         except TimeoutError:
             oldest = self.in_flight.oldest()
             age = f"; the oldest, prompt {oldest[0]}, since {oldest[1]:.0f} s" if oldest else ""
             raise StallError(
-                f"step {step} waited {deadline:g} s for the engines: {len(self.ready)} of "
+                f"step {step} waited {deadline:g} s for one more group: {len(self.ready)} of "
                 f"{self.config.prompts_per_step} groups are ready, {len(self.in_flight.tasks)} are being sampled or "
                 f"scored{age}. Look at the engines' log, or raise `deadlines.sample_s`"
             ) from None

@@ -4,8 +4,9 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 
+from rl.filters import same
 from rl.loop.in_flight import InFlight
 from rl.loop.ledger import Ledger
 from rl.protocols import SyncReport
@@ -37,7 +38,7 @@ def batch_metrics(trajectories: list[Trajectory], version: int, group_size: int)
     versions = [len({v for v, m in zip(t.versions, t.mask, strict=True) if m}) for t in trajectories]
     metrics = {
         "reward/mean": fmean(rewards),
-        "reward/std": pstdev(rewards),
+        "reward/std": stdev(rewards) if len(rewards) > 1 else 0.0,
         "response_length/mean": fmean(lengths),
         "response_length/max": float(max(lengths)),
         "response_length/truncated_frac": fmean(t.finish_reason == "length" for t in trajectories),
@@ -48,7 +49,7 @@ def batch_metrics(trajectories: list[Trajectory], version: int, group_size: int)
     for age in range(max(ages) + 1):
         metrics[f"staleness/frac_at_{age}"] = ages.count(age) / len(ages)
     if group_size > 1:
-        metrics["reward/frac_zero_std"] = fmean(pstdev(g) == 0 for g in groups.values())
+        metrics["reward/frac_zero_std"] = fmean(same(g) for g in groups.values())
     for name in sorted({name for t in trajectories for name in t.reward_parts}):
         metrics[f"reward/{name}/mean"] = fmean(t.reward_parts[name] for t in trajectories if name in t.reward_parts)
     return metrics

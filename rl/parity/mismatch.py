@@ -78,5 +78,6 @@ def finish(means: dict[str, float]) -> dict[str, float]:
 
 
 def standard_error(mean: float, square: float, count: float) -> float:
-    """Standard error of a mean over `count` independent values, from their first two moments."""
-    return math.sqrt(max(square - mean**2, 0.0) / count)
+    """Standard error of a mean over `count` independent values, from their first two moments; infinite for a single
+    value, which shows no spread."""
+    return math.sqrt(max(square - mean**2, 0.0) / (count - 1)) if count > 1 else math.inf

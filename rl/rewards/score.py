@@ -13,6 +13,8 @@ from typing import Any, SupportsFloat
 import numpy as np
 from torch import Tensor
 
+from rl.rewards.clock import RewardClock
+from rl.typed import shortened
 from rl.types import Completion, Prompt, Reply
 
 Score = SupportsFloat | Mapping[str, SupportsFloat]
@@ -61,26 +63,40 @@ def score(
     ordinal: int,
     *,
     awaiting: Callable[[concurrent.futures.Future[Any]], object] = lambda future: None,
+    clock: RewardClock | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Reward and its parts. Raises RewardError, naming the prompt, when the function raises or returns no number.
 
-    Blocks until an `async` reward has its answer; `awaiting` gets the future of it, which can be cancelled.
+    Blocks until an `async` reward has its answer; `awaiting` gets the future of it, which can be cancelled. `clock`
+    measures the call.
     """
-    where = f"the reward of prompt {ordinal} (task {dict(reply.task)}, reply {reply.text[:80]!r})"
+    clock = clock or RewardClock()
     try:
-        result = reward(reply)
+        with clock.working():
+            result = reward(reply)
         if inspect.isawaitable(result):
-            future = asyncio.run_coroutine_threadsafe(_awaited(result), _reward_loop())
+            future = asyncio.run_coroutine_threadsafe(clock.awaited(_awaited(result)), _reward_loop())
             awaiting(future)
             result = future.result()
     except Exception as error:
-        raise RewardError(f"{where} raised {type(error).__name__}: {error}") from error
+        raise RewardError(
+            f"the reward of prompt {ordinal} {_shown(reply)} raised {type(error).__name__}: "
+            f"{shortened(str(error), 1000)}"
+        ) from error
     numbers = {k: number(v) for k, v in result.items()} if isinstance(result, Mapping) else {"": number(result)}
     parts = {name: part for name, part in numbers.items() if part is not None}
     total = sum(parts.values())
     if not parts or len(parts) < len(numbers) or not math.isfinite(total):
-        raise RewardError(f"{where} is {result!r}; return a finite float, or a dict of finite floats")
+        raise RewardError(
+            f"the reward of prompt {ordinal} {_shown(reply)} is {shortened(repr(result), 200)}; return a finite float, "
+            "or a dict of finite floats"
+        )
     return total, parts if isinstance(result, Mapping) else {}
+
+
+def _shown(reply: Reply) -> str:
+    """What a reward saw, for a message. A task may hold megabytes of test cases."""
+    return f"(task {shortened(repr(dict(reply.task)), 400)}, reply {reply.text[:80]!r})"
 
 
 async def _awaited(result: Awaitable[Any]) -> Any:
@@ -100,11 +116,14 @@ async def score_in_time(
 ) -> tuple[float, dict[str, float]]:
     """`score` in a thread. Raises RewardError after `deadline_s` seconds; an `async` reward is then cancelled.
 
-    The thread is a daemon: at exit Python would wait for any other kind, and a reward that hangs would hang the run.
+    The clock starts when the call runs, and stands still while other rewards compute. The thread is a daemon: at exit
+    Python would wait for any other kind, and a reward that hangs would hang the run.
     """
     loop = asyncio.get_running_loop()
     scored: asyncio.Future[tuple[float, dict[str, float]]] = loop.create_future()
     awaited: list[concurrent.futures.Future[Any]] = []
+    clocks: list[RewardClock] = []
+    """The call's clock, once it runs."""
 
     def settle(result: tuple[float, dict[str, float]] | None, error: BaseException | None) -> None:
         if scored.done():
@@ -116,8 +135,9 @@ async def score_in_time(
 
     def work() -> None:
         result, error = None, None
+        clocks.append(RewardClock())
         try:
-            result = score(reward, reply, ordinal, awaiting=awaited.append)
+            result = score(reward, reply, ordinal, awaiting=awaited.append, clock=clocks[0])
         except BaseException as raised:
             error = raised
         with suppress(RuntimeError):  # the run has ended, and its event loop is closed
@@ -125,14 +145,17 @@ async def score_in_time(
 
     threading.Thread(target=work, daemon=True, name=f"reward of prompt {ordinal}").start()
     try:
-        # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
-        async with asyncio.timeout(deadline_s):
-            return await scored
-    except TimeoutError:
-        raise RewardError(
-            f"the reward of prompt {ordinal} took longer than {deadline_s:g} s (task {dict(reply.task)}, reply "
-            f"{reply.text[:80]!r}); bound its work, or raise `deadlines.reward_s`"
-        ) from None
+        while not scored.done():
+            left = deadline_s - (clocks[0].seconds() if clocks else 0.0)
+            if left <= 0:
+                raise RewardError(
+                    f"the reward of prompt {ordinal} took longer than {deadline_s:g} s {_shown(reply)}; bound its "
+                    "work, or raise `deadlines.reward_s`"
+                )
+            # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
+            await asyncio.wait({scored}, timeout=max(left, 0.01))
+        return scored.result()
     finally:
+        scored.cancel()  # nobody reads what comes later
         for future in awaited:
             future.cancel()

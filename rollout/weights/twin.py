@@ -9,6 +9,7 @@ reload repacks every linear weight into new memory anyway; on a GPU, captured gr
 import ctypes
 from collections.abc import Iterable
 from contextlib import suppress
+from copy import copy
 from types import MethodType
 from typing import Any
 
@@ -84,6 +85,12 @@ class Twin:
             "_non_persistent_buffers_set": set(live._non_persistent_buffers_set),
             "_modules": {name: m and self._module(m) for name, m in live._modules.items()},
         }
+        method: Any = getattr(live, "quant_method", None)
+        if hasattr(method, "moe_kernel"):
+            # vLLM packs the experts for its CPU kernel only when it makes that kernel. An update that kept the kernel
+            # would feed it plain weights, which it reads as packed ones.
+            twin.__dict__["quant_method"] = method = copy(method)
+            method.moe_kernel = None
         info = get_layerwise_info(live)
         parameters, buffers = (
             {name: _record_for(t, twin) for name, t in group.items()} for group in info.restore_metadata
@@ -116,10 +123,10 @@ def keep_freed_memory() -> None:
 
 def _record_for(tensor: Tensor, owner: nn.Module) -> Tensor:
     """A copy of a recorded tensor with the owner's weight loader; a reload had bound it to the live model's."""
-    copy: Any = to_meta_tensor(tensor)
-    copy.weight_loader = _get_original_loader(copy)
-    _bind_loader(copy, owner)
-    return copy
+    record: Any = to_meta_tensor(tensor)
+    record.weight_loader = _get_original_loader(record)
+    _bind_loader(record, owner)
+    return record
 
 
 def _bind_loader(tensor: Any, owner: nn.Module) -> None:

@@ -24,6 +24,7 @@ from fixes_learning import learn
 from fixes_static import OBJECTIVES, Number, prompts_and_policies, static
 
 from rollout.settings import engine_env
+from trainer.machine import cores
 from trainer.runs.settings import stack_versions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,7 +172,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
 def main(out: Path, steps: int) -> None:
     """Print the tables; save their numbers and the plot."""
-    os.environ.update(engine_env(device="cpu", backend="gloo", threads=os.cpu_count() or 1))
+    os.environ.update(engine_env(device="cpu", backend="gloo", threads=cores()))
     os.environ.update(VLLM_LOGGING_LEVEL="ERROR", HF_HUB_DISABLE_PROGRESS_BARS="1")
     began = time.perf_counter()
     result: dict[str, Any] = {"stack": stack_versions(), "static": [], "learning": []}

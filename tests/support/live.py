@@ -22,7 +22,7 @@ class Live:
     def __init__(self, config: Config, version: int = 0, **overrides: Any) -> None:
         from rollout.engine import Engine
 
-        self.config = config
+        self.config, self.closed = config, False
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
@@ -73,7 +73,7 @@ class Live:
         return open_sender(
             "gloo",
             weights=weights,
-            expected=self.wait(self.engine.expected_weights()),
+            expected=self.wait(self.engine.expected_weights([m.name for m in weights.metadata()])),
             client=self,
             rank=0,
             address="127.0.0.1",
@@ -87,6 +87,10 @@ class Live:
         sender.send_weights()
 
     def close(self) -> None:
+        """End the engine; a second call does nothing."""
+        if self.closed:
+            return
+        self.closed = True
         self.wait(self.engine.close())
         self.loop.call_soon_threadsafe(self.loop.stop)
 

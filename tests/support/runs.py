@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -18,20 +18,33 @@ HANGS_S = 560
 """No wait of a run is meant to take a tenth of this: it only keeps a run that hangs from hanging the tests."""
 
 
-def start(model: Path, folder: Path, *flags: str) -> tuple[subprocess.Popen, str]:
-    """A recipe in a process group of its own, and a mark that its environment hands to every process it starts."""
+def start(
+    model: Path,
+    folder: Path,
+    *flags: str,
+    under: Sequence[str] = (),
+    env: Mapping[str, str | None] | None = None,
+    log: str = "terminal.log",
+) -> tuple[subprocess.Popen, str]:
+    """A recipe in a process group of its own, and a mark that its environment hands to every process it starts.
+
+    `under` is a command that starts the rest of its line, such as `taskset -c 0`; `env` changes the environment, where
+    None takes a variable away.
+    """
     mark = uuid.uuid4().hex
     STARTED.append(mark)
-    command = [sys.executable, "-W", "ignore", str(RECIPE), "--model", str(model), "--output-dir", str(folder), *flags]
-    env = os.environ | {"UNISON_TEST_MARK": mark}
-    log = (folder / "terminal.log").open("w")
+    recipe = [sys.executable, "-W", "ignore", str(RECIPE), "--model", str(model), "--output-dir", str(folder), *flags]
+    command = [*under, *recipe]
+    changed = os.environ | (env or {}) | {"UNISON_TEST_MARK": mark}
+    output = (folder / log).open("w")
 
     def hear_ctrl_c() -> None:
         # A test run in the background of a shell inherits that SIGINT is ignored, and would hand it on.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    options: dict = {"env": env, "start_new_session": True, "preexec_fn": hear_ctrl_c}
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options), mark
+    environment = {name: value for name, value in changed.items() if value is not None}
+    options: dict = {"env": environment, "start_new_session": True, "preexec_fn": hear_ctrl_c}
+    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options), mark
 
 
 def finish(process: subprocess.Popen, folder: Path, seconds: float = HANGS_S) -> tuple[int, dict, list[dict]]:

@@ -43,4 +43,7 @@ def make_tokenizer(
     )
     fast.chat_template = chat_template
     fast.save_pretrained(folder)
+    # Of a family without a tokenizer of its own, which transformers would take instead.
+    (Path(folder) / "config.json").write_text('{"model_type": "gpt_neox"}')
+    (Path(folder) / "generation_config.json").write_text('{"eos_token_id": 1}')
     return str(folder)

@@ -24,14 +24,13 @@ ENGINE = {
     "min_p": 0.0,
     "penalties": [0.0, 0.0, 0.0],
     "generation_config": "vllm",
-    "generation_eos": 1,
-    "eos": 1,
+    "stop_ids": [1],
     "vocabulary": 100,
     "chat_template": "t",
     "prompt": [5, 6],
 }
 LEARNER = {"dtype": "float32", "head_dtype": "float32", "tied": True, "temperature": 1.0, "truncation": None}
-DRIVER = {"chat_template": "t", "prompt": [5, 6], "eos": 1, "vocabulary": 100}
+DRIVER = {"chat_template": "t", "prompt": [5, 6], "stop_ids": [1], "vocabulary": 100}
 DIGESTS = {f"w{i}": f"d{i}" for i in range(6)}
 LAYER = LayerError(name="w0", kind="linear", error=1e-6, scale=1.0, scaled_error=1e-6, bf16_error=1e-3)
 
@@ -94,7 +93,7 @@ def test_agreement_leads_to_no_finding() -> None:
         ("generation_config", "auto", "generation_config"),
         ("chat_template", "u", "template"),
         ("prompt", [5, 7], "tokenizer"),
-        ("eos", 2, "tokenizer"),
+        ("stop_ids", [1, 7], "stop_ids"),
         ("vocabulary", 99, "tokenizer"),
     ],
 )
@@ -111,10 +110,13 @@ def test_a_cut_that_both_sides_make_is_no_fault_and_one_that_differs_is() -> Non
     assert diagnose(evidence(engine_facts=[both | {"top_p": 0.95}], learner_facts=mine))[0].cause == "truncation"
 
 
-def test_stop_tokens_that_the_engine_does_not_know_are_a_warning() -> None:
-    found = diagnose(evidence(engine_facts=[ENGINE | {"generation_eos": [1, 7]}]))
-    assert [(f.cause, f.severity) for f in found] == [("unused_stop_tokens", "warning")]
-    assert "[7]" in found[0].evidence
+def test_stop_ids_that_differ_are_a_fault_and_none_on_both_sides_are_a_warning() -> None:
+    found = diagnose(evidence(engine_facts=[ENGINE], driver_facts=DRIVER | {"stop_ids": [1, 7]}))
+    assert [(f.cause, f.severity) for f in found] == [("stop_ids", "fault")]
+    assert "[1, 7]" in found[0].evidence
+    none = {"stop_ids": []}
+    found = diagnose(evidence(engine_facts=[ENGINE | none], driver_facts=DRIVER | none))
+    assert [(f.cause, f.severity) for f in found] == [("no_stop_ids", "warning")]
 
 
 def only(index: int, **changes: Any) -> list[LayerError]:

@@ -2,6 +2,7 @@ import ast
 import fnmatch
 import importlib.util
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import models
 from rl.objectives.adaptive import coefficients
 from rl.objectives.grpo import GRPO
 from rl.parity.mismatch import finish, mismatch
@@ -158,6 +160,14 @@ def test_the_command_line_page_is_up_to_date(monkeypatch):
         monkeypatch.setenv(name, value)
     module = script("command_line", monkeypatch)
     assert module.PAGE.read_text() == module.page(), "run scripts/docs/command_line.py"
+
+
+def test_the_models_page_shows_the_measured_figures(monkeypatch):
+    module = script("models", monkeypatch)
+    found = json.loads(module.DATA.read_text())
+    assert module.PAGE.read_text() == module.page(found), "run scripts/docs/models.py --page"
+    assert found.keys() == models.FAMILIES.keys(), "run scripts/docs/models.py"
+    assert all(row[step] <= 1e-5 for row in found.values() for step in module.STEPS)
 
 
 # -- links and paths ---------------------------------------------------------------------------------------------------

@@ -36,9 +36,7 @@ D = torch.tensor([[0.0, 0.0, 0.25, -0.5, 0.0, 0.125], [0.0, 0.0, -0.0625, 0.0312
 FAULT = Finding(
     cause="temperature", severity="fault", where="engine 0", evidence="it samples at 0.9, the loss uses 0.8"
 )
-WARNING = Finding(
-    cause="unused_stop_tokens", severity="warning", where="engine 0", evidence="replies also end at [7, 9]"
-)
+WARNING = Finding(cause="no_stop_ids", severity="warning", where="engine 0", evidence="no token ends a reply")
 
 
 def make_batch(version: int = 0) -> Batch:
@@ -365,7 +363,7 @@ def test_a_fault_is_a_red_block_and_a_warning_a_yellow_line_with_cause_and_remed
         f"remedy: {FAULT.remedy}",
     ]
     yellow = [plain(line) for line in text.splitlines() if "\x1b[33m" in line]
-    assert yellow == [f"warning: unused_stop_tokens (engine 0): replies also end at [7, 9]. {WARNING.remedy}"]
+    assert yellow == [f"warning: no_stop_ids (engine 0): no token ends a reply. {WARNING.remedy}"]
 
 
 @pytest.mark.parametrize("width", [80, 120, 240])

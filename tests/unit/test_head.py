@@ -135,11 +135,6 @@ def test_the_head_keeps_the_parameter_itself():
     assert LogprobHead(lm_head, fp32=True).weight is lm_head.weight
 
 
-def test_a_head_with_a_bias_is_refused():
-    with pytest.raises(ValueError, match="bias is not supported"):
-        LogprobHead(nn.Linear(4, 5, bias=True), fp32=True)
-
-
 CUTS = [Truncation(top_k=4), Truncation(top_p=0.6), Truncation(min_p=0.2), Truncation(top_p=0.8, top_k=6, min_p=0.01)]
 
 

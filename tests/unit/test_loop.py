@@ -312,7 +312,7 @@ def test_engines_that_never_answer_stall_the_run_with_a_message():
     engines = Silent()
     loop = loop_of(engines, Trainer(engines), deadlines=Deadlines(sample_s=0.05))
     with pytest.raises(
-        StallError, match=r"step 1 waited 0\.05 s for the engines: 0 of 2 groups are ready, 2 are being"
+        StallError, match=r"step 1 waited 0\.05 s for one more group: 0 of 2 groups are ready, 2 are being"
     ):
         run(loop)
 

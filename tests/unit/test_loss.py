@@ -145,18 +145,18 @@ def test_the_mismatch_of_a_step_by_hand():
     d = [log(2), log(0.25), 0, 0, 0, log(4)]
     want = {
         "kl": -log(2) / 6,
-        "kl_se": sd(d) / 6**0.5,
+        "kl_se": sd(d) / 5**0.5,
         "k3_kl": sum(k3) / 6,
-        "k3_kl_se": sd(k3) / 6**0.5,
+        "k3_kl_se": sd(k3) / 5**0.5,
         "logprob_abs_diff_mean": 5 * log(2) / 6,
-        "logprob_abs_diff_mean_se": sd([abs(x) for x in d]) / 6**0.5,
+        "logprob_abs_diff_mean_se": sd([abs(x) for x in d]) / 5**0.5,
         "logprob_abs_diff_max": log(4),
         "rollout_is_mean": 9.25 / 6,
         "rollout_is_max": 4.0,
         "ess": 9.25**2 / (6 * 23.0625),
         "chi2": 23.0625 / 6 - 1,
         "mult_error": (2 + 4 + 1 + 1 + 1 + 4) / 6,
-        "mult_error_se": sd([2, 4, 1, 1, 1, 4]) / 6**0.5,
+        "mult_error_se": sd([2, 4, 1, 1, 1, 4]) / 5**0.5,
         "outside_frac": 2 / 6,  # 1/4 and 4; 2 is the bound and inside
         "seq_ess": (0.5 + 4) ** 2 / (2 * (0.25 + 16)),
         "weight": 7.25 / 6,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from rl.rewards.clock import RewardClock
 from rl.rewards.score import RewardError, number, reply_to, score, score_in_time
 from rl.rewards.shaping import SoftOverlong
 from rl.types import Completion, Prompt, Reply
@@ -75,20 +76,21 @@ def test_async_rewards_share_one_loop_that_is_not_the_drivers():
 
 
 def test_a_blocking_call_in_an_async_reward_does_not_stop_the_driver():
+    begun, released = threading.Event(), threading.Event()
+
     async def blocks(reply: Reply) -> float:
-        time.sleep(0.5)
-        return 0.0
+        begun.set()
+        return float(released.wait(60))
 
     async def main():
-        waiting = asyncio.create_task(score_in_time(blocks, REPLY, 0, 5.0))
-        began = time.perf_counter()
-        await asyncio.sleep(0.05)
-        free = time.perf_counter() - began
-        assert not waiting.done()
-        await waiting
-        return free
+        waiting = asyncio.create_task(score_in_time(blocks, REPLY, 0, 120.0))
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+        # The driver's own loop still runs: it lets the reward go on.
+        released.set()
+        return await waiting
 
-    assert asyncio.run(main()) < 0.4
+    assert asyncio.run(main())[0] == 1.0
 
 
 def test_an_async_reward_that_raises_or_takes_too_long_names_the_prompt_and_is_cancelled():
@@ -143,3 +145,80 @@ def test_a_reply_travels_to_another_process_without_the_tokenizer():
     assert arrived == reply
     assert (arrived.text_with_special_tokens, arrived.decode) == ("5<|end|>", None)
     assert REPLY.text_with_special_tokens == "5"
+
+
+def compute(cpu_s):
+    until = time.thread_time() + cpu_s
+    while time.thread_time() < until:
+        pass
+    return 1.0
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_rewards_that_compute_at_the_same_time_do_not_run_each_others_clocks(kind):
+    shown = []
+
+    class Timed(RewardClock):
+        def __init__(self):
+            super().__init__()
+            shown.append(self)
+
+    async def judge(reply):
+        await asyncio.sleep(0)
+        compute(0.02)
+        await asyncio.sleep(0)
+        return compute(0.02)
+
+    async def main():
+        reward = judge if kind == "async" else lambda reply: compute(0.04)
+        tasks = [asyncio.create_task(score_in_time(reward, REPLY, i, 60.0)) for i in range(16)]
+        began = time.monotonic()
+        await asyncio.gather(*tasks)
+        return time.monotonic() - began, [clock.seconds() for clock in shown]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rl.rewards.score.RewardClock", Timed)
+        took, seconds = asyncio.run(main())
+    assert len(seconds) == 16
+    # Each computes for a sixteenth of the time that they take together.
+    assert max(seconds) < took / 2
+    assert min(seconds) >= 0.03
+
+
+def test_the_clock_of_a_reward_that_waits_is_the_wall_clock():
+    waiting, clock = threading.Event(), RewardClock()
+    began = time.monotonic()
+    with clock.working():
+        waiting.wait(0.05)
+    assert clock.seconds() >= 0.04
+    assert clock.seconds() <= time.monotonic() - began + 0.01
+
+
+def test_a_reward_that_computes_for_ever_is_late_however_many_others_compute():
+    stop = threading.Event()
+
+    def never(reply):
+        while not stop.is_set():
+            pass
+        return 0.0
+
+    async def main():
+        async with asyncio.TaskGroup() as tasks:
+            for i in range(4):
+                tasks.create_task(score_in_time(never, REPLY, i, 0.1))
+
+    with pytest.raises(ExceptionGroup) as late:
+        asyncio.run(main())
+    stop.set()
+    assert "took longer than 0.1 s" in str(late.value.exceptions[0])
+
+
+def test_a_message_holds_a_bounded_part_of_a_task_of_megabytes():
+    def raises(reply):
+        raise KeyError("x" * 10**6)
+
+    reply = Reply(text="5" * 10**6, finished=True, task={"tests": "y" * 10**6}, token_ids=[7])
+    for reward in (raises, lambda reply: "z" * 10**6):
+        with pytest.raises(RewardError) as error:
+            score(reward, reply, 0)
+        assert len(str(error.value)) < 2000

@@ -3,9 +3,12 @@
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import wandb
 
 from rl.config import Config, RolloutConfig, TrackingConfig
 from rl.filters import Difficulty
@@ -14,7 +17,7 @@ from rl.parity.watch import Watch
 from rl.protocols import Tracker
 from rl.types import Data, Trajectory
 from trainer.pages.curves import plot
-from trainer.runs.files import fresh_folder, write_json
+from trainer.runs.files import make_folder, write_json
 from trainer.runs.settings import config_digest, resolved
 from trainer.tracking.tracker import RunTracker
 from trainer.tracking.wandb_run import WandbRun, wandb_mode
@@ -22,7 +25,7 @@ from trainer.tracking.wandb_run import WandbRun, wandb_mode
 
 @pytest.fixture(autouse=True)
 def _nobody_is_logged_in(monkeypatch, tmp_path):
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     home = tmp_path / "home"
     home.mkdir()
@@ -50,6 +53,109 @@ def test_the_environment_decides_auto_and_a_setting_decides_over_the_environment
     assert wandb_mode(TrackingConfig(wandb="online")) == "online"
     assert wandb_mode(TrackingConfig(wandb="offline")) == "offline"
     assert wandb_mode(TrackingConfig(wandb="off")) == "disabled"
+
+
+def test_a_key_of_the_server_in_use_counts_wherever_the_file_of_logins_is(monkeypatch, tmp_path):
+    elsewhere = tmp_path / "logins"
+    elsewhere.write_text("machine wandb.example.org login user password k\n")
+    elsewhere.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(elsewhere))
+    assert wandb_mode(TrackingConfig()) == "offline", "a key of another server"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org/api")
+    assert wandb_mode(TrackingConfig()) == "online"
+
+
+def broken_netrc(path, kind):
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "not text":
+        path.write_bytes(b"machine \xff\xfe login")
+    elif kind == "no netrc":
+        path.write_text("machine\n")
+    else:
+        path.symlink_to(path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "not text", "no netrc", "circle"])
+def test_a_file_of_logins_that_cannot_be_read_is_an_alert_and_no_key(tmp_path, kind):
+    broken_netrc(tmp_path / "home" / ".netrc", kind)
+    assert wandb_mode(TrackingConfig()) == "offline"
+    tracker = RunTracker(folder=tmp_path / "run", config=TrackingConfig(wandb="auto"), name="t", settings={})
+    assert [alert["title"] for alert in tracker.alerts] == ["W&B is not online"]
+    assert "~/.netrc cannot be read" in tracker.alerts[0]["text"]
+    tracker.close({})
+
+
+def test_a_mode_that_does_not_exist_is_refused(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "onlin")
+    with pytest.raises(ValueError, match="WANDB_MODE='onlin' is not one of online, offline, disabled"):
+        wandb_mode(TrackingConfig())
+
+
+@pytest.fixture
+def server_away(monkeypatch):
+    """W&B's `init`, for a server that does not answer; the modes that it was asked for."""
+    asked = []
+
+    def init(*, mode, settings, **_):
+        asked.append((mode, settings.init_timeout))
+        if mode == "online":
+            raise wandb.errors.CommError("Timed out\nConsider increasing init_timeout")
+        return SimpleNamespace(id="abc", alert=lambda **_: None, summary={}, finish=lambda exit_code: None)
+
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    monkeypatch.setattr(wandb, "init", init)
+    return asked
+
+
+def test_a_server_that_is_away_puts_auto_offline_within_10_seconds_with_an_alert(server_away, tmp_path, capsys):
+    tracker = RunTracker(folder=tmp_path, config=TrackingConfig(), name="t", settings={})
+    assert [mode for mode, _ in server_away] == ["online", "offline"]
+    assert server_away[0][1] <= 10
+    assert tracker.wandb_id == "abc"
+    assert [alert["title"] for alert in tracker.alerts] == ["W&B is not online"]
+    printed = capsys.readouterr().out
+    assert "(CommError: Timed out). Send it later: wandb sync" in printed
+    tracker.close({})
+
+
+def test_a_server_that_is_away_ends_online_with_one_message(server_away, tmp_path):
+    with pytest.raises(ValueError, match=r"W&B must be online .*: CommError: Timed out\. Use --tracking\.wandb auto"):
+        RunTracker(folder=tmp_path, config=TrackingConfig(wandb="online"), name="t", settings={})
+    assert [mode for mode, _ in server_away] == ["online"]
+
+
+def test_wandb_that_cannot_even_begin_offline_is_an_alert(monkeypatch, tmp_path):
+    def init(**_):
+        raise PermissionError("wandb-core")
+
+    monkeypatch.setattr(wandb, "init", init)
+    for mode in ("auto", "offline"):
+        tracker = RunTracker(folder=tmp_path / mode, config=TrackingConfig(wandb=mode), name="t", settings={})
+        assert tracker.trackers == []
+        assert "no W&B run could be begun (PermissionError: wandb-core)" in tracker.alerts[0]["text"]
+        tracker.close({})
+
+
+@pytest.mark.parametrize("call", ["log", "alert", "table", "samples", "close"])
+def test_a_tracker_that_fails_is_left_out_with_one_alert_and_the_others_continue(tmp_path, call):
+    def fails(*_):
+        raise wandb.errors.CommError("gone")
+
+    bad, good = Everything(), Everything()
+    setattr(bad, call, fails)
+    tracker = RunTracker(
+        folder=tmp_path, config=TrackingConfig(wandb="off"), name="t", settings={}, trackers=[bad, good]
+    )
+    for step in (1, 2):
+        tracker.log(step, {"reward/mean": 0.5})
+        tracker.alert(step, "title", "text")
+        tracker.table("doctor", [{"token": "a"}])
+        tracker.samples(step, [trajectory(10)], lambda ids: "")
+    tracker.close({"status": "finished"})
+    assert [a["title"] for a in tracker.alerts].count("Everything takes no more metrics") == 1
+    assert [c[0] for c in good.calls if c[0] != "alert"] == ["log", "table", "samples"] * 2 + ["close"]
+    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1.0, 2.0]
 
 
 def tracker_of(folder, **settings):
@@ -272,7 +378,13 @@ def test_a_resolved_config_is_plain_json_with_functions_by_name():
 def test_a_run_never_writes_into_the_folder_of_another(tmp_path):
     wanted, got = tmp_path / "runs" / "quick.start", []
     for _ in range(3):
-        got.append(fresh_folder(wanted))
-        got[-1].mkdir(parents=True)
+        got.append(make_folder(wanted))
     assert [p.name for p in got] == ["quick.start", "quick.start-2", "quick.start-3"]
     assert {p.parent for p in got} == {tmp_path / "runs"}
+
+
+def test_runs_of_one_name_that_start_at_once_get_a_folder_each(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: make_folder(tmp_path / "runs" / "echo"), range(8)))
+    assert len(set(folders)) == 8
+    assert all(folder.is_dir() for folder in folders)

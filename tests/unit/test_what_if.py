@@ -123,7 +123,7 @@ class Ranks:
 def test_every_nth_step_is_kept_with_what_the_trainer_said_before_and_after(tmp_path):
     ranks = Ranks()
     config = Config(name="t", model="m", data=lambda: Data(train=[]), reward=len, record_batches=2)
-    recorder = Recorder(ranks, tmp_path / "batches", config)
+    recorder = Recorder(ranks, tmp_path / "batches", config, lambda *alert: None)
     batch = replace(record_of([[1.0, 1.0], [1.0, 1.0]]).batch, old_logprobs=None)
 
     async def train():
@@ -145,7 +145,7 @@ def test_every_nth_step_is_kept_with_what_the_trainer_said_before_and_after(tmp_
 def test_after_a_resume_records_keep_the_numbers_of_their_steps(tmp_path):
     ranks = Ranks(version=5)
     config = Config(name="t", model="m", data=lambda: Data(train=[]), reward=len, record_batches=2)
-    recorder = Recorder(ranks, tmp_path, config)
+    recorder = Recorder(ranks, tmp_path, config, lambda *alert: None)
     asyncio.run(recorder.step(replace(record_of([[1.0, 1.0]]).batch, old_logprobs=None)))
     assert [p.name for p in tmp_path.iterdir()] == ["step-6.safetensors"]
 

@@ -1,7 +1,7 @@
 """Waiting for actors: a deadline on every answer, and a message that names who is late and where it is stuck."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from ray import ObjectRef
@@ -15,17 +15,30 @@ from trainer.cluster.stubs import Process
 R = TypeVar("R")
 
 
-async def answer(ref: "ObjectRef[R]", late: str, deadline_s: float, process: Process | None = None) -> R:
-    """Await one actor's answer; StallError with `late` ({s} is the deadline) when it does not come in time."""
+async def answer(
+    ref: "ObjectRef[R]",
+    late: str,
+    deadline_s: float,
+    process: Process | None = None,
+    progress: Callable[[], float] = lambda: 0.0,
+) -> R:
+    """Await one actor's answer; StallError with `late` ({s} is the deadline) when it does not come in time.
+
+    The time counts from now, or from when the actor last made `progress`, on the event loop's clock.
+    """
+    now = asyncio.get_running_loop().time
+    began, waiting = now(), asyncio.ensure_future(_unwrapped(ref))
     try:
-        # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
-        async with asyncio.timeout(deadline_s):
-            return await _unwrapped(ref)
-    except TimeoutError:
-        where = f"\nIt is here:\n{await _where(process)}" if process else ""
-        raise StallError(
-            f"{late.replace('{s}', f'{deadline_s:g}')}. Logs of all actors: {log_folder()}{where}"
-        ) from None
+        while not waiting.done():
+            left = max(began, progress()) + deadline_s - now()
+            if left <= 0:
+                where = f"\nIt is here:\n{await _where(process)}" if process else ""
+                raise StallError(f"{late.replace('{s}', f'{deadline_s:g}')}. Logs of all actors: {log_folder()}{where}")
+            # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
+            await asyncio.wait({waiting}, timeout=left)
+        return waiting.result()
+    finally:
+        waiting.cancel()
 
 
 async def _where(process: Process) -> str:
@@ -40,8 +53,12 @@ async def started(who: str, ref: "ObjectRef[None]", deadline_s: float) -> None:
     """Await an actor's object; StartError with the root cause when it cannot be built."""
     try:
         await answer(ref, f"the driver waited {{s}} s for {who} to start", deadline_s)
-    except RayError as error:
-        cause = root_cause(str(error), log_folder())
+    except (StallError, asyncio.CancelledError):
+        raise
+    except Exception as error:
+        # An error of the actor's own constructor has Ray's report, which holds the actor's traceback, as its cause.
+        report = error.__cause__ if isinstance(error.__cause__, RayError) else error
+        cause = root_cause(str(report), log_folder())
         raise StartError(f"{who} did not start. {cause}\nOutput of all actors: {log_folder()}") from None
 
 
@@ -57,4 +74,8 @@ async def _unwrapped(ref: Any) -> Any:
     try:
         return await ref
     except RayTaskError as error:
-        raise error.as_instanceof_cause() from None
+        # The actor's own error, with its message alone; Ray's, which holds the traceback, is its cause.
+        own: Any = error
+        while isinstance(own, RayTaskError):
+            own = own.cause
+        raise own from error

@@ -16,6 +16,7 @@ from rl.loop.errors import first_error
 from rl.protocols import EngineLost
 from rl.weights import check_complete
 from rollout.settings import engine_env
+from trainer import machine
 from trainer.cluster.actors import engine_process, learner_process
 from trainer.cluster.calls import answer, gather_answers, started
 from trainer.cluster.engine_client import EngineClient
@@ -40,6 +41,8 @@ class Cluster:
         self.started_ray = False
         self.logs = ""
         """Folder of the actors' output."""
+        self.answered: dict[tuple[int, str], float] = {}
+        """When an engine last answered a call of a method, on the event loop's clock."""
 
     def boot(self) -> None:
         """Start Ray, the actors' processes and the engines in them, which take longest. Waits for none of them."""
@@ -50,7 +53,7 @@ class Cluster:
         options = self._actor_options()
         # What the driver can import, the actors can: an objective may live in a file next to its recipe.
         env = {"PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *filter(None, sys.path)])}
-        cores = os.cpu_count() or 1
+        cores = machine.cores()
         engine_vars = env | engine_env(device=p.device, backend=p.backend, threads=engine_threads(c, cores))
         self.learner_threads = learner_threads(c, cores)
         learner_vars = env | learner_env(self.learner_threads)
@@ -129,7 +132,7 @@ class Cluster:
         c, p = self.config, self.placement
         address, (port, _) = await self._addresses()
         names = (await self.ask_learners(lambda rank: rank.names()))[0]
-        for index, expected in enumerate(await self.ask_engines(lambda e: e.expected_weights())):
+        for index, expected in enumerate(await self.ask_engines(lambda e: e.expected_weights(names))):
             check_complete(names, expected, f"engine {index}")
         client = EngineClient(self.engines, c.rollout.tensor_parallel, c.deadlines.sync_s)
         channel = {
@@ -162,11 +165,19 @@ class Cluster:
             self.started_ray = False
 
     async def ask_engine(self, index: int, ask: AskEngine[R], *, deadline_s: float) -> R:
-        """Call one engine; StallError when it is late, EngineLost when its process is gone."""
-        ref = self.engines[index].ask(ask)
+        """Call one engine; StallError when it is late, EngineLost when its process is gone.
+
+        It is late when it has answered no call of this method for so long: of many calls, the last ones wait for the
+        first ones.
+        """
+        ref, call = self.engines[index].ask(ask), (index, recorded(ask).method)
         try:
-            late = f"the driver waited {{s}} s for engine {index} to {recorded(ask).method}"
-            return await answer(ref, late, deadline_s, self.engines[index])
+            late = f"the driver waited {{s}} s for engine {index} to {call[1]}"
+            result = await answer(
+                ref, late, deadline_s, self.engines[index], progress=lambda: self.answered.get(call, 0.0)
+            )
+            self.answered[call] = asyncio.get_running_loop().time()
+            return result
         except RayActorError as error:
             raise EngineLost(f"the process of engine {index} is gone ({str(error).splitlines()[0]})") from None
         except asyncio.CancelledError:

@@ -3,10 +3,13 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
+from ray import cloudpickle
+
 from rl.config import Config
+from rl.typed import shortened
 
 
 @contextmanager
@@ -31,8 +34,22 @@ def learner_env(threads: int) -> dict[str, str]:
 
 
 def without_functions(config: Config) -> Config:
-    """The config as actors get it: data, reward and filters stay on the driver."""
-    return replace(config, data=_stays_on_driver, reward=_stays_on_driver, filters=())
+    """The config as actors get it: data, rewards and filters stay on the driver.
+
+    Raises ValueError for a setting that cannot be sent.
+    """
+    config = replace(config, data=_stays_on_driver, reward=_stays_on_driver, eval_reward=None, filters=())
+    for field in fields(config):
+        value = getattr(config, field.name)
+        try:
+            cloudpickle.dumps(value)
+        except Exception as error:  # whatever the value's own pickling raises
+            raise ValueError(
+                f"{field.name}={shortened(repr(value), 200)} cannot be sent to the engines and ranks "
+                f"({type(error).__name__}: {shortened(str(error), 200)}): keep locks, files and clients out of it, "
+                "or make them where they are used"
+            ) from error
+    return config
 
 
 def _stays_on_driver(*_: Any) -> Any:

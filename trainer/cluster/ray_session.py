@@ -1,12 +1,17 @@
 """Ray itself: join or start it, count its GPUs, find its logs."""
 
 import os
+import secrets
 
 import ray
 import torch
 
+from trainer import machine
 from trainer.cluster.placement import Placement
 from trainer.cluster.process_env import ray_environment
+
+LEAST_STORE = 256 << 20
+"""Bytes of the smallest object store in shared memory; batches and their log-probabilities pass through it."""
 
 
 def start_ray(placement: Placement) -> bool:
@@ -14,16 +19,30 @@ def start_ray(placement: Placement) -> bool:
     if os.environ.get("RAY_ADDRESS"):
         join_ray()
         return False
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        # Else Ray writes one into the home folder, which may be read-only, and which two runs may do at once. It stays
+        # for later sessions of this process, because Ray remembers the first.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     with ray_environment():
         ray.init(
             address="local",
             include_dashboard=False,
             log_to_driver=False,
             logging_level="error",
-            num_cpus=max(os.cpu_count() or 1, placement.engines + placement.learners),
+            num_cpus=max(machine.cores(), placement.engines + placement.learners),
+            object_store_memory=object_store_bytes(machine.shared_memory()),
             _node_ip_address="127.0.0.1",
         )
     return True
+
+
+def object_store_bytes(free: int) -> int | None:
+    """Bytes of Ray's object store, given those that are free in /dev/shm: half, because the weights need room too.
+
+    None where that is too little: Ray then keeps its objects in files. What it maps it does not reserve, so with its
+    own default (30 % of the memory) a full /dev/shm would kill whoever writes next.
+    """
+    return min(free // 2, int(0.3 * machine.memory())) if free // 2 >= LEAST_STORE else None
 
 
 def join_ray() -> None:

@@ -152,7 +152,7 @@ class RemoteLearner:
             for digests in workers:
                 check_digests(manifest.digests, digests, f"engine {index}")
         for index in range(len(cluster.engines)):
-            # It queues behind running requests, so it has their deadline.
+            # It waits behind running requests, so it has their deadline.
             sampled = await cluster.ask_engine(
                 index,
                 lambda e: e.sample(self.probe.token_ids, 1, 0, max_tokens=PROBE_TOKENS),

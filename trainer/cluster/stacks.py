@@ -5,12 +5,15 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
 LINES = 6
 """Innermost frames shown of each thread."""
+MOST = 4
+"""Different stacks that are shown: a message that holds one for each of a thousand calls is not read."""
 
 
 class Heartbeat:
@@ -33,14 +36,21 @@ class Heartbeat:
 
 
 def stacks(calls: Iterable[Any] = ()) -> str:
-    """The stack of each thread of this process, and what each coroutine of `calls` waits for; innermost line last."""
+    """The stack of each thread of this process, and what each coroutine of `calls` waits for; innermost line last.
+
+    Equal stacks are shown once, with their number, the most frequent ones first.
+    """
     names = {t.ident: t.name for t in threading.enumerate()}
     frames = {i: f for i, f in sys._current_frames().items() if i != threading.get_ident() and not _waits_for_work(f)}
     found = [f"thread {names.get(i, i)}:\n{_lines(traceback.extract_stack(f))}" for i, f in frames.items()]
     for call in calls:
         where = traceback.StackSummary.extract((f, f.f_lineno) for f in _awaited(call))
         found.append(f"{call.__qualname__} waits at\n{_lines(where)}")
-    return "\n".join(found) or "idle: no thread has work"
+    shown = Counter(found).most_common()
+    texts = [f"{count} times: {text}" if count > 1 else text for text, count in shown[:MOST]]
+    if shown[MOST:]:
+        texts.append(f"... and {sum(count for _, count in shown[MOST:])} other stacks")
+    return "\n".join(texts) or "idle: no thread has work"
 
 
 def _awaited(call: Any) -> Iterator[FrameType]:

@@ -32,7 +32,7 @@ def doctor(arguments: Sequence[str]) -> int:
     from trainer.doctor.report import save, show, token_table
     from trainer.plan.plan import make_plan
     from trainer.prompts import Prepared, read
-    from trainer.runs.files import fresh_folder
+    from trainer.runs.files import make_folder
     from trainer.runs.settings import resolved
     from trainer.tracking.tracker import RunTracker
     from trainer.tracking.wandb_run import wandb_mode
@@ -44,16 +44,15 @@ def doctor(arguments: Sequence[str]) -> int:
         # Page and JSON hold the same as an offline W&B run, seconds earlier.
         tracking = replace(tracking, wandb="off")
     name = f"{config.name}-doctor"
-    folder = fresh_folder(Path(config.output_dir) / name)
 
     async def record(reading: asyncio.Task[Prepared]) -> RunTracker:
         """Open the record once the data is read and valid, while the actors start."""
         for line in (await reading).lines():
             console.print(line)
-        settings = resolved(config)
+        settings, folder = resolved(config), make_folder(Path(config.output_dir) / name)
         return await asyncio.to_thread(lambda: RunTracker(folder=folder, config=tracking, name=name, settings=settings))
 
-    async def examined() -> DoctorReport:
+    async def examined() -> tuple[DoctorReport, Path]:
         reading = asyncio.create_task(asyncio.to_thread(read, plan))
         opening = asyncio.create_task(record(reading))
         try:
@@ -64,11 +63,11 @@ def doctor(arguments: Sequence[str]) -> int:
             raise
         decode, tracker = (await reading).tokenizer.decode, await opening
         show(result, decode)
-        save(result, folder, decode)
+        save(result, tracker.folder, decode)
         tracker.table("doctor", token_table(result, decode))
         tracker.close({"status": "finished", "doctor": result.verdict})
-        return result
+        return result, tracker.folder
 
-    result = asyncio.run(examined())
+    result, folder = asyncio.run(examined())
     console.print(f"see {folder / 'doctor.html'} and {folder / 'doctor.json'}", highlight=False)
     return 1 if result.faults else 0

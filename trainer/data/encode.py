@@ -13,7 +13,6 @@ from rl.loop.stream import draws
 from rl.tokens import Rendering, encode
 from rl.typed import show
 from rl.types import Prompt
-from trainer.data.blame import place_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,8 +82,7 @@ class Encoder:
         except Exception as error:
             # The user's function, or a data set behind it.
             kind = type(error).__name__
-            text = f"{name} cannot be read: {kind}: {str(error)[:MOST_TEXT]}{place_of(error)}"
-            raise ValueError(text) from error
+            raise ValueError(f"{name} cannot be read: {kind}: {str(error)[:MOST_TEXT]}") from error
         if not isinstance(example, Example):
             raise ValueError(f"{name}={show(example)} {Data.right_form('train', example)}")
         return example

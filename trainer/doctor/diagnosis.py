@@ -96,20 +96,23 @@ def _semantics(e: Evidence) -> Iterator[Finding]:
                 (i for i, (a, b) in enumerate(zip(engine["prompt"], driver["prompt"], strict=False)) if a != b), -1
             )
             yield fault("tokenizer", f"the engine's tokenizer gives other tokens for the first prompt, from token {at}")
-        if engine["eos"] != driver["eos"] or engine["vocabulary"] != driver["vocabulary"]:
+        if engine["vocabulary"] != driver["vocabulary"]:
             yield fault(
                 "tokenizer",
-                f"the engine's tokenizer has EOS {engine['eos']} and {engine['vocabulary']} tokens, the driver's has "
-                f"{driver['eos']} and {driver['vocabulary']}",
+                f"the engine's tokenizer has {engine['vocabulary']} tokens, the driver's has {driver['vocabulary']}",
             )
-        stops = engine["generation_eos"] if isinstance(engine["generation_eos"], list) else [engine["generation_eos"]]
-        unused = [t for t in stops if t is not None and t != engine["eos"]]
-        if unused:
+        if engine["stop_ids"] != driver["stop_ids"]:
+            yield fault(
+                "stop_ids",
+                f"the engine ends replies at the tokens {engine['stop_ids']}, the model's files list "
+                f"{driver['stop_ids']}",
+            )
+        elif not driver["stop_ids"]:
             yield Finding(
-                cause="unused_stop_tokens",
+                cause="no_stop_ids",
                 severity="warning",
                 where=f"engine {index}",
-                evidence=f"generation_config also ends replies at {unused}, the engine only at {engine['eos']}",
+                evidence="no token ends a reply, so each runs to rollout.max_tokens",
             )
 
 

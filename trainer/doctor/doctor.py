@@ -188,4 +188,5 @@ async def check_on_own_engines(config: Config, reading: Reading) -> DoctorReport
         learner = RemoteLearner(cluster, probe=prepared.train[0].token_ids)
         return await examine_engines(cluster, learner, prepared)
     finally:
-        await asyncio.shield(cluster.close())
+        # It never suspends, so no signal can interrupt it and leave processes behind.
+        await cluster.close()

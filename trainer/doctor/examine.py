@@ -129,7 +129,7 @@ class Examiner:
             "chat_template": prepared.tokenizer.chat_template,
             # Not `train[0]`: long prompts may be cut.
             "prompt": encode(prepared.tokenizer, prepared.first_prompt, prepared.rendering),
-            "eos": prepared.tokenizer.eos_token_id,
+            "stop_ids": prepared.stop_ids,
             "vocabulary": len(prepared.tokenizer),
         }
         return engines, (await self.cluster.ask_learners(lambda rank: rank.describe()))[0], driver
@@ -228,7 +228,7 @@ class Examiner:
         g = gap(trainer, clean.rollout_logprobs, clean.mask)
         agreed = agrees(g, self.config.dtype)
         hypotheses = [] if agreed else (await cluster.ask_learners(lambda rank: rank.explain(clean)))[0]
-        eos = self.prepared.tokenizer.eos_token_id
+        stops = set(self.prepared.stop_ids)
         ended = [(row, t) for row, t in zip(batch.mask, rows, strict=True) if t.finish_reason == "stop"]
         evidence = SampleEvidence(
             engine=engine,
@@ -237,7 +237,7 @@ class Examiner:
             surprise=surprise(trainer, entropy, clean.mask),
             nonfinite=nonfinite,
             ended=len(ended),
-            ended_without_stop_token=sum(_last_trained(row, t.token_ids) != eos for row, t in ended),
+            ended_without_stop_token=sum(_last_trained(row, t.token_ids) not in stops for row, t in ended),
             wrong_version=int((batch.versions[batch.mask] != version).sum()),
         )
         return evidence, clean, trainer

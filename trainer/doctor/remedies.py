@@ -13,7 +13,10 @@ REMEDIES = {
     "own top_k and top_p",
     "template": "Give engine and driver the same model folder or hub revision: the chat templates differ",
     "tokenizer": "Give engine and driver the same tokenizer files and the same Config.chat_template_kwargs",
-    "unused_stop_tokens": "If replies run on, make that token the tokenizer's eos_token in the model's folder",
+    "stop_ids": "Give engine and driver the same model folder: tokenizer, generation_config.json and config.json name "
+    "the tokens that end a reply",
+    "no_stop_ids": "Name the token that ends a reply: eos_token of the tokenizer, or eos_token_id in "
+    "generation_config.json",
     "stale_weights": "The engine has older weights than the trainer: publish after each optimizer step",
     "tensor_not_synced": "The update did not deliver a tensor: check that its name is sent "
     "(trainer/learner/weights.py) and that vLLM's model loads it",

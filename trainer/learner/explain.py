@@ -4,7 +4,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rl.batch import take
@@ -30,9 +29,8 @@ def explain_batch(model: Any, head: LogprobHead, batch: Batch, config: Config, s
     hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     trainer = model(part.input_ids, part.mask, config.temperature, truncation, part.support).logprobs
     hook.remove()
-    with deepspeed.zero.GatheredParameters([head.weight], enabled=sharded):
-        logits = _logits(seen[0], head.weight, head.fp32)
-        other = _logits(seen[0], head.weight, not head.fp32)
+    with deepspeed.zero.GatheredParameters(list(head.parameters()), enabled=sharded):
+        logits, other = (head.logits(seen[0], dtype) for dtype in _dtypes(head))
     targets, rollout = part.input_ids[:, 1:][part.mask], part.rollout_logprobs[part.mask]
     guesses = explain(logits, targets, rollout, temperature=config.temperature, truncation=truncation)
     reported = (other / config.temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -42,6 +40,7 @@ def explain_batch(model: Any, head: LogprobHead, batch: Batch, config: Config, s
     return sorted(guesses, key=lambda g: g.residual)
 
 
-def _logits(hidden: Tensor, weight: Tensor, fp32: bool) -> Tensor:
-    dtype = torch.float32 if fp32 else torch.bfloat16
-    return F.linear(hidden.to(dtype), weight.to(dtype)).float()
+def _dtypes(head: LogprobHead) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype of the head's product, and the one that the engine may have instead."""
+    here, there = torch.float32, torch.bfloat16
+    return (here, there) if head.fp32 else (there, here)

@@ -44,8 +44,8 @@ def _apply(module: Any, given: Tensor, rounded: bool = False) -> Tensor:
     """A layer's output as fp32. `rounded`: its weight is cast to bf16 and back, and a head runs entirely in bf16."""
     weight = module.weight.bfloat16().to(module.weight.dtype) if rounded else module.weight
     if isinstance(module, LogprobHead):
-        dtype = torch.bfloat16 if rounded else torch.float32 if module.fp32 else weight.dtype
-        out = F.linear(given.to(dtype), weight.to(dtype))
+        dtype = torch.bfloat16 if rounded else module.dtype
+        out = module.logits(given, dtype)
     elif isinstance(module, nn.Linear):
         out = F.linear(given.to(weight.dtype), weight, module.bias)
     elif isinstance(module, nn.Embedding):

@@ -23,6 +23,7 @@ from trainer.learner.memory_meter import PeakMemory
 from trainer.learner.passes import Passes, shares_prompts
 from trainer.learner.rank import make_rank
 from trainer.learner.step import Stepper
+from trainer.model.own_forward import check_own_forward
 
 
 class Sender(Protocol):
@@ -45,6 +46,7 @@ class Learner:
         join_group(rank, config.trainer.ranks, device, address, port, config.deadlines.start_s)
         engine = deepspeed_engine(config, model, device, share_prompts=shares_prompts(config, device))
         self.parts = make_rank(config, rank=rank, engine=engine, memory=memory)
+        check_own_forward(self.parts.policy, engine, name=config.model, dtype=config.dtype, device=self.parts.device)
         self.passes = Passes(self.parts, model)
         self.stepper = Stepper(self.parts, self.passes)
         self.config, self.rank, self.weights = config, rank, self.parts.weights

@@ -1,11 +1,14 @@
-"""Which tensors does the trainer send? HF names, full tensors, gathered layer by layer over the ranks."""
+"""Which tensors does the trainer send? Those of a checkpoint, in full, gathered layer by layer over the ranks."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from rl.weights import TensorMeta, WeightManifest, digest
 from trainer.model.lora import adapted, adapter_parameters, base_parameters, merged
@@ -23,7 +26,8 @@ class LearnerWeights:
     `digesting` on, every tensor is digested as it is sent.
     """
 
-    def __init__(self, hf: nn.Module, *, sharded: bool) -> None:
+    def __init__(self, hf: PreTrainedModel, *, sharded: bool) -> None:
+        self.hf = hf
         self.parameters = base_parameters(hf)
         self.adapted = adapted(hf)
         self.sharded = sharded
@@ -32,13 +36,16 @@ class LearnerWeights:
 
     def metadata(self) -> list[TensorMeta]:
         """Names, dtypes and full shapes, without gathering anything."""
+        return self._metadata
+
+    @cached_property
+    def _metadata(self) -> list[TensorMeta]:
+        shapes = {n: deepspeed_fields(p).ds_shape if self.sharded else p.shape for n, p in self.parameters.items()}
+        empty = {n: torch.empty(s, dtype=self.parameters[n].dtype, device="meta") for n, s in shapes.items()}
         return [
-            TensorMeta(
-                name=name,
-                dtype=str(p.dtype).removeprefix("torch."),
-                shape=tuple(deepspeed_fields(p).ds_shape if self.sharded else p.shape),
-            )
-            for name, p in self.parameters.items()
+            TensorMeta(name=name, dtype=str(t.dtype).removeprefix("torch."), shape=tuple(t.shape))
+            for group in layers(list(self.parameters))
+            for name, t in as_in_checkpoint(self.hf, {n: empty[n] for n in group}).items()
         ]
 
     def manifest(self, version: int) -> WeightManifest:
@@ -52,8 +59,11 @@ class LearnerWeights:
             # Per layer: gathering each tensor is twice as slow, and all at once needs the whole model in memory.
             adapters = [p for name in group if name in self.adapted for p in adapter_parameters(self.adapted[name])]
             with deepspeed.zero.GatheredParameters(parameters + adapters, enabled=self.sharded):
-                for name, parameter in zip(group, parameters, strict=True):
-                    tensor = merged(self.adapted[name]) if name in self.adapted else parameter.detach()
+                layer = {
+                    name: merged(self.adapted[name]) if name in self.adapted else parameter.detach()
+                    for name, parameter in zip(group, parameters, strict=True)
+                }
+                for name, tensor in as_in_checkpoint(self.hf, layer).items():
                     # The gathered storage is freed at the end of the block, when a consumer may still copy from it.
                     tensor = tensor.clone() if self.sharded else tensor
                     if self.digesting:
@@ -72,6 +82,16 @@ class LearnerWeights:
                 generator = torch.Generator(parameter.device).manual_seed(index)
                 half = torch.randint(0, 2, parameter.shape, generator=generator, device=parameter.device, dtype=integer)
                 parameter.data.view(integer).bitwise_xor_(half << (mantissa - bit))
+
+
+def as_in_checkpoint(hf: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of one layer under the names and in the shapes of the family's checkpoints, which vLLM loads.
+
+    transformers stacks the experts of a layer, and renames modules of some families; its own inverse undoes both.
+    """
+    if not getattr(hf, "_weight_conversions", None):
+        return tensors
+    return revert_weight_conversion(hf, tensors)
 
 
 def layers(names: list[str]) -> list[list[str]]:

@@ -1,17 +1,30 @@
-"""Where a model comes from: a folder, the hub's cache, or the hub; and an answer at once when it is in none of them."""
+"""A model's files: where they come from (a folder, the hub's cache, or the hub), and what they name besides weights."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rl.tokens import stop_ids
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 HUB_S = 3.0
 """Seconds in which the hub must answer; its own library tries five times, which takes half a minute."""
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".index.json")
+"""Endings of the files that hold weights, or list those that do."""
+OWN = ("config.json", "adapter_config.json", "README.md", ".gitattributes")
+"""Files that the base model has and an export writes by itself."""
+
+TEMPLATES = "additional_chat_templates"
+"""transformers' folder of further chat templates."""
 
 
 def looks_local(model: str) -> bool:
@@ -57,6 +70,60 @@ def model_config(model: str, *, trust_remote_code: bool = False) -> PretrainedCo
         )
     with remote_code(model, trust_remote_code) as more:
         return AutoConfig.from_pretrained(model, **more)
+
+
+def without_weights(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a config on torch's meta device. Raises ValueError when it is no causal language model."""
+    from transformers import AutoModelForCausalLM
+
+    if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+        raise ValueError(
+            f"{config.name_or_path or 'the model'} is of the family {config.model_type}, which transformers does not "
+            "know as a causal language model: give a model with a text decoder and an lm_head"
+        )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def listed_stop_ids(model: str, tokenizer: Any, *, trust_remote_code: bool = False) -> list[int]:
+    """Every token id that ends a reply of this model: see `rl.tokens.stop_ids`."""
+    from transformers import GenerationConfig, PretrainedConfig
+
+    try:
+        generation = GenerationConfig.from_pretrained(model)
+    except OSError:  # there is no such file; transformers and vLLM then make one of the config
+        generation = GenerationConfig.from_model_config(model_config(model, trust_remote_code=trust_remote_code))
+    return stop_ids(tokenizer, generation.to_diff_dict(), PretrainedConfig.get_config_dict(model)[0])
+
+
+def base_folder(model: str) -> Path:
+    """The folder that holds the model's files: its own, or the hub's snapshot of them. Raises OSError without one."""
+    from transformers.utils import cached_file
+
+    if looks_local(model):
+        return Path(model).expanduser()
+    return Path(str(cached_file(model, "config.json"))).parent
+
+
+def copy_companions(model: str, tokenizer: Any, folder: Path) -> list[str]:
+    """Copy what a model has besides config and weights into `folder`, and return the names: generation_config,
+    tokenizer, chat template, processor, code. They are copied as they are, because saving them again changes them.
+
+    The tokenizer is saved from memory only where the model has no file of it.
+    """
+    base, folder = base_folder(model), folder.resolve()
+    names = [
+        path.name
+        for path in sorted(base.iterdir())
+        if path.is_file() and path.name not in OWN and not path.name.endswith(WEIGHTS)
+    ]
+    if not {"tokenizer.json", "tokenizer_config.json"} & set(names):
+        tokenizer.save_pretrained(folder)
+    for name in names:
+        shutil.copyfile(base / name, folder / name)
+    if (base / TEMPLATES).is_dir():
+        shutil.copytree(base / TEMPLATES, folder / TEMPLATES, dirs_exist_ok=True)
+    return names
 
 
 def hub_answers() -> bool:

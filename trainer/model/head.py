@@ -6,6 +6,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rl.truncation import Truncation, keep
+from trainer.model.logits import PLAIN, LogitsMap
 
 CHUNK = 256
 """Tokens whose logits exist at a time."""
@@ -16,14 +17,14 @@ class _TokenLogprob(torch.autograd.Function):
     gradient of either output. The kept tokens are a constant of the gradient, and are recomputed too."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, inv_temperature, dtype, truncation, support):
+    def forward(ctx, hidden, weight, bias, targets, inv_temperature, dtype, mapped, truncation, support):
         w = weight.to(dtype)
         n = hidden.shape[0]
         logprob, lse, entropy = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
         spaces = _spaces(hidden, w)
         for s in _chunks(n):
             logits, space = (x[: s.stop - s.start] for x in spaces)
-            _logits(hidden[s], w, inv_temperature, out=logits)
+            _logits(hidden[s], w, bias, mapped, inv_temperature, out=logits)
             chosen = logits.gather(-1, targets[s, None])[:, 0]
             kept = _kept(logits, s, targets, truncation, support)
             if kept is not None:
@@ -37,25 +38,29 @@ class _TokenLogprob(torch.autograd.Function):
             if kept is not None:
                 log_p.masked_fill_(~kept, 0.0)  # where p is 0, -inf would make NaN of it
             entropy[s] = -p.mul_(log_p).sum(-1)
-        ctx.save_for_backward(hidden, weight, targets, lse, entropy, support)
-        ctx.inv_temperature, ctx.dtype, ctx.truncation = inv_temperature, dtype, truncation
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy, support)
+        ctx.inv_temperature, ctx.dtype, ctx.mapped, ctx.truncation = inv_temperature, dtype, mapped, truncation
         ctx.set_materialize_grads(False)
         return logprob, entropy
 
     @staticmethod
     def backward(ctx, grad_logprob, grad_entropy):
-        hidden, weight, targets, lse, entropy, support = ctx.saved_tensors
+        hidden, weight, bias, targets, lse, entropy, support = ctx.saved_tensors
+        mapped: LogitsMap = ctx.mapped
         w = weight.to(ctx.dtype)
         grad_hidden = torch.empty_like(hidden)
         # Frozen under adapters.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         up_logprob, up_entropy = (
             torch.zeros_like(lse) if g is None else g * ctx.inv_temperature for g in (grad_logprob, grad_entropy)
         )
         spaces = _spaces(hidden, w)
         for s in _chunks(hidden.shape[0]):
             logits, space = (x[: s.stop - s.start] for x in spaces)
-            _logits(hidden[s], w, ctx.inv_temperature, out=logits)
+            _logits(hidden[s], w, bias, mapped, ctx.inv_temperature, out=logits)
+            # Only a soft cap needs a third array of the vocabulary.
+            capped = None if mapped.cap is None else logits / ctx.inv_temperature
             kept = _kept(logits, s, targets, ctx.truncation, support)
             log_p = logits.sub_(lse[s, None])
             p = torch.exp(log_p, out=space)
@@ -67,12 +72,17 @@ class _TokenLogprob(torch.autograd.Function):
             else:
                 grad = log_p.add_(entropy[s, None]).mul_(up_entropy[s, None]).add_(up_logprob[s, None]).mul_(p).neg_()
             grad.scatter_add_(1, targets[s, None], up_logprob[s, None])
+            mapped.chain_(grad, capped)
             grad_hidden[s] = grad.to(ctx.dtype).matmul(w).to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight.addmm_(grad.t(), hidden[s].to(ctx.dtype).float())
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def _spaces(hidden: Float[Tensor, "N H"], w: Float[Tensor, "V H"]) -> tuple[Float[Tensor, "C V"], Float[Tensor, "C V"]]:
@@ -81,13 +91,23 @@ def _spaces(hidden: Float[Tensor, "N H"], w: Float[Tensor, "V H"]) -> tuple[Floa
     return torch.empty(shape, device=w.device), torch.empty(shape, device=w.device)
 
 
-def _logits(hidden: Float[Tensor, "C H"], w: Float[Tensor, "V H"], inv_temperature: float, *, out: Tensor) -> None:
+def _logits(
+    hidden: Float[Tensor, "C H"],
+    w: Float[Tensor, "V H"],
+    bias: Float[Tensor, " V"] | None,
+    mapped: LogitsMap,
+    inv_temperature: float,
+    *,
+    out: Tensor,
+) -> None:
     """Write logits / temperature into `out` [C, V], in fp32 from a product in the dtype of `w`."""
     if w.dtype == torch.float32:
         torch.mm(hidden.float(), w.t(), out=out)
     else:
         out.copy_(F.linear(hidden.to(w.dtype), w))
-    out.mul_(inv_temperature)
+    if bias is not None:
+        out.add_(bias)
+    mapped.apply_(out).mul_(inv_temperature)
 
 
 def _kept(
@@ -116,30 +136,48 @@ def _chunks(n: int) -> list[slice]:
 
 
 class LogprobHead(nn.Module):
-    """Replaces a model's `lm_head` and keeps its Parameter, tied or not, under the same name.
+    """Replaces a model's `lm_head` and keeps its Parameters, tied or not, under the same names.
 
     It is a module because ZeRO-3 gathers weights of modules; a bare `F.linear` would see an empty tensor.
     """
 
-    def __init__(self, lm_head: nn.Module, *, fp32: bool) -> None:
+    def __init__(self, lm_head: nn.Module, *, fp32: bool, mapped: LogitsMap = PLAIN) -> None:
         super().__init__()
-        if getattr(lm_head, "bias", None) is not None:
-            raise ValueError("an lm_head with a bias is not supported")
-        self.weight = lm_head.weight
+        self.weight: nn.Parameter = lm_head.get_parameter("weight")
+        self.bias: nn.Parameter | None = getattr(lm_head, "bias", None)
         self.fp32 = fp32
+        self.mapped = mapped
+        """What the model does to the product afterwards."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the product."""
+        return torch.float32 if self.fp32 else self.weight.dtype
 
     def forward(
         self,
-        hidden: Float[Tensor, "N H"],
-        targets: Int[Tensor, " N"],
-        temperature: float,
+        hidden: Float[Tensor, "*N H"],
+        targets: Int[Tensor, " N"] | None = None,
+        temperature: float = 1.0,
         truncation: Truncation | None = None,
         support: Int[Tensor, "N K"] | None = None,
-    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    ) -> Tensor | tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """Log-probability of each target and entropy (nats) of softmax(logits / temperature), in fp32.
 
         `support` (kept ids, padded with -1), else `truncation`, restricts the softmax to the kept tokens; each target
-        is one of them.
+        is one of them. Without targets it is a plain lm_head for the model's own forward: products [*N, V], in fp32.
         """
-        dtype = torch.float32 if self.fp32 else self.weight.dtype
-        return _TokenLogprob.apply(hidden, self.weight, targets, 1.0 / temperature, dtype, truncation, support)
+        if targets is None:
+            return self.product(hidden, self.dtype)
+        return _TokenLogprob.apply(
+            hidden, self.weight, self.bias, targets, 1.0 / temperature, self.dtype, self.mapped, truncation, support
+        )
+
+    def product(self, hidden: Float[Tensor, "*N H"], dtype: torch.dtype) -> Float[Tensor, "*N V"]:
+        """What the model's own lm_head returns, multiplied in `dtype`, in fp32."""
+        out = F.linear(hidden.to(dtype), self.weight.to(dtype)).float()
+        return out if self.bias is None else out + self.bias
+
+    def logits(self, hidden: Float[Tensor, "*N H"], dtype: torch.dtype) -> Float[Tensor, "*N V"]:
+        """The model's logits, of a product in `dtype`, in fp32. Needs gathered parameters."""
+        return self.mapped.apply_(self.product(hidden, dtype))

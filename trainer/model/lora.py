@@ -18,19 +18,22 @@ NAME = "default"
 def inject(hf: PreTrainedModel, lora: Lora) -> None:
     """Freeze a model and give each linear layer except the head an adapter that adds nothing yet.
 
-    Raises ImportError without PEFT, and ValueError for layers whose merged weight this module does not know.
+    Stacked experts are no linear layers and stay frozen. Raises ImportError without PEFT, and ValueError for a model
+    without linear layers, such as GPT-2.
     """
+    head = hf.get_output_embeddings()
+    linear = [name for name, module in hf.named_modules() if type(module) is nn.Linear and module is not head]
+    if not linear:
+        raise ValueError(
+            f"trainer.lora: {hf.config.model_type} has no linear layers besides its lm_head, and only Linear is "
+            "supported: set trainer.lora.rank=0"
+        )
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError("trainer.lora needs PEFT: python -m pip install 'peft>=0.21.2,<0.22'") from error
     alpha: Any = lora.alpha
-    inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules="all-linear"), hf)
-    for name, layer in adapted(hf).items():
-        if not isinstance(layer.base_layer, nn.Linear):
-            raise ValueError(
-                f"trainer.lora: {name} is a {type(layer.base_layer).__name__}, and only Linear is supported"
-            )
+    inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=linear), hf)
 
 
 def adapted(hf: nn.Module) -> dict[str, Any]:

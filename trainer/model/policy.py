@@ -13,7 +13,9 @@ from rl.types import PolicyOutput
 from trainer.model.attention import packs, use_segments
 from trainer.model.files import remote_code
 from trainer.model.head import LogprobHead
+from trainer.model.logits import measure
 from trainer.model.lora import inject
+from trainer.model.own_forward import own_forward
 from trainer.model.packing import pack
 from trainer.model.ulysses import Ulysses
 
@@ -33,7 +35,8 @@ class Policy(nn.Module):
         """Sequence parallelism, where ranks share each row."""
         if self.packs:
             use_segments(hf)
-        hf.set_output_embeddings(LogprobHead(hf.get_output_embeddings(), fp32=fp32_head))
+        mapped = measure(hf)
+        hf.set_output_embeddings(LogprobHead(hf.get_output_embeddings(), fp32=fp32_head, mapped=mapped))
         self.value_head = ValueHead(hf.config.get_text_config().hidden_size, 1, dtype=hf.dtype) if with_values else None
         if self.value_head is not None:
             nn.init.zeros_(self.value_head.weight)
@@ -48,13 +51,17 @@ class Policy(nn.Module):
         support: Int[Tensor, "B T K"] | None = None,
         *,
         head_alone: bool = False,
+        plain: bool = False,
     ) -> PolicyOutput:
         """The policy's output at every column of `mask`; 0 elsewhere, where nothing is computed.
 
         With truncated sampling, the softmax runs over the kept tokens: those in `support` (reported by the engine,
         padded with -1), else those that `truncation` keeps of the policy's own logits. With `head_alone` the gradient
-        of the values stops at the value head and does not reach the body.
+        of the values stops at the value head and does not reach the body. `plain` asks the model's own forward pass
+        instead, to check all of this: see `trainer.model.own_forward`.
         """
+        if plain:
+            return own_forward(self.hf, input_ids, mask, temperature)
         picked, mine = self._hidden(input_ids, mask)
         targets, support = input_ids[:, 1:][mask], None if support is None else support[mask]
         if mine is not None:
@@ -123,7 +130,9 @@ def load(
 ) -> Policy:
     """Load a causal LM from a folder or the hub. Raises transformers' own error for any other model."""
     with remote_code(path, trust_remote_code) as more:
-        hf = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa", **more)
+        hf = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **more)
+    if getattr(hf.config.get_text_config(), "attn_logit_softcapping", None):
+        hf.set_attn_implementation("eager")  # torch's kernels leave out the soft cap
     if checkpointing:
         _checkpoint(hf)
     if lora and lora.rank:

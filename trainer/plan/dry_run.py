@@ -33,4 +33,6 @@ def dry_run(config: Config) -> None:
         disk = (config.keep_last + 1) * 12 * trained / 2**30
         table.add_row("disk for checkpoints", f"{disk:.2f} GiB, one every {config.save_every} steps")
     console.print(table)
+    for note in plan.notes():
+        console.print(note, style="yellow", markup=False, highlight=False)
     plan.check_model()

@@ -3,22 +3,20 @@
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 from torch import nn
 
 from rl.config import Config
+from trainer import machine
 from trainer.cluster.placement import Placement
 from trainer.model.head import CHUNK
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PreTrainedModel
 
 GIB = 2**30
-CGROUP = Path("/sys/fs/cgroup")
 PROCESS = {"cpu": {"learner rank": 0.4, "engine": 1.4}, "cuda": {"learner rank": 0.8, "engine": 1.2}}
 """Libraries and working memory, on a GPU also its context, before any weight. Those of CPU were measured with
 scripts/bench/peak_memory.py; those of CUDA are guesses."""
@@ -73,12 +71,8 @@ class Memory:
         return lines
 
 
-def shape_of(config: "PretrainedConfig") -> Shape:
-    """Sizes from a model's config alone; makes no weights."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+def shape_of(model: "PreTrainedModel") -> Shape:
+    """Sizes of a model, which may be without weights."""
     text, head = model.config.get_text_config(), model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     return Shape(
@@ -145,21 +139,12 @@ def available_memory(config: Config, placement: Placement) -> dict[str, float]:
     limits = {"learner rank": math.inf, "engine": math.inf, "host": math.inf}
     if os.environ.get("RAY_ADDRESS") or (placement.device == "cuda" and not torch.cuda.is_available()):
         return limits
-    limits["host"] = min(psutil.virtual_memory().available, _cgroup_room()) / GIB
+    limits["host"] = machine.memory() / GIB
     if placement.device == "cuda":
         gpu = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / GIB
         share = config.rollout.gpu_memory_utilization
         limits |= {"engine": share * gpu, "learner rank": gpu * (1 - share if placement.backend == "ipc" else 1)}
     return limits
-
-
-def _cgroup_room() -> float:
-    """Bytes that a container may still allocate."""
-    if not (CGROUP / "memory.max").exists() or (limit := (CGROUP / "memory.max").read_text().strip()) == "max":
-        return math.inf
-    # Pages read from files count as current, although the kernel may free them at any moment.
-    stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    return int(limit) - int((CGROUP / "memory.current").read_text()) + int(stat["inactive_file"])
 
 
 def remedies(config: Config, place: str) -> list[str]:

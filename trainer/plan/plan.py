@@ -1,15 +1,21 @@
 """What a run asks of its machines, worked out once. Run, dry run and doctor read the same value."""
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from rl.config import Config
 from rl.validate import check
 from trainer.cluster.placement import Placement, check_fits, place
-from trainer.cluster.ray_session import cluster_gpus
-from trainer.model.files import check_model_folder, model_config
-from trainer.plan.memory import Memory, available_memory, required_memory, shape_of
+from trainer.cluster.ray_session import LEAST_STORE, cluster_gpus, object_store_bytes
+from trainer.machine import shared_memory
+from trainer.model.files import check_model_folder, model_config, without_weights
+from trainer.plan.memory import GIB, Memory, available_memory, required_memory, shape_of
 from trainer.plan.rules import check_rows, check_truncation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +32,42 @@ class Plan:
         check_fits(self.placement, gpus=self.gpus)
 
     @cached_property
+    def skeleton(self) -> "PreTrainedModel":
+        """The model without weights. Reads the model's config, which takes seconds. Raises OSError when there is none,
+        and ValueError for another kind of model."""
+        allowed = self.config.trust_remote_code
+        return without_weights(model_config(self.config.model, trust_remote_code=allowed), trust_remote_code=allowed)
+
+    @cached_property
     def memory(self) -> Memory:
-        """GiB by place. Reads the model's config, which takes seconds. Raises OSError when there is none."""
-        shape = shape_of(model_config(self.config.model, trust_remote_code=self.config.trust_remote_code))
+        """GiB by place. Raises as `skeleton`."""
+        shape = shape_of(self.skeleton)
         required = required_memory(self.config, self.placement, shape)
         return Memory(shape=shape, required=required, available=available_memory(self.config, self.placement))
 
+    def notes(self) -> list[str]:
+        """What is slower here than it need be. Reads the model's config."""
+        if os.environ.get("RAY_ADDRESS") or self.placement.device != "cpu":
+            return []
+        free, weights = shared_memory(), int(self.memory.required["host"]["weights under way"] * GIB)
+        store = object_store_bytes(free)
+        slow = [] if store else ["Ray keeps its objects in files"]
+        if weights > free - (store or 0):
+            slow.append("weights travel by sockets")
+        if not slow:
+            return []
+        return [
+            f"/dev/shm has {free / GIB:.2f} GiB free, so {' and '.join(slow)}, which is slower. Give it "
+            f"{(2 * LEAST_STORE + 2 * weights) / GIB:.1f} GiB or more, in Docker with --shm-size"
+        ]
+
     def check_model(self) -> None:
         """Raise ValueError where the model cannot run as the settings ask, or does not fit. Takes seconds."""
+        # Imported late: transformers takes seconds, and --help needs no model.
+        from trainer.model.logits import measure
+
         check_rows(self.config)
+        measure(self.skeleton)
         self.memory.check(self.config)
 
 

@@ -1,6 +1,7 @@
 """What does the README.md of an exported model contain? Its start model, settings and evaluations."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,4 +49,5 @@ Made with {stack}.
 
 def _of(evaluation: dict[str, float], name: str) -> str:
     value, error = evaluation.get(name), evaluation.get(f"{name}_se")
-    return "" if value is None else f"{value:.3f}" + (f" ± {error:.3f}" if error else "")
+    known = error is not None and math.isfinite(error)
+    return "" if value is None else f"{value:.3f}" + (f" ± {error:.3f}" if known else "")

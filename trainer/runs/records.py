@@ -1,5 +1,6 @@
 """How is a step's batch recorded? One safetensors file: log-probabilities of both sides, before and after the step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -64,8 +65,13 @@ class Recorder:
     """`rl.protocols.Learner` that records every n-th step; each record costs two forward passes, and one of the
     reference where there is one."""
 
-    def __init__(self, learner: RemoteLearner, folder: Path, config: Config) -> None:
-        self.learner, self.folder, self.config = learner, folder, config
+    def __init__(
+        self, learner: RemoteLearner, folder: Path, config: Config, alert: Callable[[int, str, str], None]
+    ) -> None:
+        """`alert` reports the first record that cannot be written, with step, title and text."""
+        self.learner, self.folder, self.config, self.alert = learner, folder, config, alert
+        self.failed = False
+        """Whether that was reported."""
         self.steps = learner.version
         """Steps so far, including those before a resume."""
 
@@ -85,7 +91,14 @@ class Recorder:
             horizon=self.config.rollout.max_tokens,
             objective=type(self.config.objective).__name__,
         )
-        save(record, self.folder / f"step-{self.steps}.safetensors")
+        path = self.folder / f"step-{self.steps}.safetensors"
+        try:
+            save(record, path)
+        except (OSError, SafetensorError) as error:
+            path.unlink(missing_ok=True)
+            if not self.failed:
+                self.alert(self.steps, "the batch could not be recorded", f"{error}. Training continues.")
+            self.failed = True
         return metrics
 
     async def publish(self, version: int) -> SyncReport:

@@ -5,6 +5,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rl.typed import shortened
+
+MOST = 2000
+"""Characters of an error's message."""
+
 
 def summarise(
     history: Sequence[dict[str, float]],
@@ -44,4 +49,4 @@ def ending(error: BaseException | None, *, logs: str) -> dict[str, Any]:
         return {}
     if isinstance(error, asyncio.CancelledError | KeyboardInterrupt):
         return {"status": "interrupted"}
-    return {"error": f"{type(error).__name__}: {error}", "logs": logs}
+    return {"error": f"{type(error).__name__}: {shortened(str(error), MOST)}", "logs": logs}

@@ -1,8 +1,12 @@
 """What does the terminal show during a run, and at its end?"""
 
+import math
+import os
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,49 @@ from rich.text import Text
 
 from rl.config import Config
 
-console = Console(soft_wrap=True)
+
+class Terminal(Console):
+    """A console whose reader may leave, or whose disk may be full: what it cannot print is lost, and nothing else."""
+
+    def on_broken_pipe(self) -> None:
+        """The reader has left, as in `python recipe.py | head`."""
+        self.quiet = True
+        discard_output()
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, if possible."""
+        try:
+            super().print(*objects, **options)
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            # Else it would be printed again with the next line.
+            del self._buffer[:]
+
+
+console = Terminal(soft_wrap=True)
+
+
+def any_terminal_will_do() -> None:
+    """Write what the terminal's encoding lacks as an escape, such as \\xb1. Without it such a character is an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def discard_output() -> None:
+    """Send to nowhere what is still printed. Else Python's own flush at exit would fail, with exit status 120."""
+    with suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def flush_output() -> None:
+    """Flush what was printed, as long as somebody can take it."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        discard_output()
 
 
 @contextmanager
@@ -60,6 +106,15 @@ def alert_line(step: int, title: str, text: str) -> None:
     console.print(Text.assemble((f"alert at step {step}: {title}. ", "bold red"), (text, "yellow")))
 
 
+def plus_minus() -> str:
+    """The sign, as the terminal can show it."""
+    try:
+        "±".encode(console.encoding)
+    except (UnicodeEncodeError, LookupError):
+        return "+-"
+    return "±"
+
+
 def closing_table(summary: dict[str, Any], folder: Path) -> None:
     """Print the run's results in a dozen lines, and its files."""
     table = Table(title=f"{summary['name']}: {summary['status']}", show_header=False, title_justify="left")
@@ -67,7 +122,8 @@ def closing_table(summary: dict[str, Any], folder: Path) -> None:
         for name, value in summary.get(key, {}).items():
             if not name.endswith("_se"):
                 error = summary[key].get(f"{name}_se")
-                table.add_row(f"{key} {name}", f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
+                known = error is not None and math.isfinite(error)
+                table.add_row(f"{key} {name}", f"{value:.3f}" + (f" {plus_minus()} {error:.3f}" if known else ""))
     for key in ("steps", "tokens", "train_seconds", "reward_first", "reward_last", "worst_logprob_gap", "alerts"):
         if summary.get(key) is not None:
             value = summary[key]

@@ -9,8 +9,9 @@ from typing import Any
 from rl.config import TrackingConfig
 from rl.parity.watch import Alert
 from rl.protocols import Tracker
+from rl.typed import shortened
 from rl.types import Trajectory
-from trainer.runs.files import without_nan
+from trainer.runs.files import Rows
 from trainer.tracking.terminal import alert_line
 from trainer.tracking.wandb_run import open_wandb
 
@@ -20,7 +21,7 @@ class RunTracker:
     """`rl.protocols.Tracker` that writes files, and passes everything on to `trackers`.
 
     `close` may be called at any moment and leaves readable files. A resumed run brings its `history` and its
-    `wandb_id`, and its files keep what they hold.
+    `wandb_id`, and its files keep what they hold. A full disk, or a tracker that fails, is an alert and ends no run.
     """
 
     folder: Path
@@ -35,35 +36,37 @@ class RunTracker:
     wandb_id: str | None = None
     trackers: list[Tracker] = field(default_factory=list)
     """W&B joins them where `config` asks for it."""
+    _full: set[str] = field(default_factory=set)
+    """Files that could not be written, each of which was reported."""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics_file = (self.folder / "metrics.jsonl").open("a")
-        self.samples_file = (self.folder / "samples.jsonl").open("a")
         earlier = self.folder / "alerts.jsonl"
         self.alerts += [json.loads(line) for line in earlier.read_text().splitlines()] if earlier.exists() else []
+        self.files = {name: self._open(name) for name in ("metrics", "samples")}
         for row in self.history:
             self.watch(row)  # it must not repeat earlier alerts
-        wandb = open_wandb(
+        step = int(self.history[-1]["step"]) if self.history else 0
+        wandb, note = open_wandb(
             self.config,
             folder=self.folder,
             name=self.name,
             settings=self.settings,
             resume_id=self.wandb_id,
-            step=int(self.history[-1]["step"]) if self.history else 0,
+            step=step,
         )
         if wandb is not None:
             self.wandb_id = wandb.run.id
             self.trackers = [*self.trackers, wandb]
+        if note:
+            self.alert(step, "W&B is not online", note)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record one step everywhere. A NaN is written as null, which JSON can hold."""
         row = {"step": float(step), **metrics}
         self.history.append(row)
-        self.metrics_file.write(json.dumps(without_nan(row)) + "\n")
-        self.metrics_file.flush()
-        for tracker in self.trackers:
-            tracker.log(step, metrics)
+        self._write("metrics", row, step)
+        self._tell(step, lambda tracker: tracker.log(step, metrics))
         self.show(step, metrics)
         for alert in self.watch(metrics):
             self.alert(step, alert.title, alert.text)
@@ -72,16 +75,13 @@ class RunTracker:
         """Show the user what needs attention: on the terminal, in alerts.jsonl, and in every tracker."""
         row = {"step": step, "title": title, "text": text}
         self.alerts.append(row)
-        with (self.folder / "alerts.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
         alert_line(step, title, text)
-        for tracker in self.trackers:
-            tracker.alert(step, title, text)
+        self._write("alerts", row, step)
+        self._tell(step, lambda tracker: tracker.alert(step, title, text))
 
     def table(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Show rows, which have the same keys, as a table in every tracker; no file is written."""
-        for tracker in self.trackers:
-            tracker.table(name, rows)
+        self._tell(int(self.history[-1]["step"]) if self.history else 0, lambda tracker: tracker.table(name, rows))
 
     def samples(self, step: int, trajectories: list[Trajectory], decode: Callable[[list[int]], str]) -> None:
         """Keep a few trajectories as text; all of them when step is -1 (set aside as broken)."""
@@ -100,14 +100,40 @@ class RunTracker:
             }
             if step < 0:
                 row |= {"token_ids": reply, "logprobs": [repr(x) for x in t.logprobs]}
-            self.samples_file.write(json.dumps(row) + "\n")
-        self.samples_file.flush()
-        for tracker in self.trackers:
-            tracker.samples(step, trajectories, decode)
+            self._write("samples", row, step)
+        self._tell(step, lambda tracker: tracker.samples(step, trajectories, decode))
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Close the files, and every tracker with the summary."""
-        self.metrics_file.close()
-        self.samples_file.close()
-        for tracker in self.trackers:
-            tracker.close(summary)
+        """Close every tracker with the summary, and the files."""
+        step = int(self.history[-1]["step"]) if self.history else 0
+        self._tell(step, lambda tracker: tracker.close(summary))
+        for rows in self.files.values():
+            try:
+                rows.close()
+            except OSError as error:
+                alert_line(step, f"{rows.path.name} lacks its last rows", str(error))
+
+    def _open(self, name: str) -> Rows:
+        return Rows(self.folder / f"{name}.jsonl")
+
+    def _write(self, name: str, row: dict[str, Any], step: int) -> None:
+        """Append a row to a file. The first one of a file that cannot be written is an alert."""
+        try:
+            if name not in self.files:
+                self.files[name] = self._open(name)
+            self.files[name].append(row)
+        except OSError as error:
+            if name not in self._full:
+                self._full.add(name)
+                text = f"{error}. Its rows are kept in memory, and written when there is space again."
+                self.alert(step, f"{name}.jsonl cannot be written", text)
+
+    def _tell(self, step: int, call: Callable[[Tracker], None]) -> None:
+        """Call every tracker. One that fails is left out from then on."""
+        for tracker in list(self.trackers):
+            try:
+                call(tracker)
+            except Exception as error:  # a tracker's own errors are of any kind, and none is worth a run
+                self.trackers.remove(tracker)
+                text = f"{type(error).__name__}: {shortened(str(error), 300)}. The files in the run's folder are whole."
+                self.alert(step, f"{type(tracker).__name__} takes no more metrics", text)
