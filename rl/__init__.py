@@ -11,6 +11,7 @@ from rl import checkout
 if TYPE_CHECKING:
     from rl.config import Config, Deadlines, Lora, RolloutConfig, TrackingConfig, TrainerConfig
     from rl.contract.check import assert_objective, check_objective
+    from rl.data import Rows
     from rl.filters import Difficulty, Overlong, ZeroAdvantage
     from rl.objectives import CISPO, DAPO, GMPO, GRPO, GSPO, M2PO, OPO, PPO, RLOO, SAPO, DrGRPO, Objective, ReinforcePP
     from rl.objectives.corrections import MIS, Correction, GeometricMask, IcePop, SequenceTIS, TokenTIS, Uncorrected
@@ -50,6 +51,7 @@ __all__ = [
     "ReinforcePP",
     "Reply",
     "RolloutConfig",
+    "Rows",
     "Scored",
     "SequenceTIS",
     "SoftOverlong",
@@ -75,6 +77,7 @@ _MODULES = {
     "rl.rewards.combined": "OverGroup Weighted",
     "rl.rewards.result": "NOT_APPLICABLE Scored",
     "rl.rewards.shaping": "SoftOverlong",
+    "rl.data": "Rows",
     "rl.types": "Batch Data Example PolicyOutput Reply Step Trajectory needed",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -252,6 +252,14 @@ class Config(Checked):
     """Dtype of the exported weights. Default: the same as `dtype`."""
     chat_template_kwargs: dict[str, bool | int | str] = field(default_factory=dict)
     """Extra arguments of the chat template, such as enable_thinking False. Default: none."""
+    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"
+    """What to do with a prompt that leaves no room for `rollout.max_tokens` in `rollout.max_model_len`. refuse: the run
+    ends and names it. drop: leave it out. cut: keep its end, and its BOS. Both are counted, also in held-out sets."""
+    changed_at_resume: Literal["refuse", "report"] = "refuse"
+    """What to do at --resume when answers, held-out sets, the code of reward or objective, or the model's files are not
+    those of the checkpoint. report: print it and continue. Other training prompts are always refused."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model brings with it, in the tokenizer, the learner and vLLM. Read it first."""
     seed: int = 0
     """Seed of the order of prompts and of the samples."""
     output_dir: str = "runs"

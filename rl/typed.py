@@ -6,7 +6,10 @@ instead of the line to write.
 
 import collections.abc
 import dataclasses
+import itertools
 import math
+import numbers
+import reprlib
 import types
 import typing
 from functools import lru_cache
@@ -41,6 +44,11 @@ class Checked:
         """What to write instead of `value`, as the end of a sentence; None: the general advice is enough."""
         return None
 
+    def located(self, path: str) -> tuple[str, str]:
+        """A wrong field as the user knows it, and where it is, as the end of a sentence."""
+        name = type(self).__name__
+        return path, "" if name == "Config" else f" (in {name})"
+
 
 class Misfit(Exception):
     """A value that does not have its declared type: where it is, what it is, and what is wrong with it."""
@@ -52,17 +60,22 @@ class Misfit(Exception):
 
 def check_fields(owner: Any) -> None:
     """Check every field of a dataclass, and convert what can be converted without loss. Raises ValueError."""
-    cls = type(owner)
-    for name, hint in hints_of(cls).items():
+    for name, hint in hints_of(type(owner)).items():
         value = getattr(owner, name)
-        try:
-            fitted = fit(value, hint, name)
-        except Misfit as error:
-            advice = cls.right_form(name, error.value) or f"must be {described(hint)}{_example(cls, name)}"
-            where = "" if cls.__name__ == "Config" else f" (in {cls.__name__})"
-            raise ValueError(f"{error.path}={show(error.value)} {error.problem or advice}{where}") from None
+        fitted = fit_field(owner, name, value, hint)
         if fitted is not value:
             object.__setattr__(owner, name, fitted)
+
+
+def fit_field(owner: Any, name: str, value: Any, hint: Any) -> Any:
+    """A value as a field of a dataclass must have it. Raises ValueError with the right form."""
+    cls = type(owner)
+    try:
+        return fit(value, hint, name)
+    except Misfit as error:
+        advice = cls.right_form(name, error.value) or f"must be {described(hint)}{_example(cls, name)}"
+        path, where = owner.located(error.path)
+        raise ValueError(f"{path}={show(error.value)} {error.problem or advice}{where}") from None
 
 
 @lru_cache(maxsize=256)
@@ -136,6 +149,8 @@ def _fit_plain(value: Any, hint: Any, path: str) -> Any:
         return value if hint is not type(None) or value is None else _refuse(path, value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
+    if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)  # numpy's integers
     if isinstance(value, type) and issubclass(value, hint):
         raise Misfit(path, value, f"is a class: write {path}={value.__name__}()")
     if isinstance(value, str) and (near := _named(hint, value)):
@@ -200,7 +215,7 @@ def show(value: Any) -> str:
     """A value in an error message: short, and without an address."""
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return str(value.__name__)
-    text = repr(value)
+    text = _SHORT.repr(value)
     if text.startswith("<") and " at 0x" in text:
         return f"<{type(value).__name__}>"
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -212,3 +227,31 @@ def shortened(text: str, most: int) -> str:
         return text
     begin = 2 * most // 3
     return f"{text[:begin]} [... {len(text) - most:,} characters left out ...] {text[begin - most :]}"
+
+
+class _Short(reprlib.Repr):
+    """`repr` of the first items of a container, and of the start of a text: a value may have megabytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = self.maxdeque = 40
+        self.maxother = 400
+
+    def repr_str(self, x: str, level: int) -> str:
+        return repr(x[:200])
+
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return repr(x[:200])
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        if level <= 0:
+            return "{...}"
+        # In the order of the dict, as `repr` has it; reprlib sorts.
+        shown = [
+            f"{self.repr1(k, level - 1)}: {self.repr1(x[k], level - 1)}" for k in itertools.islice(x, self.maxdict)
+        ]
+        return "{" + ", ".join([*shown, *(["..."] if len(x) > self.maxdict else [])]) + "}"
+
+
+_SHORT = _Short()

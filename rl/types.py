@@ -9,74 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rl.typed import Checked
+from rl.data import Data as Data
+from rl.data import Example as Example
+from rl.data import Given
+from rl.data import Rows as Rows
 
 FinishReason = Literal["stop", "length", "abort"]
-
-
-Given = str | list[dict[str, Any]] | list[int]
-"""A prompt as the data set has it: plain text, chat messages, or token ids."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example(Checked):
-    """One problem of a data set: the prompt, and what the reward needs to score a reply.
-
-    A prompt is plain text, a list of chat messages, or a list of token ids, which reach the engine as they are. Raises
-    ValueError for anything else.
-    """
-
-    prompt: Given
-    task: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for i, message in enumerate(self.prompt):
-            if isinstance(message, dict) and "role" not in message:
-                raise ValueError(
-                    f"prompt[{i}] has no 'role', only {', '.join(map(repr, message)) or 'nothing'}: write chat "
-                    "messages as {'role': 'user', 'content': 'What is 2 + 3?'}"
-                )
-
-    @classmethod
-    def right_form(cls, field: str, value: Any) -> str | None:
-        """How to write a prompt, or a task."""
-        if field == "task":
-            return "must be a dict of what the reward needs: write task={'answer': '5'}"
-        if isinstance(value, Mapping):
-            return "is one message: write a list of messages, prompt=[{'role': 'user', 'content': 'What is 2 + 3?'}]"
-        return "must be text, a list of chat messages, or a list of token ids"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data(Checked):
-    """What a run learns from, and the held-out sets that measure it.
-
-    `Config.data` is a function that returns this, or a value of this: calling it gives itself.
-    """
-
-    train: list[Example]
-    evals: Mapping[str, list[Example]] = field(default_factory=dict)
-
-    def __call__(self) -> "Data":
-        return self
-
-    def __repr__(self) -> str:
-        evals = "".join(f", {name!r}: {len(examples)}" for name, examples in self.evals.items())
-        return f"Data(train: {len(self.train)} examples{evals})"
-
-    @classmethod
-    def right_form(cls, field: str, value: Any) -> str | None:
-        """How to write a list of examples."""
-        columns = list(value) if isinstance(value, Mapping) else getattr(value, "column_names", None)
-        if columns:
-            # A row of a table, or a Hugging Face data set.
-            return (
-                f"has the columns {', '.join(map(str, columns))}: make an Example of each row, as in "
-                "[Example(prompt=row['question'], task={'answer': row['answer']}) for row in rows]"
-            )
-        if field == "train":
-            return "must be a list of Example: write train=[Example(prompt='2 + 3 =', task={'answer': '5'})]"
-        return "must be a dict of lists of Example: write evals={'held_out': [Example(prompt='2 + 3 =')]}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from rl.forbidden import check_stops
 from rl.objectives.rules import check_objective
 from rl.rewards.combined import Weighted
 from rl.rewards.shaping import SoftOverlong
+from rl.tokens import check_template
 
 
 def check(config: Config) -> None:
@@ -25,6 +26,7 @@ def check(config: Config) -> None:
             "temperature above 0 (eval_temperature may be 0)"
         )
     check_objective(config)
+    check_template(config.chat_template_kwargs)
     config.correction.check(config)
     for part in (*config.filters, *_nested(config.reward), *_nested(config.eval_reward)):
         if rule := own_rule(part):

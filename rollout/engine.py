@@ -14,8 +14,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from rl.config import Config
+from rl.data import Given
 from rl.protocols import EngineLost, UpdateFailed
-from rl.tokens import stop_ids
+from rl.tokens import Rendering, stop_ids
 from rl.types import Completion
 from rollout import examine
 from rollout.process import fork_from_server
@@ -250,10 +251,10 @@ class Engine:
         """Log-probabilities (nats) of a reply's tokens at T = 1 from one forward pass over all of them."""
         return await examine.prefill_logprobs(self.generate, token_ids, reply)
 
-    async def describe(self, messages: Any, template: dict[str, Any]) -> dict[str, Any]:
-        """The settings that this engine really runs with, and one prompt (`messages` or plain text) as token ids of its
-        own tokenizer."""
-        return examine.describe(self.llm, SamplingParams(**self._sampling(None, None)), messages, template)
+    async def describe(self, prompt: Given, rendering: Rendering) -> dict[str, Any]:
+        """The settings that this engine really runs with, and one prompt of the run as token ids of its own
+        tokenizer."""
+        return examine.describe(self.llm, SamplingParams(**self._sampling(None, None)), prompt, rendering)
 
     async def trace(self, token_ids: list[int]) -> list[dict[str, Any]]:
         """Inputs and outputs of every layer that holds weights for one prompt, by worker. Uses no cached prefix."""

@@ -10,8 +10,9 @@ from vllm import SamplingParams
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from rl.data import Given
 from rl.forbidden import Forbidden
-from rl.tokens import encode
+from rl.tokens import Rendering, encode
 from rollout.worker import WorkerExtension
 
 Generate = Callable[[list[int], SamplingParams], Awaitable[RequestOutput]]
@@ -37,9 +38,9 @@ async def prefill_logprobs(generate: Generate, token_ids: list[int], reply: list
     return [step[token].logprob for step, token in zip(steps, reply, strict=True)]
 
 
-def describe(llm: AsyncLLM, sampling: SamplingParams, messages: Any, template: dict[str, Any]) -> dict[str, Any]:
-    """The settings that vLLM runs with, the run's sampling parameters, and `messages` (chat messages or plain text) as
-    token ids of the engine's own tokenizer, with the chat template's arguments `template`."""
+def describe(llm: AsyncLLM, sampling: SamplingParams, prompt: Given, rendering: Rendering) -> dict[str, Any]:
+    """The settings that vLLM runs with, the run's sampling parameters, and a prompt as token ids of the engine's own
+    tokenizer, written as the run writes it."""
     c = llm.vllm_config
     model = c.model_config
     tokenizer: Any = llm.get_tokenizer()
@@ -71,7 +72,7 @@ def describe(llm: AsyncLLM, sampling: SamplingParams, messages: Any, template: d
         "stop_ids": sorted({*(sampling.stop_token_ids or []), *_ids(tokenizer.eos_token_id), *_ids(generation)}),
         "vocabulary": len(tokenizer),
         "chat_template": tokenizer.chat_template,
-        "prompt": encode(tokenizer, messages, template),
+        "prompt": encode(tokenizer, prompt, rendering),
     }
 
 

@@ -13,6 +13,7 @@ def engine_args(config: Config, *, device: str, backend: str, model: str) -> dic
     cpu = device == "cpu"
     args: dict[str, Any] = {
         "model": model,
+        "trust_remote_code": config.trust_remote_code,
         # Random weights: the engine's outputs can then only come from weights that the learner sent.
         "load_format": "dummy",
         "dtype": config.dtype,

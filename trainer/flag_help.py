@@ -14,10 +14,11 @@ from trainer.flags import OPTIONS, Flag, docs_of, flags_of, is_code
 GROUPS = {
     "The run": "name model steps seed device output-dir",
     "Sampling and learning": "prompts-per-step group-size temperature max-staleness late-groups max-filtered "
-    "mask-truncated old-logprobs dtype fp32-head share-gpu chat-template-kwargs",
+    "mask-truncated old-logprobs dtype fp32-head share-gpu chat-template-kwargs long-prompts "
+    "trust-remote-code",
     "Evaluation": "eval-every eval-samples eval-temperature",
     "Checks, records and checkpoints": "doctor verify-every record-batches save-every keep-last save-final "
-    "export-dtype",
+    "changed-at-resume export-dtype",
 }
 """The flags of `Config` itself by subject; those of its parts have a group each."""
 PARTS = ("objective", "correction", "rollout", "trainer", "trainer.lora", "deadlines", "tracking")

@@ -47,6 +47,8 @@ def _launch(config: Config, arguments: list[str]) -> dict[str, Any]:
     folder, flags = option("--resume", arguments, "the folder of a run, such as runs/quickstart")
     dry, flags = "--dry-run" in flags, [f for f in flags if f != "--dry-run"]
     resumed = resume(Path(folder)) if folder is not None else None
+    if resumed:
+        resumed.check_flags(flags)
     # The run's own flags first: those of this call count more.
     flags = [*(resumed.flags if resumed else []), *flags]
     if {"--help", "-h"} & set(flags):

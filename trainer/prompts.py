@@ -1,56 +1,46 @@
-"""Text to tokens and back: chat template, prompt length, and the tokenizer's own files for the export."""
+"""Text to tokens and back: the data of a run, read and checked before anything starts."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rl.config import Config
+from rl.data import Data, Given, Train, sized
+from rl.loop.progress import runs
+from rl.loop.stream import stream
 from rl.rewards.combined import judges_groups
 from rl.rewards.score import score_in_time
-from rl.tokens import encode
+from rl.tokens import Rendering
 from rl.typed import show
-from rl.types import Data, Example, Given, Prompt, Reply
-from trainer.model.files import listed_stop_ids
+from rl.types import Prompt, Reply
+from trainer.data.encode import Encoder, peek
+from trainer.data.fingerprint import fingerprint
+from trainer.data.first_prompt import FirstPrompt, first_prompt
+from trainer.model.files import listed_stop_ids, remote_code
 from trainer.model.forbidden import forbidden
 from trainer.plan.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PEEK = 8
+"""Examples that are read and checked before the start, of a training set that is read as needed."""
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer, from a folder or the hub."""
     # Imported late: this takes seconds, in which the actors can start already.
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path)
-
-
-def encode_all(tokenizer: PreTrainedTokenizerBase, examples: list[Example], config: Config, where: str) -> list[Prompt]:
-    """Prompts of a set. Raises ValueError that names the first prompt that is wrong or leaves no room to answer."""
-    from jinja2 import TemplateError
-
-    r = config.rollout
-    prompts = []
-    for index, example in enumerate(examples):
-        begins = f"It begins {str(example.prompt)[:80]!r}"
-        try:
-            ids = encode(tokenizer, example.prompt, config.chat_template_kwargs)
-        except (TemplateError, ValueError) as error:
-            raise ValueError(f"{where}[{index}] cannot be encoded: {error}. {begins}") from error
-        if len(ids) + r.max_tokens > r.max_model_len:
-            raise ValueError(
-                f"{where}[{index}] has {len(ids)} prompt tokens, and with rollout.max_tokens={r.max_tokens} it does "
-                f"not fit rollout.max_model_len={r.max_model_len}: drop it, or raise max_model_len to "
-                f"{len(ids) + r.max_tokens}. {begins}"
-            )
-        if not ids:
-            raise ValueError(f"{where}[{index}] is an empty prompt")
-        prompts.append(Prompt(ordinal=index, token_ids=ids, task=example.task, given=example.prompt))
-    return prompts
+    with remote_code(path, trust_remote_code) as more:
+        return AutoTokenizer.from_pretrained(path, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,34 +48,88 @@ class Prepared:
     """The data of a run as tokens."""
 
     tokenizer: PreTrainedTokenizerBase
+    rendering: Rendering
     first_prompt: Given
     """The first training prompt before it became tokens."""
     train: list[Prompt]
+    """All prompts of a list, and some of a training set that is read as needed."""
     evals: Mapping[str, list[Prompt]]
     stop_ids: list[int]
     """Every token id that ends a reply."""
+    encoder: Encoder
+    """Makes the training prompts, and knows those that are too long."""
+    source: Train | None = None
+    """The training set that is read as needed; None: `train` is all of it."""
+    long_evals: Mapping[str, int] = field(default_factory=dict)
+    """Prompts of each held-out set that were dropped or cut."""
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    """By which a resumed run notices what changed."""
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         """Text as a reward sees it."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
+    def stream(self, seed: int, ended: Container[int] = ()) -> Iterator[Prompt]:
+        """The training prompts of a run in which the ordinals `ended` need not be made again."""
+        if self.source is None:
+            return stream(self.train, seed)
+        encoder = self.encoder
+        return stream(self.source, seed, prompt=encoder.prompt, ended=ended, dropped=frozenset(encoder.dropped))
 
-def read(plan: Plan) -> Prepared:
+    @cached_property
+    def first(self) -> FirstPrompt:
+        """The first training prompt, to be shown."""
+        return first_prompt(self.tokenizer, self.first_prompt, self.train[0].token_ids, self.rendering)
+
+    @property
+    def long(self) -> int:
+        """Training prompts that were dropped or cut so far."""
+        return len(self.encoder.dropped) + len(self.encoder.cut)
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged with every step."""
+        return {} if self.encoder.config.long_prompts == "refuse" else {"data/long_prompts": float(self.long)}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a resumed run reads the same prompts."""
+        long = {name: runs(sorted(getattr(self.encoder, name))) for name in ("dropped", "cut")}
+        return {"now": self.rendering.now.isoformat(), "long_prompts": long}
+
+    def lines(self) -> list[Any]:
+        """What to print at the start: long prompts by set, and the first prompt."""
+        words = {"drop": "dropped", "cut": "cut at their beginning"}.get(self.encoder.config.long_prompts, "")
+        size = len(self.train) + len(self.encoder.dropped)
+        counts = [("data.train", self.long, size)] if self.source is None else []
+        counts += [(f"data.evals[{n!r}]", long, None) for n, long in self.long_evals.items()]
+        long = [f"{name}: {n}{f' of {of}' if of else ''} long prompts {words}" for name, n, of in counts if n]
+        return [*long, *self.first.lines()]
+
+
+def read(plan: Plan, saved: Mapping[str, Any] | None = None) -> Prepared:
     """Check that the model runs and fits as planned, then load the data. Takes seconds. Raises as both do."""
     plan.check_model()
-    return prepare(plan.config)
+    return prepare(plan.config, saved)
 
 
 def load_data(config: Config) -> Data:
     """Call the user's function. Raises ValueError when it returns something else than a filled `Data`."""
-    data = config.data()
+    try:
+        data = config.data()
+    except FileNotFoundError as error:
+        name = error.filename
+        if not isinstance(name, str) or os.path.isabs(name):
+            raise
+        raise FileNotFoundError(
+            f"{show(config.data)} reads {name!r}, and there is no such file in {Path.cwd()}: a relative path begins in "
+            "the folder where the run is started. Start it there, or write Path(__file__).parent / ... in the recipe"
+        ) from error
     if not isinstance(data, Data):
         kind = type(data).__name__
         raise ValueError(
             f"data must be a function that returns Data(train=[Example(...)]), and {show(config.data)} returned a "
             f"{kind}: write return Data(train=[Example(prompt='2 + 3 =', task={{'answer': '5'}})])"
         )
-    if not data.train:
+    if sized(data.train) and not data.train:
         raise ValueError("the training data is empty: `Config.data()` returned no `train` examples")
     for name, examples in data.evals.items():
         if not examples:
@@ -93,27 +137,50 @@ def load_data(config: Config) -> Data:
     return data
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Prepared:
     """Load and tokenise the data, and try the reward on it. Raises ValueError, RewardError, or what the data raises.
 
-    Call it in a thread when an event loop runs: it waits for the reward's answer.
+    `saved` is the `Prepared.state` of the run that is resumed. Call it in a thread when an event loop runs: it waits
+    for the reward's answer.
     """
-    data = load_data(config)
-    tokenizer = load_tokenizer(config.model)
+    data, before = load_data(config), saved or {}
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     forbidden(config, config.model, tokenizer)  # refuses what the actors would refuse after their start
-    train = encode_all(tokenizer, data.train, config, "data.train")
-    evals = {
-        name: encode_all(tokenizer, examples, config, f"data.evals[{name!r}]") for name, examples in data.evals.items()
-    }
+    listed = listed_stop_ids(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
+    now = datetime.fromisoformat(before["now"]) if before else datetime.now()
+    rendering = Rendering(template=config.chat_template_kwargs, now=now)
+
+    def encoder(where: str, **long: set[int]) -> Encoder:
+        return Encoder(tokenizer=tokenizer, config=config, rendering=rendering, where=where, **long)
+
+    source = None
+    if isinstance(data.train, list):
+        train = (main := encoder("data.train")).all(data.train)
+    else:
+        train, source = peek(data.train, PEEK, encoder("data.train"))
+        long = {name: positions(before["long_prompts"][name]) for name in ("dropped", "cut")} if before else {}
+        main = encoder("data.train", **long)
+    evals = {name: (encoder(f"data.evals[{name!r}]"), list(examples)) for name, examples in data.evals.items()}
+    held_out = {name: each.all(examples) for name, (each, examples) in evals.items()}
     prepared = Prepared(
         tokenizer=tokenizer,
-        first_prompt=data.train[0].prompt,
+        rendering=rendering,
+        first_prompt=train[0].given,
         train=train,
-        evals=evals,
-        stop_ids=sorted({*listed_stop_ids(config.model, tokenizer), *config.rollout.stop_token_ids}),
+        evals=held_out,
+        encoder=main,
+        source=source,
+        stop_ids=sorted({*listed, *config.rollout.stop_token_ids}),
+        long_evals={name: len(each.dropped) + len(each.cut) for name, (each, _) in evals.items()},
+        fingerprint=fingerprint(config, train, held_out, source),
     )
     try_rewards(config, prepared)
     return prepared
+
+
+def positions(saved: list[list[int]]) -> set[int]:
+    """Numbers that were saved as runs of [first, last]."""
+    return {number for first, last in saved for number in range(first, last + 1)}
 
 
 def try_rewards(config: Config, prepared: Prepared) -> None:

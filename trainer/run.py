@@ -11,7 +11,6 @@ from rl.config import Config
 from rl.loop.evaluate import evaluate
 from rl.loop.loop import Loop
 from rl.loop.progress import Progress
-from rl.loop.stream import stream
 from rl.parity.watch import Watch
 from rl.typed import shortened
 from trainer.cluster.cluster import Cluster
@@ -70,7 +69,7 @@ async def _run(plan: Plan, stop: Stop, resumed: Resumed | None, flags: Sequence[
     cluster = Cluster(config, plan.placement)
     try:
         # The actors import vLLM and DeepSpeed, which takes longest, while the data is read and checked here.
-        reading = asyncio.create_task(asyncio.to_thread(read, plan))
+        reading = asyncio.create_task(asyncio.to_thread(read, plan, resumed.data if resumed else None))
         cluster.boot()
         stop.listen()
         prepared = await reading
@@ -104,8 +103,9 @@ class Run:
         self.resumed, self.flags = resumed, list(flags)
         self.settings = resolved(config)
         self.data = data_digest(prepared.train)
+        changed: list[str] = []
         if resumed:
-            resumed.check_data(self.data)
+            changed = resumed.check_data(self.data, prepared.fingerprint, accept=config.changed_at_resume == "report")
             self.folder = resumed.run
             self.lock = checkpoint.lock(self.folder)
             resumed.rewind()
@@ -115,6 +115,10 @@ class Run:
         self.reserve = Reserve(self.folder)
         self.watch = Watch(config)
         self.progress = resumed.progress if resumed else Progress()
+        for change in changed:
+            self.tracker.alert(self.progress.version, "the run was changed", f"It has other {change}.")
+        for line in prepared.lines():
+            console.print(line)
         self.began = 0.0
         """When training began, less what it had taken before."""
         self.loop: Loop | None = None
@@ -166,7 +170,8 @@ class Run:
             config=config,
             rollouts=rollouts,
             learner=self._recorded(learner),
-            prompts=stream(self.prepared.train, config.seed),
+            prompts=self.prepared.stream(config.seed, self.progress.ends),
+            data_metrics=self.prepared.metrics,
             decode=self.prepared.decode,
             tracker=self.tracker,
             evaluate=evaluated,
@@ -185,6 +190,7 @@ class Run:
         if not self.loop.done:
             raise asyncio.CancelledError("stopped by SIGTERM")
         summary["train_seconds"] = time.perf_counter() - self.began
+        summary["long_prompts"] = self.prepared.long
         summary["eval_after"] = self._evaluation(self.tracker.history[-1])
         summary["learner_peak_gib"] = await cluster.ask_learners(lambda rank: rank.peak_memory_gib())
         if config.save_final:
@@ -211,6 +217,9 @@ class Run:
             self.settings,
             flags=self.flags,
             data=self.data,
+            prepared=self.prepared.state(),
+            fingerprint=self.prepared.fingerprint,
+            cwd=str(Path.cwd()),
             wandb_id=self.tracker.wandb_id,
             old_logprobs=self.summary.get("old_logprobs"),
             train_seconds=began - self.began,

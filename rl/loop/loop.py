@@ -47,6 +47,8 @@ class Loop:
     evaluate: Evaluate
     on_samples: Callable[[int, list[Trajectory]], None] = lambda step, trajectories: None
     """Called with the trajectories of each step, and with step -1 for groups whose log-probabilities are not finite."""
+    data_metrics: Callable[[], dict[str, float]] = dict
+    """Metrics of the data that the stream has read so far, logged with every step."""
     score: Score = score_in_time
     progress: Progress = field(default_factory=Progress)
     """Where to resume; the default starts at step 1."""
@@ -142,7 +144,7 @@ class Loop:
             step=time.perf_counter() - began,
             in_flight=groups.in_flight.seconds() - busy,
         )
-        metrics |= ledger_metrics(self.admission.ledger)
+        metrics |= self.data_metrics() | ledger_metrics(self.admission.ledger)
         metrics |= sync_metrics(sync, self.admission.version)
         metrics |= timing_metrics(tokens, times)
         self.on_samples(step, trajectories)

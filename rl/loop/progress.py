@@ -43,7 +43,7 @@ class Progress:
             "version": self.version,
             "trained_tokens": self.trained_tokens,
             "owes_evaluation": self.owes_evaluation,
-            "ledger": {state: _runs(ordinals) for state, ordinals in by_state.items()},
+            "ledger": {state: runs(ordinals) for state, ordinals in by_state.items()},
         }
 
     @classmethod
@@ -80,11 +80,12 @@ def progress_of(version: int, ledger: Ledger, trained_tokens: int, owes_evaluati
     )
 
 
-def _runs(ordinals: Iterable[int]) -> list[list[int]]:
-    runs: list[list[int]] = []
+def runs(ordinals: Iterable[int]) -> list[list[int]]:
+    """Numbers in their order as runs of [first, last]."""
+    found: list[list[int]] = []
     for ordinal in ordinals:
-        if runs and runs[-1][1] == ordinal - 1:
-            runs[-1][1] = ordinal
+        if found and found[-1][1] == ordinal - 1:
+            found[-1][1] = ordinal
         else:
-            runs.append([ordinal, ordinal])
-    return runs
+            found.append([ordinal, ordinal])
+    return found

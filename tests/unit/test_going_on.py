@@ -82,9 +82,10 @@ def test_other_training_prompts_are_refused(tmp_path):
     prompts = [Prompt(ordinal=-1, token_ids=[1, 2], task={}), Prompt(ordinal=-1, token_ids=[3], task={})]
     assert data_digest(prompts) != data_digest(prompts[::-1])
     assert data_digest(prompts) != data_digest([replace(prompts[0], token_ids=[1, 2, 3]), *prompts[2:]])
-    resume(tmp_path).check_data("d")
+    now = {"size": None, "texts": "", "answers": "", "evals": {}, "code": {}, "model": ""}
+    assert resume(tmp_path).check_data("d", now) == []
     with pytest.raises(CheckpointError, match="over other training prompts"):
-        resume(tmp_path).check_data(data_digest(prompts))
+        resume(tmp_path).check_data(data_digest(prompts), now)
 
 
 def test_an_impossible_ledger_is_refused(tmp_path):

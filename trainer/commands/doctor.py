@@ -47,7 +47,8 @@ def doctor(arguments: Sequence[str]) -> int:
 
     async def record(reading: asyncio.Task[Prepared]) -> RunTracker:
         """Open the record once the data is read and valid, while the actors start."""
-        await reading
+        for line in (await reading).lines():
+            console.print(line)
         settings, folder = resolved(config), make_folder(Path(config.output_dir) / name)
         return await asyncio.to_thread(lambda: RunTracker(folder=folder, config=tracking, name=name, settings=settings))
 

@@ -10,6 +10,7 @@ from rl.config import Config
 from rl.parity.gap import Gap
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.remote import RemoteLearner
+from trainer.data.first_prompt import FirstPrompt
 from trainer.doctor.comparisons import Comparison, Comparisons
 from trainer.doctor.diagnosis import Finding
 from trainer.doctor.examine import Examiner, ParityCheck
@@ -29,6 +30,7 @@ class DoctorReport:
     findings: list[Finding]
     seconds: float
     stack: dict[str, str] = field(default_factory=stack_versions)
+    first_prompt: FirstPrompt | None = None
 
     @property
     def faults(self) -> list[Finding]:
@@ -83,6 +85,10 @@ async def examine_engines(
 
     Afterwards the engines hold the learner's weights as `version`, unless a fault was found.
     """
+    return replace(await _examine(cluster, learner, prepared, version), first_prompt=prepared.first)
+
+
+async def _examine(cluster: Cluster, learner: RemoteLearner, prepared: Prepared, version: int) -> DoctorReport:
     began, config = time.perf_counter(), cluster.config
     examiner = Examiner(cluster, learner, prepared, config.seed)
     if config.doctor != "full":

@@ -13,6 +13,7 @@ from rl.config import Config
 from rl.objectives.corrections import Uncorrected
 from rl.parity.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
 from rl.parity.gap import clipped_by_noise, gap, surprise
+from rl.tokens import encode
 from rl.types import Batch, Completion
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.remote import RemoteLearner
@@ -122,11 +123,12 @@ class Examiner:
         )
 
     async def _facts(self) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
-        prepared, template = self.prepared, self.config.chat_template_kwargs
-        engines = await self.cluster.ask_engines(lambda e: e.describe(prepared.first_prompt, template))
+        prepared = self.prepared
+        engines = await self.cluster.ask_engines(lambda e: e.describe(prepared.first_prompt, prepared.rendering))
         driver = {
             "chat_template": prepared.tokenizer.chat_template,
-            "prompt": prepared.train[0].token_ids,
+            # Not `train[0]`: long prompts may be cut.
+            "prompt": encode(prepared.tokenizer, prepared.first_prompt, prepared.rendering),
             "stop_ids": prepared.stop_ids,
             "vocabulary": len(prepared.tokenizer),
         }

@@ -52,6 +52,10 @@ def page(data: dict[str, Any], tokens: dict[str, Tensor], table: list[list[str]]
     if clip := evidence["clip"]:
         shares = f"{number(clip['tokens'], '.2%')} of the tokens, {number(clip['sequences'], '.2%')} of the sequences"
         parts.append(f"<p>With old_logprobs from the engine, noise alone clips {shares} ({escape(objective)}).</p>")
+    if first := data["first_prompt"]:
+        words = " ".join(f"<code>{escape(token)}</code>" for token in first["tokens"])
+        parts.append(f"<h2>First prompt</h2><p>{first['length']} tokens: {words}</p>")
+        parts += [f"<p>Unusual: {as_sentence(oddity)}</p>" for oddity in first["oddities"]]
     covers = [c.values() for c in data["coverage"]]
     parts.append(f"<h2>What each check covers</h2>{html_table([['check', 'covers', 'showed'], *covers], 'nww')}")
     parts += [f'<p class="soft">Not covered: {as_sentence(note)}</p>' for note in evidence["notes"]]

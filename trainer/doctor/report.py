@@ -43,6 +43,7 @@ def as_dict(report: DoctorReport) -> dict[str, Any]:
         "config": config | {"ratio": "sequence" if isinstance(report.config.objective, GSPO) else "token"},
         "stack": report.stack,
         "old_logprobs": dict(zip(("source", "why"), report.old_logprobs, strict=True)),
+        "first_prompt": _first_prompt(report),
         "findings": [asdict(f) | {"remedy": f.remedy} for f in report.findings],
         "comparisons": report.comparisons,
         "coverage": [{"check": check, "covers": what, "showed": seen} for check, what, seen in report.coverage()],
@@ -55,6 +56,12 @@ def as_dict(report: DoctorReport) -> dict[str, Any]:
         },
     }
     return without_nan(json.loads(json.dumps(values, default=asdict)))
+
+
+def _first_prompt(report: DoctorReport) -> dict[str, Any] | None:
+    """The first prompt as both sides have it, and what is unusual about it."""
+    first = report.first_prompt
+    return first and {"length": len(first.tokens), "tokens": first.ends(), "oddities": first.oddities}
 
 
 def _weights(w: WeightEvidence) -> dict[str, Any]:

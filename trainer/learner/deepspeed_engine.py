@@ -33,6 +33,7 @@ def deepspeed_engine(config: Config, model: str, device: str, *, share_prompts: 
         with_values=config.objective.uses_values,
         checkpointing=t.gradient_checkpointing,
         lora=t.lora,
+        trust_remote_code=config.trust_remote_code,
     )
     groups = parameter_groups(policy, t.value_lr)
     optimizer = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, weight_decay=t.weight_decay, fused=True)

@@ -74,7 +74,8 @@ def load_reference(rank: Rank, model: str) -> Any:
     """A frozen copy of the start model, with the policy's dtype, head and attention."""
     c = rank.config
     share_prompts = shares_prompts(c, rank.device.type)
-    policy = load(model, dtype=c.dtype, fp32_head=c.fp32_head, share_prompts=share_prompts)
+    code = c.trust_remote_code
+    policy = load(model, dtype=c.dtype, fp32_head=c.fp32_head, share_prompts=share_prompts, trust_remote_code=code)
     policy = policy.requires_grad_(False).eval()
     policy.ulysses, policy.forbidden = rank.policy.ulysses, rank.policy.forbidden
     if c.trainer.zero_stage == 3:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +36,28 @@ def check_model_folder(model: str) -> None:
     """Raise FileNotFoundError, with the remedy, for a folder without a model."""
     if looks_local(model) and not Path(model, "config.json").exists():
         raise FileNotFoundError(
-            f"there is no model in {model!r} (no config.json). For the quickstart's model run ./scripts/setup; "
-            "else give a folder that transformers can load, or a hub name such as Qwen/Qwen2.5-1.5B-Instruct"
+            f"there is no model in {model!r} (no config.json in {Path(model).absolute()}). For the quickstart's model "
+            "run ./scripts/setup; else give a folder that transformers can load, or a hub name such as "
+            "Qwen/Qwen2.5-1.5B-Instruct"
         )
 
 
-def model_config(model: str) -> PretrainedConfig:
+@contextmanager
+def remote_code(model: str, allowed: bool) -> Iterator[dict[str, bool]]:
+    """The argument with which every part of a model is loaded. Raises ValueError with the flag to set, where the model
+    brings Python code and that is not allowed."""
+    try:
+        yield {"trust_remote_code": allowed}
+    except ValueError as error:
+        if allowed or "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{model} brings Python code of its own: read it, and allow it with trust_remote_code=True in the recipe, "
+            "or with --trust-remote-code"
+        ) from error
+
+
+def model_config(model: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's config. Raises OSError, within seconds, when it is in no folder and no cache and the hub is away."""
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig
@@ -50,10 +68,11 @@ def model_config(model: str) -> PretrainedConfig:
             f"the model {model!r} is not in the hub's cache, and the hub does not answer within {HUB_S:g} s: give a "
             "local folder, or download the model where there is a network (`hf download`)"
         )
-    return AutoConfig.from_pretrained(model)
+    with remote_code(model, trust_remote_code) as more:
+        return AutoConfig.from_pretrained(model, **more)
 
 
-def without_weights(config: PretrainedConfig) -> PreTrainedModel:
+def without_weights(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a config on torch's meta device. Raises ValueError when it is no causal language model."""
     from transformers import AutoModelForCausalLM
 
@@ -63,17 +82,17 @@ def without_weights(config: PretrainedConfig) -> PreTrainedModel:
             "know as a causal language model: give a model with a text decoder and an lm_head"
         )
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def listed_stop_ids(model: str, tokenizer: Any) -> list[int]:
+def listed_stop_ids(model: str, tokenizer: Any, *, trust_remote_code: bool = False) -> list[int]:
     """Every token id that ends a reply of this model: see `rl.tokens.stop_ids`."""
-    from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+    from transformers import GenerationConfig, PretrainedConfig
 
     try:
         generation = GenerationConfig.from_pretrained(model)
     except OSError:  # there is no such file; transformers and vLLM then make one of the config
-        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+        generation = GenerationConfig.from_model_config(model_config(model, trust_remote_code=trust_remote_code))
     return stop_ids(tokenizer, generation.to_diff_dict(), PretrainedConfig.get_config_dict(model)[0])
 
 

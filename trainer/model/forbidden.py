@@ -18,7 +18,8 @@ def load_forbidden(config: Config, model: str) -> Forbidden | None:
         return None
     from transformers import AutoTokenizer
 
-    return forbidden(config, model, AutoTokenizer.from_pretrained(model))
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=config.trust_remote_code)
+    return forbidden(config, model, tokenizer)
 
 
 def forbidden(config: Config, model: str, tokenizer: PreTrainedTokenizerBase) -> Forbidden | None:
@@ -33,5 +34,9 @@ def forbidden(config: Config, model: str, tokenizer: PreTrainedTokenizerBase) ->
         )
     if not (r.min_tokens or r.bad_words):
         return None
-    stops = {*listed_stop_ids(model, tokenizer), *r.stop_token_ids} if r.min_tokens else set[int]()
+    stops = (
+        {*listed_stop_ids(model, tokenizer, trust_remote_code=config.trust_remote_code), *r.stop_token_ids}
+        if r.min_tokens
+        else set[int]()
+    )
     return Forbidden(min_tokens=r.min_tokens, stop_ids=tuple(sorted(stops)), words=word_ids(tokenizer, r.bad_words))

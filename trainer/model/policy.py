@@ -12,6 +12,7 @@ from rl.forbidden import Forbidden
 from rl.truncation import Truncation
 from rl.types import PolicyOutput
 from trainer.model.attention import packs, use_segments
+from trainer.model.files import remote_code
 from trainer.model.head import LogprobHead
 from trainer.model.logits import measure
 from trainer.model.lora import inject
@@ -131,9 +132,11 @@ def load(
     with_values: bool = False,
     checkpointing: bool = False,
     lora: Lora | None = None,
+    trust_remote_code: bool = False,
 ) -> Policy:
     """Load a causal LM from a folder or the hub. Raises transformers' own error for any other model."""
-    hf = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    with remote_code(path, trust_remote_code) as more:
+        hf = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **more)
     if getattr(hf.config.get_text_config(), "attn_logit_softcapping", None):
         hf.set_attn_implementation("eager")  # torch's kernels leave out the soft cap
     if checkpointing:

@@ -35,7 +35,8 @@ class Plan:
     def skeleton(self) -> "PreTrainedModel":
         """The model without weights. Reads the model's config, which takes seconds. Raises OSError when there is none,
         and ValueError for another kind of model."""
-        return without_weights(model_config(self.config.model))
+        allowed = self.config.trust_remote_code
+        return without_weights(model_config(self.config.model, trust_remote_code=allowed), trust_remote_code=allowed)
 
     @cached_property
     def memory(self) -> Memory:

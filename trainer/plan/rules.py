@@ -39,7 +39,7 @@ def check_rows(config: Config) -> None:
         return
     from trainer.model.attention import check_split, packs
 
-    model = model_config(config.model)
+    model = model_config(config.model, trust_remote_code=config.trust_remote_code)
     if ranks > 1:
         check_split(model, ranks)
     if share_prompts and not packs(model):

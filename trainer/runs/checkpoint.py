@@ -77,7 +77,12 @@ def latest(run: Path) -> Checkpoint:
     Raises CheckpointError when there is none, and when the newest has a later schema than this code reads.
     """
     if not run.is_dir():
-        raise CheckpointError(f"there is no run in {run}: give the folder of a run, such as runs/quickstart")
+        raise CheckpointError(
+            f"there is no run in {run.absolute()}: give the folder of a run, such as runs/quickstart; one that was "
+            "moved is resumed from where it is now"
+        )
+    if (run / MANIFEST).exists():
+        raise CheckpointError(f"{run} is a checkpoint: give the folder of its run, {run.absolute().parents[1]}")
     damaged: dict[Path, str] = {}
     older = finished(run / "checkpoints")
     while older:

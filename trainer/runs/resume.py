@@ -3,11 +3,13 @@
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rl.loop.progress import Progress
+from rl.typed import show
 from rl.types import Prompt
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import Checkpoint, CheckpointError
@@ -45,6 +47,7 @@ class Resumed:
 
     def check(self, settings: dict[str, Any], steps: int) -> list[str]:
         """The settings that changed since the checkpoint, as text. Raises CheckpointError for a fixed one."""
+        self._check_model(settings["model"])
         before, state = flat(self.saved("settings")), self.checkpoint.folder / checkpoint.STATE
         now = flat(json.loads(json.dumps(settings)))
         for name in FIXED:
@@ -57,17 +60,58 @@ class Resumed:
             raise CheckpointError(f"{state} has done {self.progress.version} steps, and steps={steps}: ask for more")
         names = sorted((before.keys() | now.keys()) - {"output_dir"})
         return [
-            f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in names if before.get(name) != now.get(name)
+            f"{name}: {show(before.get(name))} -> {show(now.get(name))}"
+            for name in names
+            if before.get(name) != now.get(name)
         ]
 
-    def check_data(self, digest: str) -> None:
-        """Raise CheckpointError when the training prompts changed."""
-        if digest != self.saved("data"):
+    def _check_model(self, model: str) -> None:
+        """Raise CheckpointError for a relative path that was right where the run was started, and is not here."""
+        cwd = self.checkpoint.state.get("cwd")
+        if cwd and not Path(model).exists() and Path(cwd, model).exists() and Path(cwd) != Path.cwd():
             raise CheckpointError(
-                f"{self.checkpoint.folder / checkpoint.STATE} is of a run over other training prompts: `Config.data` "
-                "must return what it returned then, in the same order. Else trained prompts cannot be distinguished "
-                "from new ones"
+                f"model={model!r} is a path relative to {cwd}, where this run was started, and there is none in "
+                f"{Path.cwd()}: resume it there, or with --model {Path(cwd, model)}"
             )
+
+    def check_flags(self, flags: list[str]) -> None:
+        """Raise CheckpointError where the run's own `--config` file is gone, and none is given now."""
+        files = [after for flag, after in zip(self.flags, self.flags[1:], strict=False) if flag == "--config"]
+        if files and "--config" not in " ".join(flags) and not Path(files[-1]).is_file():
+            raise CheckpointError(
+                f"the run was started with --config {files[-1]}, and there is no such file now: give --config again, "
+                f"such as --config {self.run / 'config.json'}"
+            )
+
+    @property
+    def data(self) -> dict[str, Any] | None:
+        """The `Prepared.state` of the run so far; None in a checkpoint of an older version."""
+        return self.checkpoint.state.get("prepared")
+
+    def check_data(self, digest: str, now: Mapping[str, Any], *, accept: bool = False) -> list[str]:
+        """What changed besides the settings, as text; `now` is a `fingerprint`.
+
+        Raises CheckpointError for other training prompts, and for every change unless it is to be accepted.
+        """
+        before = self.checkpoint.state.get("fingerprint", {})
+        state = self.checkpoint.folder / checkpoint.STATE
+        if digest != self.saved("data") or before.get("size", now.get("size")) != now.get("size"):
+            if before.get("texts") == now.get("texts", "") and before["size"] == now["size"]:
+                raise CheckpointError(
+                    f"{state} is of a run whose training prompts were the same texts and other tokens: put the model's "
+                    "tokenizer and chat template, chat_template_kwargs and long_prompts back to what they were"
+                )
+            raise CheckpointError(
+                f"{state} is of a run over other training prompts: `Config.data` must return what it returned then, in "
+                "the same order. Else trained prompts cannot be distinguished from new ones"
+            )
+        found = changes(before, now)
+        if found and not accept:
+            raise CheckpointError(
+                f"{state} is of a run with other {' and other '.join(found)}. Put back what it had, or accept the "
+                "change with --changed-at-resume report"
+            )
+        return found
 
     def rewind(self) -> None:
         """Put the run's folder back to the checkpoint's step; later steps will be written again."""
@@ -93,6 +137,22 @@ def resume(run: Path) -> Resumed:
     lines = (found.folder / HISTORY).read_text().splitlines()
     history = [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines]
     return Resumed(run=run, checkpoint=found, progress=progress, history=history)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints, in words. What only one of them has is not compared."""
+    found = []
+    if before.get("answers", now["answers"]) != now["answers"]:
+        found.append("answers (`task`) of the training examples")
+    for name, digest in before.get("evals", now["evals"]).items():
+        if now["evals"].get(name) != digest:
+            found.append(f"examples in the held-out set {name!r}")
+    found += [f"held-out sets: {name!r} is new" for name in now["evals"].keys() - before.get("evals", now["evals"])]
+    code = before.get("code", {})
+    found += [f"code of {name}" for name, digest in now["code"].items() if code.get(name, digest) != digest]
+    if before.get("model") and now["model"] and before["model"] != now["model"]:
+        found.append("files of the model (config or weights)")
+    return found
 
 
 def state_of(progress: Progress, settings: dict[str, Any], **more: Any) -> dict[str, Any]:

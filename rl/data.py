@@ -1,0 +1,133 @@
+"""What does a run learn from? The examples, and the forms in which a data set can be given."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rl.typed import Checked, fit_field, show
+
+Given = str | list[dict[str, Any]] | list[int]
+"""A prompt as the data set has it: plain text, chat messages, or token ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(Checked):
+    """One problem of a data set: the prompt, and what the reward needs to score a reply.
+
+    A prompt is plain text, a list of chat messages, or a list of token ids, which reach the engine as they are. Raises
+    ValueError for anything else.
+    """
+
+    prompt: Given
+    task: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for i, message in enumerate(self.prompt):
+            if isinstance(message, dict) and "role" not in message:
+                raise ValueError(
+                    f"prompt[{i}] has no 'role', only {', '.join(map(show, message)) or 'nothing'}: write chat "
+                    "messages as {'role': 'user', 'content': 'What is 2 + 3?'}"
+                )
+
+    def located(self, path: str) -> tuple[str, str]:
+        """Which example an error is about."""
+        if path.startswith("prompt"):
+            return path, " (in Example)"
+        return path, f" (in the Example with prompt={show(self.prompt)})"
+
+    @classmethod
+    def right_form(cls, field: str, value: Any) -> str | None:
+        """How to write a prompt, or a task."""
+        if field == "task":
+            return "must be a dict of what the reward needs: write task={'answer': '5'}"
+        if isinstance(value, Mapping):
+            return "is one message: write a list of messages, prompt=[{'role': 'user', 'content': 'What is 2 + 3?'}]"
+        if hasattr(value, "tolist"):
+            return "is an array: write a list of token ids, prompt=ids.tolist()"
+        return "must be text, a list of chat messages, or a list of token ids"
+
+
+class Rows(Sequence[Example]):
+    """The rows of a table, such as a Hugging Face data set, each made an example when it is needed.
+
+    `Data(train=Rows(rows, lambda row: Example(prompt=row["question"], task={"answer": row["answer"]})))`
+    """
+
+    def __init__(self, rows: Any, example: Callable[[Any], Example]) -> None:
+        self.rows, self.example = rows, example
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.example(self.rows[index])
+
+    def __repr__(self) -> str:
+        return f"Rows({len(self)})"
+
+
+Train = (
+    list[Example] | Sequence[Example] | Iterable[Example] | Callable[[], Iterable[Example]] | Callable[[int], Example]
+)
+"""A training set: a list, which is read and checked before the start. Or, read as the run needs it: any other sequence,
+such as `Rows`; an iterable, or a function without arguments that returns one, such as a generator function; a function
+of the position, which counts 0, 1, 2 and so on."""
+
+
+def sized(train: Any) -> bool:
+    """Whether a training set has a length and can be read in any order."""
+    return hasattr(train, "__len__") and hasattr(train, "__getitem__")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Checked):
+    """What a run learns from, and the held-out sets that measure it.
+
+    `Config.data` is a function that returns this, or a value of this: calling it gives itself. A list of training
+    examples is read and checked before the start, and mixed anew in every epoch. Everything else is read as the run
+    needs it: `Rows` and other sequences are mixed as a list is; an iterable, a function without arguments that returns
+    one, and a function of the position (0, 1, 2, ...) are used in their own order.
+    """
+
+    train: Train
+    evals: Mapping[str, Iterable[Example]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.train, list | tuple | str | Mapping) or hasattr(self.train, "column_names"):
+            object.__setattr__(self, "train", fit_field(self, "train", self.train, list[Example]))
+        plain = {
+            name: list(each) if isinstance(each, Iterable) and not isinstance(each, str | Mapping) else each
+            for name, each in self.evals.items()
+            if not hasattr(each, "column_names")
+        }
+        object.__setattr__(
+            self, "evals", fit_field(self, "evals", {**self.evals, **plain}, Mapping[str, list[Example]])
+        )
+
+    def __call__(self) -> "Data":
+        return self
+
+    def __repr__(self) -> str:
+        evals = "".join(f", {name!r}: {len(list(examples))}" for name, examples in self.evals.items())
+        size = f"{len(self.train)} examples" if sized(self.train) else "read as needed"  # pyright: ignore
+        return f"Data(train: {size}{evals})"
+
+    def located(self, path: str) -> tuple[str, str]:
+        """The same name as in all other messages about data."""
+        return f"data.{path}", ""
+
+    @classmethod
+    def right_form(cls, field: str, value: Any) -> str | None:
+        """How to write a list of examples."""
+        columns = list(value) if isinstance(value, Mapping) else getattr(value, "column_names", None)
+        if columns:
+            # A row of a table, or a Hugging Face data set.
+            return (
+                f"has the columns {', '.join(map(str, columns))}: make an Example of each row, as in "
+                "[Example(prompt=row['question'], task={'answer': row['answer']}) for row in rows]"
+            )
+        if field == "train":
+            return "must be a list of Example: write train=[Example(prompt='2 + 3 =', task={'answer': '5'})]"
+        return "must be a dict of lists of Example: write evals={'held_out': [Example(prompt='2 + 3 =')]}"

@@ -1,0 +1,39 @@
+"""What is a run made of, besides its settings? Digests, by which a resumed run notices what changed."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rl.config import Config
+from rl.data import Train, sized
+from rl.types import Prompt
+from trainer.model.digest import model_digest
+from trainer.runs.own_code import code_digests
+from trainer.runs.settings import plain
+
+
+def fingerprint(
+    config: Config, train: list[Prompt], evals: Mapping[str, list[Prompt]], source: Train | None
+) -> dict[str, Any]:
+    """Digests of training data, held-out sets, code and model files.
+
+    Of a training set that is read as needed (`source`) they cover the examples that are read at every start.
+    """
+    whole = train if source is None else source
+    return {
+        "size": len(whole) if sized(whole) else None,  # pyright: ignore[reportArgumentType]
+        "texts": digest_of(prompt.given for prompt in train),
+        "answers": digest_of(prompt.task for prompt in train),
+        "evals": {name: digest_of([p.token_ids, p.task] for p in prompts) for name, prompts in evals.items()},
+        "code": code_digests(config),
+        "model": model_digest(config.model),
+    }
+
+
+def digest_of(values: Iterable[Any]) -> str:
+    """Digest of values of any kind, equal in every process."""
+    digest = hashlib.blake2b(digest_size=16)
+    for value in values:
+        digest.update(json.dumps(plain(value, -100, most=float("inf")), sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
