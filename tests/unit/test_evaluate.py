@@ -39,10 +39,10 @@ def evaluated(problems, *, reward=lambda reply: 1.0, engines=None, **settings):
     return asyncio.run(evaluate(config, engines or Engines(), lambda ids: "x", sets))
 
 
-@pytest.mark.parametrize(("samples", "most"), [(1, 12), (5, 10), (13, 13)])
+@pytest.mark.parametrize(("samples", "most"), [(1, 6), (3, 6), (4, 4), (7, 7)])
 def test_no_more_is_requested_at_a_time_than_the_engines_decode(samples, most):
     engines = Engines()
-    evaluated(20, engines=engines, eval_samples=samples, rollout=RolloutConfig(engines=2, max_num_seqs=6))
+    evaluated(8, engines=engines, eval_samples=samples, rollout=RolloutConfig(engines=2, max_num_seqs=3))
     # A group is never cut, so one of more samples than that is requested as a whole.
     assert engines.most == most
 
