@@ -1,7 +1,6 @@
 """One run from config to summary: start, evaluate, train, export, and a readable folder however it ends."""
 
 import asyncio
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from trainer.runs.records import Recorder
 from trainer.runs.resume import Resumed, data_digest, state_of, write_history
 from trainer.runs.settings import config_digest, resolved, stack_versions
 from trainer.runs.summary import ending, summarise
-from trainer.stop import EXIT_CODE, INTERRUPTED, Stop
+from trainer.stop import Stop, run_stoppable, stoppable
 from trainer.tracking.terminal import Lines, console, status
 from trainer.tracking.tracker import RunTracker
 
@@ -39,29 +38,15 @@ def run(config: Config, *, resumed: Resumed | None = None, flags: Sequence[str] 
 
     `flags` is the command line that made the config of the recipe's, for checkpoints to remember.
     """
-    try:
-        return asyncio.run(run_async(config, resumed=resumed, flags=flags))
-    except asyncio.CancelledError as stopped:
-        if INTERRUPTED in stopped.args:
-            raise KeyboardInterrupt from None
-        sys.exit(EXIT_CODE)
+    return run_stoppable(run_async(config, resumed=resumed, flags=flags))
 
 
 async def run_async(config: Config, *, resumed: Resumed | None = None, flags: Sequence[str] = ()) -> dict[str, Any]:
     """`run` for a running event loop, as in a notebook: `summary = await run_async(config)`. Cancelling it ends it."""
     plan = make_plan(config)
     plan.check_gpus()
-    stop = Stop(config.deadlines.stop_s)
-    stop.listen()
-    try:
+    with stoppable(config.deadlines.stop_s) as stop:
         return await _run(plan, stop, resumed, flags)
-    except asyncio.CancelledError:
-        if stop.interrupted:
-            raise asyncio.CancelledError(INTERRUPTED) from None
-        raise
-    finally:
-        # The loop outlives this run, and signals must end its process again.
-        stop.deaf()
 
 
 async def _run(plan: Plan, stop: Stop, resumed: Resumed | None, flags: Sequence[str]) -> dict[str, Any]:

@@ -2,12 +2,41 @@
 
 import asyncio
 import signal
+import sys
 import threading
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
+R = TypeVar("R")
 EXIT_CODE = 128 + signal.SIGTERM
 INTERRUPTED = "stopped by Ctrl-C"
+
+
+def run_stoppable(work: Coroutine[Any, Any, R]) -> R:
+    """`asyncio.run` for work under `stoppable`: it ends the process where SIGTERM has, and raises KeyboardInterrupt
+    where Ctrl-C has."""
+    try:
+        return asyncio.run(work)
+    except asyncio.CancelledError as stopped:
+        if INTERRUPTED in stopped.args:
+            raise KeyboardInterrupt from None
+        sys.exit(EXIT_CODE)
+
+
+@contextmanager
+def stoppable(grace_s: float) -> Iterator["Stop"]:
+    """Signals cancel this task until it leaves; then they have their usual effect again, because the loop may go on."""
+    stop = Stop(grace_s)
+    stop.listen()
+    try:
+        yield stop
+    except asyncio.CancelledError:
+        if stop.interrupted:
+            raise asyncio.CancelledError(INTERRUPTED) from None
+        raise
+    finally:
+        stop.deaf()
 
 
 class Stop:

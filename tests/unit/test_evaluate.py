@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from rl.config import Config, Deadlines, RolloutConfig
+from rl.config import Config, RolloutConfig
 from rl.loop.evaluate import evaluate, standard_error
 from rl.loop.groups import MAX_SCORING
 from rl.rewards.score import RewardError
@@ -39,10 +39,10 @@ def evaluated(problems, *, reward=lambda reply: 1.0, engines=None, **settings):
     return asyncio.run(evaluate(config, engines or Engines(), lambda ids: "x", sets))
 
 
-@pytest.mark.parametrize(("samples", "most"), [(1, 12), (5, 10), (13, 13)])
+@pytest.mark.parametrize(("samples", "most"), [(1, 6), (3, 6), (4, 4), (7, 7)])
 def test_no_more_is_requested_at_a_time_than_the_engines_decode(samples, most):
     engines = Engines()
-    evaluated(20, engines=engines, eval_samples=samples, rollout=RolloutConfig(engines=2, max_num_seqs=6))
+    evaluated(8, engines=engines, eval_samples=samples, rollout=RolloutConfig(engines=2, max_num_seqs=3))
     # A group is never cut, so one of more samples than that is requested as a whole.
     assert engines.most == most
 
@@ -64,15 +64,6 @@ def test_no_more_replies_are_judged_at_a_time_than_in_training():
 
     evaluated(150, reward=reward, rollout=RolloutConfig(max_num_seqs=1000))
     assert most == MAX_SCORING
-
-
-def test_a_hundred_rewards_that_compute_end_within_the_deadline_of_one():
-    def reward(reply):
-        return float(sum(i * i for i in range(20_000)) > 0)
-
-    # All of them together take longer than one may.
-    metrics = evaluated(100, reward=reward, deadlines=Deadlines(reward_s=0.5))
-    assert metrics["eval/held/avg@1"] == 1.0
 
 
 def test_a_reward_that_fails_ends_the_evaluation_and_what_is_still_sampled():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rl.filters import Difficulty, Overlong, ZeroAdvantage, reason
+from rl.filters import Difficulty, Overlong, ZeroAdvantage, reason, same
 from rl.rewards.shaping import SoftOverlong
 from rl.types import Reply, Trajectory
 
@@ -57,3 +57,15 @@ def test_named_parts_of_a_shaped_reward_are_kept():
     assert shaped(reply(5)) == {"right": 1.0, "format": 0.5, "overlong": -1.0}
     with pytest.raises(ValueError, match=r"buffer=0 must be above 0 and at most max_tokens=10"):
         SoftOverlong(reward=lambda r: 1.0, max_tokens=10, buffer=0)
+
+
+def test_rewards_that_differ_by_rounding_alone_are_equal_and_bounds_include_them():
+    parts = [0.7 + 0.2 + 0.1, 1.0]
+    assert parts[0] != parts[1]
+    assert same(parts)
+    assert same([1e7, 1e7 + 1])
+    assert not same([0.0, 1e-4])
+    assert same([0.3])
+    assert ZeroAdvantage()(group(*parts)) == "zero_advantage"
+    assert Difficulty(low=1.0, high=2.0)(group(parts[0])) is None
+    assert Difficulty(low=0.1, high=0.3)(group(0.1 + 0.2)) is None

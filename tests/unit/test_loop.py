@@ -295,7 +295,8 @@ def test_filters_that_take_everything_end_the_run_and_say_why():
     ):
         run(loop)
     assert trainer.batches == []
-    assert balanced(loop)["filtered(too_easy)"] == 7
+    # One that was being settled when the seventh ended the run may be among them.
+    assert balanced(loop)["filtered(too_easy)"] in (7, 8)
 
 
 def test_a_run_without_filters_has_no_filter_metrics():

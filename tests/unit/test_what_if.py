@@ -142,6 +142,22 @@ def test_every_nth_step_is_kept_with_what_the_trainer_said_before_and_after(tmp_
         assert evaluate_objective("x", objective, second.batch, second.policy, 4).gradient.isfinite().all()
 
 
+def test_records_that_cannot_be_written_are_one_alert_and_training_continues(tmp_path):
+    (tmp_path / "batches").write_text("a file where the folder should be")
+    alerts = []
+    config = Config(name="t", model="m", data=lambda: Data(train=[]), reward=len, record_batches=1)
+    recorder = Recorder(Ranks(), tmp_path / "batches", config, lambda *alert: alerts.append(alert))
+    batch = replace(record_of([[1.0, 1.0]]).batch, old_logprobs=None)
+
+    async def train():
+        for step in (1, 2):
+            assert await recorder.step(batch) == {"actor/loss": 0.5}
+            await recorder.publish(step)
+
+    asyncio.run(train())
+    assert [alert[:2] for alert in alerts] == [(1, "the batch could not be recorded")]
+
+
 def test_after_a_resume_records_keep_the_numbers_of_their_steps(tmp_path):
     ranks = Ranks(version=5)
     config = Config(name="t", model="m", data=lambda: Data(train=[]), reward=len, record_batches=2)

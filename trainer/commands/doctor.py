@@ -34,6 +34,7 @@ def doctor(arguments: Sequence[str]) -> int:
     from trainer.prompts import Prepared, read
     from trainer.runs.files import make_folder
     from trainer.runs.settings import resolved
+    from trainer.stop import run_stoppable, stoppable
     from trainer.tracking.tracker import RunTracker
     from trainer.tracking.wandb_run import wandb_mode
 
@@ -56,7 +57,8 @@ def doctor(arguments: Sequence[str]) -> int:
         reading = asyncio.create_task(asyncio.to_thread(read, plan))
         opening = asyncio.create_task(record(reading))
         try:
-            result = await (examine_short if short else examine_full)(config, reading)
+            with stoppable(0.0):
+                result = await (examine_short if short else examine_full)(config, reading)
         except BaseException:
             if opening.done() and not opening.exception():
                 opening.result().close({"status": "failed"})
@@ -68,6 +70,6 @@ def doctor(arguments: Sequence[str]) -> int:
         tracker.close({"status": "finished", "doctor": result.verdict})
         return result, tracker.folder
 
-    result, folder = asyncio.run(examined())
+    result, folder = run_stoppable(examined())
     console.print(f"see {folder / 'doctor.html'} and {folder / 'doctor.json'}", highlight=False)
     return 1 if result.faults else 0

@@ -1,6 +1,7 @@
 """How is a step's batch recorded? One safetensors file: log-probabilities of both sides, before and after the step."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -95,7 +96,8 @@ class Recorder:
         try:
             save(record, path)
         except (OSError, SafetensorError) as error:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
             if not self.failed:
                 self.alert(self.steps, "the batch could not be recorded", f"{error}. Training continues.")
             self.failed = True
