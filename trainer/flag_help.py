@@ -18,7 +18,7 @@ GROUPS = {
     "trust-remote-code",
     "Evaluation": "eval-every eval-samples eval-temperature",
     "Checks, records and checkpoints": "doctor verify-every record-batches save-every keep-last save-final "
-    "changed-at-resume",
+    "export-dtype changed-at-resume",
 }
 """The flags of `Config` itself by subject; those of its parts have a group each."""
 PARTS = ("objective", "correction", "rollout", "trainer", "trainer.lora", "deadlines", "tracking")
