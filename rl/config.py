@@ -8,7 +8,7 @@ from rl.filters import GroupFilter
 from rl.objectives import GSPO, Objective
 from rl.objectives.corrections import Correction, Uncorrected
 from rl.rewards.score import Reward
-from rl.truncation import Truncation
+from rl.sampling.truncation import Truncation
 from rl.typed import Checked
 from rl.types import Data
 

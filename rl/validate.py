@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rl.config import Config
-from rl.forbidden import check_stops
 from rl.objectives.rules import check_objective
 from rl.rewards.combined import Weighted
 from rl.rewards.shaping import SoftOverlong
+from rl.sampling.forbidden import check_stops
 from rl.tokens import check_template
 
 

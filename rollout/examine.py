@@ -11,7 +11,7 @@ from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from rl.data import Given
-from rl.forbidden import Forbidden
+from rl.sampling.forbidden import Forbidden
 from rl.tokens import Rendering, encode
 from rollout.worker import WorkerExtension
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rl.truncation import Truncation, keep
+from rl.sampling.truncation import Truncation, keep
 
 TOP_PS = [0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.98, 0.99]
 TOP_KS = [2, 3, 5, 8, 10, 15, 20, 30, 40, 50, 64, 100]

@@ -146,7 +146,7 @@ def test_under_truncation_the_trainer_cuts_what_is_left(live: Callable, tiny: Ca
 def test_bad_words_are_spelled_as_vllm_spells_them(tiny: Callable) -> None:
     from vllm import SamplingParams
 
-    from rl.forbidden import word_ids
+    from rl.sampling.forbidden import word_ids
 
     words = ["no", " yes", "New York", "7", "</answer>", "naïve", "the the"]
     for model in (ROOT / "models" / "smollm2-135m", tiny()):

@@ -18,7 +18,7 @@ from cases import nightly_unless
 from live import Live, engine_config
 from rl.batch import collate, trajectory
 from rl.config import RolloutConfig
-from rl.truncation import Truncation
+from rl.sampling.truncation import Truncation
 from rl.types import Batch, Completion, Prompt
 from trainer.model.policy import Policy, load
 

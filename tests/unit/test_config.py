@@ -10,7 +10,7 @@ from rl.filters import ZeroAdvantage
 from rl.objectives import GRPO, GSPO, M2PO, PPO, RLOO, ReinforcePP
 from rl.objectives.corrections import TokenTIS
 from rl.rewards.shaping import SoftOverlong
-from rl.truncation import Truncation
+from rl.sampling.truncation import Truncation
 from rl.types import Data
 from rl.validate import check
 from trainer.cluster.placement import check_fits, default_threads, engine_threads, learner_threads, place

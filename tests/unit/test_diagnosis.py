@@ -9,7 +9,7 @@ import torch
 from rl.parity.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
 from rl.parity.gap import Gap, NoiseClip, gap
 from rl.parity.hypotheses import Hypothesis
-from rl.truncation import Truncation
+from rl.sampling.truncation import Truncation
 from trainer.doctor.diagnosis import diagnose
 from trainer.doctor.remedies import REMEDIES
 

@@ -17,7 +17,7 @@ from rl.objectives.corrections import TokenTIS
 from rl.parity.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
 from rl.parity.gap import NoiseClip, gap
 from rl.parity.hypotheses import Hypothesis
-from rl.truncation import Truncation
+from rl.sampling.truncation import Truncation
 from rl.types import Batch, Data
 from trainer.doctor import report as doctor_report
 from trainer.doctor.comparisons import Comparison

@@ -9,8 +9,8 @@ from torch import nn
 
 import trainer.model.head
 from rl.config import Config, RolloutConfig
-from rl.forbidden import Forbidden, places, word_ids
-from rl.truncation import Truncation, keep
+from rl.sampling.forbidden import Forbidden, places, word_ids
+from rl.sampling.truncation import Truncation, keep
 from rl.types import Data
 from rl.validate import check
 from trainer.model.head import LogprobHead

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import trainer.model.head
-from rl.truncation import Truncation, keep
+from rl.sampling.truncation import Truncation, keep
 from trainer.model.head import LogprobHead
 
 TOKENS, HIDDEN, VOCABULARY = 7, 8, 23

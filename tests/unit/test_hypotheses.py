@@ -7,7 +7,7 @@ import torch
 
 from rl.parity.gap import surprise
 from rl.parity.hypotheses import explain, fit_temperature, shifts
-from rl.truncation import Truncation, keep
+from rl.sampling.truncation import Truncation, keep
 
 torch.manual_seed(0)
 LOGITS = 3.0 * torch.randn(60, 50)

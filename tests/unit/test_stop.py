@@ -26,6 +26,7 @@ def interrupted(signals):
                 raise
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
         run_stoppable(main())
     except BaseException as end:

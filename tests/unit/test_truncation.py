@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-import rl.truncation
+import rl.sampling.truncation
 from rl.config import Config, RolloutConfig
-from rl.truncation import Truncation, keep
+from rl.sampling.truncation import Truncation, keep
 from rl.types import Data
 
 
@@ -126,7 +126,7 @@ SETTINGS = [
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shortlist", [1024, 64])
 def test_vllm_keeps_the_same(truncation, spread, tied, shortlist, monkeypatch):
-    monkeypatch.setattr(rl.truncation, "SHORTLIST", shortlist)
+    monkeypatch.setattr(rl.sampling.truncation, "SHORTLIST", shortlist)
     logits = torch.randn(40, 5000, generator=torch.Generator().manual_seed(1)) * spread
     if tied:
         logits = (logits * 2).round() / 2
@@ -138,8 +138,13 @@ def test_vllm_keeps_the_same(truncation, spread, tied, shortlist, monkeypatch):
 @pytest.mark.parametrize("spread", [0.3, 6.0])
 def test_a_shortlist_decides_what_it_can_and_a_sort_the_rest(spread, monkeypatch):
     sorted_rows = []
-    sort = rl.truncation._sorted_nucleus
-    monkeypatch.setattr(rl.truncation, "_sorted_nucleus", lambda x, *rest: sorted_rows.append(len(x)) or sort(x, *rest))
+    sort = rl.sampling.truncation._sorted_nucleus
+
+    def counted(x, *rest):
+        sorted_rows.append(len(x))
+        return sort(x, *rest)
+
+    monkeypatch.setattr(rl.sampling.truncation, "_sorted_nucleus", counted)
     keep(torch.randn(40, 5000, generator=torch.Generator().manual_seed(1)) * spread, Truncation(top_p=0.9))
     assert sorted_rows == [{0.3: 40, 6.0: 0}[spread]]
 

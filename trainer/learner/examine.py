@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from rl.forbidden import Forbidden
 from rl.parity.evidence import LayerError
 from rl.parity.hypotheses import Hypothesis
+from rl.sampling.forbidden import Forbidden
 from rl.types import Batch
 from rl.weights import digest
 from trainer.learner import layers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rl.config import Config
-from rl.forbidden import Forbidden, word_ids
+from rl.sampling.forbidden import Forbidden, word_ids
 from trainer.model.files import listed_stop_ids
 
 if TYPE_CHECKING:

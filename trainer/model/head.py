@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rl.truncation import Truncation, keep
+from rl.sampling.truncation import Truncation, keep
 from trainer.model.logits import PLAIN, LogitsMap
 
 CHUNK = 256

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rl.config import Lora
-from rl.forbidden import Forbidden
-from rl.truncation import Truncation
+from rl.sampling.forbidden import Forbidden
+from rl.sampling.truncation import Truncation
 from rl.types import PolicyOutput
 from trainer.model.attention import packs, use_segments
 from trainer.model.files import remote_code
