@@ -73,6 +73,7 @@ def leave(folder: Path, summary: dict[str, Any], tracker: RunTracker, reserve: R
     reserve.free()
     alerts = len(tracker.alerts)
     _write(folder, summary)
+    tracker.write_waiting()
     if summary["steps"]:
         try:
             plot(tracker.history, folder / "curves.png", summary["name"])

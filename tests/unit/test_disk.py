@@ -58,6 +58,17 @@ def test_a_file_of_rows_ends_with_a_whole_row_and_gets_the_others_when_there_is_
     rows.close()
 
 
+def test_of_the_rows_that_wait_as_many_are_written_as_there_is_space_for(tmp_path):
+    rows = Rows(tmp_path / "rows.jsonl")
+    with full_beyond(4):
+        for step in (1, 2, 3):
+            with pytest.raises(OSError, match="File too large"):
+                rows.append({"step": step})
+    with full_beyond(30), pytest.raises(OSError, match="File too large"):  # two rows and a half
+        rows.close()
+    assert rows_of(rows.path) == [{"step": 1}, {"step": 2}]
+
+
 def test_a_run_whose_metrics_cannot_be_written_continues_with_one_alert_and_loses_no_row(tmp_path, capsys):
     tracker = RunTracker(folder=tmp_path, config=TrackingConfig(wandb="off"), name="t", settings={})
     tracker.log(1, {"reward/mean": 0.5})

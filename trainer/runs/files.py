@@ -31,30 +31,36 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self.path, self.waiting = path, b""
-        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.descriptor: int | None = None
 
     def append(self, row: dict[str, Any]) -> None:
         """Write a row at once. Raises OSError; the row is then not lost."""
         self.waiting += json.dumps(without_nan(row)).encode() + b"\n"
-        self._write()
+        self.write()
 
-    def close(self) -> None:
-        """Write what waits, and close the file. Raises OSError when rows are lost."""
-        try:
-            self._write()
-        finally:
-            os.close(self.descriptor)
-
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write what waits, as many whole rows as there is space for. Raises OSError when some must wait."""
+        if self.descriptor is None:
+            self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         size = os.fstat(self.descriptor).st_size
         data = memoryview(self.waiting)
         try:
             while data:
                 data = data[os.write(self.descriptor, data) :]
         except OSError:
-            os.ftruncate(self.descriptor, size)
+            whole = self.waiting[: len(self.waiting) - len(data)].rfind(b"\n") + 1
+            os.ftruncate(self.descriptor, size + whole)
+            self.waiting = self.waiting[whole:]
             raise
         self.waiting = b""
+
+    def close(self) -> None:
+        """Write what waits, and close the file. Raises OSError when rows are lost."""
+        try:
+            self.write()
+        finally:
+            if self.descriptor is not None:
+                os.close(self.descriptor)
 
 
 class Reserve:

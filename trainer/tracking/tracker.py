@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,12 @@ class RunTracker:
             self._write("samples", row, step)
         self._tell(step, lambda tracker: tracker.samples(step, trajectories, decode))
 
+    def write_waiting(self) -> None:
+        """Write the rows that waited for space, before anything larger takes it."""
+        for rows in self.files.values():
+            with suppress(OSError):  # they wait on, and `close` reports them
+                rows.write()
+
     def close(self, summary: dict[str, Any]) -> None:
         """Close every tracker with the summary, and the files."""
         step = int(self.history[-1]["step"]) if self.history else 0
@@ -118,9 +125,9 @@ class RunTracker:
 
     def _write(self, name: str, row: dict[str, Any], step: int) -> None:
         """Append a row to a file. The first one of a file that cannot be written is an alert."""
+        if name not in self.files:
+            self.files[name] = self._open(name)
         try:
-            if name not in self.files:
-                self.files[name] = self._open(name)
             self.files[name].append(row)
         except OSError as error:
             if name not in self._full:
