@@ -1,5 +1,6 @@
 """What the doctor leaves for its reader: doctor.json, doctor.html, the terminal, and the table of tokens."""
 
+import importlib
 import io
 import json
 import math
@@ -11,7 +12,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from rl.config import Config, TrackingConfig
+from rl import validate
+from rl.config import Config, RolloutConfig, TrackingConfig
 from rl.objectives import GRPO, GSPO, M2PO
 from rl.objectives.corrections import TokenTIS
 from rl.parity.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
@@ -22,7 +24,7 @@ from rl.types import Batch, Data
 from trainer.doctor import report as doctor_report
 from trainer.doctor.comparisons import Comparison
 from trainer.doctor.diagnosis import Finding
-from trainer.doctor.doctor import DoctorReport
+from trainer.doctor.doctor import DoctorReport, variations
 from trainer.doctor.examine import ParityCheck, by_settings
 from trainer.doctor.report import as_dict, bit_for_bit, save, show, token_table
 from trainer.tracking.tracker import RunTracker
@@ -445,3 +447,29 @@ def test_wandb_gets_the_table_under_the_current_step_and_nobody_else_does(tmp_pa
     table = run.rows[0][1]["doctor"]
     assert table.columns == list(rows[0])
     assert table.data == [list(row.values()) for row in rows]
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "quickstart_grpo"])
+def test_every_variation_of_a_recipe_is_one_that_a_run_may_have(recipe, monkeypatch):
+    monkeypatch.syspath_prepend("recipes")
+    config = replace(importlib.import_module(recipe).config, device="cpu")
+    tried = dict(variations(config))
+    for name in ("bfloat16 body, float32 heads", "bfloat16 body, bfloat16 heads"):
+        other = tried[f"rollout | trainer, {name}"]
+        assert isinstance(other, Config), other
+        validate.check(other)
+    assert tried["rollout | trainer, compiled"] == "compiling for a CPU takes minutes"
+
+
+def test_a_variation_that_no_run_may_have_is_left_out_with_the_reason(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    config = Config(
+        name="t",
+        model=str(tmp_path),
+        data=lambda: Data(train=[]),
+        reward=lambda reply: 0.0,
+        dtype="float32",
+        device="cpu",
+        rollout=RolloutConfig(top_p=0.9),
+    )
+    assert dict(variations(config))["rollout | trainer, bfloat16 body, float32 heads"].startswith("not possible: trunc")

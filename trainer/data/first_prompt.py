@@ -58,7 +58,7 @@ def _of_tokens(tokenizer: PreTrainedTokenizerBase, given: Given, ids: list[int],
     bos, eos, unk, pad = (getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "unk", "pad"))
     if bos is not None and ids[:2] == [bos, bos]:
         yield f"it begins with {tokenizer.bos_token} twice"
-    elif bos is not None and bos != eos and bos in ids[1:]:
+    elif bos is not None and bos != eos and bos in ids[1:] and not _begins_turns(tokenizer, given, rendering):
         yield f"{tokenizer.bos_token} begins a text, and stands at token {ids.index(bos, 1)} too"
     usual = list(tokenizer.encode("a"))
     if bos is not None and usual[:1] == [bos] and ids[0] != bos:
@@ -70,6 +70,15 @@ def _of_tokens(tokenizer: PreTrainedTokenizerBase, given: Given, ids: list[int],
     for name, token in (("unknown", unk), ("padding", pad)):
         if token is not None and token not in (bos, eos) and token in ids:
             yield f"it has {ids.count(token)} {name} token(s), the first at {ids.index(token)}"
+
+
+def _begins_turns(tokenizer: PreTrainedTokenizerBase, given: Given, rendering: Rendering) -> bool:
+    """Whether the chat template writes the begin-of-sequence token at every turn, as that of SmolLM2, and nobody else
+    wrote it."""
+    source, bos = chat_template(tokenizer, rendering), str(tokenizer.bos_token)
+    messages = [m for m in given if isinstance(m, dict)] if isinstance(given, list) else []
+    in_template = bos in source or "bos_token" in source
+    return bool(messages) and in_template and not any(bos in str(m.get("content")) for m in messages)
 
 
 def _ends_turns(tokenizer: PreTrainedTokenizerBase, given: Given, rendering: Rendering) -> bool:

@@ -164,18 +164,29 @@ async def examine_full(config: Config, reading: Reading) -> DoctorReport:
 def variations(config: Config) -> Iterator[tuple[str, Config | str]]:
     """The comparisons that need other engines: the config of each, or why it is left out."""
     short, r, cpu = replace(config, doctor="short"), config.rollout, make_plan(config).placement.device == "cpu"
+    eager = cpu if r.enforce_eager is None else r.enforce_eager
     for dtype, fp32_head in (("float32", True), ("bfloat16", True), ("bfloat16", False)):
         if (dtype, fp32_head) == (config.dtype, config.fp32_head):
             continue
         name = f"rollout | trainer, {dtype} body, {'float32' if fp32_head else dtype} heads"
-        possible = dtype == "float32" or not (r.truncation and cpu)
-        yield name, replace(short, dtype=dtype, fp32_head=fp32_head) if possible else "truncation on CPU needs float32"
+        # DeepSpeed has no fp32 gradients at ZeRO 0 in bf16, and no comparison depends on the stage.
+        trainer = replace(config.trainer, zero_stage=max(config.trainer.zero_stage, int(dtype == "bfloat16")))
+        yield name, _possible(replace(short, dtype=dtype, fp32_head=fp32_head, trainer=trainer))
     name = f"rollout | trainer, async scheduling {'off' if r.async_scheduling else 'on'}"
     other = replace(short, rollout=replace(r, async_scheduling=not r.async_scheduling))
     yield name, "vLLM supports it on GPUs only" if cpu else other
-    name = f"rollout | trainer, {'compiled' if r.enforce_eager else 'eager'}"
-    other = replace(short, rollout=replace(r, enforce_eager=not r.enforce_eager))
+    name = f"rollout | trainer, {'compiled' if eager else 'eager'}"
+    other = replace(short, rollout=replace(r, enforce_eager=not eager))
     yield name, "compiling for a CPU takes minutes" if cpu else other
+
+
+def _possible(config: Config) -> Config | str:
+    """The config, or why no run may have it: the report of the run's own settings must not be lost for that."""
+    try:
+        make_plan(config)
+    except ValueError as error:
+        return f"not possible: {error}"
+    return config
 
 
 async def check_on_own_engines(config: Config, reading: Reading) -> DoctorReport:

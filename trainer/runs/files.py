@@ -32,6 +32,8 @@ class Rows:
     def __init__(self, path: Path) -> None:
         self.path, self.waiting = path, b""
         self.descriptor: int | None = None
+        with suppress(OSError):  # a full disk: the first row reports it
+            self._open()
 
     def append(self, row: dict[str, Any]) -> None:
         """Write a row at once. Raises OSError; the row is then not lost."""
@@ -40,19 +42,23 @@ class Rows:
 
     def write(self) -> None:
         """Write what waits, as many whole rows as there is space for. Raises OSError when some must wait."""
-        if self.descriptor is None:
-            self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        size = os.fstat(self.descriptor).st_size
+        descriptor = self._open()
+        size = os.fstat(descriptor).st_size
         data = memoryview(self.waiting)
         try:
             while data:
-                data = data[os.write(self.descriptor, data) :]
+                data = data[os.write(descriptor, data) :]
         except OSError:
             whole = self.waiting[: len(self.waiting) - len(data)].rfind(b"\n") + 1
-            os.ftruncate(self.descriptor, size + whole)
+            os.ftruncate(descriptor, size + whole)
             self.waiting = self.waiting[whole:]
             raise
         self.waiting = b""
+
+    def _open(self) -> int:
+        if self.descriptor is None:
+            self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        return self.descriptor
 
     def close(self) -> None:
         """Write what waits, and close the file. Raises OSError when rows are lost."""
