@@ -27,7 +27,8 @@ def stop_ids(tokenizer: Any, generation: Mapping[str, Any], config: Mapping[str,
     """Every token id that ends a reply, in order: the tokenizer's EOS, and those that the model's files list.
 
     `generation` is generation_config.json and `config` is config.json, each as a dictionary; an entry is an id, a list
-    of ids or None. Empty: no reply can end before its limit.
+    of ids or None. An id above the model's vocabulary, which transformers gives the EOS of some tokenizers without one,
+    can never be sampled and is left out. Empty: no reply can end before its limit.
     """
     text: Mapping[str, Any] = config.get("text_config") or {}
     listed: list[int | list[int] | None] = [tokenizer.eos_token_id]
@@ -35,7 +36,8 @@ def stop_ids(tokenizer: Any, generation: Mapping[str, Any], config: Mapping[str,
     found: set[int] = set()
     for ids in listed:
         found.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
-    return sorted(found)
+    vocabulary: int | None = config.get("vocab_size") or text.get("vocab_size")
+    return sorted(i for i in found if vocabulary is None or i < vocabulary)
 
 
 def encode(tokenizer: Any, prompt: Given, rendering: Rendering) -> list[int]:

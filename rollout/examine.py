@@ -53,6 +53,7 @@ def describe(llm: AsyncLLM, sampling: SamplingParams, prompt: Given, rendering: 
         stop_ids=tuple(sampling.all_stop_token_ids),
         words=tuple(tuple(word) for word in sampling.bad_words_token_ids or ()),
     )
+    stops = {*(sampling.stop_token_ids or []), *_ids(tokenizer.eos_token_id), *_ids(generation)}
     return {
         "logprobs_mode": model.logprobs_mode,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -69,7 +70,7 @@ def describe(llm: AsyncLLM, sampling: SamplingParams, prompt: Given, rendering: 
         "eager": bool(model.enforce_eager),
         "sampling_mask": bool(model.return_sampling_mask),
         "generation_config": model.generation_config,
-        "stop_ids": sorted({*(sampling.stop_token_ids or []), *_ids(tokenizer.eos_token_id), *_ids(generation)}),
+        "stop_ids": sorted(i for i in stops if i < model.get_vocab_size()),
         "vocabulary": len(tokenizer),
         "chat_template": tokenizer.chat_template,
         "prompt": encode(tokenizer, prompt, rendering),

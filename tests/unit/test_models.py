@@ -177,6 +177,8 @@ def test_the_head_has_the_gradients_of_autograd_with_a_bias_a_scale_and_a_cap(ma
         (None, {"eos_token_id": [7]}, {}, [7]),
         (0, {}, {"eos_token_id": None}, [0]),
         (None, {}, {}, []),
+        (103, {}, {"vocab_size": 103, "eos_token_id": 7}, [7]),
+        (103, {}, {"text_config": {"vocab_size": 103}}, []),
     ],
 )
 def test_stop_ids_are_the_set_of_what_tokenizer_and_files_name(eos, generation, config, expected) -> None:
