@@ -52,6 +52,8 @@ class Trainer:
         self.engines, self.turns, self.dies_at = engines, turns, dies_at
         self.batches, self.ages, self.published = [], [], []
 
+    overlaps = False
+
     async def step(self, batch):
         self.batches.append(batch)
         self.ages.append(self.engines.version - int(batch.versions[batch.mask].min()))
@@ -60,6 +62,11 @@ class Trainer:
         self.engines.learning = True
         for _ in range(self.turns):
             await asyncio.sleep(0)
+        # A test of the overlap waits for it: the rewards' threads take time, in which nothing may be sampled.
+        waited = 0
+        while self.overlaps and not self.engines.sampled_while_learning and waited < 500:
+            await asyncio.sleep(0.01)
+            waited += 1
         self.engines.learning = False
         return {"actor/grad_norm": 1.0}
 
@@ -132,6 +139,7 @@ def test_without_staleness_every_sample_is_from_the_policy_that_learns():
 def test_sampling_overlaps_learning_within_the_staleness_bound(bound, tokens):
     engines = Engines(tokens=tokens)
     trainer = Trainer(engines)
+    trainer.overlaps = True
     loop = run(loop_of(engines, trainer, max_staleness=bound, steps=12))
     assert engines.sampled_while_learning > 0
     assert 0 < max(trainer.ages) <= bound
