@@ -8,8 +8,11 @@ from typing import Any, cast
 from rl.data import Given
 from rl.typed import show
 
-RESERVED = ["conversation", "messages", "tools", "documents", "tokenize", "padding", "truncation", "max_length"]
-RESERVED.extend(["return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"])
+RESERVED = {
+    *("conversation", "messages", "tools", "documents", "strftime_now"),
+    *("tokenize", "padding", "truncation", "max_length", "tokenizer_kwargs"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
+}
 """Arguments of `apply_chat_template` that a run sets by itself."""
 
 

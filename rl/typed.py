@@ -211,14 +211,14 @@ def described(hint: Any) -> str:
     return names.get(hint) or getattr(hint, "__name__", "a value")
 
 
-def show(value: Any) -> str:
-    """A value in an error message: short, and without an address."""
+def show(value: Any, most: int = 80) -> str:
+    """A value in an error message: at most `most` characters, and without an address."""
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return str(value.__name__)
     text = _SHORT.repr(value)
     if text.startswith("<") and " at 0x" in text:
         return f"<{type(value).__name__}>"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def shortened(text: str, most: int) -> str:

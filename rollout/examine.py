@@ -44,16 +44,15 @@ def describe(llm: AsyncLLM, sampling: SamplingParams, prompt: Given, rendering: 
     c = llm.vllm_config
     model = c.model_config
     tokenizer: Any = llm.get_tokenizer()
-    generation = model.try_get_generation_config().get("eos_token_id")
     # As vLLM does with every request that it takes.
     sampling.update_from_generation_config(model.try_get_generation_config(), tokenizer.eos_token_id)
     sampling.update_from_tokenizer(tokenizer)
+    stops = sorted(i for i in sampling.all_stop_token_ids if i < model.get_vocab_size())
     forbidden = Forbidden(
         min_tokens=sampling.min_tokens,
-        stop_ids=tuple(sampling.all_stop_token_ids),
+        stop_ids=tuple(stops),
         words=tuple(tuple(word) for word in sampling.bad_words_token_ids or ()),
     )
-    stops = {*(sampling.stop_token_ids or []), *_ids(tokenizer.eos_token_id), *_ids(generation)}
     return {
         "logprobs_mode": model.logprobs_mode,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -70,16 +69,11 @@ def describe(llm: AsyncLLM, sampling: SamplingParams, prompt: Given, rendering: 
         "eager": bool(model.enforce_eager),
         "sampling_mask": bool(model.return_sampling_mask),
         "generation_config": model.generation_config,
-        "stop_ids": sorted(i for i in stops if i < model.get_vocab_size()),
+        "stop_ids": stops,
         "vocabulary": len(tokenizer),
         "chat_template": tokenizer.chat_template,
         "prompt": encode(tokenizer, prompt, rendering),
     }
-
-
-def _ids(listed: int | list[int] | None) -> list[int]:
-    """Ids that vLLM stops at by itself."""
-    return [] if listed is None else [listed] if isinstance(listed, int) else listed
 
 
 async def trace(generate: Generate, call_workers: CallWorkers, token_ids: list[int]) -> list[dict[str, Any]]:

@@ -83,7 +83,7 @@ def parity(args: argparse.Namespace) -> dict[str, Any]:
         try:
             batches = asyncio.run(sample(replace(config, fp32_head=head == "fp32"), kind, prompts, temperatures))
             sampled |= {(head, kind, t): batch for t, batch in batches.items()}
-        except Exception as error:
+        except Exception as error:  # recorded, and the other engines are still measured
             traceback.print_exc()
             problems.append(f"engine with {head} head, {kind}: {type(error).__name__}: {error}")
     for trainer in ("fp32", "bf16"):

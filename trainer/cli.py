@@ -60,9 +60,9 @@ def main() -> None:
         print(f"unknown command {word!r}{meant}\n\n{usage()}" if word else usage(), file=sys.stderr)
         sys.exit(2)
     from trainer.errors import readable_errors
-    from trainer.launch import settle
+    from trainer.launch import prepare_process
 
-    settle()
+    prepare_process()
     module, _, function = COMMANDS[word][0].partition(":")
     with readable_errors():
         sys.exit(getattr(importlib.import_module(module), function)(rest))

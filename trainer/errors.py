@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import sys
-import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +17,13 @@ from rl.rewards.score import RewardError
 from rl.typed import shortened
 from trainer.cluster.start_error import StartError
 from trainer.doctor.diagnosis import ParityError
+from trainer.runs.own_code import is_installed
+from trainer.runs.summary import MOST
 from trainer.tracking.terminal import console, flush_output
 
 _OURS = (RewardError, ParityError, StallError, StartError, EngineLost, UpdateFailed)
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, PicklingError, *_OURS)
 """What a user can fix: shown as one message. UNISON_TRACEBACK=1 shows where it came from."""
-MOST = 2000
-"""Characters of a message."""
-PACKAGES = ("rl", "rollout", "trainer")
 LINES = 3
 """Frames of the user's code that are shown."""
 _FRAME = re.compile(r'File "(.+)", line (\d+), in (\S+)\n +(.+)')
@@ -83,9 +81,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _is_users(file: str) -> bool:
     path = Path(file)
-    ours = any(path.is_relative_to(checkout.ROOT / package) for package in PACKAGES)
-    library = "site-packages" in path.parts or path.is_relative_to(sysconfig.get_path("stdlib"))
-    return path.is_absolute() and not ours and not library
+    ours = any(path.is_relative_to(checkout.ROOT / package) for package in checkout.PACKAGES)
+    return path.is_absolute() and not ours and not is_installed(path)
 
 
 def _place(error: BaseException) -> str:

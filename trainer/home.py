@@ -26,7 +26,7 @@ where they are."""
 XDG = {CACHE: "XDG_CACHE_HOME", CONFIG: "XDG_CONFIG_HOME", DATA: "XDG_DATA_HOME"}
 
 
-def settle_home() -> str:
+def prepare_home() -> str:
     """Set environment variables, which actors inherit, for what this process lacks. Call it before other imports.
 
     Returns a sentence for the user, or "" where nothing was lacking.

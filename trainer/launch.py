@@ -15,11 +15,11 @@ from trainer.config_file import from_file
 from trainer.errors import readable_errors
 from trainer.flag_help import help_text
 from trainer.flags import override
-from trainer.home import settle_home
+from trainer.home import prepare_home
 from trainer.plan.dry_run import dry_run
 from trainer.runs.resume import Resumed, resume
 from trainer.runs.settings import resolved
-from trainer.tracking.terminal import any_terminal_will_do, console
+from trainer.tracking.terminal import console, escape_unencodable
 
 _importing: list[str] = []
 """The recipe files that a `unison` command is importing."""
@@ -36,7 +36,7 @@ def launch(config: Config, args: Sequence[str] | None = None) -> dict[str, Any]:
             f"{_importing[-1]} calls launch(config) while it is imported: write it at the end of the file as\n"
             '    if __name__ == "__main__":\n        launch(config)'
         )
-    settle()
+    prepare_process()
     if args is not None or in_notebook():
         return _launch(config, list(args or ()))
     with readable_errors():
@@ -77,10 +77,10 @@ def configure(config: Config, arguments: Sequence[str]) -> tuple[Config, list[st
     return override(from_file(config, path), flags), ["--config", full, *flags]
 
 
-def settle() -> None:
+def prepare_process() -> None:
     """Prepare this process for any command: its terminal, its home, its garbage."""
-    any_terminal_will_do()
-    if note := settle_home():
+    escape_unencodable()
+    if note := prepare_home():
         console.print(note, style="dim", markup=False, highlight=False)
     # Collect less often: a start is imports, which leave no garbage, and the search takes a fifth of their time.
     gc.set_threshold(50_000, 20, 20)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rl.config import Config
 from rl.data import Data, Given, Train, sized
-from rl.loop.progress import runs
+from rl.loop.progress import numbers, runs
 from rl.loop.stream import stream
 from rl.rewards.combined import judges_groups
 from rl.rewards.score import score_in_time
@@ -158,7 +158,7 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Prepared:
         train = (main := encoder("data.train")).all(data.train)
     else:
         train, source = peek(data.train, PEEK, encoder("data.train"))
-        long = {name: positions(before["long_prompts"][name]) for name in ("dropped", "cut")} if before else {}
+        long = {name: set(numbers(before["long_prompts"][name])) for name in ("dropped", "cut")} if before else {}
         main = encoder("data.train", **long)
     evals = {name: (encoder(f"data.evals[{name!r}]"), list(examples)) for name, examples in data.evals.items()}
     held_out = {name: each.all(examples) for name, (each, examples) in evals.items()}
@@ -176,11 +176,6 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Prepared:
     )
     try_rewards(config, prepared)
     return prepared
-
-
-def positions(saved: list[list[int]]) -> set[int]:
-    """Numbers that were saved as runs of [first, last]."""
-    return {number for first, last in saved for number in range(first, last + 1)}
 
 
 def try_rewards(config: Config, prepared: Prepared) -> None:

@@ -36,7 +36,7 @@ def stoppable(grace_s: float) -> Iterator["Stop"]:
             raise asyncio.CancelledError(INTERRUPTED) from None
         raise
     finally:
-        stop.deaf()
+        stop.stop_listening()
 
 
 class Stop:
@@ -65,7 +65,7 @@ class Stop:
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             loop.add_signal_handler(signal.SIGHUP, self.handle)
 
-    def deaf(self) -> None:
+    def stop_listening(self) -> None:
         """Remove the handlers: signals have their usual effect again."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -20,7 +20,7 @@ def shapes(synthetic: SyntheticStep, batch: Batch) -> Iterator[Violation]:
     before = synthetic.seen_by_advantages(batch)
     try:
         advantages = objective.advantages(before)
-    except Exception as error:
+    except Exception as error:  # an objective may raise anything, and that is the answer
         where = "advantages(batch)"
         yield undeclared(synthetic, before, where, objective.advantages) or raised(f"in {where}", error)
         return
@@ -37,7 +37,7 @@ def shapes(synthetic: SyntheticStep, batch: Batch) -> Iterator[Violation]:
     advantages = torch.where(batch.mask, advantages, 0.0)
     try:
         loss, metrics = objective.loss(policy, seen, advantages)
-    except Exception as error:
+    except Exception as error:  # the same
 
         def with_all(rich: Step) -> object:
             return objective.loss(replace(policy, values=rich.values), rich, advantages)

@@ -50,12 +50,11 @@ class Progress:
     def from_json(cls, plain: dict[str, Any]) -> "Progress":
         """From plain values. Raises ValueError when an ordinal is in no state, or in two."""
         states: dict[int, str] = {}
-        for state, runs in plain["ledger"].items():
-            for first, last in runs:
-                for ordinal in range(first, last + 1):
-                    if ordinal in states:
-                        raise ValueError(f"prompt {ordinal} is both {states[ordinal]} and {state}")
-                    states[ordinal] = state
+        for state, saved in plain["ledger"].items():
+            for ordinal in numbers(saved):
+                if ordinal in states:
+                    raise ValueError(f"prompt {ordinal} is both {states[ordinal]} and {state}")
+                states[ordinal] = state
         missing = set(range(len(states))) - set(states)
         if missing:
             raise ValueError(f"prompt {min(missing)} is in no state, although later ones are")
@@ -89,3 +88,8 @@ def runs(ordinals: Iterable[int]) -> list[list[int]]:
         else:
             found.append([ordinal, ordinal])
     return found
+
+
+def numbers(saved: Iterable[list[int]]) -> Iterator[int]:
+    """The numbers of runs of [first, last], in their order."""
+    return (number for first, last in saved for number in range(first, last + 1))

@@ -84,7 +84,7 @@ def _again(examples: Callable[[], Any]) -> Iterator[tuple[int, Take]]:
                 example = next(iterator)
             except StopIteration:
                 break
-            except Exception as error:
+            except Exception as error:  # the user's iterable may raise anything
                 raise ValueError(f"data.train[{index}] cannot be read: {type(error).__name__}: {error}") from error
             yield index, lambda example=example: example
             index += 1

@@ -121,7 +121,7 @@ def _named(name: str) -> Iterator[None]:
     """Add the reward's name to an error."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # raised again, whatever the user's function raised
         error.add_note(f"in the reward {name!r}")
         raise
 

@@ -7,13 +7,12 @@ import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import cache
-from reprlib import Repr
 from typing import Any, overload
 
 from rl.rewards.clock import RewardClock
 from rl.rewards.combined import OverGroup, Weighted, judges_groups
 from rl.rewards.result import RIGHT_FORM, NoScore, Points, Score, points, rows_of
-from rl.typed import shortened
+from rl.typed import shortened, show
 from rl.types import Completion, Prompt, Reply
 
 Awaiting = Callable[[concurrent.futures.Future[Any]], object]
@@ -80,7 +79,7 @@ def score(
         raise RewardError(
             f"the reward of prompt {ordinal} {shown(asked)} {_with_notes(error)}; {RIGHT_FORM}"
         ) from error
-    except Exception as error:
+    except Exception as error:  # the user's function may raise anything
         raised = f"raised {type(error).__name__}: {_with_notes(error)}"
         raise RewardError(f"the reward of prompt {ordinal} {shown(asked)} {raised}") from error
 
@@ -88,21 +87,12 @@ def score(
 def shown(asked: Asked) -> str:
     """What a reward was called with, for an error: short, however large the task."""
     first, replies = (asked[0], f"{len(asked)} replies, the first") if isinstance(asked, list) else (asked, "reply")
-    short = Repr()
-    short.maxstring = short.maxother = 120
-    # reprlib cuts before it formats: a task may hold megabytes of tests.
-    task = shortened(short.repr(dict(first.task)), SHOWN)
-    return f"(task {task}, {replies} {shortened(repr(first.text[:80]), SHOWN)})"
+    return f"(task {show(dict(first.task), SHOWN)}, {replies} {show(first.text[:80], SHOWN)})"
 
 
 def _with_notes(error: Exception) -> str:
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     return shortened(str(error), SHOWN) + shortened(notes, SHOWN)
-
-
-def _shown(reply: Reply) -> str:
-    """What a reward saw, for a message. A task may hold megabytes of test cases."""
-    return f"(task {shortened(repr(dict(reply.task)), 400)}, reply {reply.text[:80]!r})"
 
 
 async def _awaited(result: Awaitable[Any]) -> Any:

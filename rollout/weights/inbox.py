@@ -126,6 +126,6 @@ def error_of(call: Callable[[], object], bucket: str = "") -> str:
     """Call it; returns the error as text, or "". Every exception counts, because the sender waits for a report."""
     try:
         call()
-    except Exception as error:
+    except Exception as error:  # it travels to the sender as text
         return f"{bucket and f'bucket {bucket}: '}{type(error).__name__}: {error}"
     return ""

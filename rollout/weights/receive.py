@@ -81,6 +81,7 @@ class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         """Nothing to do: the new weights have arrived."""
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        """vLLM's base class requires it, for channels that receive into the live model."""
         raise NotImplementedError("this channel receives into a twin of the live model: see `stage`")
 
     def finish_weight_update(self) -> None:

@@ -75,7 +75,7 @@ def learn(engine: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     with patch.object(RemoteLearner, "_verify", recorded), no_resampling:
         try:
             run(config)
-        except Exception as error:
+        except Exception as error:  # a run without its fix may end in any way, which is a result
             result["error"] = f"{type(error).__name__}: {error}"
     return result | {"seconds": time.perf_counter() - began, "curves": curves(folder / "run")}
 

@@ -185,7 +185,7 @@ def main(out: Path, steps: int) -> None:
         log(f"across an update: {setting.name}")
         try:
             row = static(setting.engine, old, new, prompts)
-        except Exception as error:
+        except Exception as error:  # an engine without its fix may fail in any way, which is a result
             row = {"error": f"{type(error).__name__}: {error}"}
         result["static"].append({"setting": setting.name} | row)
     print(static_tables(result["static"]), flush=True)

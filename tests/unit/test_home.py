@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.home import FOLDERS, settle_home
+from trainer.home import FOLDERS, prepare_home
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def environment(monkeypatch, tmp_path):
 
 def test_nothing_changes_where_nothing_is_lacking():
     before = dict(os.environ)
-    assert settle_home() == ""
+    assert prepare_home() == ""
     assert dict(os.environ) == before
 
 
@@ -37,7 +37,7 @@ def test_a_user_id_without_a_name_gets_one(monkeypatch):
     for name in ("USER", "LOGNAME", "LNAME", "USERNAME"):
         monkeypatch.delenv(name)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    assert settle_home() == ""
+    assert prepare_home() == ""
     assert getpass.getuser() == f"uid{os.getuid()}"
 
 
@@ -47,17 +47,17 @@ def test_a_process_without_a_home_gets_one_that_can_be_written(monkeypatch, tmp_
 
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    assert settle_home().startswith("there is no home folder: HOME is ")
+    assert prepare_home().startswith("there is no home folder: HOME is ")
     assert Path.home() == tmp_path / f"unison-{os.getuid()}"
     assert os.access(Path.home(), os.W_OK)
-    assert settle_home() == "", "its children have a home"
+    assert prepare_home() == "", "its children have a home"
 
 
 def test_caches_that_cannot_be_written_go_elsewhere_and_those_that_were_named_stay(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/proc")  # a file system where nobody can make a file
     monkeypatch.setenv("TRITON_CACHE_DIR", "/named/by/the/user")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    assert "caches cannot be written at /proc" in settle_home()
+    assert "caches cannot be written at /proc" in prepare_home()
     assert os.environ["TRITON_CACHE_DIR"] == "/named/by/the/user"
     assert "MPLCONFIGDIR" not in os.environ, "its default can be written"
     for name in ("VLLM_CACHE_ROOT", "WANDB_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "HF_MODULES_CACHE"):

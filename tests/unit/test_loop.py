@@ -8,12 +8,13 @@ from dataclasses import replace
 from threading import Barrier
 
 import pytest
+from log import Log
 
 from rl.config import Config, Deadlines, RolloutConfig
 from rl.filters import Difficulty, ZeroAdvantage
 from rl.loop.loop import Loop
 from rl.loop.stream import stream
-from rl.protocols import EngineLost, StallError, SyncReport, Tracker
+from rl.protocols import EngineLost, StallError, SyncReport
 from rl.rewards.score import RewardError
 from rl.types import Completion, Data, Prompt
 
@@ -75,14 +76,6 @@ class Trainer:
         self.engines.version = version
         self.published.append(version)
         return SyncReport(seconds=0.0, pause_seconds=0.0, bytes=0, verified=True)
-
-
-class Log(Tracker):
-    def __init__(self):
-        self.rows = []
-
-    def log(self, step, metrics):
-        self.rows.append({"step": step, **metrics})
 
 
 def loop_of(engines, trainer, *, reward=lambda reply: 1.0, set_aside=None, evaluate=None, **settings):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from log import Log
 
 from rl.batch import collate, micro_batches, trained_rows, trajectory
 from rl.config import Config
@@ -13,7 +14,7 @@ from rl.loop.loop import Loop
 from rl.loop.stream import stream
 from rl.loss import prepare
 from rl.objectives import GRPO, RLOO
-from rl.protocols import StallError, SyncReport, Tracker
+from rl.protocols import StallError, SyncReport
 from rl.rewards.combined import OverGroup, Weighted
 from rl.rewards.result import NOT_APPLICABLE
 from rl.types import Completion, Data, Prompt
@@ -112,14 +113,6 @@ class Trainer:
 
     async def publish(self, version):
         return SyncReport(seconds=0.0, pause_seconds=0.0, bytes=0, verified=True)
-
-
-class Log(Tracker):
-    def __init__(self):
-        self.rows = []
-
-    def log(self, step, metrics):
-        self.rows.append({"step": step, **metrics})
 
 
 def run(engines, **settings):

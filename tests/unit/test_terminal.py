@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from trainer.tracking.terminal import any_terminal_will_do, console, flush_output, plus_minus
+from trainer.tracking.terminal import console, escape_unencodable, flush_output, plus_minus
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def test_what_could_not_be_printed_is_not_printed_again(monkeypatch):
 def test_a_terminal_gets_what_it_can_show_and_escapes_for_the_rest(monkeypatch, encoding, written):
     took = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(took, encoding=encoding))
-    any_terminal_will_do()
+    escape_unencodable()
     console.print(f"näme {plus_minus()} 😀")
     print("näme")
     sys.stdout.flush()

@@ -16,7 +16,7 @@ from trainer.launch import configure
 from trainer.plan.plan import Plan, make_plan
 from trainer.runs.files import make_folder, write_json
 from trainer.runs.settings import config_digest, resolved, stack_versions
-from trainer.tracking.terminal import console, status
+from trainer.tracking.terminal import console, status, with_error
 
 
 def evaluate_model(arguments: Sequence[str]) -> int:
@@ -110,8 +110,6 @@ def table(model: str, metrics: Mapping[str, float], sizes: Mapping[str, int]) ->
         if name.endswith("_se"):
             continue
         held_out, _, figure = name.removeprefix("eval/").rpartition("/")
-        error = metrics.get(f"{name}_se")
-        out.add_row(
-            held_out, str(sizes[held_out]), figure, f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
-        )
+        shown = with_error(value, metrics.get(f"{name}_se"), digits=4)
+        out.add_row(held_out, str(sizes[held_out]), figure, shown)
     return out

@@ -1,17 +1,17 @@
 """Are these the model's files of the run's start? A digest that reads little of large files."""
 
 import hashlib
-from pathlib import Path
+
+from trainer.model.files import WEIGHTS, base_folder
 
 CONFIGS = ("config.json", "generation_config.json")
-WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 BLOCK, BLOCKS = 4096, 64
 """Bytes of each look into a weight file, and how many, evenly spread: a new version of a model changes them all."""
 
 
 def model_digest(model: str) -> str:
     """Digest of a model's config and weights; empty where its folder is unknown on this machine."""
-    folder = _folder(model)
+    folder = base_folder(model)
     if folder is None:
         return ""
     digest, found = hashlib.blake2b(digest_size=16), False
@@ -19,7 +19,7 @@ def model_digest(model: str) -> str:
         if path.name in CONFIGS:
             found = True
             digest.update(path.name.encode() + path.read_bytes())
-        elif path.suffix in WEIGHTS:
+        elif path.name.endswith(WEIGHTS):
             found, size = True, path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             with path.open("rb") as file:
@@ -27,16 +27,3 @@ def model_digest(model: str) -> str:
                     file.seek(number * max(size - BLOCK, 0) // max(BLOCKS - 1, 1))
                     digest.update(file.read(BLOCK))
     return digest.hexdigest() if found else ""
-
-
-def _folder(model: str) -> Path | None:
-    """The folder of a model, or of the hub's copy on this machine."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if Path(model).is_dir():
-        return Path(model)
-    try:
-        cached = try_to_load_from_cache(model, "config.json")
-    except ValueError:
-        return None  # no name that the hub could have
-    return Path(cached).parent if isinstance(cached, str) else None

@@ -96,22 +96,27 @@ def listed_stop_ids(model: str, tokenizer: Any, *, trust_remote_code: bool = Fal
     return stop_ids(tokenizer, generation.to_diff_dict(), PretrainedConfig.get_config_dict(model)[0])
 
 
-def base_folder(model: str) -> Path:
-    """The folder that holds the model's files: its own, or the hub's snapshot of them. Raises OSError without one."""
-    from transformers.utils import cached_file
+def base_folder(model: str) -> Path | None:
+    """The folder that holds the model's files: its own, or the hub's snapshot of them; None without one here."""
+    from huggingface_hub import try_to_load_from_cache
 
     if looks_local(model):
-        return Path(model).expanduser()
-    return Path(str(cached_file(model, "config.json"))).parent
+        folder = Path(model).expanduser()
+        return folder if folder.is_dir() else None
+    cached = try_to_load_from_cache(model, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def copy_companions(model: str, tokenizer: Any, folder: Path) -> list[str]:
     """Copy what a model has besides config and weights into `folder`, and return the names: generation_config,
     tokenizer, chat template, processor, code. They are copied as they are, because saving them again changes them.
 
-    The tokenizer is saved from memory only where the model has no file of it.
+    The tokenizer is saved from memory only where the model has no file of it. Raises OSError where the model's files
+    are gone.
     """
     base, folder = base_folder(model), folder.resolve()
+    if base is None:
+        raise FileNotFoundError(f"the files of {model!r} are no longer on this machine")
     names = [
         path.name
         for path in sorted(base.iterdir())

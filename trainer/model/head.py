@@ -72,7 +72,7 @@ class _TokenLogprob(torch.autograd.Function):
             else:
                 grad = log_p.add_(entropy[s, None]).mul_(up_entropy[s, None]).add_(up_logprob[s, None]).mul_(p).neg_()
             grad.scatter_add_(1, targets[s, None], up_logprob[s, None])
-            mapped.chain_(grad, capped)
+            mapped.backward_(grad, capped)
             grad_hidden[s] = grad.to(ctx.dtype).matmul(w).to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight.addmm_(grad.t(), hidden[s].to(ctx.dtype).float())

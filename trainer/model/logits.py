@@ -42,7 +42,7 @@ class LogitsMap:
             return logits.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
         return logits if self.scale == 1.0 else logits.mul_(self.scale)
 
-    def chain_(self, grad: Float[Tensor, "N V"], logits: Float[Tensor, "N V"] | None) -> Float[Tensor, "N V"]:
+    def backward_(self, grad: Float[Tensor, "N V"], logits: Float[Tensor, "N V"] | None) -> Float[Tensor, "N V"]:
         """Turn a gradient of the mapped logits into one of the lm_head's product, in place. `logits` are the mapped
         ones; they are overwritten, and only a cap needs them."""
         if self.cap is not None:

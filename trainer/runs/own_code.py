@@ -16,10 +16,10 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+from rl import checkout
 from rl.config import Config
 from trainer.runs.settings import name_of, plain
 
-OURS = ("rl", "rollout", "trainer")
 INSTALLED = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 """Folders of installed code, which has a version instead."""
 CONSTANTS = (bool, int, float, complex, str, bytes, tuple, frozenset, list, dict, set, re.Pattern, type(None))
@@ -128,7 +128,12 @@ def _of_bytes(code: CodeType, doc: str | None, found: list[str]) -> Iterator[str
 def _own(value: Any) -> bool:
     """Whether code is the user's: neither ours nor installed."""
     name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-    if str(name).partition(".")[0] in (*OURS, "builtins", "None"):
+    if str(name).partition(".")[0] in (*checkout.PACKAGES, "builtins", "None"):
         return False
     file = getattr(sys.modules.get(str(name)), "__file__", None)
-    return file is None or not any(folder in Path(file).resolve().parents for folder in INSTALLED)
+    return file is None or not is_installed(Path(file).resolve())
+
+
+def is_installed(file: Path) -> bool:
+    """Whether a file is of Python's own library, or of a package that was installed."""
+    return "site-packages" in file.parts or any(folder in file.parents for folder in INSTALLED)

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import is_dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
@@ -103,4 +103,4 @@ def stack_versions() -> dict[str, str]:
 
 def plain_config(config: Config) -> str:
     """The resolved config as indented JSON."""
-    return json.dumps(resolved(config), indent=2, default=lambda x: asdict(x) if is_dataclass(x) else str(x))
+    return json.dumps(resolved(config), indent=2)

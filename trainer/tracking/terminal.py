@@ -37,7 +37,7 @@ class Terminal(Console):
 console = Terminal(soft_wrap=True)
 
 
-def any_terminal_will_do() -> None:
+def escape_unencodable() -> None:
     """Write what the terminal's encoding lacks as an escape, such as \\xb1. Without it such a character is an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -115,15 +115,19 @@ def plus_minus() -> str:
     return "±"
 
 
+def with_error(value: float, error: float | None, digits: int = 3) -> str:
+    """A figure with its standard error, where that is known; a single value has none."""
+    known = error is not None and math.isfinite(error)
+    return f"{value:.{digits}f}" + (f" {plus_minus()} {error:.{digits}f}" if known else "")
+
+
 def closing_table(summary: dict[str, Any], folder: Path) -> None:
     """Print the run's results in a dozen lines, and its files."""
     table = Table(title=f"{summary['name']}: {summary['status']}", show_header=False, title_justify="left")
     for key in ("eval_before", "eval_after"):
         for name, value in summary.get(key, {}).items():
             if not name.endswith("_se"):
-                error = summary[key].get(f"{name}_se")
-                known = error is not None and math.isfinite(error)
-                table.add_row(f"{key} {name}", f"{value:.3f}" + (f" {plus_minus()} {error:.3f}" if known else ""))
+                table.add_row(f"{key} {name}", with_error(value, summary[key].get(f"{name}_se")))
     for key in ("steps", "tokens", "train_seconds", "reward_first", "reward_last", "worst_logprob_gap", "alerts"):
         if summary.get(key) is not None:
             value = summary[key]
