@@ -16,7 +16,7 @@ from rl.protocols import EngineLost, StallError, UpdateFailed
 from rl.rewards.score import RewardError
 from rl.typed import shortened
 from trainer.cluster.start_error import StartError
-from trainer.doctor.diagnosis import ParityError
+from trainer.doctor.finding import ParityError
 from trainer.runs.own_code import is_installed
 from trainer.runs.summary import MOST
 from trainer.tracking.terminal import console, flush_output

@@ -13,8 +13,9 @@ import torch
 from rl.batch import collate, trajectory
 from rl.parity.gap import Gap, gap
 from rl.types import Batch, Completion
-from trainer.doctor.diagnosis import MEAN_GAP, Finding
 from trainer.doctor.examine import Examiner
+from trainer.doctor.finding import Finding
+from trainer.doctor.numbers import MEAN_GAP
 
 PERTURBED_BIT = 6
 """An in-flight update changes half of the weights by 2^-6: enough to show, too little to produce garbage."""

@@ -12,8 +12,8 @@ from trainer.cluster.cluster import Cluster
 from trainer.cluster.remote import RemoteLearner
 from trainer.data.first_prompt import FirstPrompt
 from trainer.doctor.comparisons import Comparison, Comparisons
-from trainer.doctor.diagnosis import Finding
 from trainer.doctor.examine import Examiner, ParityCheck
+from trainer.doctor.finding import Finding
 from trainer.plan.plan import make_plan
 from trainer.prompts import Prepared
 from trainer.runs.settings import stack_versions

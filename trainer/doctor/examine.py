@@ -17,7 +17,9 @@ from rl.tokens import encode
 from rl.types import Batch, Completion
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.remote import RemoteLearner
-from trainer.doctor.diagnosis import Finding, ParityError, agrees, diagnose
+from trainer.doctor.diagnosis import diagnose
+from trainer.doctor.finding import Finding, ParityError
+from trainer.doctor.numbers import agrees
 from trainer.prompts import Prepared
 
 PROMPTS = 8

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from trainer.doctor.diagnosis import MEAN_GAP
+from trainer.doctor.numbers import MEAN_GAP
 from trainer.pages.kit import BLUE, INK, RED, SOFT, STYLE, WIDTH, as_sentence, html_figure, html_table, new_axis, number
 
 POINTS, WORST = 1000, 100
