@@ -260,6 +260,12 @@ class Engine:
         """Inputs and outputs of every layer that holds weights for one prompt, by worker. Uses no cached prefix."""
         return await examine.trace(self.generate, self.call_workers, token_ids)
 
+    async def trace_sampler(
+        self, token_ids: list[int], seed: int, tokens: int
+    ) -> tuple[Completion, list[dict[str, Any]]]:
+        """One reply as a rollout samples it, and what each worker's sampler did for it (`rollout.sampler_trace`)."""
+        return await examine.trace_sampler(lambda: self.sample(token_ids, 1, seed, None, tokens), self.call_workers)
+
 
 def completion(done: CompletionOutput, cached_prompt_tokens: int) -> Completion:
     """vLLM's output as a `Completion`. A missing log-probability becomes NaN, which the loop quarantines."""

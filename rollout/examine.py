@@ -11,10 +11,14 @@ from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from rl.data import Given
+from rl.parity.architecture import architecture
 from rl.sampling.forbidden import Forbidden
 from rl.tokens import Rendering, encode
+from rl.types import Completion
 from rollout.worker import WorkerExtension
 
+Sample = Callable[[], Awaitable[list[Completion]]]
+"""Samples one reply as a rollout does."""
 Generate = Callable[[list[int], SamplingParams], Awaitable[RequestOutput]]
 """`Engine.generate`: the final output of one request."""
 CallWorkers = Callable[[Callable[[WorkerExtension], Any]], Awaitable[list[Any]]]
@@ -64,6 +68,12 @@ def describe(llm: AsyncLLM, sampling: SamplingParams, prompt: Given, rendering: 
         "min_p": sampling.min_p,
         "forbidden": forbidden.facts(),
         "penalties": [sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty - 1.0],
+        "logit_bias": dict(sampling.logit_bias or {}),
+        "allowed_token_ids": sampling.allowed_token_ids,
+        "ignore_eos": bool(sampling.ignore_eos),
+        "architecture": architecture(model.hf_text_config.to_dict()),
+        "kv_cache_dtype": str(c.cache_config.cache_dtype),
+        "quantization": model.quantization,
         "async_scheduling": bool(c.scheduler_config.async_scheduling),
         "prefix_caching": bool(c.cache_config.enable_prefix_caching),
         "eager": bool(model.enforce_eager),
@@ -81,3 +91,13 @@ async def trace(generate: Generate, call_workers: CallWorkers, token_ids: list[i
     await call_workers(WorkerExtension.begin_trace)
     await generate(token_ids, SamplingParams(max_tokens=1, top_k=1, detokenize=False, skip_reading_prefix_cache=True))
     return await call_workers(WorkerExtension.end_trace)
+
+
+async def trace_sampler(sample: Sample, call_workers: CallWorkers) -> tuple[Completion, list[dict[str, Any]]]:
+    """One reply, and what each worker's sampler did for it."""
+    await call_workers(WorkerExtension.begin_sampler_trace)
+    try:
+        [completion] = await sample()
+    finally:
+        traces = await call_workers(WorkerExtension.end_sampler_trace)
+    return completion, traces

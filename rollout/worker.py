@@ -10,6 +10,7 @@ from typing import Any
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from rollout.process import exit_when_orphaned, kill_with_parent
+from rollout.sampler_trace import SamplerTrace
 from rollout.trace import Tracer
 from rollout.weights.names import expected, fused_modules
 from rollout.weights.receive import GlooEngine
@@ -62,6 +63,16 @@ class WorkerExtension:
     def end_trace(self) -> dict[str, Any]:
         """The recorded inputs and outputs of the layers: see `rollout.trace.Tracer.stop`."""
         return self.tracer.stop(fused_modules(self.weight_transfer_engine.model))
+
+    def begin_sampler_trace(self) -> None:
+        """Record what the sampler does with the next request."""
+        runner: Any = self  # vLLM's worker, which this class is mixed into
+        self.sampler_trace = SamplerTrace()
+        self.sampler_trace.start(self.weight_transfer_engine.model, getattr(runner.model_runner, "sampler", None))
+
+    def end_sampler_trace(self) -> dict[str, Any]:
+        """The records: see `rollout.sampler_trace.SamplerTrace.stop`."""
+        return self.sampler_trace.stop()
 
     def _gloo_engine(self) -> GlooEngine:
         assert isinstance(self.weight_transfer_engine, GlooEngine), "only the CPU channel stages weights"

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rl.parity.draws import Draws
 from rl.parity.gap import Gap, NoiseClip
-from rl.parity.hypotheses import Hypothesis
+from rl.parity.guess import Hypothesis
 
 Kind = Literal["linear", "norm", "embedding", "head"]
 
@@ -46,12 +47,50 @@ class WeightEvidence:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WitnessEvidence:
+    """Both sides against a third one: a fresh copy of the model with the learner's weights, one sequence at a time, in
+    plain fp32."""
+
+    trainer: Gap
+    """Trainer against the witness."""
+    engine: Gap
+    """Witness against the engine."""
+    limit: float
+    """Largest mean |d| in nats at which trainer and witness count as equal."""
+    trainer_cause: str = ""
+    """Where the trainer is at fault, as a key of `trainer.doctor.remedies`; empty if it is not."""
+    trainer_text: str = ""
+    """What shows it."""
+    engine_guesses: list[Hypothesis] = field(default_factory=list[Hypothesis])
+    """What would give the engine's numbers; only if they differ."""
+    note: str = ""
+    """What limits this evidence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerEvidence:
+    """One engine's numbers against its own logits: a sampler's fault shows here exactly, whatever the body computes."""
+
+    engine: int
+    tokens: int
+    error: float
+    """Mean |d| in nats between what the engine handed on and what its logits give; NaN without logits."""
+    handed_on: float
+    """Mean |d| in nats between what the sampler returned and what the engine handed on."""
+    other_tokens: int
+    """Tokens that were handed on and are not those that the sampler returned."""
+    settings: dict[str, Any]
+    """As the sampler read them; empty where it does not show them."""
+    guesses: list[Hypothesis]
+    """What would give these numbers from these logits; only if they differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleEvidence:
     """Log-probabilities of one engine's samples against the trainer's."""
 
     engine: int
     gap: Gap
-    hypotheses: list[Hypothesis]
     surprise: float
     """`rl.parity.gap.surprise` of the sampled tokens under the trainer's distribution, in standard deviations."""
     nonfinite: int
@@ -64,6 +103,14 @@ class SampleEvidence:
     """Sampled tokens with another version than the engine's."""
     forbidden: int = 0
     """Sampled tokens that the run forbids at their place, so that the trainer gives them the probability 0."""
+    too_long: int = 0
+    """Replies with more tokens than were asked for."""
+    wrong_reason: int = 0
+    """Replies that ended before the limit and count as cut off, or the other way round."""
+    draws: Draws | None = None
+    witness: WitnessEvidence | None = None
+    """None where both sides agree in fp32."""
+    sampler: SamplerEvidence | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

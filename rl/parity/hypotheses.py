@@ -1,118 +1,53 @@
-"""What could the engine do differently to produce these log-probabilities? Each guess is tested on the numbers."""
+"""What would give these numbers for these tokens? Guesses, each with the gap that it leaves."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from rl.parity import places, sampler_fits, units
+from rl.parity.guess import Hypothesis
+from rl.parity.told import Told
 
-from rl.sampling.truncation import Truncation, keep
+FITS = 0.05
+"""A guess that leaves at most this share of the gap is an explanation; one that leaves more is only the closest."""
+ALIKE = 1.5
+"""Guesses that leave at most this many times what the best one leaves fit as well as the best."""
 
-TOP_PS = [0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.98, 0.99]
-TOP_KS = [2, 3, 5, 8, 10, 15, 20, 30, 40, 50, 64, 100]
-MIN_PS = [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3]
+
+def explain(told: Told) -> list[Hypothesis]:
+    """Guesses about where the numbers come from, best first. Those about the sampler take most of the time."""
+    return sorted([*units.guesses(told), *places.guesses(told), *sampler_fits.guesses(told)], key=lambda g: g.residual)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hypothesis:
-    """One guess, and the gap that it leaves unexplained."""
+class Judgement:
+    """The guesses that fit, best first; if none does, only the closest."""
 
-    cause: str
-    """Key of `trainer.doctor.remedies`."""
-    text: str
-    """What the engine would be doing."""
-    residual: float
-    """Mean |d| in nats that remains if the guess is right."""
+    fits: list[Hypothesis]
+    closest: Hypothesis | None
+
+    @property
+    def cause(self) -> str:
+        """Of the best guess; "unexplained" if none fits."""
+        return self.fits[0].cause if self.fits else "unexplained"
+
+    def __str__(self) -> str:
+        if self.fits:
+            texts = " or ".join(g.text for g in self.fits)
+            return f"{texts} (leaves {self.fits[0].residual:.1e} nats)"
+        return f"closest: {self.closest.text} (leaves {self.closest.residual:.1e} nats)" if self.closest else ""
 
 
-def explain(
-    logits: Float[Tensor, "N V"],
-    targets: Int[Tensor, " N"],
-    rollout: Float[Tensor, " N"],
-    *,
-    temperature: float,
-    truncation: Truncation | None,
-) -> list[Hypothesis]:
-    """Guesses about the engine's sampler, best first, from the trainer's own logits (temperature 1, whole vocabulary).
+def judge(guesses: list[Hypothesis], gap: float, noise: float) -> Judgement:
+    """Which guesses explain a mean |d| of `gap` nats, where `noise` is what remains between equal sides.
 
-    Shapes: N sampled tokens, V vocabulary; `rollout` is the engine's log-probabilities in nats.
+    A guess with no fitted value wins over one with, because the latter can fit by chance.
     """
-    guesses = [*_sampling(logits, targets, rollout, temperature, truncation)]
-    best_t, residual = fit_temperature(logits, targets, rollout)
-    if abs(best_t / temperature - 1) > 5e-3 and best_t != 1.0:
-        guesses.append(
-            Hypothesis(cause="temperature", text=f"it samples at temperature {best_t:.3g}", residual=residual)
-        )
-    return sorted(guesses, key=lambda g: g.residual)
-
-
-def _sampling(
-    logits: Tensor, targets: Tensor, rollout: Tensor, temperature: float, truncation: Truncation | None
-) -> Iterator[Hypothesis]:
-    if temperature != 1.0 or truncation:
-        left = _left(logits.log_softmax(-1), targets, rollout)
-        yield Hypothesis(
-            cause="raw_logprobs", text="it returns raw log-probabilities, before temperature and cuts", residual=left
-        )
-    scaled = logits / temperature
-    whole = scaled.log_softmax(-1)
-    if truncation:
-        left = _left(whole, targets, rollout)
-        yield Hypothesis(cause="truncation", text="it samples from the whole vocabulary", residual=left)
-        return
-    cuts = [Truncation(top_p=p) for p in TOP_PS]
-    cuts += [Truncation(top_k=k) for k in TOP_KS if k < logits.shape[1]] + [Truncation(min_p=p) for p in MIN_PS]
-    # Truncation only raises the probability of kept tokens, so d is nowhere positive.
-    d = whole.gather(1, targets[:, None])[:, 0] - rollout
-    if float(d.mean()) >= -1e-6 or float((d > 1e-3).float().mean()) > 0.4:
-        return
-    for cut in cuts:
-        kept = keep(scaled, cut).scatter(1, targets[:, None], True)
-        mass = torch.where(kept, whole, -torch.inf).logsumexp(-1)
-        left = float((d - mass).abs().mean())
-        name = next(f"{n}={v:g}" for n, v in vars(cut).items() if v != getattr(Truncation(), n))
-        yield Hypothesis(cause="truncation", text=f"it samples with {name} (or close to it)", residual=left)
-
-
-def _left(logprobs: Tensor, targets: Tensor, rollout: Tensor) -> float:
-    return float((logprobs.gather(1, targets[:, None])[:, 0] - rollout).abs().mean())
-
-
-def fit_temperature(
-    logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"], rollout: Float[Tensor, " N"]
-) -> tuple[float, float]:
-    """The temperature that fits the engine's numbers best, by golden-section search, and the mean |d| that remains."""
-    low, high, golden = 0.2, 3.0, 0.6180339887
-
-    def left(t: float) -> float:
-        return _left((logits / t).log_softmax(-1), targets, rollout)
-
-    a, b = high - golden * (high - low), low + golden * (high - low)
-    at_a, at_b = left(a), left(b)
-    while high - low > 1e-4:
-        if at_a < at_b:
-            high, b, at_b = b, a, at_a
-            a = high - golden * (high - low)
-            at_a = left(a)
-        else:
-            low, a, at_a = a, b, at_b
-            b = low + golden * (high - low)
-            at_b = left(b)
-    best = (low + high) / 2
-    return best, left(best)
-
-
-def shifts(trainer: Float[Tensor, "B T"], rollout: Float[Tensor, "B T"], mask: Tensor) -> list[Hypothesis]:
-    """Do the engine's numbers belong to the token before or after? Both sides [B, T] in nats."""
-    found: list[Hypothesis] = []
-    for by, where in ((1, "after"), (-1, "before")):
-        moved, both = rollout.roll(by, dims=1), mask & mask.roll(by, dims=1)
-        if both.any():
-            left = float((trainer - moved)[both].abs().mean())
-            found.append(
-                Hypothesis(
-                    cause="shift", text=f"each number belongs to the token {where} the one it stands at", residual=left
-                )
-            )
-    return found
+    if not guesses:
+        return Judgement(fits=[], closest=None)
+    fits = [g for g in guesses if g.residual <= max(FITS * gap, noise) and g.residual <= 0.5 * gap]
+    if not fits:
+        return Judgement(fits=[], closest=guesses[0])
+    best = max(fits[0].residual, noise / 2)
+    alike = sorted((g for g in fits if g.residual <= ALIKE * best), key=lambda g: (g.fitted, g.residual))
+    first = alike[0]
+    others = [g for g in alike[1:] if g.cause != first.cause and g.fitted <= first.fitted]
+    return Judgement(fits=[first, *{g.cause: g for g in reversed(others)}.values()], closest=None)

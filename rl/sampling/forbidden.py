@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -65,6 +65,14 @@ def places(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     count = mask.long().cumsum(dim=1)
     before = torch.where(mask, 0, count).cummax(dim=1).values
     return count - before - 1
+
+
+def named(ids: Int[Tensor, "N K"], logits: Float[Tensor, "N V"]) -> Bool[Tensor, "N V"]:
+    """True at these vocabulary entries of each row; -1 names none."""
+    # Padding goes to an extra column after the vocabulary.
+    wide = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
+    ids = ids.long()
+    return wide.scatter_(1, ids.where(ids >= 0, logits.shape[1]), True)[:, :-1]
 
 
 def word_ids(tokenizer: Any, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

@@ -85,8 +85,8 @@ def both(one: AbstractContextManager, other: AbstractContextManager) -> Iterator
 
 FAULTS: dict[str, tuple[Callable[[Pair], AbstractContextManager], str, str]] = {
     "raw mode": (lambda p: in_worker(p.live, "raw"), "raw_logprobs", "raw log-probabilities"),
-    "wrong temperature": (lambda p: in_sampling(p.live, temperature=0.9), "temperature", "samples at temperature 0.9"),
-    "top-p on one side": (lambda p: in_sampling(p.live, top_p=0.9), "truncation", "top_p=0.9"),
+    "wrong temperature": (lambda p: in_sampling(p.live, temperature=0.9), "temperature", "the temperature 0.9"),
+    "top-p on one side": (lambda p: in_sampling(p.live, top_p=0.9), "truncation", "'top_p': 0.9"),
     "fp32 head on one side": (
         lambda p: in_worker(p.live, "bf16 head"),
         "head_dtype",

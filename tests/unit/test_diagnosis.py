@@ -6,9 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from rl.parity.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
+from rl.parity.draws import Draws
+from rl.parity.evidence import (
+    Evidence,
+    LayerError,
+    SampleEvidence,
+    SamplerEvidence,
+    WeightEvidence,
+    WitnessEvidence,
+)
 from rl.parity.gap import Gap, NoiseClip, gap
-from rl.parity.hypotheses import Hypothesis
+from rl.parity.guess import Hypothesis
 from rl.sampling.truncation import Truncation
 from trainer.doctor.diagnosis import diagnose
 from trainer.doctor.remedies import REMEDIES
@@ -24,6 +32,12 @@ ENGINE = {
     "min_p": 0.0,
     "forbidden": {"min_tokens": 0, "stop_ids": [], "words": []},
     "penalties": [0.0, 0.0, 0.0],
+    "logit_bias": {},
+    "allowed_token_ids": None,
+    "ignore_eos": False,
+    "architecture": {"rope_theta": 1e4},
+    "kv_cache_dtype": "auto",
+    "quantization": None,
     "generation_config": "vllm",
     "stop_ids": [1],
     "vocabulary": 100,
@@ -37,8 +51,9 @@ LEARNER = {
     "temperature": 1.0,
     "truncation": None,
     "forbidden": {"min_tokens": 0, "stop_ids": [], "words": []},
+    "architecture": {"rope_theta": 1e4},
 }
-DRIVER = {"chat_template": "t", "prompt": [5, 6], "stop_ids": [1], "vocabulary": 100}
+DRIVER = LEARNER | {"chat_template": "t", "prompt": [5, 6], "stop_ids": [1], "vocabulary": 100}
 DIGESTS = {f"w{i}": f"d{i}" for i in range(6)}
 LAYER = LayerError(name="w0", kind="linear", error=1e-6, scale=1.0, scaled_error=1e-6, bf16_error=1e-3)
 
@@ -59,7 +74,6 @@ def sample(**changes: Any) -> SampleEvidence:
     clean = SampleEvidence(
         engine=0,
         gap=gap_of(0.0),
-        hypotheses=[],
         surprise=0.3,
         nonfinite=0,
         ended=4,
@@ -96,6 +110,12 @@ def test_agreement_leads_to_no_finding() -> None:
         ("top_k", 20, "truncation"),
         ("penalties", [0.0, 0.0, 0.1], "penalties"),
         ("forbidden", {"min_tokens": 5, "stop_ids": [1], "words": []}, "forbidden"),
+        ("logit_bias", {7: 2.0}, "logit_bias"),
+        ("allowed_token_ids", [1, 2], "allowed_tokens"),
+        ("ignore_eos", True, "ignored_eos"),
+        ("architecture", {"rope_theta": 1e6}, "config"),
+        ("kv_cache_dtype", "fp8", "kv_cache"),
+        ("quantization", "fp8", "quantization"),
         ("dtype", "bfloat16", "dtype"),
         ("head_dtype", "bfloat16", "head_dtype"),
         ("tied", False, "tied_head"),
@@ -115,8 +135,72 @@ def test_a_fact_that_differs_is_named_with_a_remedy(fact: str, value: Any, cause
 def test_a_cut_that_both_sides_make_is_no_fault_and_one_that_differs_is() -> None:
     both = ENGINE | {"top_p": 0.9, "top_k": 20}
     mine = LEARNER | {"truncation": Truncation(top_p=0.9, top_k=20)}
-    assert diagnose(evidence(engine_facts=[both], learner_facts=mine)) == []
-    assert diagnose(evidence(engine_facts=[both | {"top_p": 0.95}], learner_facts=mine))[0].cause == "truncation"
+    run = DRIVER | {"truncation": Truncation(top_p=0.9, top_k=20)}
+    assert diagnose(evidence(engine_facts=[both], learner_facts=mine, driver_facts=run)) == []
+    found = diagnose(evidence(engine_facts=[both | {"top_p": 0.95}], learner_facts=mine, driver_facts=run))
+    assert [(f.cause, f.where) for f in found] == [("truncation", "engine 0")]
+    found = diagnose(evidence(engine_facts=[both], driver_facts=run))
+    assert [(f.cause, f.where) for f in found] == [("truncation", "trainer")]
+
+
+def test_the_side_that_differs_from_the_run_is_the_one_at_fault() -> None:
+    found = diagnose(evidence(learner_facts=LEARNER | {"temperature": 0.9}))
+    assert [(f.cause, f.where) for f in found] == [("temperature", "trainer")]
+
+
+SETTINGS = {
+    "greedy": False,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "tokens_not_allowed": 0,
+    "bad_words": [],
+    "logit_bias": {},
+    "min_tokens": 0,
+    "other_processors": [],
+}
+
+
+def sampler(**changes: Any) -> SamplerEvidence:
+    clean = SamplerEvidence(
+        engine=0, tokens=32, error=1e-7, handed_on=0.0, other_tokens=0, settings=SETTINGS, guesses=[]
+    )
+    return replace(clean, **changes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "cause"),
+    [
+        ("greedy", True, "greedy"),
+        ("temperature", 0.9, "temperature"),
+        ("min_p", 0.1, "truncation"),
+        ("repetition_penalty", 1.1, "penalties"),
+        ("tokens_not_allowed", 5, "allowed_tokens"),
+        ("logit_bias", {3: 1.0}, "logit_bias"),
+        ("bad_words", [[4, 5]], "forbidden"),
+        ("min_tokens", 3, "forbidden"),
+        ("other_processors", ["Mine"], "not_drawn"),
+    ],
+)
+def test_a_setting_that_only_the_sampler_has_is_named(setting: str, value: Any, cause: str) -> None:
+    assert diagnose(evidence(samples=[sample(sampler=sampler())])) == []
+    found = diagnose(evidence(samples=[sample(sampler=sampler(settings=SETTINGS | {setting: value}))]))
+    assert [f.cause for f in found] == [cause]
+
+
+def test_numbers_that_the_engines_own_logits_do_not_give_are_the_samplers_or_lie_on_the_way() -> None:
+    guess = Hypothesis(cause="unit", text="the numbers are in bits (log2)", residual=1e-7)
+    wrong = sampler(error=0.5, guesses=[guess])
+    found = diagnose(evidence(dtype="bfloat16", samples=[sample(sampler=wrong)]))
+    assert [f.cause for f in found] == ["unit"]
+    assert "in the sampler" in found[0].evidence
+    found = diagnose(evidence(samples=[sample(sampler=replace(wrong, handed_on=0.5))]))
+    assert "between the sampler and the trainer" in found[0].evidence
+    assert [f.cause for f in diagnose(evidence(samples=[sample(sampler=sampler(other_tokens=2))]))] == ["swapped"]
 
 
 def test_stop_ids_that_differ_are_a_fault_and_none_on_both_sides_are_a_warning() -> None:
@@ -156,15 +240,79 @@ def test_weights_that_differ_lead_to_the_cause_they_show(changes: dict, cause: s
     assert shows in found[0].evidence
 
 
-def test_a_gap_is_given_the_hypothesis_that_leaves_least_of_it() -> None:
-    guess = Hypothesis(cause="temperature", text="it samples at temperature 0.9", residual=1e-6)
-    found = diagnose(evidence(samples=[sample(gap=gap_of(0.1), hypotheses=[guess])]))
-    assert [f.cause for f in found] == ["temperature"]
-    assert "best explanation: it samples at temperature 0.9; leaves 1.0e-06 nats unexplained" in found[0].evidence
-    poor = replace(guess, residual=0.09)
-    assert [f.cause for f in diagnose(evidence(samples=[sample(gap=gap_of(0.1), hypotheses=[poor])]))] == [
-        "unexplained"
+def witness(**changes: Any) -> WitnessEvidence:
+    return replace(WitnessEvidence(trainer=gap_of(0.0), engine=gap_of(0.1), limit=3e-5), **changes)
+
+
+def test_a_gap_has_the_name_of_a_guess_that_fits_and_else_the_closest_guess_without_a_name() -> None:
+    guess = Hypothesis(cause="positions", text="positions are one too high", residual=1e-6)
+    found = diagnose(evidence(samples=[sample(gap=gap_of(0.1), witness=witness(engine_guesses=[guess]))]))
+    assert [(f.cause, f.where) for f in found] == [("positions", "engine 0")]
+    assert "positions are one too high (leaves 1.0e-06 nats)" in found[0].evidence
+    poor = replace(guess, residual=0.02)
+    found = diagnose(evidence(samples=[sample(gap=gap_of(0.1), witness=witness(engine_guesses=[poor]))]))
+    assert [f.cause for f in found] == ["unexplained"]
+    assert "closest: positions are one too high" in found[0].evidence
+
+
+def test_two_guesses_that_fit_alike_are_both_stated() -> None:
+    guesses = [
+        Hypothesis(cause="raw_logprobs", text="raw numbers", residual=1e-6),
+        Hypothesis(cause="unit", text="other units", residual=1.2e-6),
+        Hypothesis(cause="temperature", text="a fitted temperature", residual=1e-6, fitted=1),
     ]
+    found = diagnose(evidence(samples=[sample(gap=gap_of(0.1), witness=witness(engine_guesses=guesses))]))
+    assert [f.cause for f in found] == ["raw_logprobs"]
+    assert "raw numbers or other units" in found[0].evidence
+    assert "fitted temperature" not in found[0].evidence
+
+
+def test_where_engine_and_witness_agree_the_trainer_is_at_fault_and_its_layers_too() -> None:
+    seen = witness(
+        trainer=gap_of(0.1), engine=gap_of(0.0), trainer_cause="trainer_body", trainer_text="hidden states differ"
+    )
+    bad = weights(layers=only(3, error=0.02, scale=1.02))
+    found = diagnose(evidence(weights=[bad], samples=[sample(gap=gap_of(0.1), witness=seen)]))
+    assert [f.where for f in found] == ["trainer, next to engine 0", "trainer"]
+    named = replace(seen, trainer_cause="mode")
+    found = diagnose(evidence(weights=[bad], samples=[sample(gap=gap_of(0.1), witness=named)]))
+    assert found[0].cause == "mode"
+
+
+def draw(**changes: Any) -> Draws:
+    clean = Draws(
+        surprise=0.0,
+        tokens=100,
+        best=60,
+        best_expected=61.0,
+        best_sigmas=-0.2,
+        stops=3,
+        stops_expected=3.2,
+        no_stop_nats=0.0,
+        inner_stops=0,
+        odd_token=5,
+        odd_count=4,
+        odd_expected=3.0,
+        odd_sigmas=0.6,
+        alike_nats=3.0,
+        alike_groups=0.0,
+    )
+    return replace(clean, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"inner_stops": 2}, "ignored_eos"),
+        ({"no_stop_nats": 30.0}, "ignored_eos"),
+        ({"alike_nats": 40.0}, "seeds"),
+        ({"best": 100, "best_sigmas": 8.0}, "greedy"),
+        ({"odd_sigmas": 9.0}, "not_drawn"),
+    ],
+)
+def test_tokens_that_are_no_draws_are_told_apart(changes: dict, cause: str) -> None:
+    assert diagnose(evidence(samples=[sample(draws=draw())])) == []
+    assert [f.cause for f in diagnose(evidence(samples=[sample(draws=draw(**changes))]))] == [cause]
 
 
 def test_a_gap_that_is_no_number_is_a_fault() -> None:
@@ -193,7 +341,9 @@ def test_a_sign_below_the_limit_is_still_a_fault_and_noise_of_that_size_is_not()
         ({"wrong_version": 1}, "versions"),
         ({"ended_without_stop_token": 3}, "eos"),
         ({"surprise": 5.0}, "not_drawn"),
-        ({"surprise": -5.0}, "not_drawn"),
+        ({"surprise": -5.0}, "selected"),
+        ({"too_long": 1}, "finish_reason"),
+        ({"wrong_reason": 1}, "finish_reason"),
     ],
 )
 def test_what_samples_must_hold_is_held(changes: dict, cause: str) -> None:

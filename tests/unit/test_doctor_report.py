@@ -18,7 +18,6 @@ from rl.objectives import GRPO, GSPO, M2PO
 from rl.objectives.corrections import TokenTIS
 from rl.parity.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
 from rl.parity.gap import NoiseClip, gap
-from rl.parity.hypotheses import Hypothesis
 from rl.sampling.truncation import Truncation
 from rl.types import Batch, Data
 from trainer.doctor import report as doctor_report
@@ -64,11 +63,9 @@ def make_report(*findings: Finding, comparisons: bool = False, engines: int = 1,
     config = Config(name="small", model="models/none", data=lambda: Data(train=[]), reward=len, **settings)
     distances = [D * (i + 1) for i in range(engines)]
     gaps = [gap(ROLLOUT + d, ROLLOUT, MASK) for d in distances]
-    guess = Hypothesis(cause="temperature", text="it samples at temperature 0.9", residual=0.01)
     sample = SampleEvidence(
         engine=0,
         gap=gaps[0],
-        hypotheses=[guess],
         surprise=0.4,
         nonfinite=0,
         ended=2,
@@ -134,7 +131,6 @@ def test_doctor_json_comes_back_as_it_was_with_null_for_every_nan(tmp_path, find
     assert said["comparisons"][2]["gap"] is None
     assert said["verdict"] == ("fault" if findings else "well")
     assert [f["remedy"] for f in said["findings"]] == [f.remedy for f in findings]
-    assert said["evidence"]["samples"][0]["hypotheses"][0]["text"] == "it samples at temperature 0.9"
     assert said["evidence"]["facts"]["learner"]["truncation"]["top_p"] == 0.5
     assert said["evidence"]["clip"] == {"tokens": 0.125, "sequences": 0.25}
 

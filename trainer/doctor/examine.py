@@ -11,21 +11,28 @@ import torch
 from rl.batch import collate, integers, trajectory
 from rl.config import Config
 from rl.objectives.corrections import Uncorrected
-from rl.parity.evidence import Evidence, LayerError, SampleEvidence, WeightEvidence
+from rl.parity.architecture import architecture
+from rl.parity.evidence import Evidence, LayerError, SampleEvidence, SamplerEvidence, WeightEvidence
 from rl.parity.gap import clipped_by_noise, gap, surprise
+from rl.sampling.forbidden import Forbidden
 from rl.tokens import encode
 from rl.types import Batch, Completion
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.remote import RemoteLearner
 from trainer.doctor.diagnosis import diagnose
 from trainer.doctor.finding import Finding, ParityError
-from trainer.doctor.numbers import agrees
+from trainer.doctor.numbers import agrees, limit_of
+from trainer.doctor.sampler import sampler_evidence
+from trainer.model.files import model_config
+from trainer.model.forbidden import forbidden
 from trainer.prompts import Prepared
 
 PROMPTS = 8
 TOKENS = 300
 """About how many sampled tokens a check looks at."""
 TRACED_TOKENS = 6
+TRACED_REPLIES, TRACED_REPLY = 2, 16
+"""Replies whose logits are looked at, and their tokens."""
 Trace = list[dict[str, Any]]
 """Traced layers of one engine, by worker."""
 CLIPPED = 0.01
@@ -83,6 +90,7 @@ class Examiner:
     def __init__(self, cluster: Cluster, learner: RemoteLearner, prepared: Prepared, seed: int = 0) -> None:
         self.cluster, self.learner, self.prepared, self.seed = cluster, learner, prepared, seed
         self.config = cluster.config
+        self.forbidden = forbidden(self.config, self.config.model, prepared.tokenizer)
         train, count = prepared.train, min(PROMPTS, len(prepared.train))
         self.prompts = [replace(train[i * len(train) // count], ordinal=i) for i in range(count)]
         self.max_tokens = min(self.config.rollout.max_tokens, 48)
@@ -97,7 +105,12 @@ class Examiner:
         sampling = [asyncio.ensure_future(self._sample(i)) for i in range(len(self.cluster.engines))]
         try:
             weights, notes = await self._layers(weights, traces)
-            examined = [await self._samples(i, version, await groups) for i, groups in enumerate(sampling)]
+            sampled = [await groups for groups in sampling]
+            samplers = [await self._sampler(i) for i in range(len(sampling))]
+            examined = [
+                await self._samples(i, version, groups, sampler)
+                for i, (groups, sampler) in enumerate(zip(sampled, samplers, strict=True))
+            ]
         finally:
             for task in sampling:
                 task.cancel()
@@ -127,7 +140,16 @@ class Examiner:
     async def _facts(self) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
         prepared = self.prepared
         engines = await self.cluster.ask_engines(lambda e: e.describe(prepared.first_prompt, prepared.rendering))
+        c = self.config
+        files = model_config(c.model, trust_remote_code=c.trust_remote_code).get_text_config()
         driver = {
+            "temperature": c.temperature,
+            "truncation": c.rollout.truncation,
+            "forbidden": (self.forbidden or Forbidden()).facts(),
+            "dtype": c.dtype,
+            "head_dtype": "float32" if c.fp32_head else c.dtype,
+            "tied": bool(files.tie_word_embeddings),
+            "architecture": architecture(files.to_dict()),
             "chat_template": prepared.tokenizer.chat_template,
             # Not `train[0]`: long prompts may be cut.
             "prompt": encode(prepared.tokenizer, prepared.first_prompt, prepared.rendering),
@@ -214,8 +236,21 @@ class Examiner:
             )
         )
 
+    async def _sampler(self, engine: int) -> SamplerEvidence | None:
+        """A few replies one at a time, with the logits that the sampler had for each token."""
+        traced = []
+        for p in self.prompts[:TRACED_REPLIES]:
+            seed, tokens = self.seed * 7919 + 31 + p.ordinal, min(self.max_tokens, TRACED_REPLY)
+            reply = await self.cluster.ask_engine(
+                engine,
+                lambda e, p=p, seed=seed, tokens=tokens: e.trace_sampler(p.token_ids, seed, tokens),
+                deadline_s=self.config.deadlines.sample_s,
+            )
+            traced.append((p, *reply))
+        return sampler_evidence(engine, self.config, self.forbidden, traced)
+
     async def _samples(
-        self, engine: int, version: int, groups: list[list[Completion]]
+        self, engine: int, version: int, groups: list[list[Completion]], sampler: SamplerEvidence | None
     ) -> tuple[SampleEvidence, Batch, torch.Tensor]:
         cluster, prompts = self.cluster, self.prompts
         rows = [trajectory(p, c, 0.0, {}) for p, group in zip(prompts, groups, strict=True) for c in group]
@@ -231,19 +266,29 @@ class Examiner:
         # Tokens without a finite number are counted, then left out of the averages: one NaN would hide all others.
         clean = replace(batch, mask=finite, rollout_logprobs=batch.rollout_logprobs.nan_to_num(0.0, 0.0, 0.0))
         g = gap(trainer, clean.rollout_logprobs, clean.mask)
-        agreed = agrees(g, self.config.dtype)
-        hypotheses = [] if agreed else (await cluster.ask_learners(lambda rank: rank.explain(clean)))[0]
+        config, cut, stops = self.config, self.config.rollout.truncation, list(self.prepared.stop_ids)
+        drawn = (await cluster.ask_learners(lambda rank: rank.draws(clean, stops, cut)))[0]
+        witness = None
+        if config.dtype != "float32" or not agrees(g, limit_of(config.dtype, config.temperature)):
+            witness = (await cluster.ask_learners(lambda rank: rank.witness(clean, config.temperature, cut)))[0]
         ended = [(row, t) for row, t in zip(batch.mask, rows, strict=True) if t.finish_reason == "stop"]
         evidence = SampleEvidence(
             engine=engine,
             gap=g,
-            hypotheses=hypotheses,
             surprise=surprise(trainer, entropy, clean.mask),
             nonfinite=nonfinite,
             ended=len(ended),
             ended_without_stop_token=sum(not self._shows_its_end(row, t.token_ids) for row, t in ended),
             wrong_version=int((batch.versions[batch.mask] != version).sum()),
             forbidden=int(banned.sum()),
+            too_long=sum(int(row.sum()) > self.max_tokens for row in batch.mask),
+            wrong_reason=sum(
+                t.finish_reason == "length" and int(row.sum()) < self.max_tokens
+                for row, t in zip(batch.mask, rows, strict=True)
+            ),
+            draws=drawn,
+            witness=witness,
+            sampler=sampler,
         )
         return evidence, clean, trainer
 

@@ -4,54 +4,138 @@ from collections.abc import Iterator
 
 from rl.parity.evidence import SampleEvidence
 from rl.parity.gap import Gap
+from rl.parity.hypotheses import judge
 from trainer.doctor.finding import Finding
+from trainer.doctor.sampler import sampler_limit
 
 MEAN_GAP = {"float32": 3e-5, "bfloat16": 6e-2}
-"""Largest mean |d| in nats at which the two sides count as equal. Clean runs show 5e-6 and 4e-2."""
-EXPLAINED = 0.4
-"""A hypothesis counts when it leaves less than this share of the gap unexplained."""
-SURPRISE = 4.5
-"""Standard deviations; a clean run exceeds it once in 150,000."""
+"""Largest mean |d| in nats at which the two sides count as equal, at temperature 1 and above; below, it grows with
+1 / temperature. Clean runs show 5e-6 and 4e-2."""
 GAP_SIGMAS = 5.0
 """k1 beyond this many standard errors is a bias: the two sides compute different things."""
 
 
-def structure(s: SampleEvidence) -> Iterator[Finding]:
-    where = f"engine {s.engine}"
-    if s.forbidden:
-        text = f"{s.forbidden} sampled tokens are forbidden at their place (rollout.min_tokens, rollout.bad_words)"
-        yield Finding(cause="forbidden", severity="fault", where=where, evidence=text)
-    if s.nonfinite:
-        text = f"{s.nonfinite} of {s.gap.tokens} sampled tokens have no finite log-probability"
-        yield Finding(cause="nonfinite", severity="fault", where=where, evidence=text)
-    if s.wrong_version:
-        text = f"{s.wrong_version} of {s.gap.tokens} tokens have another weight version than the engine"
-        yield Finding(cause="versions", severity="fault", where=where, evidence=text)
-    if s.ended_without_stop_token:
-        text = f"{s.ended_without_stop_token} of {s.ended} finished replies lack the token that ended them"
-        yield Finding(cause="eos", severity="fault", where=where, evidence=text)
+def limit_of(dtype: str, temperature: float) -> float:
+    """The limit of mean |d|: the temperature divides the logits, and so multiplies their rounding."""
+    return MEAN_GAP[dtype] * max(1.0, 1.0 / temperature)
 
 
-def agrees(gap: Gap, dtype: str) -> bool:
+def agrees(gap: Gap, limit: float) -> bool:
     """Whether a gap is below half of its limit, and unbiased."""
-    return gap.mean_abs <= MEAN_GAP[dtype] / 2 and not is_biased(gap, dtype)
+    return gap.mean_abs <= limit / 2 and not is_biased(gap, limit)
 
 
-def is_biased(gap: Gap, dtype: str) -> bool:
+def is_biased(gap: Gap, limit: float) -> bool:
     """Whether a gap is biased: rounding raises as many log-probabilities as it lowers."""
-    return abs(gap.k1) > max(0.3 * MEAN_GAP[dtype], GAP_SIGMAS * gap.k1_se)
+    return abs(gap.k1) > max(0.3 * limit, GAP_SIGMAS * gap.k1_se)
 
 
-def numbers(s: SampleEvidence, dtype: str, *, explained: bool) -> Iterator[Finding]:
-    where, g, limit = f"engine {s.engine}", s.gap, MEAN_GAP[dtype]
-    size = f"mean |d| {g.mean_abs:.1e} nats, k1 {g.k1:+.1e} ± {g.k1_se:.0e}, k3 {g.k3:.1e}"
-    best = s.hypotheses[0] if s.hypotheses else None
-    if best is not None and best.residual < EXPLAINED * g.mean_abs and not agrees(g, dtype):
-        text = f"{size}; best explanation: {best.text}; leaves {best.residual:.1e} nats unexplained"
-        yield Finding(cause=best.cause, severity="fault", where=where, evidence=text)
-    elif not g.mean_abs <= limit or is_biased(g, dtype):  # not >: a NaN is a fault
-        if not explained:
-            yield Finding(cause="unexplained", severity="fault", where=where, evidence=f"{size} (limit {limit:g})")
-    elif not abs(s.surprise) <= SURPRISE:
+def structure(s: SampleEvidence) -> Iterator[Finding]:
+    """What is wrong whatever the log-probabilities are."""
+    texts = {
+        "forbidden": (
+            s.forbidden,
+            f"{s.forbidden} sampled tokens are forbidden at their place (rollout.min_tokens, rollout.bad_words)",
+        ),
+        "nonfinite": (s.nonfinite, f"{s.nonfinite} of {s.gap.tokens} sampled tokens have no finite log-probability"),
+        "versions": (
+            s.wrong_version,
+            f"{s.wrong_version} of {s.gap.tokens} tokens have another weight version than the engine",
+        ),
+        "eos": (
+            s.ended_without_stop_token,
+            f"{s.ended_without_stop_token} of {s.ended} finished replies lack the token that ended them",
+        ),
+        "finish_reason": (
+            s.too_long + s.wrong_reason,
+            f"{s.too_long} replies are longer than was asked for; {s.wrong_reason} shorter ones count as cut off",
+        ),
+    }
+    for cause, (count, text) in texts.items():
+        if count:
+            yield Finding(cause=cause, severity="fault", where=f"engine {s.engine}", evidence=text)
+
+
+def trainer_at_fault(s: SampleEvidence) -> bool:
+    """Whether the trainer's numbers are not the model's own."""
+    return s.witness is not None and not s.witness.trainer.mean_abs <= s.witness.limit
+
+
+def trainer_numbers(s: SampleEvidence) -> Iterator[Finding]:
+    """The trainer against the witness."""
+    w = s.witness
+    if w is not None and trainer_at_fault(s) and w.trainer_cause:
+        text = (
+            f"its log-probabilities differ from the model's own forward pass by {w.trainer.mean_abs:.1e} nats "
+            f"(limit {w.limit:g}): {w.trainer_text}"
+        )
+        yield Finding(cause=w.trainer_cause, severity="fault", where="trainer", evidence=text)
+
+
+def sampler_numbers(s: SampleEvidence, temperature: float) -> Iterator[Finding]:
+    """The engine's numbers against its own logits."""
+    e = s.sampler
+    if e is None:
+        return
+    where, limit = f"engine {s.engine}", sampler_limit(temperature)
+    if e.other_tokens:
+        text = f"{e.other_tokens} of {e.tokens} tokens are not those that the sampler returned"
+        yield Finding(cause="swapped", severity="fault", where=where, evidence=text)
+    if e.error > limit:
+        found = judge(e.guesses, e.error, limit)
+        place = "between the sampler and the trainer" if e.handed_on > limit else "in the sampler"
+        text = f"its numbers differ by {e.error:.1e} nats from what its own logits give; the fault is {place}: {found}"
+        yield Finding(cause=found.cause, severity="fault", where=where, evidence=text)
+
+
+def engine_numbers(s: SampleEvidence, dtype: str, temperature: float) -> Iterator[Finding]:
+    """The engine's numbers against the witness, or against the trainer where there is none."""
+    limit = limit_of(dtype, temperature)
+    g = s.gap if s.witness is None else s.witness.engine
+    if g.mean_abs <= limit and not is_biased(g, limit):  # written so that a NaN is a fault
+        return
+    found = judge([] if s.witness is None else s.witness.engine_guesses, g.mean_abs, limit / 2)
+    size = f"mean |d| {g.mean_abs:.1e} nats (limit {limit:g}), k1 {g.k1:+.1e} ± {g.k1_se:.0e}, k3 {g.k3:.1e}"
+    yield Finding(cause=found.cause, severity="fault", where=f"engine {s.engine}", evidence=f"{size}; {found}")
+
+
+SIGMAS = 4.5
+"""Standard deviations; a clean run exceeds it once in 150,000."""
+TOKEN_SIGMAS = 7.0
+"""The same for the count of one token: there are many tokens, and small counts have long tails."""
+NATS = 16.0
+"""-log probability; a clean run exceeds it once in ten million."""
+
+
+def drawn(s: SampleEvidence) -> Iterator[Finding]:
+    """The tokens against the distribution that they should be draws from."""
+
+    def fault(cause: str, evidence: str) -> Finding:
+        return Finding(cause=cause, severity="fault", where=f"engine {s.engine}", evidence=evidence)
+
+    d = s.draws
+    if d is not None:
+        if d.inner_stops:
+            yield fault("ignored_eos", f"{d.inner_stops} tokens that end a reply have more tokens after them")
+        elif d.no_stop_nats > NATS:
+            text = f"no token ended a reply, where {d.stops_expected:.1f} were to be expected"
+            yield fault("ignored_eos", text)
+        if d.alike_nats > NATS:
+            text = (
+                "replies of one group begin alike, which has the probability e^"
+                f"-{d.alike_nats:.0f}; in {d.alike_groups:.0%} of the groups all replies are equal"
+            )
+            yield fault("seeds", text)
+        if d.best_sigmas > SIGMAS and d.best == d.tokens:
+            text = f"all {d.tokens} tokens are the most likely one, where {d.best_expected:.0f} were to be expected"
+            yield fault("greedy", text)
+            return
+    if s.surprise < -SIGMAS:
+        text = f"tokens are {-s.surprise:.1f} standard deviations more likely than draws"
+        yield fault("selected", text)
+    elif not s.surprise <= SIGMAS:
         text = f"log-probabilities agree, but tokens are {s.surprise:+.1f} standard deviations less likely than draws"
-        yield Finding(cause="not_drawn", severity="fault", where=where, evidence=text)
+        yield fault("not_drawn", text)
+    elif d is not None and abs(d.odd_sigmas) > TOKEN_SIGMAS:
+        text = f"token {d.odd_token} was sampled {d.odd_count} times, where {d.odd_expected:.1f} were to be expected"
+        yield fault("not_drawn", text)

@@ -4,19 +4,19 @@ REMEDIES = {
     "raw_logprobs": 'Set logprobs_mode="processed_logprobs" in the engine\'s arguments (rollout/settings.py)',
     "temperature": "Set the temperature once, as Config.temperature; engine and loss both read it there",
     "truncation": "Set top_p, top_k, min_p once, in Config.rollout; the loss then applies the same truncation",
-    "forbidden": "Set min_tokens, stop_token_ids and bad_words once, in Config.rollout, and give engine and trainer "
-    "the same model files: the loss then forbids the same tokens",
+    "forbidden": "Set min_tokens, stop_token_ids and bad_words once, in Config.rollout, and give engine and"
+    " trainer the same model files: the loss then forbids the same tokens",
     "penalties": "Leave presence, frequency and repetition penalties off: the loss cannot apply them",
     "dtype": "Set Config.dtype once; engine and trainer both read it there",
     "head_dtype": "Set Config.fp32_head once; an fp32 lm_head on one side alone is no better than on none",
-    "tied_head": "The engine's lm_head is not the trainer's: check tie_word_embeddings in the model's config, and "
-    "that a tied head is refreshed after each update (rollout/head.py)",
-    "generation_config": 'Set generation_config="vllm" (rollout/settings.py); otherwise the sampler uses the model\'s '
-    "own top_k and top_p",
+    "tied_head": "The engine's lm_head is not the trainer's: check tie_word_embeddings in the model's "
+    "config, and that a tied head is refreshed after each update (rollout/head.py)",
+    "generation_config": 'Set generation_config="vllm" (rollout/settings.py); otherwise the sampler uses '
+    "the model's own top_k and top_p",
     "template": "Give engine and driver the same model folder or hub revision: the chat templates differ",
     "tokenizer": "Give engine and driver the same tokenizer files and the same Config.chat_template_kwargs",
-    "stop_ids": "Give engine and driver the same model folder: tokenizer, generation_config.json and config.json name "
-    "the tokens that end a reply",
+    "stop_ids": "Give engine and driver the same model folder: tokenizer, generation_config.json and "
+    "config.json name the tokens that end a reply",
     "no_stop_ids": "Name the token that ends a reply: eos_token of the tokenizer, or eos_token_id in "
     "generation_config.json",
     "stale_weights": "The engine has older weights than the trainer: publish after each optimizer step",
@@ -30,10 +30,38 @@ REMEDIES = {
     "versions": "Set the version while the engine is paused (finish_weight_update)",
     "eos": "Train on the token that ends a reply: it must stay in token_ids and in the mask (rl/batch.py)",
     "shift": "Column t belongs to input_ids[:, t + 1]: shift once, in rl/batch.py, and nowhere else",
-    "not_drawn": "The engine samples from another distribution than it reports: look for a logits processor or a "
-    "penalty",
+    "logit_bias": "Leave logit_bias and logits processors off: the loss does not know them",
+    "allowed_tokens": "Let the engine sample from the whole vocabulary; forbid tokens with "
+    "Config.rollout.bad_words, which the loss knows too",
+    "unit": "Hand on what vLLM returns: the natural logarithm of each sampled token's own probability "
+    "(rollout/engine.py, `completion`)",
+    "rounded": "Keep the numbers in fp32 from the sampler to the loss: do not round them, and store them in"
+    " no smaller dtype",
+    "missing_number": "Each sampled token needs its number, from the first to the last: compare the lengths"
+    " of token_ids and logprobs (rollout/engine.py, `completion`)",
+    "other_token": "Take the sampled token's own entry of vLLM's log-probabilities, not the first of the "
+    "list (rollout/engine.py, `completion`)",
+    "swapped": "Keep each reply with its own prompt and numbers: look where replies of several requests are"
+    " put in order",
+    "ignored_eos": "Leave ignore_eos off, and end a reply at the model's stop tokens (rollout.stop_token_ids)",
+    "seeds": "Give each sample of a group a seed of its own (`Engine.sample`), and do not copy replies",
+    "selected": "Train on every reply that was sampled: choosing among replies (best-of-n, a filter by "
+    "likelihood) changes the distribution. Or the engine samples at a lower temperature than it reports",
+    "greedy": "Sample at Config.temperature: the engine takes the most likely token each time",
+    "prompt_tokens": "Send the prompt's token ids as they are: the engine must add no BOS and cut nothing "
+    "(add_special_tokens, truncation, max_model_len)",
+    "finish_reason": "Hand on vLLM's finish_reason and all tokens of the reply (rollout/engine.py, `completion`)",
+    "packing": "A packed row lets one sequence see another: look at the segments and the attention mask "
+    "(trainer/model/packing.py, trainer/model/attention.py), or set trainer.share_prompts=False",
+    "mode": "Put the trainer's model into eval mode for log-probabilities (`model.eval()`), or set its dropout to 0",
+    "padding": "Padding must lie to the right, and count nowhere: look at the mask and at position ids",
+    "trainer_body": "The trainer's model is changed between its layers, or its log-probabilities are after "
+    "them: look at what wraps the model, and at trainer/model/",
+    "config": "Give engine, trainer and driver the same config.json: remove hf_overrides and changes of model.config",
+    "not_drawn": "The engine samples from another distribution than it reports: look for a logits processor"
+    " or a penalty",
     "aborted": 'Pause with pause_generation(mode="keep", clear_cache=False): vLLM\'s defaults abort every rollout',
     "condition": "The engine's log-probabilities change under this condition: switch it off (rollout/settings.py)",
-    "unexplained": "No known cause fits. Run `unison doctor`: it compares both sides in fp32, which separates numerics "
-    "from weights",
+    "unexplained": "No known cause fits. The report (doctor.json) has all measurements; restart the engine,"
+    " and if it comes back, please report it with that file",
 }

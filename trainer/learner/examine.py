@@ -4,13 +4,11 @@ from typing import Any
 
 import torch
 
+from rl.parity.architecture import architecture
 from rl.parity.evidence import LayerError
-from rl.parity.hypotheses import Hypothesis
 from rl.sampling.forbidden import Forbidden
-from rl.types import Batch
 from rl.weights import digest
 from trainer.learner import layers
-from trainer.learner.explain import explain_batch
 from trainer.learner.rank import Rank
 from trainer.learner.weights import LearnerWeights
 
@@ -22,6 +20,7 @@ def describe(rank: Rank) -> dict[str, Any]:
         "dtype": str(next(hf.get_decoder().parameters()).dtype).removeprefix("torch."),
         "head_dtype": "float32" if head.fp32 else str(head.weight.dtype).removeprefix("torch."),
         "tied": bool(hf.config.get_text_config().tie_word_embeddings),
+        "architecture": architecture(hf.config.get_text_config().to_dict()),
         "temperature": rank.config.temperature,
         "truncation": rank.config.rollout.truncation,
         "forbidden": (rank.policy.forbidden or Forbidden()).facts(),
@@ -37,15 +36,3 @@ def digests(weights: LearnerWeights) -> dict[str, str]:
 def layer_errors(rank: Rank, trace: dict[str, Any]) -> tuple[list[LayerError], list[str]]:
     """The error of every layer of an engine: see `trainer.learner.layers`."""
     return layers.layer_errors(rank.policy.hf, rank.head, trace, sharded=rank.weights.sharded)
-
-
-@torch.no_grad()
-def explain(rank: Rank, batch: Batch) -> list[Hypothesis]:
-    """Hypotheses about an engine's sampler, best first: see `trainer.learner.explain`."""
-    batch, sharded = batch.to_device(rank.device), rank.weights.sharded
-    # Every rank computes whole rows by itself: the hypotheses need all logits.
-    shared, rank.policy.ulysses = rank.policy.ulysses, None
-    try:
-        return explain_batch(rank.engine, rank.head, batch, rank.config, sharded)
-    finally:
-        rank.policy.ulysses = shared

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from rl.config import Config
 from rl.objectives.adaptive import coefficients
-from rl.parity.evidence import LayerError
-from rl.parity.hypotheses import Hypothesis
+from rl.parity.draws import Draws
+from rl.parity.evidence import LayerError, WitnessEvidence
+from rl.sampling.truncation import Truncation
 from rl.types import Batch, PolicyOutput
 from rl.weights import WeightManifest
-from trainer.learner import examine, export, state
+from trainer.learner import closer, examine, export, state
 from trainer.learner.deepspeed_engine import deepspeed_engine
 from trainer.learner.memory_meter import PeakMemory
 from trainer.learner.passes import Passes, shares_prompts
@@ -51,7 +52,7 @@ class Learner:
         self.parts.policy.forbidden = load_forbidden(config, model)
         self.passes = Passes(self.parts, model)
         self.stepper = Stepper(self.parts, self.passes)
-        self.config, self.rank, self.weights = config, rank, self.parts.weights
+        self.config, self.rank, self.weights, self.model = config, rank, self.parts.weights, model
         self.sender: Sender | None = None
 
     # -- learning ------------------------------------------------------------------------------------------------
@@ -104,9 +105,15 @@ class Learner:
         """The error of every layer of an engine, and the layers that the learner lacks."""
         return examine.layer_errors(self.parts, trace)
 
-    def explain(self, batch: Batch) -> list[Hypothesis]:
-        """Hypotheses about an engine's sampler from the log-probabilities it reported, best first."""
-        return examine.explain(self.parts, batch)
+    @torch.no_grad()
+    def draws(self, batch: Batch, stop_ids: list[int], cut: Truncation | None) -> Draws:
+        """Are the sampled tokens of a batch draws from this learner's distribution?"""
+        return closer.sampled_draws(self.parts, batch, stop_ids, cut)
+
+    @torch.no_grad()
+    def witness(self, batch: Batch, temperature: float, cut: Truncation | None) -> WitnessEvidence:
+        """Which side is at fault? Temperature and cuts come from the run's settings, not from this learner's."""
+        return closer.witnessed(self.parts, self.passes, self.model, batch, temperature, cut)
 
     def perturb(self, bit: int) -> None:
         """Change a random half of all weights by 2^-bit of their size; calling it again restores them exactly."""

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from rl.sampling.forbidden import named
 from rl.sampling.truncation import Truncation, keep
 from trainer.model.logits import PLAIN, LogitsMap
 
@@ -120,27 +121,19 @@ def _kept(
 ) -> Bool[Tensor, "C V"] | None:
     """Vocabulary entries that a chunk's tokens were sampled from; None for the whole vocabulary."""
     if support is not None:
-        kept = _named(support[s], logits)
+        kept = named(support[s], logits)
     elif truncation is not None:
         kept = keep(logits if forbidden is None else without(logits, forbidden[s]), truncation)
     else:
         # A forbidden target has the probability 0: the engine cannot have sampled it.
-        return None if forbidden is None else ~_named(forbidden[s], logits)
+        return None if forbidden is None else ~named(forbidden[s], logits)
     # The engine sampled the target, so the engine kept it, even if rounding at the boundary excludes it here.
     return kept.scatter_(1, targets[s, None], True)
 
 
 def without(logits: Float[Tensor, "C V"], ids: Int[Tensor, "C K"]) -> Float[Tensor, "C V"]:
     """A copy of logits with -inf at these entries of each row; -1 names none."""
-    return logits.masked_fill(_named(ids, logits), -torch.inf)
-
-
-def _named(ids: Int[Tensor, "C K"], logits: Float[Tensor, "C V"]) -> Bool[Tensor, "C V"]:
-    """True at these vocabulary entries of each row; -1 names none."""
-    # Padding goes to an extra column after the vocabulary.
-    wide = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
-    ids = ids.long()
-    return wide.scatter_(1, ids.where(ids >= 0, logits.shape[1]), True)[:, :-1]
+    return logits.masked_fill(named(ids, logits), -torch.inf)
 
 
 def _chunks(n: int) -> list[slice]:

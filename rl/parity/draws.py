@@ -1,0 +1,101 @@
+"""Are the sampled tokens draws from the trainer's distribution? No log-probability of theirs can show it."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from rl.batch import integers
+from rl.parity.gap import surprise
+from rl.parity.told import Told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """What would be unlikely if every token were an independent draw."""
+
+    surprise: float
+    """How much less likely the tokens are than draws, in standard deviations (`rl.parity.gap.surprise`)."""
+    tokens: int
+    best: int
+    """Tokens that are the most likely one at their place."""
+    best_expected: float
+    best_sigmas: float
+    """How far `best` is above its expectation, in standard deviations."""
+    stops: int
+    """Tokens that end a reply."""
+    stops_expected: float
+    no_stop_nats: float
+    """-log probability that no place has a token that ends a reply; 0 if one has."""
+    inner_stops: int
+    """Tokens that end a reply, with more tokens of the same reply after them."""
+    odd_token: int
+    """The token whose count is furthest from its expectation."""
+    odd_count: int
+    odd_expected: float
+    odd_sigmas: float
+    alike_nats: float
+    """-log probability that replies of a group begin with as many equal tokens as the most similar two do, over all
+    groups; large when the replies of a group share their randomness."""
+    alike_groups: float
+    """Share of the groups in which all replies are equal and that is unlikely."""
+
+
+def draws(told: Told, stop_ids: Collection[int]) -> Draws:
+    """Measure it on tokens with all their logits."""
+    log_p, targets = told.log_p, told.targets
+    p, finite = log_p.exp(), log_p.clamp(min=-1e30)
+    entropy = -(p * finite).sum(-1)
+    everywhere = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
+    top = p.amax(-1)
+    best = int((targets == p.argmax(-1)).sum())
+    ids = torch.tensor(sorted(i for i in stop_ids if i < p.shape[1]), dtype=torch.long, device=p.device)
+    stop_p = p[:, ids].sum(-1).clamp(max=1 - 1e-7).double()
+    is_stop = torch.isin(targets, ids)
+    ends = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
+    ends[[reply.stop - 1 for reply in told.replies()]] = True
+    expected, variance = p.sum(0), (p * (1 - p)).sum(0)
+    counts = torch.bincount(targets, minlength=p.shape[1]).float()
+    # Below one expected token a count has no normal distribution.
+    sigmas = torch.where(variance >= 1, (counts - expected) / variance.clamp(min=1).sqrt(), 0.0)
+    odd = int(sigmas.abs().argmax())
+    alike, groups = _alike(told)
+    return Draws(
+        surprise=surprise(told.expected, entropy, everywhere),
+        tokens=len(targets),
+        best=best,
+        best_expected=float(top.sum()),
+        best_sigmas=float((best - top.sum()) / (top * (1 - top)).sum().clamp(min=0.25).sqrt()),
+        stops=int(is_stop.sum()),
+        stops_expected=float(stop_p.sum()),
+        no_stop_nats=0.0 if is_stop.any() else float(-torch.log1p(-stop_p).sum()),
+        inner_stops=int((is_stop & ~ends).sum()),
+        odd_token=odd,
+        odd_count=int(counts[odd]),
+        odd_expected=float(expected[odd]),
+        odd_sigmas=float(sigmas[odd]),
+        alike_nats=alike,
+        alike_groups=groups,
+    )
+
+
+def _alike(told: Told) -> tuple[float, float]:
+    """Pairs of replies of one group, by how unlikely their common beginning is."""
+    by_group: dict[int, list[slice]] = {}
+    for reply in told.replies():
+        by_group.setdefault(int(told.groups[told.rows[reply.start].cpu()]), []).append(reply)
+    nats, equal = list[float](), 0
+    for replies in by_group.values():
+        most, pairs = 0.0, len(replies) * (len(replies) - 1) // 2
+        for i, one in enumerate(replies):
+            for other in replies[:i]:
+                n = min(one.stop - one.start, other.stop - other.start)
+                same = (told.targets[one][:n] == told.targets[other][:n]).long().cumprod(0).bool()
+                most = max(most, -float(told.expected[one][:n][same].sum()))
+        if pairs:
+            nats.append(max(0.0, most - math.log(pairs)))
+        texts = {tuple(integers(told.targets[reply])) for reply in replies}
+        equal += len(replies) > 1 and len(texts) == 1
+    # Each group's nats are about exponential; 2 a group is room for their sum.
+    return max([0.0, *nats, sum(nats) - 2 * len(nats)]), equal / max(1, len(by_group))

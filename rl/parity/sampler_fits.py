@@ -1,0 +1,176 @@
+"""Which other sampler would give these numbers? Its settings are fitted to them."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl.parity.guess import Hypothesis
+from rl.parity.told import Told
+from rl.sampling.truncation import Truncation, keep
+
+TOP_PS = [0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.98, 0.99]
+TOP_KS = [1, 2, 3, 4, 5, 8, 10, 15, 20, 30, 40, 50, 64, 100]
+MIN_PS = [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3]
+CANDIDATES = 64
+"""Tokens that may have a bias: the most likely ones, and those that were sampled."""
+BIASED = 4
+"""At most so many tokens get a bias of their own."""
+
+
+def guesses(told: Told) -> Iterator[Hypothesis]:
+    """Raw numbers, another temperature, cuts, penalties and biases."""
+    yield from _raw(told)
+    yield from _temperature(told)
+    yield from _cuts(told)
+    if told.forbidden is not None:
+        whole = told.under(told.temperature, told.truncation, forbids=False)
+        text = "the tokens that the run forbids are not left out (rollout.min_tokens, rollout.bad_words)"
+        yield Hypothesis(cause="forbidden", text=text, residual=told.left(whole))
+    yield from _penalties(told)
+    yield from _biases(told)
+
+
+def _raw(told: Told) -> Iterator[Hypothesis]:
+    if told.temperature == 1.0 and told.truncation is None:
+        return
+    raw = told.under(1.0, None, forbids=False)
+    # At temperature 1 both guesses give the same numbers; the drawn tokens decide between them.
+    if _likelier(told, told.log_p, raw):
+        text = "the numbers are raw log-probabilities, from before temperature and cuts"
+        yield Hypothesis(cause="raw_logprobs", text=text, residual=told.left(raw))
+    else:
+        yield Hypothesis(cause="temperature", text="the temperature is 1", residual=told.left(raw))
+
+
+def _likelier(told: Told, one: Tensor, other: Tensor) -> bool:
+    """Whether the sampled tokens were rather drawn from `one`."""
+    chosen = told.targets[:, None]
+    return bool((one.gather(1, chosen) - other.gather(1, chosen)).sum() >= 0)
+
+
+def _temperature(told: Told) -> Iterator[Hypothesis]:
+    best, residual = golden(
+        lambda t: told.left(told.under(t, None if told.truncation is None else told.truncation)), 0.02, 4.0
+    )
+    if abs(best / told.temperature - 1) > 5e-3 and abs(best - 1) > 5e-3:
+        text = f"the temperature is {best:.3g}"
+        yield Hypothesis(cause="temperature", text=text, residual=residual, fitted=1)
+
+
+def _cuts(told: Told) -> Iterator[Hypothesis]:
+    if told.truncation is not None:
+        text = "the numbers are of the whole vocabulary, without the run's cuts"
+        yield Hypothesis(cause="truncation", text=text, residual=told.left(told.under(told.temperature, None)))
+    whole = told.under(told.temperature, None)
+    d = whole.gather(1, told.targets[:, None])[:, 0] - told.reported
+    # A cut only raises the probability of the tokens that it keeps, so d is nowhere positive.
+    if float(d.mean()) >= -1e-6 or float((d > 1e-3).float().mean()) > 0.4:
+        return
+    size = told.logits.shape[1]
+    cuts = [Truncation(top_p=p) for p in TOP_PS]
+    cuts += [Truncation(top_k=k) for k in TOP_KS if k < size] + [Truncation(min_p=p) for p in MIN_PS]
+    for cut in cuts:
+        kept = keep(told.logits / told.temperature, cut).scatter(1, told.targets[:, None], True)
+        mass = torch.where(kept, whole, -torch.inf).logsumexp(-1)
+        left = float((d - mass).abs().mean())
+        name = next(f"{n}={v:g}" for n, v in vars(cut).items() if v != getattr(Truncation(), n))
+        yield Hypothesis(cause="truncation", text=f"it samples with {name} (or close to it)", residual=left, fitted=1)
+
+
+def _penalties(told: Told) -> Iterator[Hypothesis]:
+    """Penalties on tokens that the prompt or the reply contains already (vLLM 0.32, `v1/sample/ops/penalties.py`)."""
+    replied, anywhere = seen(told)
+
+    def left(change: Callable[[float], Tensor]) -> Callable[[float], float]:
+        return lambda value: told.left(told.under(told.temperature, told.truncation, logits=change(value)))
+
+    def repeated(r: float) -> Tensor:
+        return torch.where(anywhere, torch.where(told.logits > 0, told.logits / r, told.logits * r), told.logits)
+
+    changes: dict[str, tuple[Callable[[float], Tensor], float, float, float]] = {
+        "repetition": (repeated, 0.5, 2.0, 1.0),
+        "presence": (lambda a: told.logits - a * (replied > 0), -2.0, 2.0, 0.0),
+        "frequency": (lambda a: told.logits - a * replied, -2.0, 2.0, 0.0),
+    }
+    for name, (change, low, high, off) in changes.items():
+        best, residual = golden(left(change), low, high, tolerance=1e-3)
+        if abs(best - off) > 5e-3:
+            text = f"a {name} penalty of {best:.3g} is applied"
+            yield Hypothesis(cause="penalties", text=text, residual=residual, fitted=1)
+
+
+def seen(told: Told) -> tuple[Float[Tensor, "N V"], Tensor]:
+    """How often each token stands in the reply before each place [N, V], and whether it does there or in the prompt."""
+    n, size = told.logits.shape
+    replied = torch.zeros(n, size, device=told.logits.device)
+    anywhere = torch.zeros(n, size, dtype=torch.bool, device=told.logits.device)
+    for reply in told.replies():
+        row, start = int(told.rows[reply.start]), int(told.columns[reply.start])
+        for i in range(reply.start, reply.stop):
+            if i > reply.start:
+                replied[i] = replied[i - 1]
+                replied[i, told.targets[i - 1]] += 1
+            anywhere[i] = replied[i] > 0
+            anywhere[i, told.input_ids[row, : start + 1]] = True
+    return replied, anywhere
+
+
+def _biases(told: Told) -> Iterator[Hypothesis]:
+    """A few tokens have a bias b. With x = e^b and r = e^(expected - reported): r x(target) = sum over tokens of p x.
+
+    That is linear in x, and the few tokens are found one after the other.
+    """
+    p = told.log_p.exp()
+    ratio = (told.expected - told.reported).clamp(-20, 20).exp()
+    likely = p.sum(0)
+    likely[told.targets] += 1
+    ids = likely.topk(min(CANDIDATES, likely.numel(), max(1, len(ratio) // 4))).indices
+    columns = (p[:, ids] - ratio[:, None] * (told.targets[:, None] == ids)).double()
+    wanted, chosen = (ratio - 1).double(), list[int]()
+    left: Tensor = wanted
+    for _ in range(BIASED):
+        gains: Tensor = (columns * left[:, None]).sum(0).square() / columns.square().sum(0).clamp(min=1e-12)
+        gains[chosen] = 0
+        chosen.append(int(gains.argmax()))
+        few = columns[:, chosen]
+        u = solved(few.t() @ few + 1e-12 * torch.eye(len(chosen)).to(few), few.t() @ wanted)
+        u = u.clamp(min=-1 + 1e-6)
+        left = wanted - columns[:, chosen] @ u
+        x = torch.ones(p.shape[1], dtype=torch.double, device=p.device)
+        x[ids[chosen]] = 1 + u
+        numbers = told.expected + x[told.targets].log().float() - (p.double() @ x).log().float()
+        residual = told.remains(numbers)
+        named = {int(ids[c]): float(v) for c, v in zip(chosen, (1 + u).log(), strict=True)}
+        if all(b < -4.6 for b in named.values()):
+            text = f"it never samples the token(s) {sorted(named)}"
+            yield Hypothesis(cause="allowed_tokens", text=text, residual=residual, fitted=len(chosen))
+        else:
+            text = ", ".join(f"{token}: {bias:+.2g}" for token, bias in named.items())
+            yield Hypothesis(
+                cause="logit_bias", text=f"tokens have a bias ({text})", residual=residual, fitted=len(chosen)
+            )
+
+
+def solved(a: Float[Tensor, "K K"], b: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+    """x of a x = b. torch does not state the types of its linear algebra."""
+    return torch.linalg.solve(a, b)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def golden(f: Callable[[float], float], low: float, high: float, tolerance: float = 1e-4) -> tuple[float, float]:
+    """Where f is smallest between two bounds by golden-section search, and its value there."""
+    ratio = 0.6180339887
+    a, b = high - ratio * (high - low), low + ratio * (high - low)
+    at_a, at_b = f(a), f(b)
+    while high - low > tolerance:
+        if at_a < at_b:
+            high, b, at_b = b, a, at_a
+            a = high - ratio * (high - low)
+            at_a = f(a)
+        else:
+            low, a, at_a = a, b, at_b
+            b = low + ratio * (high - low)
+            at_b = f(b)
+    best = (low + high) / 2
+    return best, f(best)
