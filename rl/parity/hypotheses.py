@@ -23,7 +23,7 @@ class Hypothesis:
     text: str
     """What the engine would be doing."""
     residual: float
-    """Mean |d| in nats that remains if the guess is right."""
+    """What remains if the guess is right: mean |d| in nats, or for a layer the share of its output."""
 
 
 def explain(

@@ -11,7 +11,7 @@ def diagnose(evidence: Evidence) -> list[Finding]:
     """All causes that the evidence shows, the most certain first: settings, weights, then numbers alone."""
     found = [*facts(evidence)]
     for one in evidence.weights:
-        found += weights(one, evidence.dtype)
+        found += weights(one, evidence)
     for sample in evidence.samples:
         found += structure(sample)
         named = {f.cause for f in found if f.severity == "fault"}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rl.config import Config
 from rl.objectives.adaptive import coefficients
-from rl.parity.evidence import LayerError
+from rl.parity.evidence import LayerError, PartError
 from rl.parity.hypotheses import Hypothesis
 from rl.types import Batch, PolicyOutput
 from rl.weights import WeightManifest
@@ -100,9 +100,9 @@ class Learner:
         """Digest of every current weight by name."""
         return examine.digests(self.weights)
 
-    def layer_errors(self, trace: dict[str, Any]) -> tuple[list[LayerError], list[str]]:
-        """The error of every layer of an engine, and the layers that the learner lacks."""
-        return examine.layer_errors(self.parts, trace)
+    def compare_layers(self, trace: dict[str, Any]) -> tuple[list[LayerError], list[PartError], list[str]]:
+        """Errors of an engine's layers and between them, and the layers that the learner lacks."""
+        return examine.compare_layers(self.parts, trace)
 
     def explain(self, batch: Batch) -> list[Hypothesis]:
         """Hypotheses about an engine's sampler from the log-probabilities it reported, best first."""
