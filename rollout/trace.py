@@ -6,11 +6,12 @@ a single shard may read other memory.
 """
 
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
@@ -25,10 +26,10 @@ class Tracer:
 
     def __init__(self, model: nn.Module) -> None:
         self.seen: dict[str, _Record] = {}
-        self.hooks: list[RemovableHandle] = []
+        self.undo: list[Callable[[], None]] = []
         modules = dict(model.named_modules())
         attentions = {name for name, module in modules.items() if isinstance(module, Attention)}
-        layers = {found[1] for name in attentions if (found := re.match(r"(.*?\.\d+)\.", name))}
+        layers = {found[1] for name in modules if (found := re.match(r"(.*?\.\d+)\.", name))}
         for name, module in modules.items():
             if isinstance(module, LogitsProcessor):
                 self._watch(HEAD, module, "head")
@@ -51,31 +52,54 @@ class Tracer:
                 record.inputs.append([x.detach().clone() for x in kept])
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
-            record, output = self.seen[name], output[0] if isinstance(output, tuple) else output
+            record = self.seen[name]
+            if isinstance(output, tuple):
+                output, *more = output
+                given = record.inputs[-1]
+                # A residual that comes out as it went in was not added.
+                if len(given) == 2 and more and isinstance(more[0], Tensor) and torch.equal(given[1], more[0]):
+                    given.pop()
             if role != "layer" and len(record.outputs) < len(record.inputs) and isinstance(output, Tensor):
                 record.outputs.append(output.detach().clone())
 
-        self.hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        self.hooks.append(module.register_forward_hook(after))
+        if role == "attention":
+            # Models of transformers call `forward` itself, which runs no hooks.
+            forward = module.forward
+
+            def traced(*args: Any, **kwargs: Any) -> Any:
+                before(module, args, kwargs)
+                output = forward(*args, **kwargs)
+                after(module, args, output)
+                return output
+
+            own = "forward" in vars(module)
+            self.undo.append(
+                partial(setattr, module, "forward", forward) if own else partial(delattr, module, "forward")
+            )
+            module.forward = traced
+            return
+        self.undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        self.undo.append(module.register_forward_hook(after).remove)
 
     def stop(self, parts: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
-        """Remove the hooks and return the records by module name, in the order of their first calls.
+        """End recording and return the records by module name, in the order of their first calls.
 
         `in` is a list of tensors, `out` one tensor or None for a decoder layer; the rows of all calls follow each
         other. `parts` are checkpoint names: those of the modules that were fused into this one, or its own. The
         argument `parts` maps a fused module's last name to theirs. A tensor is (dtype, shape, bytes).
         """
-        for hook in self.hooks:
-            hook.remove()
+        for undo in self.undo:
+            undo()
+        records = {name: record.rows() for name, record in self.seen.items()}
         return {
             name: {
-                "role": record.role,
+                "role": self.seen[name].role,
                 "parts": [".".join([*name.split(".")[:-1], p]) for p in parts.get(name.split(".")[-1], [])] or [name],
-                "in": [_plain(torch.cat(calls)) for calls in zip(*record.inputs, strict=False)],
-                "out": _plain(torch.cat(record.outputs)) if record.outputs else None,
+                "in": [_plain(x) for x in rows[0]],
+                "out": None if rows[1] is None else _plain(rows[1]),
             }
-            for name, record in self.seen.items()
-            if record.is_whole
+            for name, rows in records.items()
+            if rows
         }
 
 
@@ -87,10 +111,23 @@ class _Record:
         self.inputs: list[list[Tensor]] = []
         self.outputs: list[Tensor] = []
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether each call has inputs, and an output unless it is a decoder layer."""
-        return all(self.inputs) and (self.role == "layer" or len(self.outputs) == len(self.inputs))
+    def rows(self) -> tuple[list[Tensor], Tensor | None] | None:
+        """Inputs and output with the rows of all calls after each other. None where a call has no inputs, has no output
+        although it is no decoder layer, or where rows do not fit together."""
+        if not all(self.inputs) or (self.role != "layer" and len(self.outputs) != len(self.inputs)):
+            return None
+        inputs = [_joined(list(calls)) for calls in zip(*self.inputs, strict=False)]
+        output = _joined(self.outputs) if self.outputs else None
+        kept = [x for x in inputs if x is not None]
+        return None if len(kept) < len(inputs) or (self.outputs and output is None) else (kept, output)
+
+
+def _joined(calls: list[Tensor]) -> Tensor | None:
+    """One tensor whose first dimension is tokens. Models of transformers have a batch dimension of 1 before it."""
+    first = calls[0]
+    if len(first) == 1 and first.dim() > (2 if first.is_floating_point() else 1):
+        calls = [x[0] for x in calls]
+    return torch.cat(calls) if len({x.shape[1:] for x in calls}) == 1 else None
 
 
 def _plain(tensor: Tensor) -> tuple[str, list[int], bytes]:

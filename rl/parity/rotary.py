@@ -42,8 +42,9 @@ def explain_rotation(
     index = torch.arange(steps, dtype=torch.float64)[:, None]
     speed = angles[1] if steps > 1 else angles[0]  # no plane turns by pi or more in one step
     together = (target * plain.conj()).sum(0) * size  # its angle is the engine's own angle
-    positions, text = _positions(together, speed, prompt)
-    found = [Hypothesis(cause="positions", text=text, residual=left(positions[:, None] * speed))]
+    positions, text, is_simple = _positions(together, speed, prompt)
+    moved = Hypothesis(cause="positions", text=text, residual=left(positions[:, None] * speed))
+    found = [moved] * is_simple
 
     def guess(text: str, angles: Tensor, amplitude: float = 1.0) -> None:
         found.append(Hypothesis(cause="rope", text=text, residual=left(angles, amplitude)))
@@ -74,17 +75,19 @@ def explain_rotation(
             f"its frequencies are {float(ratios[0]):.4g} (first) to {float(ratios[-1]):.4g} (last) times the trainer's"
         )
         guess(text, index * freely)
-    return found
+    return found if is_simple else [*found, moved]
 
 
-def _positions(together: Tensor, speed: Tensor, prompt: int) -> tuple[Tensor, str]:
-    """The position that each token seems to have, and a text."""
+def _positions(together: Tensor, speed: Tensor, prompt: int) -> tuple[Tensor, str, bool]:
+    """The position that each token seems to have, a text, and whether one number describes them all."""
     steps = len(together)
     tried = torch.arange(-FAR, steps + FAR, dtype=torch.float64)
     fit = torch.einsum("sr,pr->sp", together, torch.polar(torch.ones(()).double(), -tried[:, None] * speed)).real
     best = tried[fit.argmax(1)]
     moved = [int(x) for x in best - torch.arange(steps)]
     first, late = moved[:prompt], moved[prompt:]
+    if not any(moved):
+        return best, "every token is at its own position", False
     if len(set(moved)) == 1:
         text = f"every token is at its position {moved[0]:+d}"
     elif not any(first) and len(set(late)) == 1:
@@ -95,8 +98,8 @@ def _positions(together: Tensor, speed: Tensor, prompt: int) -> tuple[Tensor, st
         text = f"every token is at position {int(best[0])}"
     else:
         at = next(i for i, x in enumerate(moved) if x)
-        text = f"token {at} is at position {int(best[at])}"
-    return best, text
+        return best, f"token {at} is at position {int(best[at])}", False
+    return best, text, True
 
 
 def _speed(together: Tensor, near: float) -> float:

@@ -53,26 +53,24 @@ class BodyFaults(FaultyExtension):
     def _no_attention_cap(self) -> None:
         self._attention(logits_soft_cap=0)
 
-    def _impl(self, change: Callable[..., Any]) -> None:
-        """`change` gets queries, keys, values and the metadata of each call, and the index of the layer."""
+    def _keys(self, change: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        """`change` gets the index of a layer, and the keys and values that go into its cache."""
         for index, one in enumerate(self.attentions):
-            forward = one.impl.forward
+            store = one.impl.do_kv_cache_update
 
-            def changed(
-                layer: Any, q: Any, k: Any, v: Any, cache: Any, meta: Any, *more: Any, at=index, f=forward, **rest: Any
-            ) -> Any:
-                if meta is not None:
-                    q, k, v = change(at, q, k, v, cache)
-                return f(layer, q, k, v, cache, meta, *more, **rest)
+            def changed(layer: Any, k: Any, v: Any, *more: Any, at: int = index, f: Any = store) -> Any:
+                return f(layer, *change(at, k, v), *more)
 
-            self._set(one.impl, "forward", changed)
+            self._set(one.impl, "do_kv_cache_update", changed)
 
     def _not_causal(self) -> None:
         for one in self.attentions:
             forward = one.impl.forward
 
-            def changed(layer: Any, q: Any, k: Any, v: Any, cache: Any, meta: Any, output: Any, f=forward) -> Any:
-                f(layer, q, k, v, cache, meta, output)
+            def changed(
+                layer: Any, q: Any, k: Any, v: Any, cache: Any, meta: Any, output: Any, f: Any = forward, **rest: Any
+            ) -> Any:
+                f(layer, q, k, v, cache, meta, output, **rest)
                 if meta is not None and len(q) > 1 and len(meta.seq_lens) == 1:
                     n = len(q)
                     kk, vv = (x[:n].repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1) for x in (k, v))
@@ -83,28 +81,32 @@ class BodyFaults(FaultyExtension):
             self._set(one.impl, "forward", changed)
 
     def _kv_in_bf16(self) -> None:
-        self._impl(lambda at, q, k, v, cache: (q, rounded(k, "bf16"), rounded(v, "bf16")))
+        self._keys(lambda at, k, v: (rounded(k, "bf16"), rounded(v, "bf16")))
 
     def _kv_in_fp8(self) -> None:
-        self._impl(lambda at, q, k, v, cache: (q, rounded(k, "fp8 (e4m3)"), rounded(v, "fp8 (e4m3)")))
+        self._keys(lambda at, k, v: (rounded(k, "fp8 (e4m3)"), rounded(v, "fp8 (e4m3)")))
 
     def _shared_kv(self) -> None:
-        kept: dict[str, Any] = {}
+        kept: dict[int, Any] = {}
 
-        def change(at: int, q: Tensor, k: Tensor, v: Tensor, cache: Tensor) -> Any:
-            if at == 0:
-                kept["kv"] = k.clone(), v.clone()
-            return (q, *(kept["kv"] if at == 1 else (k, v)))
+        def change(at: int, k: Tensor, v: Tensor) -> Any:
+            kept[at] = k.clone(), v.clone()
+            return kept[0] if at == 1 else (k, v)
 
-        self._impl(change)
+        self._keys(change)
 
     def _stale_kv(self) -> None:
-        def change(at: int, q: Tensor, k: Tensor, v: Tensor, cache: Tensor) -> Any:
-            if len(q) < 4:
-                cache.copy_(cache.roll(5, dims=-1))
-            return q, k, v
+        for one in self.attentions:
+            forward = one.impl.forward
 
-        self._impl(change)
+            def changed(
+                layer: Any, q: Any, k: Any, v: Any, cache: Any, *more: Any, f: Any = forward, **rest: Any
+            ) -> Any:
+                if len(q) < 4:
+                    cache.copy_(cache.roll(5, dims=-1))
+                return f(layer, q, k, v, cache, *more, **rest)
+
+            self._set(one.impl, "forward", changed)
 
     # -- positions -----------------------------------------------------------------------------------------------------
 
@@ -113,9 +115,18 @@ class BodyFaults(FaultyExtension):
 
     def _cache(self, of: Callable[[Any], Tensor]) -> None:
         for one in self._rotary():
-            before = one.cos_sin_cache.clone()
-            self.undone.append(lambda one=one, before=before: one.cos_sin_cache.copy_(before))
-            one.cos_sin_cache.copy_(of(one))
+            forward, other = one.forward, of(one).to(one.cos_sin_cache.dtype)
+
+            def changed(
+                p: Tensor, q: Tensor, k: Tensor, one: Any = one, f: Any = forward, other: Tensor = other
+            ) -> Any:
+                before = one.cos_sin_cache.clone()
+                one.cos_sin_cache.copy_(new)
+                out = f(p, q, k)
+                one.cos_sin_cache.copy_(before)
+                return out
+
+            self._set(one, "forward", changed)
 
     def _rope_theta(self) -> None:
         def of(one: Any) -> Tensor:
@@ -213,14 +224,7 @@ class BodyFaults(FaultyExtension):
         self._load(lambda n, t: dict(grids(t))[wanted] if n.endswith("proj.weight") else t)
 
     def _weight_of_another_layer(self) -> None:
-        seen: dict[str, Tensor] = {}
-
-        def change(name: str, tensor: Tensor) -> Tensor:
-            if name.endswith("0.self_attn.o_proj.weight"):
-                seen["it"] = tensor.clone()
-            return seen["it"] if name.endswith("1.self_attn.o_proj.weight") else tensor
-
-        self._load(change)
+        self._set(self.layers[1].self_attn.o_proj, "forward", self.layers[0].self_attn.o_proj.forward)
 
     def _weight_is_noise(self) -> None:
         self._load(lambda n, t: torch.randn_like(t) * t.std() if n.endswith("0.mlp.down_proj.weight") else t)

@@ -9,7 +9,7 @@ WHAT = {
     "stream": "the residual stream that goes into {name!r} differs",
     "rotary": "queries and keys that go into {name!r} differ after the rotary embedding",
     "attention": "the output of {name!r} differs from attention over its own queries, keys and values",
-    "input": "what goes into {name!r} differs, although all layers before it agree",
+    "input": "all layers before {name!r} agree, and what goes into it differs",
 }
 GENERAL = {
     "embedding": "embedding",
@@ -78,11 +78,11 @@ def _fits(guesses: list[Hypothesis], fitting: list[Hypothesis], error: float) ->
 def _alike(first: LayerError | PartError, wrong: list[LayerError | PartError], w: WeightEvidence) -> str:
     """In how many places the same kind of thing differs."""
     if isinstance(first, LayerError):
-        count, all_of_them = sum(isinstance(x, LayerError) for x in wrong), len(w.layers)
+        count, all_of_them, noun = sum(isinstance(x, LayerError) for x in wrong), len(w.layers), "layers"
     else:
         same = [x for x in w.between if x.part == first.part]
-        count, all_of_them = sum(x in wrong for x in same), len(same)
-    return f"; so it is in {count} of {all_of_them} places" if count > 1 else ""
+        count, all_of_them, noun = sum(x in wrong for x in same), len(same), "places"
+    return f"; {count} of {all_of_them} {noun} differ" if count > 1 else ""
 
 
 def _general(first: LayerError | PartError, layers: list[LayerError], w: WeightEvidence, e: Evidence) -> str:

@@ -181,8 +181,10 @@ class Examiner:
             return replace(evidence, uncovered=text)
         answers = await self.cluster.ask_learners(lambda rank: rank.compare_layers(trace[0]))
         layers, between, unknown = answers[0]
-        note = f"not compared, the trainer has no layer of that name: {', '.join(unknown[:3])}" if unknown else ""
-        if not between:
+        note = ""
+        if unknown:
+            note = f"not compared, the trainer has no layer of that name: {', '.join(unknown[:3])}"
+        elif not between:
             note = "only the lm_head is visible in a compiled forward pass; --rollout.enforce-eager shows all layers"
         return replace(evidence, layers=layers, between=between, uncovered=note)
 

@@ -42,7 +42,8 @@ def compare_layers(rank: Rank, trace: dict[str, Any]) -> tuple[list[LayerError],
 
     See `trainer.learner.layers` and `trainer.learner.replay`. A collective over all ranks.
     """
-    seen, dtype, hf = read(trace), rank.config.dtype, rank.policy.hf
+    dtype, hf = rank.config.dtype, rank.policy.hf
+    seen = read(trace, hf.base_model_prefix)
     shared, rank.policy.ulysses = rank.policy.ulysses, None
     try:
         between, places = replay(rank.engine, hf, seen, LAYER_ERROR[dtype])

@@ -27,8 +27,8 @@ def apply(module: Any, given: Tensor, weight: Tensor | None = None, **changes: A
     """A layer's output as fp32, perhaps with another weight. `changes` replace its attributes. Needs gathered
     parameters."""
     weight = module.weight if weight is None else weight
-    if isinstance(module, nn.Linear):
-        return F.linear(given.to(weight.dtype), weight, module.bias).float()
+    if isinstance(module, nn.Linear) or is_router(module):
+        return F.linear(given.to(weight.dtype), weight, getattr(module, "bias", None)).float()
     if isinstance(module, nn.Embedding):
         return F.embedding(given, weight).float()
     # `forward` of a copy, without a call: DeepSpeed's hooks on the module need the module's own parameters.
@@ -39,6 +39,12 @@ def apply(module: Any, given: Tensor, weight: Tensor | None = None, **changes: A
     if isinstance(stand_in, LogprobHead):
         return stand_in.logits(given, stand_in.dtype)
     return stand_in.forward(given.to(weight.dtype)).float()
+
+
+def is_router(module: Any) -> bool:
+    """Whether a module is a matrix, and gives more than a product: the router of experts. Engines give the product."""
+    matrix = module.weight.dim() == 2
+    return matrix and not isinstance(module, (nn.Linear, nn.Embedding, LogprobHead))
 
 
 def explain_layer(module: Any, plain: Any, kind: Kind, given: Tensor, theirs: Tensor, mine: Tensor) -> list[Hypothesis]:

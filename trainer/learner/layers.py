@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rl.parity import fits
 from rl.parity.evidence import Kind, LayerError
 from rl.parity.hypotheses import Hypothesis
-from trainer.learner.layer_fits import apply, explain_layer
+from trainer.learner.layer_fits import apply, explain_layer, is_router
 from trainer.learner.records import HEAD, Record, Trace
 from trainer.model.head import LogprobHead
 from trainer.model.lora import as_engines_have_it
@@ -94,6 +94,6 @@ def _as_others(
 def _kind(module: nn.Module, record: Record) -> Kind:
     if record.role == "head":
         return "head"
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or is_router(module):
         return "linear"
     return "embedding" if isinstance(module, nn.Embedding) else "norm"

@@ -58,13 +58,17 @@ class Trace:
         return embeddings[0].ids if embeddings else None
 
 
-def read(plain: dict[str, Any]) -> Trace:
-    """The trace of one worker."""
+def read(plain: dict[str, Any], body: str = "model") -> Trace:
+    """The trace of one worker. `body` is the trainer's name of what engines call model."""
+
+    def rename(name: str) -> str:
+        return body + name.removeprefix("model") if name.startswith("model.") else name
+
     records = {
-        name: Record(
-            name=name,
+        rename(name): Record(
+            name=rename(name),
             role=r["role"],
-            parts=r["parts"],
+            parts=[rename(part) for part in r["parts"]],
             inputs=[_tensor(x) for x in r["in"]],
             output=None if r["out"] is None else _tensor(r["out"]),
         )

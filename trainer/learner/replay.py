@@ -29,10 +29,10 @@ def replay(model: Any, hf: nn.Module, trace: Trace, limit: float) -> tuple[list[
     """Errors between the layers in the order of the pass, and the place of each layer with weights.
 
     `model` runs the learner's policy around `hf`; errors above `limit` are explained. A collective over all ranks.
-    Nothing is compared in a compiled forward pass, which shows neither tokens nor attention.
+    Nothing is compared in a compiled forward pass, which does not show its tokens.
     """
     tokens = trace.tokens
-    if tokens is None or not trace.of("attention"):
+    if tokens is None:
         return [], {}
     run = _Replay(hf, trace, limit, len(tokens))
     run.check_ids(tokens)
@@ -129,17 +129,19 @@ class _Replay:
 
         def give_out(_: nn.Module, args: Any, output: Any) -> Any:
             assert record.output is not None
+            if not isinstance(output, Tensor):
+                return None
             theirs = record.output.flatten(1)[:, start:]
             width = output.numel() // self.size
-            if len(theirs) != self.size or theirs.shape[1] < width or not isinstance(output, Tensor):
+            if len(theirs) != self.size or theirs.shape[1] < width:
                 return None
-            return theirs[:, :width].reshape(output.shape).to(output)
+            return _like(output, theirs[:, :width])
 
         return take_in, give_out
 
     def _taken(self, record: Record, part: str, module: nn.Module, mine: Tensor) -> Tensor | None:
         """Compare what a module takes in. Returns the engine's values, or None where they cannot be compared."""
-        rows = mine.detach().reshape(self.size, -1).float().cpu()
+        rows = _rows(mine, self.size)
         theirs = record.given
         if record.role == "head":
             rows = rows[self.prompt - 1 :]
@@ -163,7 +165,7 @@ class _Replay:
             before, summands = self.before, record.summands
             self._compare(part, "stream", theirs, rows, lambda: fits.stream(theirs, rows, before, summands))
             self.before = theirs
-        return theirs.reshape(mine.shape).to(mine)
+        return _like(mine, theirs)
 
     # -- attention -------------------------------------------------------------------------------------------------
 
@@ -244,6 +246,23 @@ class _Replay:
         self.found.append(
             PartError(name=name, part=part, error=before, decode_error=after, fits=guesses, place=self.place)
         )
+
+
+def _rows(x: Tensor, size: int) -> Tensor:
+    """[1, S, ...] or [1, H, S, D] as fp32 [S, ...]."""
+    x = x.transpose(1, 2) if _is_turned(x, size) else x
+    return x.detach().reshape(size, -1).float().cpu()
+
+
+def _like(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows in the shape of `x`: the inverse of `_rows`."""
+    if _is_turned(x, len(rows)):
+        return rows.reshape(x.transpose(1, 2).shape).transpose(1, 2).to(x)
+    return rows.reshape(x.shape).to(x)
+
+
+def _is_turned(x: Tensor, size: int) -> bool:
+    return x.dim() == 4 and x.shape[1] != size and x.shape[2] == size
 
 
 def _allowed(mask: Tensor | None, size: int) -> Tensor:
