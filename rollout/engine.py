@@ -257,7 +257,7 @@ class Engine:
         return examine.describe(self.llm, SamplingParams(**self._sampling(None, None)), prompt, rendering)
 
     async def trace(self, token_ids: list[int]) -> list[dict[str, Any]]:
-        """Inputs and outputs of every layer that holds weights for one prompt, by worker. Uses no cached prefix."""
+        """What every layer takes in and gives out for one prompt and a short reply, by worker."""
         return await examine.trace(self.generate, self.call_workers, token_ids)
 
     async def trace_sampler(

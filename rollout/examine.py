@@ -19,6 +19,8 @@ from rollout.worker import WorkerExtension
 
 Sample = Callable[[], Awaitable[list[Completion]]]
 """Samples one reply as a rollout does."""
+TRACED_REPLY = 4
+"""Tokens that are sampled while layers are traced: the first after the prefill, each other one after a decode step."""
 Generate = Callable[[list[int], SamplingParams], Awaitable[RequestOutput]]
 """`Engine.generate`: the final output of one request."""
 CallWorkers = Callable[[Callable[[WorkerExtension], Any]], Awaitable[list[Any]]]
@@ -87,10 +89,17 @@ def describe(llm: AsyncLLM, sampling: SamplingParams, prompt: Given, rendering: 
 
 
 async def trace(generate: Generate, call_workers: CallWorkers, token_ids: list[int]) -> list[dict[str, Any]]:
-    """Inputs and outputs of every layer that holds weights for one prompt, by worker. Uses no cached prefix."""
+    """What every layer takes in and gives out for one prompt and a few sampled tokens, by worker.
+
+    Each has the prompt, the reply, and the layers as `rollout.trace` records them. Uses no cached prefix.
+    """
     await call_workers(WorkerExtension.begin_trace)
-    await generate(token_ids, SamplingParams(max_tokens=1, top_k=1, detokenize=False, skip_reading_prefix_cache=True))
-    return await call_workers(WorkerExtension.end_trace)
+    params = SamplingParams(
+        max_tokens=TRACED_REPLY, top_k=1, ignore_eos=True, detokenize=False, skip_reading_prefix_cache=True
+    )
+    output = await generate(token_ids, params)
+    ids = {"prompt": list(token_ids), "reply": list(output.outputs[0].token_ids)}
+    return [ids | {"layers": layers} for layers in await call_workers(WorkerExtension.end_trace)]
 
 
 async def trace_sampler(sample: Sample, call_workers: CallWorkers) -> tuple[Completion, list[dict[str, Any]]]:

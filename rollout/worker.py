@@ -57,7 +57,7 @@ class WorkerExtension:
         return self.weight_transfer_engine.digests
 
     def begin_trace(self) -> None:
-        """Record the layers of the next forward pass."""
+        """Record the layers of the next forward passes."""
         self.tracer = Tracer(self.weight_transfer_engine.model)
 
     def end_trace(self) -> dict[str, Any]:

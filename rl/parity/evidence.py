@@ -21,10 +21,31 @@ class LayerError:
     """Norm of the difference of the outputs over the norm of the learner's output."""
     scale: float
     """The factor on the learner's output that fits the engine's output best; 1 where they agree."""
-    scaled_error: float
-    """`error` after that factor is applied."""
-    bf16_error: float
-    """`error` against the learner's layer with its weight and output rounded to bf16."""
+    fits: list[Hypothesis] = field(default_factory=list[Hypothesis])
+    """What would explain an error, best first; tried where there is one."""
+    place: int = 0
+    """Its place in a forward pass, on one scale with `PartError.place`."""
+
+
+Part = Literal["tokens", "positions", "layers", "embedding", "stream", "rotary", "attention", "input"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartError:
+    """What an engine computes between two layers that hold weights, against the learner, both with the same input."""
+
+    name: str
+    """Name of the layer that takes or makes the values."""
+    part: Part
+    """`stream`: the residual stream; `rotary`: queries and keys after it; `attention`: its output; `input`: what goes
+    into a layer inside a block."""
+    error: float
+    """Norm of the difference over the norm of the learner's values, at the tokens of the prompt."""
+    decode_error: float = 0.0
+    """The same at the tokens that were sampled one by one."""
+    fits: list[Hypothesis] = field(default_factory=list[Hypothesis])
+    """What would explain an error, best first; tried where there is one."""
+    place: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +61,8 @@ class WeightEvidence:
     received: list[dict[str, str]]
     """Digest of every tensor when it arrived, by worker."""
     layers: list[LayerError]
+    between: list[PartError] = field(default_factory=list[PartError])
+    """What lies between the layers, in the order of a forward pass."""
     uncovered: str = ""
     """Why layers could not be compared; empty if they were."""
     cached_after_update: int = 0

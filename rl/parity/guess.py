@@ -12,6 +12,6 @@ class Hypothesis:
     text: str
     """What would be going on."""
     residual: float
-    """Mean |d| in nats that remains if the guess is right."""
+    """What remains if the guess is right: mean |d| in nats, or for a layer the share of its output."""
     fitted: int = 0
     """Values that were fitted to the numbers."""

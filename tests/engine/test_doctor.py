@@ -95,12 +95,12 @@ FAULTS: dict[str, tuple[Callable[[Pair], AbstractContextManager], str, str]] = {
     "stale by one step": (stale_by_one_step, "stale_weights", "are not the trainer's current ones"),
     "one tensor not synced": (
         lambda p: both(changed_weights(p, bit=4), in_worker(p.live, "not synced", DOWN)),
-        "tensor_not_synced",
+        "tensor_loaded",
         DOWN.removesuffix(".weight"),
     ),
     "one tensor scaled 2 %": (
         lambda p: in_worker(p.live, "scaled", DOWN),
-        "tensor_differs",
+        "scale",
         "the trainer's times 1.02",
     ),
     "off by one": (lambda p: in_completions(p.live, shifted), "shift", "belongs to the token before"),

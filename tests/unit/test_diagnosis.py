@@ -55,7 +55,7 @@ LEARNER = {
 }
 DRIVER = LEARNER | {"chat_template": "t", "prompt": [5, 6], "stop_ids": [1], "vocabulary": 100}
 DIGESTS = {f"w{i}": f"d{i}" for i in range(6)}
-LAYER = LayerError(name="w0", kind="linear", error=1e-6, scale=1.0, scaled_error=1e-6, bf16_error=1e-3)
+LAYER = LayerError(name="w0", kind="linear", error=1e-6, scale=1.0)
 
 
 def gap_of(d: float, noise: float = 1e-6) -> Gap:
@@ -212,6 +212,10 @@ def test_stop_ids_that_differ_are_a_fault_and_none_on_both_sides_are_a_warning()
     assert [(f.cause, f.severity) for f in found] == [("no_stop_ids", "warning")]
 
 
+def fit(cause: str, residual: float) -> Hypothesis:
+    return Hypothesis(cause=cause, text=f"{cause} fits", residual=residual)
+
+
 def only(index: int, **changes: Any) -> list[LayerError]:
     layers = weights().layers
     return [replace(layer, **changes) if i == index else layer for i, layer in enumerate(layers)]
@@ -225,12 +229,17 @@ def only(index: int, **changes: Any) -> list[LayerError]:
         ({"received": [{k: v for k, v in DIGESTS.items() if k != "w4"}]}, "tensor_not_synced", "'w4' never arrived"),
         ({"received": [DIGESTS, DIGESTS | {"w1": "x"}]}, "tensor_differs", "'w1' arrived"),
         ({"cached_after_update": 64}, "stale_prefix", "64 prompt tokens"),
-        ({"layers": only(3, error=0.02, scale=1.02)}, "tensor_differs", "times 1.02"),
-        ({"layers": only(3, error=0.7, scaled_error=0.6)}, "tensor_not_synced", "'w3'"),
-        ({"layers": only(3, error=float("nan"))}, "tensor_not_synced", "'w3'"),
-        ({"layers": only(5, kind="norm", error=2e-3, bf16_error=1e-6)}, "norm_dtype", "rounded to bf16"),
-        ({"layers": only(5, kind="head", error=0.3, bf16_error=0.3)}, "tied_head", "but the lm_head"),
-        ({"layers": only(5, kind="head", error=3e-3, bf16_error=1e-4)}, "head_dtype", "in bf16 1.0e-04"),
+        ({"layers": only(3, error=0.02, fits=[fit("scale", 1e-6)])}, "scale", "scale fits, which leaves 1.0e-06"),
+        (
+            {"layers": only(3, error=0.7, fits=[fit("scale", 0.6)])},
+            "tensor_loaded",
+            "scale fits, which leaves 86%",
+        ),
+        ({"layers": only(3, error=0.7), "received": []}, "tensor_not_synced", "'w3'"),
+        ({"layers": only(3, error=float("nan"))}, "tensor_loaded", "'w3'"),
+        ({"layers": only(5, kind="norm", error=2e-3, fits=[fit("norm_dtype", 1e-6)])}, "norm_dtype", "norm_dtype fits"),
+        ({"layers": only(5, kind="head", error=0.3, fits=[fit("head_dtype", 0.2)])}, "tied_head", "but the lm_head"),
+        ({"layers": only(5, kind="head", error=3e-3, fits=[fit("head_dtype", 1e-5)])}, "head_dtype", "but the lm_head"),
         ({"layers": [replace(LAYER, error=1e-3)] * 6}, "stale_weights", "6 of 6 layers"),
     ],
 )
@@ -322,10 +331,8 @@ def test_a_gap_that_is_no_number_is_a_fault() -> None:
 
 
 def test_a_gap_whose_cause_is_known_is_not_called_unexplained() -> None:
-    bad = weights(layers=only(3, error=0.7, scaled_error=0.6))
-    assert [f.cause for f in diagnose(evidence(weights=[bad], samples=[sample(gap=gap_of(0.1))]))] == [
-        "tensor_not_synced"
-    ]
+    bad = weights(layers=only(3, error=0.7))
+    assert [f.cause for f in diagnose(evidence(weights=[bad], samples=[sample(gap=gap_of(0.1))]))] == ["tensor_loaded"]
 
 
 def test_a_sign_below_the_limit_is_still_a_fault_and_noise_of_that_size_is_not() -> None:

@@ -51,7 +51,7 @@ def make_batch(version: int = 0) -> Batch:
 def make_weights(**changes) -> WeightEvidence:
     digests = {"embed.weight": "aaaaaaaa", "norm.weight": "bbbbbbbb"}
     layers = [
-        LayerError(name=name, kind="linear", error=error, scale=1.0, scaled_error=error, bf16_error=4e-3)
+        LayerError(name=name, kind="linear", error=error, scale=1.0)
         for name, error in (("layers.0.q_proj", 1e-6), ("layers.0.k_proj", math.nan), ("layers.0.v_proj", 3e-6))
     ]
     weights = WeightEvidence(engine=0, version=0, sent=digests, live=digests, received=[digests], layers=layers)

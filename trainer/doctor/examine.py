@@ -12,7 +12,7 @@ from rl.batch import collate, integers, trajectory
 from rl.config import Config
 from rl.objectives.corrections import Uncorrected
 from rl.parity.architecture import architecture
-from rl.parity.evidence import Evidence, LayerError, SampleEvidence, SamplerEvidence, WeightEvidence
+from rl.parity.evidence import Evidence, SampleEvidence, SamplerEvidence, WeightEvidence
 from rl.parity.gap import clipped_by_noise, gap, surprise
 from rl.sampling.forbidden import Forbidden
 from rl.tokens import encode
@@ -30,7 +30,8 @@ from trainer.prompts import Prepared
 PROMPTS = 8
 TOKENS = 300
 """About how many sampled tokens a check looks at."""
-TRACED_TOKENS = 6
+TRACED_TOKENS = 24
+"""Long enough that positions, windows and the order of tokens matter."""
 TRACED_REPLIES, TRACED_REPLY = 2, 16
 """Replies whose logits are looked at, and their tokens."""
 Trace = list[dict[str, Any]]
@@ -169,7 +170,7 @@ class Examiner:
         received = await cluster.ask_engines(lambda e: e.received_digests())
         counting = asyncio.ensure_future(cluster.ask_learners(lambda rank: rank.digests()))
         again = await cluster.ask_engines(lambda e: e.sample(probe, 1, self.seed, max_tokens=1))
-        traces = await cluster.ask_engines(lambda e: e.trace(self.prompts[0].token_ids[:TRACED_TOKENS]))
+        traces = await cluster.ask_engines(lambda e: e.trace(self._traced_prompt()))
         live = (await counting)[0]
         weights = [
             WeightEvidence(
@@ -190,25 +191,29 @@ class Examiner:
     ) -> tuple[list[WeightEvidence], list[str]]:
         found, notes = [], []
         for evidence, trace in zip(weights, traces, strict=True):
-            layers, note = await self._layer_errors(trace)
-            if note:
-                notes.append(f"layers of engine {evidence.engine}: {note}")
-            found.append(replace(evidence, layers=layers, uncovered=note))
+            compared = await self._compared(evidence, trace)
+            if compared.uncovered:
+                notes.append(f"layers of engine {evidence.engine}: {compared.uncovered}")
+            found.append(compared)
         return found, notes
 
-    async def _layer_errors(self, trace: Trace) -> tuple[list[LayerError], str]:
+    async def _compared(self, evidence: WeightEvidence, trace: Trace) -> WeightEvidence:
         if len(trace) > 1:
-            return [], "not compared, because each worker of a tensor-parallel engine has only a shard of them"
-        layers, unknown = (await self.cluster.ask_learners(lambda rank: rank.layer_errors(trace[0])))[0]
-        if len(trace[0]) <= 1:
-            return (
-                layers,
-                "only the lm_head is visible in a compiled forward pass; --rollout.enforce-eager shows all layers",
-            )
-        return (
-            layers,
-            f"not compared, the trainer has no layer of that name: {', '.join(unknown[:3])}" if unknown else "",
-        )
+            text = "not compared, because each worker of a tensor-parallel engine has only a shard of them"
+            return replace(evidence, uncovered=text)
+        answers = await self.cluster.ask_learners(lambda rank: rank.compare_layers(trace[0]))
+        layers, between, unknown = answers[0]
+        note = ""
+        if unknown:
+            note = f"not compared, the trainer has no layer of that name: {', '.join(unknown[:3])}"
+        elif not between:
+            note = "only the lm_head is visible in a compiled forward pass; --rollout.enforce-eager shows all layers"
+        return replace(evidence, layers=layers, between=between, uncovered=note)
+
+    def _traced_prompt(self) -> list[int]:
+        """The first prompt, repeated until it is long enough, as far as the context has room for a few more tokens."""
+        ids = self.prompts[0].token_ids
+        return (ids * TRACED_TOKENS)[: max(1, min(TRACED_TOKENS, self.config.rollout.max_model_len - 8))]
 
     def long_prompt(self) -> list[int]:
         """A prompt of several prefix-cache blocks, as far as the context has room."""

@@ -25,7 +25,6 @@ REMEDIES = {
     "tensor_differs": "The tensor changed between trainer and engine: check casts and scales in between "
     "(trainer/learner/weights.py, rollout/worker.py)",
     "stale_prefix": "Salt the prefix cache with the weight version (rollout/engine.py), or reset it at each update",
-    "norm_dtype": "One side keeps a norm's weight in bf16: send and load norms in the trainer's dtype",
     "nonfinite": "Look at the prompts in samples.jsonl. Restart the engine: NaN in the KV cache survives an update",
     "versions": "Set the version while the engine is paused (finish_weight_update)",
     "eos": "Train on the token that ends a reply: it must stay in token_ids and in the mask (rl/batch.py)",
@@ -62,6 +61,45 @@ REMEDIES = {
     " or a penalty",
     "aborted": 'Pause with pause_generation(mode="keep", clear_cache=False): vLLM\'s defaults abort every rollout',
     "condition": "The engine's log-probabilities change under this condition: switch it off (rollout/settings.py)",
+    # What the engine's body computes.
+    "norm_dtype": "One side keeps a norm in bf16: send and load norms in the trainer's dtype, and check that the "
+    "engine's norm computes in fp32",
+    "eps": "The engine's norms have another eps: give engine and trainer the same config.json (rms_norm_eps, "
+    "layer_norm_eps), and check hf_overrides",
+    "residual": "The engine adds up its layers in another way: check the dtype of its residual stream, a fused norm "
+    "kernel, and residual_multiplier in the model's config",
+    "rope": "The engine turns queries and keys by other angles: compare rope_theta, rope_scaling (rope_parameters) and "
+    "max_position_embeddings in both configs, and check hf_overrides",
+    "positions": "The engine gives tokens other positions: check what numbers them (position_ids, padding, the "
+    "offset of a decode step, a speculative or multimodal path)",
+    "attention_scale": "The engine scales attention scores by another factor: check head_dim, query_pre_attn_scalar or "
+    "attention_multiplier in the model's config, and the attention backend",
+    "attention_window": "The engine attends over another window: check sliding_window, layer_types and "
+    "max_window_layers in the model's config, and that its attention backend supports windows",
+    "attention_cap": "The engine caps attention scores in another way: check attn_logit_softcapping in the model's "
+    "config, and choose an attention backend that supports soft caps",
+    "attention_mask": "The engine's tokens see others than the trainer's: check that its attention is causal "
+    "(is_causal, use_bidirectional_attention, the attention backend)",
+    "attention": "The engine's attention computes something else from the same queries, keys and values: try another "
+    "attention backend (VLLM_ATTENTION_BACKEND), and the engine without its plugins and custom kernels",
+    "kv_cache": "The engine's keys and values change on their way through the KV cache: set kv_cache_dtype to the "
+    "model's own dtype, and check block tables, layers that share a cache, and KV that was transferred or offloaded",
+    "embedding": "The engine's embeddings have another size: check what multiplies them (embedding_multiplier, "
+    "sqrt(hidden_size) of Gemma), and apply it once",
+    "scale": "A layer of the engine is multiplied by a factor: look for a scale that is applied twice or not at all "
+    "(logit_scale, logits_scaling, weight scales of quantisation, a load hook)",
+    "head": "The engine's lm_head computes with other weights: check that lm_head.weight is sent and loaded, and that "
+    "the engine does not tie a head that is untied (tie_word_embeddings)",
+    "tensor_loaded": "The tensor arrived bit for bit, but the layer computes with other values: check what loads it in "
+    "the engine (load_weights, fused and packed layouts, transposed or cached copies)",
+    "lora_scale": "The engine counts the adapter in another way: merge it once, with lora_alpha / rank "
+    "(trainer/model/lora.py), and send no adapter on top of merged weights",
+    "quantization": "The engine quantises the weights: load it without quantisation, or quantise the trainer's forward "
+    "pass too",
+    "layers": "The engine runs other decoder layers, or in another order: compare num_hidden_layers in both configs, "
+    "and check early exit, layer skipping and pipeline stages",
+    "activation": "The engine's layers agree, but not what it computes between two of them: compare hidden_act in both "
+    "configs, and check fused activation kernels",
     "unexplained": "No known cause fits. The report (doctor.json) has all measurements; restart the engine,"
     " and if it comes back, please report it with that file",
 }

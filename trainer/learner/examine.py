@@ -5,11 +5,14 @@ from typing import Any
 import torch
 
 from rl.parity.architecture import architecture
-from rl.parity.evidence import LayerError
+from rl.parity.evidence import LayerError, PartError
+from rl.parity.fits import LAYER_ERROR
 from rl.sampling.forbidden import Forbidden
 from rl.weights import digest
 from trainer.learner import layers
 from trainer.learner.rank import Rank
+from trainer.learner.records import read
+from trainer.learner.replay import replay
 from trainer.learner.weights import LearnerWeights
 
 
@@ -33,6 +36,17 @@ def digests(weights: LearnerWeights) -> dict[str, str]:
 
 
 @torch.no_grad()
-def layer_errors(rank: Rank, trace: dict[str, Any]) -> tuple[list[LayerError], list[str]]:
-    """The error of every layer of an engine: see `trainer.learner.layers`."""
-    return layers.layer_errors(rank.policy.hf, rank.head, trace, sharded=rank.weights.sharded)
+def compare_layers(rank: Rank, trace: dict[str, Any]) -> tuple[list[LayerError], list[PartError], list[str]]:
+    """Errors of an engine's layers and between them, and the layers that the learner lacks.
+
+    See `trainer.learner.layers` and `trainer.learner.replay`. A collective over all ranks.
+    """
+    dtype, hf = rank.config.dtype, rank.policy.hf
+    seen = read(trace, hf.base_model_prefix)
+    shared, rank.policy.ulysses = rank.policy.ulysses, None
+    try:
+        between, places = replay(rank.engine, hf, seen, LAYER_ERROR[dtype])
+    finally:
+        rank.policy.ulysses = shared
+    own, unknown = layers.layer_errors(hf, rank.head, seen, places, dtype=dtype, sharded=rank.weights.sharded)
+    return own, between, unknown

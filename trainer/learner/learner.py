@@ -14,7 +14,7 @@ from torch import Tensor
 from rl.config import Config
 from rl.objectives.adaptive import coefficients
 from rl.parity.draws import Draws
-from rl.parity.evidence import LayerError, WitnessEvidence
+from rl.parity.evidence import LayerError, PartError, WitnessEvidence
 from rl.sampling.truncation import Truncation
 from rl.types import Batch, PolicyOutput
 from rl.weights import WeightManifest
@@ -101,9 +101,9 @@ class Learner:
         """Digest of every current weight by name."""
         return examine.digests(self.weights)
 
-    def layer_errors(self, trace: dict[str, Any]) -> tuple[list[LayerError], list[str]]:
-        """The error of every layer of an engine, and the layers that the learner lacks."""
-        return examine.layer_errors(self.parts, trace)
+    def compare_layers(self, trace: dict[str, Any]) -> tuple[list[LayerError], list[PartError], list[str]]:
+        """Errors of an engine's layers and between them, and the layers that the learner lacks."""
+        return examine.compare_layers(self.parts, trace)
 
     @torch.no_grad()
     def draws(self, batch: Batch, stop_ids: list[int], cut: Truncation | None) -> Draws:

@@ -17,12 +17,17 @@ PROMPT, REPLY = 9, 15
 
 
 def own_forward(
-    hf: PreTrainedModel, input_ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B T"], temperature: float
+    hf: PreTrainedModel,
+    input_ids: Int[Tensor, "B S"],
+    mask: Bool[Tensor, "B T"],
+    temperature: float,
+    implementation: str = "eager",
 ) -> PolicyOutput:
     """Log-probabilities and entropy (nats) at the columns of `mask`, 0 elsewhere, from the logits that the model itself
-    returns for right-padded rows, with attention as transformers spells it out. The softmax runs in fp32."""
+    returns for right-padded rows. The softmax runs in fp32. `implementation` is transformers' name of an attention; by
+    default it is the one that transformers spells out."""
     attention = hf.config._attn_implementation
-    hf.set_attn_implementation("eager")
+    hf.set_attn_implementation(implementation)
     try:
         logits: Tensor = hf(input_ids=input_ids[:, :-1], use_cache=False).logits
     finally:

@@ -54,7 +54,7 @@ class Policy(nn.Module):
         support: Int[Tensor, "B T K"] | None = None,
         *,
         head_alone: bool = False,
-        plain: bool = False,
+        plain: bool | str = False,
     ) -> PolicyOutput:
         """The policy's output at every column of `mask`; 0 elsewhere, where nothing is computed.
 
@@ -62,9 +62,10 @@ class Policy(nn.Module):
         padded with -1), else those that `truncation` keeps of the policy's own logits. `self.forbidden` takes tokens
         out before that. With `head_alone` the gradient of the values stops at the value head and does not reach the
         body. `plain` asks the model's own forward pass instead, to check all of this: see `trainer.model.own_forward`.
+        A string names the attention that it uses.
         """
         if plain:
-            return own_forward(self.hf, input_ids, mask, temperature)
+            return own_forward(self.hf, input_ids, mask, temperature, "eager" if plain is True else plain)
         picked, mine = self._hidden(input_ids, mask)
         targets, support = input_ids[:, 1:][mask], None if support is None else support[mask]
         forbidden = None if self.forbidden is None else self.forbidden.ids(input_ids, mask)
