@@ -157,9 +157,10 @@ def setting(pair: Pair, name: str) -> Any:
 def examine(pair: Pair, prompts: list[Any] = PROMPTS, seed: int = 0) -> ParityCheck:
     """Publish the next version and examine, as at the start of a run."""
     pair.version += 1
+    one = examiner(pair, prompts, seed=seed)
 
     async def in_time() -> ParityCheck:
-        return await asyncio.wait_for(examiner(pair, prompts, seed=seed).examine(pair.version), LONGEST_S)
+        return await asyncio.wait_for(one.examine(pair.version), LONGEST_S)
 
     return asyncio.run(in_time())
 

@@ -145,7 +145,7 @@ add("numbers", "tokens decoded and encoded again", "tokenizer eos shift swapped"
 
 # -- prompts and tokenizer
 
-SYSTEM = len("[Add.]")
+SYSTEM, LETTER_L = len("[Add.]"), 24
 
 
 def reads(change: Callable[[list[int]], list[int]]) -> Plant:
@@ -164,9 +164,9 @@ add("prompts", "BOS doubled", "prompt_tokens", reads(lambda ids: [1, *ids]), mod
 add("prompts", "cut on the left", "prompt_tokens", reads(lambda ids: ids[3:]))
 add("prompts", "cut on the right", "prompt_tokens", reads(lambda ids: ids[:-1]))
 add("prompts", "only its last 8 tokens", "prompt_tokens", reads(lambda ids: ids[-8:]))
-replaced = reads(lambda ids: [2 if i == 20 else i for i in ids])
+replaced = reads(lambda ids: [2 if i == LETTER_L else i for i in ids])
 add("prompts", "one token replaced by unknown", "prompt_tokens tokenizer", replaced)
-add("prompts", "system prompt lost", "prompt_tokens template", reads(lambda ids: ids[SYSTEM:]))
+add("prompts", "system prompt lost", "prompt_tokens template", reads(lambda ids: ids[SYSTEM:] or ids))
 add("prompts", "chat template", "template", tokenizer(other_template), "engine driver")
 add("prompts", "a token more", "tokenizer", tokenizer(lambda t: t.add_tokens(["<more>"])), "engine driver")
 add("prompts", "stop ids", "stop_ids", lambda p: engine.with_stop_ids(p.live, [1, 20]), "engine driver")

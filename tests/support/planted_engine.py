@@ -29,7 +29,13 @@ def in_requests(live: Live, **changes: Any) -> Iterator[None]:
     """Each request has other parameters than the engine reports."""
     engine = live.engine
     one = engine._complete
-    with patch.object(engine, "_complete", lambda token_ids, **sampling: one(token_ids, **(sampling | changes))):
+
+    def complete(token_ids: list[int], **sampling: Any) -> Any:
+        wanted = sampling | changes
+        wanted["min_tokens"] = min(wanted["min_tokens"], wanted["max_tokens"])  # vLLM refuses more
+        return one(token_ids, **wanted)
+
+    with patch.object(engine, "_complete", complete):
         yield
 
 
@@ -206,10 +212,10 @@ def in_prompts(live: Live, change: Any) -> Iterator[None]:
 @contextmanager
 def with_tokenizer(live: Live, change: Any) -> Iterator[None]:
     """The engine has another tokenizer."""
-    from copy import deepcopy
+    from transformers import AutoTokenizer
 
     llm = live.engine.llm
-    other = deepcopy(llm.get_tokenizer())
+    other = AutoTokenizer.from_pretrained(live.config.model)
     change(other)
     with patch.object(llm, "get_tokenizer", lambda: other):
         yield
