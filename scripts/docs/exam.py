@@ -4,7 +4,8 @@ Usage: .venv/bin/python scripts/docs/exam.py                    (about half an h
 
     --only TEXT      only faults (and clean runs) whose name contains TEXT; nothing is written
     --dtype DTYPE    only float32 or bfloat16; nothing is written
-    --no-clean       no clean runs; nothing is written
+    --part PART      only the faults, or only the clean runs; nothing is written
+    --out FILE       write the figures to this file, also those of a part
     --page           only write the page from docs/data/exam.json
 
 Each fault is planted in a running engine and learner of a tiny random model, and mended afterwards: see
@@ -32,19 +33,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="")
     parser.add_argument("--dtype", choices=DTYPES)
-    parser.add_argument("--no-clean", action="store_true")
+    parser.add_argument("--part", choices=("faults", "clean"))
     parser.add_argument("--page", action="store_true")
-    parser.add_argument("--out", type=Path, help="also write the figures of a part to this file")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.page:
         return write(json.loads(DATA.read_text()))
-    rows = faults(args.only, [args.dtype] if args.dtype else list(DTYPES))
-    clean = {} if args.no_clean else runs(args.only)
+    rows = [] if args.part == "clean" else faults(args.only, [args.dtype] if args.dtype else list(DTYPES))
+    clean = {} if args.part == "faults" else runs(args.only)
     print("\n" + summary(rows, clean))
     found = {"faults": rows, "clean": clean}
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
-    if not (args.only or args.dtype or args.no_clean):
+    if not (args.only or args.dtype or args.part):
         DATA.write_text(json.dumps(found, indent=1) + "\n")
         write(found)
     return None

@@ -51,6 +51,8 @@ class Row:
     where: str = ""
     text: str = ""
     seconds: float = 0.0
+    k3: float = 0.0
+    """Of engine and trainer, under the fault."""
     changed: list[str]
     """What the fault changed."""
     note: str = ""
@@ -216,12 +218,13 @@ def mended(bench: Bench, pair: Pair, key: tuple[str, str, str], clean: ParityChe
 
 def judged(fault: Fault, check: ParityCheck) -> dict[str, Any]:
     """The verdict on what the doctor found."""
+    seen: dict[str, Any] = {"k3": check.evidence.samples[0].gap.k3}
     if not check.faults:
-        return {"verdict": "silent"}
+        return seen | {"verdict": "silent"}
     first = check.faults[0]
     right = first.cause in fault.causes and first.where.startswith(fault.where)
     verdict = "named" if right else "unexplained" if first.cause == "unexplained" else "wrong"
-    return {"verdict": verdict, "cause": first.cause, "where": first.where, "text": str(first)}
+    return seen | {"verdict": verdict, "cause": first.cause, "where": first.where, "text": str(first)}
 
 
 def differences(check: ParityCheck, clean: ParityCheck, dtype: str) -> list[str]:

@@ -169,7 +169,7 @@ def prompt_late(query: Any, key: Any, value: Any, *, segments: Any, scaling: flo
 
 
 def another_scale(query: Any, key: Any, value: Any, *, segments: Any, scaling: float) -> Any:
-    return ATTEND(query, key, value, segments=segments, scaling=scaling * 1.05)
+    return ATTEND(query, key, value, segments=segments, scaling=scaling * 1.4)
 
 
 def padding_counted(query: Any, key: Any, value: Any, *, segments: Any, scaling: float) -> Any:
