@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from exam import TEMPLATE, configured, exam_config, examine, fill_adapters, start
+from exam import ROLLOUT, TEMPLATE, configured, exam_config, examine, fill_adapters, start
 from live import Live
 from models import FAMILIES, make_model
 from pair import Pair, make_learner
@@ -30,12 +30,14 @@ class CleanRun:
     prompts: list[Any] = field(default_factory=lambda: CHAT)
     rollout: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
+    """Settings of the config that the engine needs at its start."""
     seed: int = 0
 
     @property
     def engine(self) -> tuple[str, str]:
         """Runs with the same key share an engine."""
-        return str(sorted(self.model.items(), key=str)), self.dtype
+        return str([sorted(self.model.items(), key=str), self.start]), self.dtype
 
 
 def clean_runs() -> list[CleanRun]:
@@ -49,6 +51,9 @@ def clean_runs() -> list[CleanRun]:
         CleanRun(name="long prompts", prompts=LONG),
         CleanRun(name="prompts of all lengths", prompts=MIXED),
         CleanRun(name="one prompt", prompts=CHAT[:1]),
+        CleanRun(name="one prompt 8 times", prompts=CHAT[:1] * 8),
+        CleanRun(name="prompts of one repeated token", prompts=[[20 + i] * 40 for i in range(8)]),
+        CleanRun(name="most replies end at once", rollout={"stop_token_ids": tuple(range(3, 80))}),
         CleanRun(name="groups of 2", changes={"group_size": 2}, prompts=CHAT[:2]),
         CleanRun(name="PPO with groups of 1", changes={"objective": PPO(), "group_size": 1}),
         CleanRun(name="GRPO with staleness", changes={"objective": GRPO(), "max_staleness": 2}),
@@ -63,7 +68,7 @@ def clean_runs() -> list[CleanRun]:
         CleanRun(name="min_tokens with top-p", rollout={"min_tokens": 6, "top_p": 0.9}),
         CleanRun(name="stop tokens", rollout={"stop_token_ids": (20, 30, 40)}),
         CleanRun(name="stop texts", rollout={"stop": ("a", "+")}),
-        CleanRun(name="no prefix salt is needed: long replies", rollout={"max_tokens": 128}),
+        CleanRun(name="long replies", rollout={"max_tokens": 128}),
         CleanRun(name="prompts not shared", changes={"trainer": TrainerConfig(share_prompts=False)}),
         CleanRun(name="tiny micro-batches", changes={"trainer": TrainerConfig(micro_batch_tokens=40)}),
         CleanRun(name="adapters", changes={"trainer": TrainerConfig(lora=Lora(rank=4))}),
@@ -85,6 +90,10 @@ def clean_runs() -> list[CleanRun]:
     ]
     listed = [n for n in FAMILIES if n not in ("Llama", "Llama, tied", "Qwen2")]
     found += [CleanRun(name=n, model=dict(FAMILIES[n]), changes={"temperature": 0.7}, prompts=MIXED) for n in listed]
+    found += [
+        CleanRun(name="head in bf16 on both sides", dtype="bfloat16", start={"fp32_head": False}),
+        CleanRun(name="no prefix cache", start={"rollout": replace(ROLLOUT, prefix_cache=False)}),
+    ]
     found += [CleanRun(name="several EOS", model=QWEN | {"stops": [1, 3, 40]}, prompts=MIXED)]
     return found
 
@@ -123,7 +132,7 @@ class CleanBench:
         self.close()
         folder = Path(self.folder.name, str(len(list(Path(self.folder.name).iterdir()))))
         model = make_model(folder, chat_template=TEMPLATE, **run.model)
-        self.base = exam_config(model, dtype=run.dtype)
+        self.base = exam_config(model, **({"dtype": run.dtype} | run.start))
         self.live, self.engine = start(self.base), run.engine
 
     def _pair(self, key: str, config: Config) -> Pair:

@@ -25,6 +25,7 @@ TEMPLATE = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}>"
 PROMPTS: list[str | list[dict[str, str]]] = [
     [{"role": "system", "content": "Add."}, {"role": "user", "content": f"{a} plus {7**a % 1000} is"}] for a in range(8)
 ]
+ROLLOUT = RolloutConfig(max_tokens=32, max_model_len=320, max_num_seqs=64, kv_cache_gib=0.25)
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "top-p": {"top_p": 0.9},
@@ -114,8 +115,7 @@ class Bench:
 
 def exam_config(model: Path, **changes: Any) -> Config:
     """The run that is examined."""
-    rollout = RolloutConfig(max_tokens=32, max_model_len=320, max_num_seqs=64, kv_cache_gib=0.25)
-    return engine_config(model, **({"temperature": 0.8, "rollout": rollout} | changes))
+    return engine_config(model, **({"temperature": 0.8, "rollout": ROLLOUT} | changes))
 
 
 def start(config: Config) -> Live:
