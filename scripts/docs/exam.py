@@ -106,7 +106,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for side, fault, model in sorted(keys, key=lambda key: [r["side"] for r in rows].index(key[0])):
         of = {r["dtype"]: r for r in rows if (r["side"], r["fault"], r["model"]) == (side, fault, model)}
         right = ", ".join(f"`{cause}`" for cause in next(iter(of.values()))["right"])
-        name = fault if model == "qwen2-untied" else f"{fault} ({model.split('-')[1]})"
+        name = fault if model in ("qwen2-untied", "qwen2-lora") else f"{fault} ({model})"
         lines.append(f"| {side} | {name} | {right} | {' | '.join(cell(of.get(dtype)) for dtype in DTYPES)} |")
     return "\n".join(lines)
 
@@ -126,8 +126,12 @@ def write(found: dict[str, Any]) -> None:
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     assert after, f"{PAGE} has no marks {BEGIN} and {END}"
-    rows, clean = found["faults"], found["clean"]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{summary(rows, clean)}\n\n{table(rows)}\n\n{END}{after}")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{tables(found)}\n\n{END}{after}")
+
+
+def tables(found: dict[str, Any]) -> str:
+    """The summary and the table of all faults."""
+    return f"{summary(found['faults'], found['clean'])}\n\n{table(found['faults'])}"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from live import Live, engine_config
-from models import make_model
+from models import FAMILIES, make_model
 from pair import Pair, examiner, make_learner
 from planted import FAULTS, Fault
 from rl.config import Config, Lora, RolloutConfig, TrainerConfig
@@ -26,6 +26,7 @@ PROMPTS: list[str | list[dict[str, str]]] = [
     [{"role": "system", "content": "Add."}, {"role": "user", "content": f"{a} plus {7**a % 1000} is"}] for a in range(8)
 ]
 ROLLOUT = RolloutConfig(max_tokens=32, max_model_len=320, max_num_seqs=64, kv_cache_gib=0.25)
+MODELS = ("qwen2-untied", "qwen2-lora", "llama-tied", "Mistral, window", "Gemma-2")
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "top-p": {"top_p": 0.9},
@@ -61,7 +62,7 @@ class Row:
 
 
 class Bench:
-    """Engines and learners by model and dtype, started when they are first needed."""
+    """Engines and learners by model and dtype, started when they are first needed and kept."""
 
     def __init__(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
@@ -72,11 +73,12 @@ class Bench:
         torch.set_num_threads(1)
 
     def model(self, name: str) -> Path:
-        """The folder of "family-tying"."""
-        family, tying = name.replace("-lora", "-untied").split("-")
-        folder = Path(self.folder.name, f"{family}-{tying}")
+        """The folder of "family-tying", or of a name of `models.FAMILIES`."""
+        folder = Path(self.folder.name, name.replace("-lora", "-untied"))
+        family, _, tying = folder.name.partition("-")
+        how = FAMILIES.get(name, {"family": family, "tied": tying == "tied"})
         if not folder.exists():
-            make_model(folder, family=family, tied=tying == "tied", chat_template=TEMPLATE)
+            make_model(folder, chat_template=TEMPLATE, **how)
         return folder
 
     def pair(self, name: str, dtype: str) -> Pair:
@@ -171,7 +173,7 @@ def rows(faults: Iterable[Fault], dtypes: Iterable[str]) -> Iterator[tuple[Fault
     """Every fault with every model and dtype in which it can be planted; those that share an engine are together."""
     listed = list(faults)
     for dtype in dtypes:
-        for model in ("qwen2-untied", "qwen2-lora", "llama-tied"):
+        for model in MODELS:
             for fault in listed:
                 if model in fault.models and dtype in fault.dtypes:
                     yield fault, model, dtype

@@ -267,6 +267,23 @@ add("body", "logits capped", "head config scale", worker(body.head_differs, "sof
 add("body", "head with a bias", "head logit_bias", worker(body.head_biased))
 add("body", "hidden states scaled", "scale", worker(body.hidden_scaled, 1.03))
 
+GEMMA, MISTRAL = ("Gemma-2",), ("Mistral, window",)
+OWN = {"dtypes": FP32}
+add("body", "another window", A("window") + " config", worker(body.window_differs, 8), W, models=MISTRAL, **OWN)
+other_cap = worker(body.attention_differs, "logits_soft_cap", 0.5)
+add("body", "another soft cap of attention", A("cap") + " config", other_cap, W, models=GEMMA, **OWN)
+add(
+    "body",
+    "soft cap of logits lost",
+    "head config scale",
+    worker(body.head_differs, "soft_cap", None),
+    W,
+    models=GEMMA,
+    **OWN,
+)
+unscaled = worker(body.embedding_scaled, 0.5)
+add("body", "embedding multiplied by half", "embedding scale config", unscaled, W, models=GEMMA, **OWN)
+
 # -- the trainer
 
 T = "trainer"
@@ -303,6 +320,8 @@ add("trainer", "packs leak", "packing", attends(trainer.leaking), T, models=BOTH
 add("trainer", "shared prompt read late", "packing", attends(trainer.prompt_late), T)
 add("trainer", "tree mask", "packing", lambda p: trainer.tree_mask_wrong(), T)
 add("trainer", "padding attended", "padding packing", attends(trainer.padding_counted), T)
+left = lambda p: trainer.padded_on_the_left(p)  # noqa: E731
+add("trainer", "padding on the left", "padding", left, T, models=GEMMA, **OWN)
 add("trainer", "columns read one late", "packing shift", pack(trainer.prompts_last_column_late), T)
 add("trainer", "positions one later after the prompt", "positions", pack(trainer.LATER), T)
 add("trainer", "positions restart after the prompt", "positions", pack(trainer.RESTARTING), T, models=BOTH)

@@ -39,6 +39,16 @@ def attention_differs(worker: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
+def window_differs(worker: Any, window: int) -> Iterator[None]:
+    """The layers that have a sliding window have another one."""
+    with ExitStack() as stack:
+        for layer in attentions(worker):
+            if layer.impl.sliding_window > 0:
+                stack.enter_context(patch.object(layer.impl, "sliding_window", window))
+        yield
+
+
+@contextmanager
 def not_causal(worker: Any) -> Iterator[None]:
     """A token of a prompt attends to the tokens after it."""
 
@@ -193,6 +203,17 @@ def output_scaled(worker: Any, ending: str, factor: float) -> Iterator[None]:
         return (out[0] * factor, *out[1:]) if isinstance(out, tuple) else out * factor
 
     with every(named(worker, ending), "forward", scaled):
+        yield
+
+
+@contextmanager
+def embedding_scaled(worker: Any, factor: float) -> Iterator[None]:
+    """What the model multiplies its embedding by is multiplied."""
+
+    def embedded(one: Any, ids: Any) -> Any:
+        return one(ids) * factor
+
+    with wrapped(model_of(worker).model, "embed_input_ids", embedded):
         yield
 
 

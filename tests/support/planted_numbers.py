@@ -14,6 +14,8 @@ import torch
 from live import Live
 from rl.types import Completion
 
+ALONE_S = 5.0
+"""After so many seconds a prompt is alone: no other is sampled at the same time."""
 Change = Callable[[Completion], Completion]
 
 
@@ -139,7 +141,11 @@ def between_prompts(
         if not waiting:
             other = asyncio.get_running_loop().create_future()
             waiting.append((mine, other))
-            return change(mine, await asyncio.wait_for(other, 60))
+            try:
+                return change(mine, await asyncio.wait_for(other, ALONE_S))
+            except TimeoutError:
+                waiting.clear()
+                return mine
         theirs, other = waiting.pop()
         other.set_result(mine)
         return change(mine, theirs)

@@ -209,6 +209,24 @@ def tree_mask_wrong() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def padded_on_the_left(pair: Pair) -> Iterator[None]:
+    """Rows without packing get their padding in front, and attend to it."""
+    policy = pair.learner.parts.policy
+    body = policy.hf.get_decoder()
+
+    def hidden(input_ids: Any, mask: Any) -> Any:
+        columns = torch.arange(1, mask.shape[1] + 1)
+        spare = (mask.shape[1] - (mask * columns).amax(dim=1)).tolist()
+        moved = torch.stack([row.roll(n) for row, n in zip(input_ids[:, :-1], spare, strict=True)])
+        out = body(input_ids=moved, use_cache=False).last_hidden_state
+        back = torch.stack([row.roll(-n, 0) for row, n in zip(out, spare, strict=True)])
+        return back[mask], None
+
+    with patch.object(policy, "_hidden", hidden):
+        yield
+
+
 # -- the body
 
 
@@ -324,10 +342,12 @@ def published_too_early(pair: Pair, bit: int) -> Iterator[None]:
             pair.learner.perturb(bit)
             moved.append(bit)
 
-    with patch.object(pair, "send", early):
-        yield
-    for done in moved:
-        pair.learner.perturb(done)
+    try:
+        with patch.object(pair, "send", early):
+            yield
+    finally:
+        for done in moved:
+            pair.learner.perturb(done)
 
 
 @contextmanager
