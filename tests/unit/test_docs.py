@@ -170,6 +170,15 @@ def test_the_models_page_shows_the_measured_figures(monkeypatch):
     assert all(row[step] <= 1e-5 for row in found.values() for step in module.STEPS)
 
 
+def test_the_table_of_the_exam_shows_the_measured_figures(monkeypatch):
+    module = script("exam", monkeypatch)
+    found = json.loads(module.DATA.read_text())
+    shown = module.PAGE.read_text().partition(module.BEGIN)[2].partition(module.END)[0]
+    assert shown.strip() == module.tables(found), "run scripts/docs/exam.py --page"
+    assert len({row["fault"] for row in found["faults"]}) >= 65
+    assert len(found["clean"]) >= 40
+
+
 # -- links and paths ---------------------------------------------------------------------------------------------------
 
 
