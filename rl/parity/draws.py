@@ -8,7 +8,9 @@ import torch
 
 from rl.batch import integers
 from rl.parity.gap import surprise
+from rl.parity.sampler_fits import cuts, golden, name_of
 from rl.parity.told import Told
+from rl.sampling.truncation import keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,7 @@ class Draws:
     stops: int
     """Tokens that end a reply."""
     stops_expected: float
+    stops_sigmas: float
     no_stop_nats: float
     """-log probability that no place has a token that ends a reply; 0 if one has."""
     inner_stops: int
@@ -40,6 +43,10 @@ class Draws:
     groups; large when the replies of a group share their randomness."""
     alike_groups: float
     """Share of the groups in which all replies are equal and that is unlikely."""
+    likelier: str
+    """The temperature or cut under which the tokens are most likely."""
+    likelier_nats: float
+    """By how much they are more likely under it than under the run's settings; a nat or two is chance."""
 
 
 def draws(told: Told, stop_ids: Collection[int]) -> Draws:
@@ -52,6 +59,7 @@ def draws(told: Told, stop_ids: Collection[int]) -> Draws:
     best = int((targets == p.argmax(-1)).sum())
     ids = torch.tensor(sorted(i for i in stop_ids if i < p.shape[1]), dtype=torch.long, device=p.device)
     stop_p = p[:, ids].sum(-1).clamp(max=1 - 1e-7).double()
+    spread = (stop_p * (1 - stop_p)).sum()
     is_stop = torch.isin(targets, ids)
     ends = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
     ends[[reply.stop - 1 for reply in told.replies()]] = True
@@ -61,6 +69,7 @@ def draws(told: Told, stop_ids: Collection[int]) -> Draws:
     sigmas = torch.where(variance >= 1, (counts - expected) / variance.clamp(min=1).sqrt(), 0.0)
     odd = int(sigmas.abs().argmax())
     alike, groups = _alike(told)
+    likelier, gain = _likelier(told)
     return Draws(
         surprise=surprise(told.expected, entropy, everywhere),
         tokens=len(targets),
@@ -69,6 +78,7 @@ def draws(told: Told, stop_ids: Collection[int]) -> Draws:
         best_sigmas=float((best - top.sum()) / (top * (1 - top)).sum().clamp(min=0.25).sqrt()),
         stops=int(is_stop.sum()),
         stops_expected=float(stop_p.sum()),
+        stops_sigmas=float((is_stop.sum() - stop_p.sum()) / spread.sqrt()) if spread >= 1 else 0.0,
         no_stop_nats=0.0 if is_stop.any() else float(-torch.log1p(-stop_p).sum()),
         inner_stops=int((is_stop & ~ends).sum()),
         odd_token=odd,
@@ -77,7 +87,27 @@ def draws(told: Told, stop_ids: Collection[int]) -> Draws:
         odd_sigmas=float(sigmas[odd]),
         alike_nats=alike,
         alike_groups=groups,
+        likelier=likelier,
+        likelier_nats=gain,
     )
+
+
+def _likelier(told: Told) -> tuple[str, float]:
+    """Another temperature, or a cut, from which the tokens are rather drawn."""
+    base = float(told.expected.double().sum())
+
+    def gain(temperature: float) -> float:
+        log_p = told.under(temperature, told.truncation)
+        return float(log_p.gather(1, told.targets[:, None]).double().sum()) - base
+
+    best, lost = golden(lambda t: -gain(t), 0.2 * told.temperature, 3 * told.temperature, 0.01 * told.temperature)
+    found = [(f"the temperature {best:.3g}", -lost)]
+    for cut in cuts(told.logits.shape[1]) if told.truncation is None else ():
+        kept = keep(told.logits / told.temperature, cut)
+        if bool(kept.gather(1, told.targets[:, None]).all()):
+            mass = told.log_p.masked_fill(~kept, -torch.inf).logsumexp(-1)
+            found.append((name_of(cut), float(-mass.double().sum())))
+    return max(found, key=lambda one: one[1])
 
 
 def _alike(told: Told) -> tuple[float, float]:

@@ -130,6 +130,8 @@ class SampleEvidence:
     """Replies with more tokens than were asked for."""
     wrong_reason: int = 0
     """Replies that ended before the limit and count as cut off, or the other way round."""
+    requests: float = 1.0
+    """Requests that the engine served for each reply that it returned."""
     draws: Draws | None = None
     witness: WitnessEvidence | None = None
     """None where both sides agree in fp32."""

@@ -16,6 +16,21 @@ def guesses(told: Told) -> Iterator[Hypothesis]:
     yield from _shifted(told)
     yield from _missing(told)
     yield from _exchanged(told)
+    yield from _reordered(told)
+
+
+def _reordered(told: Told) -> Iterator[Hypothesis]:
+    """Each reply has its own numbers, in another order."""
+    replies = [reply for reply in told.replies() if reply.stop - reply.start > 2]
+    if not replies:
+        return
+    right, said = told.expected, told.reported
+    backwards = torch.cat([(right[r].flip(0) - said[r]).abs() for r in replies])
+    text = "the numbers of each reply are in reversed order"
+    yield Hypothesis(cause="swapped", text=text, residual=float(backwards.mean()))
+    sets = torch.cat([(right[r].sort().values - said[r].sort().values).abs() for r in replies])
+    text = "the numbers of each reply are its own, in another order"
+    yield Hypothesis(cause="swapped", text=text, residual=float(sets.mean()), fitted=2)
 
 
 def _shifted(told: Told) -> Iterator[Hypothesis]:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rl.batch import integers
 from rl.parity.guess import Hypothesis
 from rl.parity.told import Told
 from rl.sampling.truncation import Truncation, keep
@@ -15,6 +16,10 @@ TOP_KS = [1, 2, 3, 4, 5, 8, 10, 15, 20, 30, 40, 50, 64, 100]
 MIN_PS = [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3]
 CANDIDATES = 64
 """Tokens that may have a bias: the most likely ones, and those that were sampled."""
+CERTAIN = 6.0
+"""Nats of likelihood that decide between two settings."""
+MASKED = 1024
+"""Tokens that a set of forbidden ones is looked for in."""
 BIASED = 4
 """At most so many tokens get a bias of their own."""
 
@@ -30,6 +35,7 @@ def guesses(told: Told) -> Iterator[Hypothesis]:
         yield Hypothesis(cause="forbidden", text=text, residual=told.left(whole))
     yield from _penalties(told)
     yield from _biases(told)
+    yield from _masked(told)
 
 
 def _raw(told: Told) -> Iterator[Hypothesis]:
@@ -37,17 +43,14 @@ def _raw(told: Told) -> Iterator[Hypothesis]:
         return
     raw = told.under(1.0, None, forbids=False)
     # At temperature 1 both guesses give the same numbers; the drawn tokens decide between them.
-    if _likelier(told, told.log_p, raw):
+    chosen = told.targets[:, None]
+    nats = float((told.log_p.gather(1, chosen) - raw.gather(1, chosen)).sum())
+    if nats > -CERTAIN:
         text = "the numbers are raw log-probabilities, from before temperature and cuts"
         yield Hypothesis(cause="raw_logprobs", text=text, residual=told.left(raw))
-    else:
-        yield Hypothesis(cause="temperature", text="the temperature is 1", residual=told.left(raw))
-
-
-def _likelier(told: Told, one: Tensor, other: Tensor) -> bool:
-    """Whether the sampled tokens were rather drawn from `one`."""
-    chosen = told.targets[:, None]
-    return bool((one.gather(1, chosen) - other.gather(1, chosen)).sum() >= 0)
+    if nats < CERTAIN:
+        # As one fitted value, so that raw numbers come first where few tokens leave it open.
+        yield Hypothesis(cause="temperature", text="the temperature is 1", residual=told.left(raw), fitted=1)
 
 
 def _temperature(told: Told) -> Iterator[Hypothesis]:
@@ -68,15 +71,23 @@ def _cuts(told: Told) -> Iterator[Hypothesis]:
     # A cut only raises the probability of the tokens that it keeps, so d is nowhere positive.
     if float(d.mean()) >= -1e-6 or float((d > 1e-3).float().mean()) > 0.4:
         return
-    size = told.logits.shape[1]
-    cuts = [Truncation(top_p=p) for p in TOP_PS]
-    cuts += [Truncation(top_k=k) for k in TOP_KS if k < size] + [Truncation(min_p=p) for p in MIN_PS]
-    for cut in cuts:
+    for cut in cuts(told.logits.shape[1]):
         kept = keep(told.logits / told.temperature, cut).scatter(1, told.targets[:, None], True)
         mass = torch.where(kept, whole, -torch.inf).logsumexp(-1)
         left = float((d - mass).abs().mean())
-        name = next(f"{n}={v:g}" for n, v in vars(cut).items() if v != getattr(Truncation(), n))
-        yield Hypothesis(cause="truncation", text=f"it samples with {name} (or close to it)", residual=left, fitted=1)
+        text = f"it samples with {name_of(cut)} (or close to it)"
+        yield Hypothesis(cause="truncation", text=text, residual=left, fitted=1)
+
+
+def cuts(vocabulary: int) -> list[Truncation]:
+    """The cuts that are tried."""
+    top_ks = [Truncation(top_k=k) for k in TOP_KS if k < vocabulary]
+    return [*(Truncation(top_p=p) for p in TOP_PS), *top_ks, *(Truncation(min_p=p) for p in MIN_PS)]
+
+
+def name_of(cut: Truncation) -> str:
+    """A cut with one setting, as text."""
+    return next(f"{n}={v:g}" for n, v in vars(cut).items() if v != getattr(Truncation(), n))
 
 
 def _penalties(told: Told) -> Iterator[Hypothesis]:
@@ -156,6 +167,33 @@ def _biases(told: Told) -> Iterator[Hypothesis]:
 def solved(a: Float[Tensor, "K K"], b: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
     """x of a x = b. torch does not state the types of its linear algebra."""
     return torch.linalg.solve(a, b)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def _masked(told: Told) -> Iterator[Hypothesis]:
+    """A set of tokens is never sampled. Its probability at each place, 1 - e^(expected - reported), is the sum of its
+    tokens' probabilities, and none of them is a sampled one."""
+    q = 1 - (told.expected - told.reported).clamp(-20, 20).exp()
+    if float(q.mean()) < 1e-4 or float((q < -1e-3).float().mean()) > 0.02:
+        return
+    p = told.log_p.exp()
+    possible = (p <= q[:, None] + 1e-4).float().mean(0) > 0.98
+    possible[told.targets] = False
+    ids = torch.where(possible, p.sum(0), 0.0).topk(min(MASKED, int(possible.sum()))).indices
+    if not len(ids) or len(ids) > len(q):
+        return
+    columns = p[:, ids].double()
+    share = torch.full((len(ids),), 0.5, dtype=torch.double, device=p.device)
+    largest = torch.ones(len(ids), dtype=torch.double, device=p.device)
+    for _ in range(30):  # the largest singular value, squared
+        largest = columns.t() @ (columns @ (largest / largest.norm()))
+    step = 0.9 / float(largest.norm().clamp(min=1e-12))
+    for _ in range(400):
+        share = (share - step * (columns.t() @ (columns @ share - q))).clamp(0, 1)
+    masked = ids[share > 0.5]
+    rest = 1 - p[:, masked].sum(-1)
+    numbers = told.expected - rest.clamp(min=1e-6).log()
+    text = f"it never samples {len(masked)} tokens, among them {integers(masked[:4].sort().values)}"
+    yield Hypothesis(cause="allowed_tokens", text=text, residual=told.remains(numbers), fitted=BIASED + 1)
 
 
 def golden(f: Callable[[float], float], low: float, high: float, tolerance: float = 1e-4) -> tuple[float, float]:

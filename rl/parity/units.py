@@ -48,8 +48,14 @@ def _numbers(told: Told) -> Iterator[tuple[str, str, Float[Tensor, " N"]]]:
     before = told.input_ids[told.rows, told.columns][:, None]
     yield "other_token", "the numbers are those of the token before, at the same place", log_p.gather(1, before)[:, 0]
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        rounded = (told.logits.to(dtype) / told.temperature).log_softmax(-1).float()
-        yield "unit", f"the softmax runs in {name}", rounded.gather(1, chosen)[:, 0]
+        inside = (told.logits.to(dtype) / told.temperature).log_softmax(-1).float()
+        yield "unit", f"the softmax runs in {name}", inside.gather(1, chosen)[:, 0]
+        for what, logits in (
+            ("logits", told.logits.to(dtype).float()),
+            ("logits over the temperature", (told.logits / told.temperature).to(dtype).float() * told.temperature),
+        ):
+            rounded = told.under(told.temperature, told.truncation, logits=logits).gather(1, chosen)[:, 0]
+            yield "rounded", f"the {what} are rounded to {name}", rounded
 
 
 def _by_reply(told: Told, of: Callable[[Tensor], Tensor]) -> Float[Tensor, " N"]:

@@ -297,6 +297,7 @@ def draw(**changes: Any) -> Draws:
         best_sigmas=-0.2,
         stops=3,
         stops_expected=3.2,
+        stops_sigmas=0.0,
         no_stop_nats=0.0,
         inner_stops=0,
         odd_token=5,
@@ -305,6 +306,8 @@ def draw(**changes: Any) -> Draws:
         odd_sigmas=0.6,
         alike_nats=3.0,
         alike_groups=0.0,
+        likelier="the temperature 0.8",
+        likelier_nats=0.1,
     )
     return replace(clean, **changes)
 
@@ -317,6 +320,8 @@ def draw(**changes: Any) -> Draws:
         ({"alike_nats": 40.0}, "seeds"),
         ({"best": 100, "best_sigmas": 8.0}, "greedy"),
         ({"odd_sigmas": 9.0}, "not_drawn"),
+        ({"stops_sigmas": -6.0}, "not_drawn"),
+        ({"likelier_nats": 30.0}, "not_drawn"),
     ],
 )
 def test_tokens_that_are_no_draws_are_told_apart(changes: dict, cause: str) -> None:
@@ -348,7 +353,8 @@ def test_a_sign_below_the_limit_is_still_a_fault_and_noise_of_that_size_is_not()
         ({"wrong_version": 1}, "versions"),
         ({"ended_without_stop_token": 3}, "eos"),
         ({"surprise": 5.0}, "not_drawn"),
-        ({"surprise": -5.0}, "selected"),
+        ({"surprise": -5.0}, "not_drawn"),
+        ({"requests": 4.0}, "selected"),
         ({"too_long": 1}, "finish_reason"),
         ({"wrong_reason": 1}, "finish_reason"),
     ],

@@ -51,6 +51,12 @@ def reported(told: Told, numbers: torch.Tensor) -> Told:
     return replace(told, reported=numbers)
 
 
+def masked(told: Told, gone: torch.Tensor) -> torch.Tensor:
+    kept = told.logits.clone()
+    kept[:, gone[~torch.isin(gone, told.targets)]] = -torch.inf
+    return of(told, (kept / told.temperature).log_softmax(-1))
+
+
 def by_row(x: torch.Tensor) -> torch.Tensor:
     return x.view(ROWS, REPLY)
 
@@ -96,6 +102,8 @@ NUMBERS: dict[str, tuple[Callable[[Told], torch.Tensor], str]] = {
     "two early": (lambda t: by_row(t.expected).roll(-2, 1).flatten(), "shift"),
     "first missing": (lambda t: (by_row(t.expected) * (torch.arange(REPLY) > 0)).flatten(), "missing_number"),
     "last missing": (lambda t: (by_row(t.expected) * (torch.arange(REPLY) < REPLY - 1)).flatten(), "missing_number"),
+    "backwards": (lambda t: by_row(t.expected).flip(1).flatten(), "swapped"),
+    "logits in bf16": (lambda t: of(t, (t.logits.bfloat16().float() / t.temperature).log_softmax(-1)), "rounded"),
     "of another reply": (lambda t: by_row(t.expected).roll(1, 0).flatten(), "swapped"),
     "temperature 0.6": (lambda t: of(t, t.under(0.6, None)), "temperature"),
     "top_p": (lambda t: of(t, t.under(0.8, Truncation(top_p=0.9))), "truncation"),
@@ -103,6 +111,7 @@ NUMBERS: dict[str, tuple[Callable[[Told], torch.Tensor], str]] = {
     "min_p": (lambda t: of(t, t.under(0.8, Truncation(min_p=0.1))), "truncation"),
     "a bias": (lambda t: biased(t, t7=2.0), "logit_bias"),
     "two biases": (lambda t: biased(t, t7=2.0, t9=-1.5), "logit_bias"),
+    "a masked half": (lambda t: masked(t, torch.arange(0, VOCABULARY, 2)), "allowed_tokens"),
     "a penalty": (lambda t: penalised(t, 1.0), "penalties"),
 }
 

@@ -100,3 +100,16 @@ def _general(first: LayerError | PartError, layers: list[LayerError], w: WeightE
         names = {"attn", "attention", "self_attn"} & set(first.name.split("."))
         return "head" if first.name == "lm_head" else "attention" if names else "activation"
     return GENERAL[first.part]
+
+
+def rounded_layers(w: WeightEvidence, e: Evidence) -> str:
+    """What rounding explains most layers that differ; empty if none does."""
+    fp32_head = e.learner_facts["head_dtype"] == "float32"
+    wrong = [layer for layer in w.layers if differs(layer, e.dtype, fp32_head=fp32_head)]
+    fits = [
+        guess
+        for layer in wrong
+        for guess in layer.fits[:1]
+        if "rounded" in guess.text and explains(guess, layer.error, LAYER_ERROR[e.dtype])
+    ]
+    return fits[0].text if len(fits) > len(wrong) / 2 else ""

@@ -26,7 +26,14 @@ def diagnose(evidence: Evidence) -> list[Finding]:
     guilty = any(trainer_at_fault(s) for s in evidence.samples)
     innocent = guilty and not any(list(engine_numbers(s, dtype, temperature)) for s in evidence.samples)
     mine = [f for s in evidence.samples[:1] for f in trainer_numbers(s)] if guilty else []
-    theirs = [f for one in evidence.weights for f in weights(one, evidence)]
+    # Where an engine serves several requests for a reply, the later ones hit what the first left in the cache.
+    choosing = {s.engine for s in evidence.samples if s.requests > 1}
+    theirs = [
+        f
+        for one in evidence.weights
+        for f in weights(one, evidence)
+        if f.cause != "stale_prefix" or one.engine not in choosing
+    ]
     if innocent:
         # Layers were compared with the trainer's, and the engine's numbers are the model's own.
         theirs = [replace(f, where=f"trainer, next to {f.where}") for f in theirs]

@@ -103,14 +103,19 @@ class Examiner:
         facts, mine, driver = await self._facts()
         weights, traces = await self._weights(version)
         # The engines sample while the learner runs its layers on what they traced.
+        counted = await self._counters()
         sampling = [asyncio.ensure_future(self._sample(i)) for i in range(len(self.cluster.engines))]
         try:
             weights, notes = await self._layers(weights, traces)
             sampled = [await groups for groups in sampling]
+            served = [
+                after["requests"] - before["requests"]
+                for before, after in zip(counted, await self._counters(), strict=True)
+            ]
             samplers = [await self._sampler(i) for i in range(len(sampling))]
             examined = [
-                await self._samples(i, version, groups, sampler)
-                for i, (groups, sampler) in enumerate(zip(sampled, samplers, strict=True))
+                await self._samples(i, version, groups, sampler, requests)
+                for i, (groups, sampler, requests) in enumerate(zip(sampled, samplers, served, strict=True))
             ]
         finally:
             for task in sampling:
@@ -241,6 +246,9 @@ class Examiner:
             )
         )
 
+    async def _counters(self) -> list[dict[str, int]]:
+        return await self.cluster.ask_engines(lambda e: e.counters())
+
     async def _sampler(self, engine: int) -> SamplerEvidence | None:
         """A few replies one at a time, with the logits that the sampler had for each token."""
         traced = []
@@ -255,7 +263,7 @@ class Examiner:
         return sampler_evidence(engine, self.config, self.forbidden, traced)
 
     async def _samples(
-        self, engine: int, version: int, groups: list[list[Completion]], sampler: SamplerEvidence | None
+        self, engine: int, version: int, groups: list[list[Completion]], sampler: SamplerEvidence | None, served: int
     ) -> tuple[SampleEvidence, Batch, torch.Tensor]:
         cluster, prompts = self.cluster, self.prompts
         rows = [trajectory(p, c, 0.0, {}) for p, group in zip(prompts, groups, strict=True) for c in group]
@@ -291,6 +299,7 @@ class Examiner:
                 t.finish_reason == "length" and int(row.sum()) < self.max_tokens
                 for row, t in zip(batch.mask, rows, strict=True)
             ),
+            requests=served / sum(map(len, groups)),
             draws=drawn,
             witness=witness,
             sampler=sampler,

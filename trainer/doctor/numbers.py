@@ -114,28 +114,48 @@ def drawn(s: SampleEvidence) -> Iterator[Finding]:
         return Finding(cause=cause, severity="fault", where=f"engine {s.engine}", evidence=evidence)
 
     d = s.draws
+    if s.requests > 1:
+        yield fault("selected", f"the engine served {s.requests:.3g} requests for each reply that it returned")
+        return
     if d is not None:
         if d.inner_stops:
             yield fault("ignored_eos", f"{d.inner_stops} tokens that end a reply have more tokens after them")
         elif d.no_stop_nats > NATS:
             text = f"no token ended a reply, where {d.stops_expected:.1f} were to be expected"
             yield fault("ignored_eos", text)
-        if d.alike_nats > NATS:
-            text = (
-                "replies of one group begin alike, which has the probability e^"
-                f"-{d.alike_nats:.0f}; in {d.alike_groups:.0%} of the groups all replies are equal"
-            )
-            yield fault("seeds", text)
         if d.best_sigmas > SIGMAS and d.best == d.tokens:
             text = f"all {d.tokens} tokens are the most likely one, where {d.best_expected:.0f} were to be expected"
             yield fault("greedy", text)
             return
-    if s.surprise < -SIGMAS:
-        text = f"tokens are {-s.surprise:.1f} standard deviations more likely than draws"
-        yield fault("selected", text)
-    elif not s.surprise <= SIGMAS:
-        text = f"log-probabilities agree, but tokens are {s.surprise:+.1f} standard deviations less likely than draws"
+        if d.alike_nats > NATS:
+            text = (
+                f"replies of one group begin alike, which has the probability e^-{d.alike_nats:.0f}; in "
+                f"{d.alike_groups:.0%} of the groups all replies are equal"
+            )
+            yield fault("seeds", text)
+            return
+    if text := odd_draws(s):
         yield fault("not_drawn", text)
-    elif d is not None and abs(d.odd_sigmas) > TOKEN_SIGMAS:
-        text = f"token {d.odd_token} was sampled {d.odd_count} times, where {d.odd_expected:.1f} were to be expected"
-        yield fault("not_drawn", text)
+
+
+def odd_draws(s: SampleEvidence) -> str:
+    """What shows that the tokens are no draws; empty if nothing does."""
+    d = s.draws
+    if not abs(s.surprise) <= SIGMAS:
+        more = "more" if s.surprise < 0 else "less"
+        text = f"tokens are {abs(s.surprise):.1f} standard deviations {more} likely than draws"
+        if d is not None and d.likelier_nats > NATS / 2:
+            text += f"; they look like draws with {d.likelier}, or like replies that were chosen"
+        return text
+    if d is None:
+        return ""
+    if d.likelier_nats > NATS:
+        return f"log-probabilities agree, but the tokens look like draws with {d.likelier}"
+    if abs(d.stops_sigmas) > SIGMAS:
+        return (
+            f"{d.stops} tokens ended a reply, where {d.stops_expected:.1f} were to be expected: the end is made more "
+            "or less likely, or replies are chosen by their length"
+        )
+    if abs(d.odd_sigmas) > TOKEN_SIGMAS:
+        return f"token {d.odd_token} was sampled {d.odd_count} times, where {d.odd_expected:.1f} were to be expected"
+    return ""

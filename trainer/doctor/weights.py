@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from rl.parity.evidence import Evidence, WeightEvidence
-from trainer.doctor.body import body
+from trainer.doctor.body import body, rounded_layers
 from trainer.doctor.finding import Finding
 
 
@@ -15,7 +15,9 @@ def weights(w: WeightEvidence, e: Evidence) -> Iterator[Finding]:
         return Finding(cause=cause, severity="fault", where=where, evidence=evidence)
 
     moved = [name for name, digest in w.live.items() if w.sent.get(name) != digest]
-    if len(moved) > len(w.live) / 2:
+    if len(moved) > len(w.live) / 2 and (rounded := rounded_layers(w, e)):
+        yield fault("dtype", f"{len(moved)} of {len(w.live)} tensors were sent with other values: {rounded}")
+    elif len(moved) > len(w.live) / 2:
         yield fault(
             "stale_weights",
             f"{len(moved)} of {len(w.live)} tensors sent as version {w.version} are not the "
