@@ -2,7 +2,7 @@
 
 Usage: .venv/bin/python scripts/docs/exam.py                    (about half an hour on two cores)
 
-    --only TEXT      only faults (and clean runs) whose name contains TEXT; nothing is written
+    --only TEXT ...  only faults (and clean runs) whose name contains one of the texts; nothing is written
     --dtype DTYPE    only float32 or bfloat16; nothing is written
     --part PART      only the faults, or only the clean runs; nothing is written
     --out FILE       write the figures to this file, also those of a part
@@ -31,7 +31,7 @@ VERDICTS = ("named", "wrong", "unexplained", "silent", "crash")
 def main() -> None:
     """Run the exam, or a part of it."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--part", choices=("faults", "clean"))
     parser.add_argument("--page", action="store_true")
@@ -51,7 +51,7 @@ def main() -> None:
     return None
 
 
-def faults(only: str, dtypes: list[str]) -> list[dict[str, Any]]:
+def faults(only: list[str], dtypes: list[str]) -> list[dict[str, Any]]:
     """A row for each fault, model and dtype."""
     from exam import Bench, faults_named, rows, run_row
 
@@ -69,7 +69,7 @@ def faults(only: str, dtypes: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def runs(only: str) -> dict[str, list[str]]:
+def runs(only: list[str]) -> dict[str, list[str]]:
     """What the doctor found in each clean run."""
     from clean_runs import run_all
 
@@ -82,7 +82,10 @@ def runs(only: str) -> dict[str, list[str]]:
 
 def summary(rows: list[dict[str, Any]], clean: dict[str, list[str]]) -> str:
     """How many faults had which verdict, and how many clean runs had a false alarm."""
-    lines = ["| runs | faults | " + " | ".join(VERDICTS) + " | named |", "|---|---|" + "---|" * (len(VERDICTS) + 1)]
+    lines = [
+        "| runs | faults | " + " | ".join(VERDICTS) + " | share named |",
+        "|---|---|" + "---|" * (len(VERDICTS) + 1),
+    ]
     for dtype in DTYPES:
         of = [r for r in rows if r["dtype"] == dtype]
         parts = {dtype: of, f"{dtype}, those that hurt": [r for r in of if r["hurts"]]}

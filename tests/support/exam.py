@@ -257,6 +257,6 @@ def differences(check: ParityCheck, clean: ParityCheck, dtype: str) -> list[str]
     return found
 
 
-def faults_named(only: str | None = None) -> list[Fault]:
-    """All faults, or those whose name contains a text."""
-    return [fault for name, fault in FAULTS.items() if not only or only in name]
+def faults_named(only: list[str]) -> list[Fault]:
+    """The faults whose name contains one of these texts; all without a text."""
+    return [fault for name, fault in FAULTS.items() if not only or any(text in name for text in only)]
