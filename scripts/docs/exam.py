@@ -1,15 +1,10 @@
 """Examine the doctor: plant every fault, run what is odd but right, and write the table of docs/parity.md.
 
-Usage: .venv/bin/python scripts/docs/exam.py                    (about half an hour on two cores)
-
-    --only TEXT ...  only faults (and clean runs) whose name contains one of the texts; nothing is written
-    --dtype DTYPE    only float32 or bfloat16; nothing is written
-    --part PART      only the faults, or only the clean runs; nothing is written
-    --out FILE       write the figures to this file, also those of a part
-    --page           only write the page from docs/data/exam.json
+    .venv/bin/python scripts/docs/exam.py                          # about 15 minutes on two cores
+    .venv/bin/python scripts/docs/exam.py --only "log2" "packs"    # some faults
 
 Each fault is planted in a running engine and learner of a tiny random model, and mended afterwards: see
-tests/support/planted.py.
+tests/support/planted.py. A part of the exam writes nothing but `--out`.
 """
 
 import argparse
@@ -30,12 +25,12 @@ VERDICTS = ("named", "wrong", "unexplained", "silent", "crash")
 
 def main() -> None:
     """Run the exam, or a part of it."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--dtype", choices=DTYPES)
-    parser.add_argument("--part", choices=("faults", "clean"))
-    parser.add_argument("--page", action="store_true")
-    parser.add_argument("--out", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], help="faults and clean runs whose name contains a text")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: both")
+    parser.add_argument("--part", choices=("faults", "clean"), help="default: both")
+    parser.add_argument("--page", action="store_true", help="only write the page from docs/data/exam.json")
+    parser.add_argument("--out", type=Path, help="file for the figures")
     args = parser.parse_args()
     if args.page:
         return write(json.loads(DATA.read_text()))

@@ -7,7 +7,8 @@ import pytest
 from cases import nightly_unless
 from clean_runs import CleanBench, CleanRun, clean_runs
 from exam import Bench, rows, run_row
-from planted import FAULTS, Fault
+from planted import FAULTS
+from planted_fault import Fault
 
 GATE = {"temperature applied twice", "log2", "BOS doubled", "a tensor sent scaled", "attention scale", "packs leak"}
 """One of each kind."""

@@ -15,7 +15,8 @@ import torch
 from live import Live, engine_config
 from models import FAMILIES, make_model
 from pair import Pair, examiner, make_learner
-from planted import FAULTS, Fault
+from planted import FAULTS
+from planted_fault import Fault
 from rl.config import Config, Lora, RolloutConfig, TrainerConfig
 from trainer.doctor.examine import ParityCheck
 from trainer.model.forbidden import load_forbidden
