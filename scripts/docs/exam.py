@@ -3,7 +3,7 @@
     .venv/bin/python scripts/docs/exam.py                          # about 15 minutes on two cores
     .venv/bin/python scripts/docs/exam.py --only "log2" "packs"    # some faults
 
-Each fault is planted in a running engine and learner of a tiny random model, and mended afterwards: see
+Each fault is planted in a running engine and learner of a tiny random model, and undone afterwards: see
 tests/support/planted.py. A part of the exam writes nothing but `--out`.
 """
 
@@ -69,9 +69,9 @@ def runs(only: list[str]) -> dict[str, list[str]]:
     from clean_runs import run_all
 
     found = {}
-    for name, said in run_all(only):
-        found[name] = said
-        print(f"clean run: {name}: {said or 'nothing'}", flush=True)
+    for name, seen in run_all(only):
+        found[name] = seen
+        print(f"clean run: {name}: {seen or 'nothing'}", flush=True)
     return found
 
 
@@ -89,7 +89,7 @@ def summary(rows: list[dict[str, Any]], clean: dict[str, list[str]]) -> str:
                 n = Counter(r["verdict"] for r in part)
                 share = f"{n['named'] / len(part):.0%}"
                 lines.append(f"| {name} | {len(part)} | {' | '.join(str(n[v]) for v in VERDICTS)} | {share} |")
-    alarms = [name for name, said in clean.items() if said]
+    alarms = [name for name, seen in clean.items() if seen]
     if clean:
         lines += ["", f"False alarms in {len(clean)} clean runs: {len(alarms)}{f' ({alarms})' if alarms else ''}."]
     if notes := [f"{r['dtype']} {r['model']} {r['fault']}: {r['note']}" for r in rows if r["note"]]:

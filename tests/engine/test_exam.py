@@ -27,7 +27,7 @@ def bench() -> Iterator[Bench]:
 
 
 @pytest.mark.parametrize(("name", "model", "dtype"), nightly_unless(in_gate, CASES))
-def test_a_planted_fault_is_seen_and_mended(bench: Bench, name: str, model: str, dtype: str) -> None:
+def test_a_planted_fault_is_seen_and_undone(bench: Bench, name: str, model: str, dtype: str) -> None:
     fault: Fault = FAULTS[name]
     row = run_row(bench, fault, model, dtype)
     print(f"\n{name}: {row.verdict}: {row.text}")  # pytest -s shows what a user would read

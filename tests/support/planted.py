@@ -10,7 +10,7 @@ import planted_numbers as numbers
 import planted_sent as sent_by
 import planted_trainer as trainer
 from pair import Pair
-from planted_engine import asks, reads, says, tokenizer
+from planted_engine import asks, reads, reports, tokenizer
 from planted_fault import FAULTS as FAULTS
 from planted_fault import Plant, add
 from planted_worker import in_engine
@@ -30,17 +30,17 @@ def worker(fault: Callable, *args: object) -> Plant:
 
 
 add("sampler", "raw log-probabilities", "raw_logprobs", worker(engine.raw_mode), models=BOTH)
-add("sampler", "temperature 0.9 in the settings", "temperature", says(temperature=0.9), "engine trainer")
+add("sampler", "temperature 0.9 in the settings", "temperature", reports(temperature=0.9), "engine trainer")
 add("sampler", "temperature 0.9 in the requests", "temperature", asks(temperature=0.9))
 add("sampler", "temperature applied twice", "temperature", worker(engine.temperature_applied, 2), models=BOTH)
 add("sampler", "temperature not applied", "temperature", worker(engine.temperature_applied, 0))
-add("sampler", "top-p in the settings", "truncation", says(top_p=0.9), "engine trainer")
+add("sampler", "top-p in the settings", "truncation", reports(top_p=0.9), "engine trainer")
 add("sampler", "top-p in the requests", "truncation", asks(top_p=0.9))
 add("sampler", "top-k in the requests", "truncation", asks(top_k=10))
 add("sampler", "min-p in the requests", "truncation", asks(min_p=0.1))
 add("sampler", "top-k in the sampler", "truncation", worker(engine.sampler_truncates, 20, None))
 add("sampler", "top-p lost in the requests", "truncation", asks(top_p=1.0), setting="top-p")
-add("sampler", "presence penalty in the settings", "penalties", says(presence_penalty=0.5))
+add("sampler", "presence penalty in the settings", "penalties", reports(presence_penalty=0.5))
 add("sampler", "presence penalty", "penalties", asks(presence_penalty=0.5))
 add("sampler", "frequency penalty", "penalties", asks(frequency_penalty=0.4))
 add("sampler", "repetition penalty", "penalties", asks(repetition_penalty=1.2))

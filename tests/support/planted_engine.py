@@ -171,7 +171,7 @@ def draws_cut(worker: Any, top_p: float) -> Iterator[None]:
 
 @contextmanager
 def number_of_another(worker: Any, rank: int) -> Iterator[None]:
-    """The number beside a sampled token is that of the likeliest token (rank 0) or of the runner-up (rank 1)."""
+    """The number of a sampled token is that of the likeliest token (rank 0) or of the runner-up (rank 1)."""
 
     def gathered(one: Any, logprobs: Any, num_logprobs: int, token_ids: Any) -> Any:
         found = one(logprobs, num_logprobs, token_ids=token_ids)
@@ -249,7 +249,7 @@ def asks(**changes: Any) -> Plant:
     return lambda pair: in_requests(pair.live, **changes)
 
 
-def says(**changes: Any) -> Plant:
+def reports(**changes: Any) -> Plant:
     return lambda pair: in_settings(pair.live, **changes)
 
 

@@ -68,7 +68,7 @@ def logits_changed(pair: Pair, change: Callable[[Any], Any]) -> Iterator[None]:
 
 @contextmanager
 def head_computes_in_bf16(pair: Pair) -> Iterator[None]:
-    """The product of the head is in bf16, although the head is said to be fp32."""
+    """The product of the head is in bf16, although the head is reported as fp32."""
     one = head_module._logits
 
     def rounded(hidden: Any, w: Any, *args: Any, **kwargs: Any) -> None:
