@@ -1,15 +1,10 @@
 """Examine the doctor: plant every fault, run what is odd but right, and write the table of docs/parity.md.
 
-Usage: .venv/bin/python scripts/docs/exam.py                    (about half an hour on two cores)
+    .venv/bin/python scripts/docs/exam.py                          # about 15 minutes on two cores
+    .venv/bin/python scripts/docs/exam.py --only "log2" "packs"    # some faults
 
-    --only TEXT      only faults (and clean runs) whose name contains TEXT; nothing is written
-    --dtype DTYPE    only float32 or bfloat16; nothing is written
-    --part PART      only the faults, or only the clean runs; nothing is written
-    --out FILE       write the figures to this file, also those of a part
-    --page           only write the page from docs/data/exam.json
-
-Each fault is planted in a running engine and learner of a tiny random model, and mended afterwards: see
-tests/support/planted.py.
+Each fault is planted in a running engine and learner of a tiny random model, and undone afterwards: see
+tests/support/planted.py. A part of the exam writes nothing but `--out`.
 """
 
 import argparse
@@ -30,12 +25,12 @@ VERDICTS = ("named", "wrong", "unexplained", "silent", "crash")
 
 def main() -> None:
     """Run the exam, or a part of it."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="")
-    parser.add_argument("--dtype", choices=DTYPES)
-    parser.add_argument("--part", choices=("faults", "clean"))
-    parser.add_argument("--page", action="store_true")
-    parser.add_argument("--out", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], help="faults and clean runs whose name contains a text")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: both")
+    parser.add_argument("--part", choices=("faults", "clean"), help="default: both")
+    parser.add_argument("--page", action="store_true", help="only write the page from docs/data/exam.json")
+    parser.add_argument("--out", type=Path, help="file for the figures")
     args = parser.parse_args()
     if args.page:
         return write(json.loads(DATA.read_text()))
@@ -51,7 +46,7 @@ def main() -> None:
     return None
 
 
-def faults(only: str, dtypes: list[str]) -> list[dict[str, Any]]:
+def faults(only: list[str], dtypes: list[str]) -> list[dict[str, Any]]:
     """A row for each fault, model and dtype."""
     from exam import Bench, faults_named, rows, run_row
 
@@ -69,20 +64,23 @@ def faults(only: str, dtypes: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def runs(only: str) -> dict[str, list[str]]:
+def runs(only: list[str]) -> dict[str, list[str]]:
     """What the doctor found in each clean run."""
     from clean_runs import run_all
 
     found = {}
-    for name, said in run_all(only):
-        found[name] = said
-        print(f"clean run: {name}: {said or 'nothing'}", flush=True)
+    for name, seen in run_all(only):
+        found[name] = seen
+        print(f"clean run: {name}: {seen or 'nothing'}", flush=True)
     return found
 
 
 def summary(rows: list[dict[str, Any]], clean: dict[str, list[str]]) -> str:
     """How many faults had which verdict, and how many clean runs had a false alarm."""
-    lines = ["| runs | faults | " + " | ".join(VERDICTS) + " | named |", "|---|---|" + "---|" * (len(VERDICTS) + 1)]
+    lines = [
+        "| runs | faults | " + " | ".join(VERDICTS) + " | share named |",
+        "|---|---|" + "---|" * (len(VERDICTS) + 1),
+    ]
     for dtype in DTYPES:
         of = [r for r in rows if r["dtype"] == dtype]
         parts = {dtype: of, f"{dtype}, those that hurt": [r for r in of if r["hurts"]]}
@@ -91,7 +89,7 @@ def summary(rows: list[dict[str, Any]], clean: dict[str, list[str]]) -> str:
                 n = Counter(r["verdict"] for r in part)
                 share = f"{n['named'] / len(part):.0%}"
                 lines.append(f"| {name} | {len(part)} | {' | '.join(str(n[v]) for v in VERDICTS)} | {share} |")
-    alarms = [name for name, said in clean.items() if said]
+    alarms = [name for name, seen in clean.items() if seen]
     if clean:
         lines += ["", f"False alarms in {len(clean)} clean runs: {len(alarms)}{f' ({alarms})' if alarms else ''}."]
     if notes := [f"{r['dtype']} {r['model']} {r['fault']}: {r['note']}" for r in rows if r["note"]]:

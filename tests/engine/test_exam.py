@@ -7,7 +7,8 @@ import pytest
 from cases import nightly_unless
 from clean_runs import CleanBench, CleanRun, clean_runs
 from exam import Bench, rows, run_row
-from planted import FAULTS, Fault
+from planted import FAULTS
+from planted_fault import Fault
 
 GATE = {"temperature applied twice", "log2", "BOS doubled", "a tensor sent scaled", "attention scale", "packs leak"}
 """One of each kind."""
@@ -26,7 +27,7 @@ def bench() -> Iterator[Bench]:
 
 
 @pytest.mark.parametrize(("name", "model", "dtype"), nightly_unless(in_gate, CASES))
-def test_a_planted_fault_is_seen_and_mended(bench: Bench, name: str, model: str, dtype: str) -> None:
+def test_a_planted_fault_is_seen_and_undone(bench: Bench, name: str, model: str, dtype: str) -> None:
     fault: Fault = FAULTS[name]
     row = run_row(bench, fault, model, dtype)
     print(f"\n{name}: {row.verdict}: {row.text}")  # pytest -s shows what a user would read

@@ -151,12 +151,12 @@ class CleanBench:
         self.live, self.engine, self.learners = None, None, {}
 
 
-def run_all(only: str | None = None) -> Iterator[tuple[str, list[str]]]:
+def run_all(only: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Each run's name and what the doctor found in it."""
     bench = CleanBench()
     try:
         for run in clean_runs():
-            if not only or only in run.name:
+            if not only or any(text in run.name for text in only):
                 yield run.name, bench.faults(run)
     finally:
         bench.close()

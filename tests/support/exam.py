@@ -1,4 +1,4 @@
-"""One row of the doctor's exam: plant a fault in a running engine and learner, examine, mend, and judge the answer."""
+"""One row of the doctor's exam: plant a fault in a running engine and learner, examine, undo, and judge the answer."""
 
 import asyncio
 import tempfile
@@ -15,7 +15,8 @@ import torch
 from live import Live, engine_config
 from models import FAMILIES, make_model
 from pair import Pair, examiner, make_learner
-from planted import FAULTS, Fault
+from planted import FAULTS
+from planted_fault import Fault
 from rl.config import Config, Lora, RolloutConfig, TrainerConfig
 from trainer.doctor.examine import ParityCheck
 from trainer.model.forbidden import load_forbidden
@@ -180,7 +181,7 @@ def rows(faults: Iterable[Fault], dtypes: Iterable[str]) -> Iterator[tuple[Fault
 
 
 def run_row(bench: Bench, fault: Fault, model: str, dtype: str) -> Row:
-    """Plant, examine, mend, and examine again."""
+    """Plant, examine, undo, and examine again."""
     pair, began = bench.pair(model, dtype), time.perf_counter()
     about: dict[str, Any] = {"fault": fault.name, "side": fault.side, "model": model, "dtype": dtype}
     about |= {"right": sorted(fault.causes), "hurts": fault.hurts_bf16 or dtype == "float32"}
@@ -202,11 +203,11 @@ def run_row(bench: Bench, fault: Fault, model: str, dtype: str) -> Row:
             text = f"{type(error).__name__}: {str(error)[:300]} ({Path(last.filename).name}:{last.lineno})"
             answer, note = {"verdict": "crash", "text": text, "changed": ["crash"]}, ""
         seconds = time.perf_counter() - began
-        note = note or mended(bench, pair, key, clean)
+        note = note or left_over(bench, pair, key, clean)
     return Row(**about, **answer, seconds=round(seconds, 1), note=note)
 
 
-def mended(bench: Bench, pair: Pair, key: tuple[str, str, str], clean: ParityCheck) -> str:
+def left_over(bench: Bench, pair: Pair, key: tuple[str, str, str], clean: ParityCheck) -> str:
     """What is still wrong after a fault; "" if nothing is. A pair that stays ill is replaced."""
     try:
         check = examine(pair)
@@ -215,7 +216,7 @@ def mended(bench: Bench, pair: Pair, key: tuple[str, str, str], clean: ParityChe
         left = [f"{type(error).__name__}: {str(error)[:200]}"]
     if left:
         bench.drop(key[0], key[1])
-    return f"not mended: {left[0]}" if left else ""
+    return f"not undone: {left[0]}" if left else ""
 
 
 def judged(fault: Fault, check: ParityCheck) -> dict[str, Any]:
@@ -257,6 +258,6 @@ def differences(check: ParityCheck, clean: ParityCheck, dtype: str) -> list[str]
     return found
 
 
-def faults_named(only: str | None = None) -> list[Fault]:
-    """All faults, or those whose name contains a text."""
-    return [fault for name, fault in FAULTS.items() if not only or only in name]
+def faults_named(only: list[str]) -> list[Fault]:
+    """The faults whose name contains one of these texts; all without a text."""
+    return [fault for name, fault in FAULTS.items() if not only or any(text in name for text in only)]

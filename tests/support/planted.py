@@ -2,66 +2,27 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Literal
 
 import planted_body as body
 import planted_engine as engine
+import planted_loaded as loaded
 import planted_numbers as numbers
+import planted_sent as sent_by
 import planted_trainer as trainer
 from pair import Pair
+from planted_engine import asks, reads, reports, tokenizer
+from planted_fault import FAULTS as FAULTS
+from planted_fault import Plant, add
 from planted_worker import in_engine
 
-Plant = Callable[[Pair], AbstractContextManager]
 FP32 = ("float32",)
-DOWN, HEAD = "model.layers.1.mlp.down_proj", "lm_head.weight"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    """One fault, as it would come about in a run."""
-
-    name: str
-    side: Literal["sampler", "numbers", "prompts", "wire", "body", "trainer"]
-    plant: Plant
-    causes: frozenset[str]
-    """The names that a doctor may give it first."""
-    where: tuple[str, ...]
-    """Beginnings of the places that may be named: engine, trainer, driver."""
-    models: tuple[str, ...] = ("qwen2-untied",)
-    setting: str = "plain"
-    """One of `exam.SETTINGS`."""
-    hurts_bf16: bool = True
-    """Whether a run in bf16 learns something else because of it: its k3 in fp32 is above that of a clean run in bf16,
-    or it changes more than numbers."""
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    """Runs in which it changes anything."""
-    prepare: Plant | None = None
-    """What must hold before and while it is planted, and is no fault: an update may have to bring other weights."""
-
-
-FAULTS: dict[str, Fault] = {}
+DOWN = "model.layers.1.mlp.down_proj"
 BOTH = ("qwen2-untied", "llama-tied")
 TIED, LORA = ("llama-tied",), ("qwen2-lora",)
-
-
-def add(side: str, name: str, causes: str, plant: Plant, where: str = "engine", **more: object) -> None:
-    assert name not in FAULTS, name
-    right: dict = {"causes": frozenset(causes.split()), "where": tuple(where.split()), "side": side, **more}
-    FAULTS[name] = Fault(name=name, plant=plant, **right)
-
 
 # -- sampler
 
 ALPHABET = [*range(3, 60)]
-
-
-def asks(**changes: object) -> Plant:
-    return lambda p: engine.in_requests(p.live, **changes)
-
-
-def says(**changes: object) -> Plant:
-    return lambda p: engine.in_settings(p.live, **changes)
 
 
 def worker(fault: Callable, *args: object) -> Plant:
@@ -69,17 +30,17 @@ def worker(fault: Callable, *args: object) -> Plant:
 
 
 add("sampler", "raw log-probabilities", "raw_logprobs", worker(engine.raw_mode), models=BOTH)
-add("sampler", "temperature 0.9 in the settings", "temperature", says(temperature=0.9), "engine trainer")
+add("sampler", "temperature 0.9 in the settings", "temperature", reports(temperature=0.9), "engine trainer")
 add("sampler", "temperature 0.9 in the requests", "temperature", asks(temperature=0.9))
 add("sampler", "temperature applied twice", "temperature", worker(engine.temperature_applied, 2), models=BOTH)
 add("sampler", "temperature not applied", "temperature", worker(engine.temperature_applied, 0))
-add("sampler", "top-p in the settings", "truncation", says(top_p=0.9), "engine trainer")
+add("sampler", "top-p in the settings", "truncation", reports(top_p=0.9), "engine trainer")
 add("sampler", "top-p in the requests", "truncation", asks(top_p=0.9))
 add("sampler", "top-k in the requests", "truncation", asks(top_k=10))
 add("sampler", "min-p in the requests", "truncation", asks(min_p=0.1))
 add("sampler", "top-k in the sampler", "truncation", worker(engine.sampler_truncates, 20, None))
 add("sampler", "top-p lost in the requests", "truncation", asks(top_p=1.0), setting="top-p")
-add("sampler", "presence penalty in the settings", "penalties", says(presence_penalty=0.5))
+add("sampler", "presence penalty in the settings", "penalties", reports(presence_penalty=0.5))
 add("sampler", "presence penalty", "penalties", asks(presence_penalty=0.5))
 add("sampler", "frequency penalty", "penalties", asks(frequency_penalty=0.4))
 add("sampler", "repetition penalty", "penalties", asks(repetition_penalty=1.2))
@@ -149,14 +110,6 @@ add("numbers", "tokens decoded and encoded again", "tokenizer eos shift swapped"
 SYSTEM, LETTER_L = len("[Add.]"), 24
 
 
-def reads(change: Callable[[list[int]], list[int]]) -> Plant:
-    return lambda p: engine.in_prompts(p.live, change)
-
-
-def tokenizer(change: Callable) -> Plant:
-    return lambda p: engine.with_tokenizer(p.live, change)
-
-
 def other_template(t: object) -> None:
     t.chat_template = "Be brief. " + t.chat_template  # type: ignore[attr-defined]
 
@@ -176,11 +129,11 @@ add("prompts", "stop ids", "stop_ids", lambda p: engine.with_stop_ids(p.live, [1
 
 
 def moved(bit: int) -> Plant:
-    return lambda p: trainer.perturbed(p, bit)
+    return lambda p: sent_by.perturbed(p, bit)
 
 
 def sent(change: Callable, honest: bool = True) -> Plant:
-    return lambda p: trainer.sends(p, change, honest=honest)
+    return lambda p: sent_by.sends(p, change, honest=honest)
 
 
 def one(name: str, change: Callable) -> Callable:
@@ -189,33 +142,40 @@ def one(name: str, change: Callable) -> Callable:
 
 W = "engine trainer"
 Q, DOWN_W = "model.layers.1.self_attn.q_proj.weight", f"{DOWN}.weight"
-add("wire", "a tensor not synced", "tensor_not_synced tensor_loaded", worker(body.keeps_old, DOWN), W, prepare=moved(4))
-scaled = worker(body.loads, "scaled", [DOWN_W])
+add(
+    "wire",
+    "a tensor not synced",
+    "tensor_not_synced tensor_loaded",
+    worker(loaded.keeps_old, DOWN),
+    W,
+    prepare=moved(4),
+)
+scaled = worker(loaded.loads, "scaled", [DOWN_W])
 add("wire", "a tensor scaled at load", "tensor_loaded scale", scaled, W, models=BOTH)
-add("wire", "transposed at load", "tensor_loaded", worker(body.loads, "transposed", [Q]), W)
-swapped = worker(body.loads, "swapped", ["layers.1.mlp.gate_proj.weight", "layers.1.mlp.up_proj.weight"])
+add("wire", "transposed at load", "tensor_loaded", worker(loaded.loads, "transposed", [Q]), W)
+swapped = worker(loaded.loads, "swapped", ["layers.1.mlp.gate_proj.weight", "layers.1.mlp.up_proj.weight"])
 add("wire", "two tensors swapped at load", "tensor_loaded", swapped, W)
-add("wire", "rows of a tensor rolled at load", "tensor_loaded", worker(body.loads, "rows rolled", [DOWN_W]), W)
+add("wire", "rows of a tensor rolled at load", "tensor_loaded", worker(loaded.loads, "rows rolled", [DOWN_W]), W)
 add(
     "wire",
     "one tensor quantised at load",
     "tensor_loaded quantization",
-    worker(body.loads, "int8", [DOWN_W]),
+    worker(loaded.loads, "int8", [DOWN_W]),
     W,
     hurts_bf16=False,
 )
-add("wire", "all quantised at load", "quantization", worker(body.loads, "int8", ["proj.weight"]), W, hurts_bf16=False)
+add("wire", "all quantised at load", "quantization", worker(loaded.loads, "int8", ["proj.weight"]), W, hurts_bf16=False)
 add("wire", "a tensor sent scaled", "tensor_differs scale", sent(one(DOWN_W, lambda t: t * 1.02)), W)
 add("wire", "a tensor sent transposed", "tensor_differs", sent(one(Q, lambda t: t.t().contiguous())), W)
 add("wire", "damaged on the way", "tensor_differs", sent(one(DOWN_W, lambda t: t.roll(1, 0)), honest=False), W)
 bf16 = sent(lambda n, t: t.bfloat16().to(t.dtype))
 add("wire", "all sent as bf16", "tensor_differs dtype quantization", bf16, W, dtypes=FP32)
-add("wire", "stale by one step", "stale_weights", lambda p: trainer.stale(p, 6), W, models=BOTH)
-add("wire", "published before the step", "stale_weights", lambda p: trainer.published_too_early(p, 6), W)
+add("wire", "stale by one step", "stale_weights", lambda p: sent_by.stale(p, 6), W, models=BOTH)
+add("wire", "published before the step", "stale_weights", lambda p: sent_by.published_too_early(p, 6), W)
 old_head = "head tensor_not_synced tensor_loaded"
-add("wire", "stale head", old_head, worker(body.keeps_old_head), W, prepare=moved(2))
-add("wire", "stale tied head", "tied_head head", worker(body.keeps_old_head), W, models=TIED, prepare=moved(2))
-norm_bf16 = worker(body.loads, "bf16", ["norm.weight"])
+add("wire", "stale head", old_head, worker(loaded.keeps_old_head), W, prepare=moved(2))
+add("wire", "stale tied head", "tied_head head", worker(loaded.keeps_old_head), W, models=TIED, prepare=moved(2))
+norm_bf16 = worker(loaded.loads, "bf16", ["norm.weight"])
 add("wire", "norms loaded as bf16", "norm_dtype", norm_bf16, W, models=BOTH, dtypes=FP32, prepare=moved(10))
 add(
     "wire",
@@ -226,7 +186,7 @@ add(
     prepare=moved(4),
 )
 for words, factor in {"twice": 2.0, "not at all": 0.0, "with another alpha": 1.5}.items():
-    merged: Plant = lambda p, factor=factor: trainer.adapters_merged(p, factor)  # noqa: E731
+    merged: Plant = lambda p, factor=factor: sent_by.adapters_merged(p, factor)  # noqa: E731
     add("wire", f"adapters merged {words}", "lora_scale", merged, W, models=LORA)
 
 # -- the engine's body
@@ -332,5 +292,5 @@ add("trainer", "eps in the trainer", "eps config", changed("variance_epsilon", l
 add("trainer", "autocast in the trainer", "dtype trainer_body", lambda p: trainer.body_in_bf16(p), W, dtypes=FP32)
 left_in = asked(forbidden=lambda ids: None)
 add("trainer", "forbidden tokens left in", "forbidden", left_in, T, setting="forbidden")
-alpha = lambda p: trainer.adapters_scaled(p, 2.0)  # noqa: E731
+alpha = lambda p: sent_by.adapters_scaled(p, 2.0)  # noqa: E731
 add("trainer", "another alpha in the trainer", "lora_scale", alpha, W, models=LORA)

@@ -1,7 +1,7 @@
 """Faults of the engine's sampler: in the requests, in the sampler itself, and in what is picked from its samples."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -9,6 +9,7 @@ from unittest.mock import patch
 import torch
 
 from live import Live
+from planted_fault import Plant
 from planted_worker import wrapped
 from rl.types import Completion
 
@@ -170,7 +171,7 @@ def draws_cut(worker: Any, top_p: float) -> Iterator[None]:
 
 @contextmanager
 def number_of_another(worker: Any, rank: int) -> Iterator[None]:
-    """The number beside a sampled token is that of the likeliest token (rank 0) or of the runner-up (rank 1)."""
+    """The number of a sampled token is that of the likeliest token (rank 0) or of the runner-up (rank 1)."""
 
     def gathered(one: Any, logprobs: Any, num_logprobs: int, token_ids: Any) -> Any:
         found = one(logprobs, num_logprobs, token_ids=token_ids)
@@ -239,3 +240,22 @@ def with_salt(live: Live, salt: str) -> Iterator[None]:
 
     with patch.object(llm, "generate", generate):
         yield
+
+
+# -- plants
+
+
+def asks(**changes: Any) -> Plant:
+    return lambda pair: in_requests(pair.live, **changes)
+
+
+def reports(**changes: Any) -> Plant:
+    return lambda pair: in_settings(pair.live, **changes)
+
+
+def reads(change: Callable[[list[int]], list[int]]) -> Plant:
+    return lambda pair: in_prompts(pair.live, change)
+
+
+def tokenizer(change: Callable[[Any], Any]) -> Plant:
+    return lambda pair: with_tokenizer(pair.live, change)

@@ -70,12 +70,12 @@ def cut_by_three(c: Completion) -> Completion:
 
 
 def always_stop(c: Completion) -> Completion:
-    """Every reply is said to have ended by itself."""
+    """Every reply is reported to have ended by itself."""
     return replace(c, finish_reason="stop")
 
 
 def always_length(c: Completion) -> Completion:
-    """Every reply is said to have been cut."""
+    """Every reply is reported to have been cut."""
     return replace(c, finish_reason="length")
 
 

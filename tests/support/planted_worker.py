@@ -1,4 +1,4 @@
-"""How does a planted fault reach the engine's process? A module-level context manager runs there until it is mended.
+"""How does a planted fault reach the engine's process? A module-level context manager runs there until it is undone.
 
 The engine's process imports this module as its worker extension. A fault is a function of the worker:
 
@@ -34,7 +34,7 @@ class ExamExtension(WorkerExtension):
         self.planted.append(one)
 
     def leave_fault(self) -> None:
-        """Mend the last one."""
+        """Undo the last one."""
         self.planted.pop().close()
         renew(self)
 
