@@ -83,13 +83,10 @@ def declared_above(cls: type, name: str) -> tuple[Any, ...]:
 
 @lru_cache(maxsize=256)
 def lost(cls: type) -> None:
-    """Raise ValueError for a default that Python's dataclasses would drop without a word.
-
-    They read annotated names only, and only below a decorator.
-    """
+    """Raise ValueError for a default that dataclasses drop silently: one without a type, or without the decorator."""
     known = {field.name for field in dataclasses.fields(cls)}
     for each in cls.__mro__:
-        if not issubclass(each, Checked) or each is Checked:
+        if each is Checked or not issubclass(each, Checked):
             continue
         own = inspect.get_annotations(each)
         fields = [name for name, hint in own.items() if not str(hint).removeprefix("typing.").startswith("ClassVar")]
@@ -100,17 +97,12 @@ def lost(cls: type) -> None:
             )
         for name in known - own.keys():
             if name in each.__dict__ and not callable(getattr(each.__dict__[name], "__get__", None)):
-                value = show(each.__dict__[name])
+                value, hint = show(each.__dict__[name]), hints_of(cls).get(name, Any)
+                kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
                 raise ValueError(
                     f"{name} = {value} in {each.__name__} has no type, so its parent's default would stay: write "
-                    f"{name}: {_annotation(each, name)} = {value}"
+                    f"{name}: {kind} = {value}"
                 )
-
-
-def _annotation(cls: type, name: str) -> str:
-    """A field's type as code, from the nearest parent that declares it."""
-    hint = next(inspect.get_annotations(each)[name] for each in cls.__mro__[1:] if name in hints_of(each))
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def fit_field(owner: Any, name: str, value: Any, hint: Any) -> Any:

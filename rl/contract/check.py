@@ -20,9 +20,8 @@ STAGES: list[list[Check]] = [
     [invariances.pure],
     [invariances.same_column],
     [invariances.row_order, invariances.outside_mask, invariances.position, invariances.splits],
-    [invariances.ranks],
-    [invariances.groups, gradients.policy_gradient, numbers.extreme_ratios],
-    [gradients.sign, gradients.zero_advantage, gradients.finite_differences, *terms.TERMS],
+    [invariances.groups, gradients.policy_gradient, numbers.extreme_ratios, *terms.TERMS],
+    [gradients.sign, gradients.zero_advantage, gradients.finite_differences, terms.bounds],
 ]
 """A check runs if no earlier stage found anything; those of one stage do not depend on one another."""
 CHECKS = [check for stage in STAGES for check in stage]

@@ -22,7 +22,7 @@ def policy_gradient(trial: Trial) -> Iterator[Violation]:
     shape = (len(ADVANTAGES), len(LOGPS))
     strength = (pull(trial.objective, a, logp, torch.zeros_like(a)) / a).reshape(shape)
     found = none(trial, strength) or unit(strength) or direction(trial, strength[:, 1]) or factor(strength[:, 1])
-    found = found or uneven(trial)
+    found = found or anchor(trial) or uneven(trial)
     if found:
         check, what, remedy = found
         yield Violation(check=check, what=what, remedy=remedy, method="loss")
@@ -84,6 +84,23 @@ def unit(strength: Tensor) -> Found | None:
         begin + f"{float(one.min()):.2g} to {float(one.max()):.2g} times that",
         'Weigh by ratios, which are 1 there. If it is intended, declare `on_purpose = ("policy gradient",)`',
     )
+
+
+def anchor(trial: Trial) -> Found | None:
+    """What weighs an advantage is the ratio to the policy that sampled, not the one to the reference."""
+    if not trial.objective.uses_reference:
+        return None
+    one, far = torch.ones(2), torch.tensor([0.1, -0.1])
+    for a in (one, -one):
+        near, high_low = (pull(trial.objective, a, -2.0 * one, 0.0 * one, x) for x in (0.0 * one, far))
+        if (high_low - near).abs().max() > 0.01 * near.abs().max():
+            return (
+                "policy gradient",
+                AT_ONE + "it depends on how far the policy is from the reference",
+                "The ratio is to the policy that sampled: (policy.logprobs - batch.old_logprobs).exp(); the reference "
+                'belongs in a penalty. If it is intended, declare `on_purpose = ("policy gradient",)`',
+            )
+    return None
 
 
 def direction(trial: Trial, strength: Tensor) -> Found | None:
@@ -157,6 +174,11 @@ def uneven(trial: Trial) -> Found | None:
         return check, AT_ONE + what, remedy
     if (got - reward).abs().max() < 0.02:
         return check, AT_ONE + "it is multiplied by the reward", "The reward is in the advantages already: leave it out"
+    idle = got.abs() < 0.01
+    if idle.any() and nearly(got[~idle], 1.0):
+        share = 100 * float(idle.float().mean())
+        remedy = "Something takes tokens out on policy: .detach(), a selection, a mask of another kind than batch.mask"
+        return check, AT_ONE + f"{share:.0f} % of the tokens with an advantage have none", remedy
     what = f"tokens get {float(got.min()):.2g} to {float(got.max()):.2g} times that"
     remedy = "Weigh tokens in advantages(batch), where the weights are part of the advantage. If loss must do it, "
     return check, AT_ONE + what, remedy + 'declare `on_purpose = ("policy gradient",)`'

@@ -107,35 +107,19 @@ def row_order(trial: Trial) -> Iterator[Violation]:
 
 
 def splits(trial: Trial) -> Iterator[Violation]:
-    """No cut into micro-batches changes the loss, its gradient, or a metric."""
+    """No cut into micro-batches and ranks changes the loss, its gradient, or a metric; a rank may have no rows."""
     rows = torch.arange(len(trial.scene.batch.rewards))
-    for name, cut in {"single rows": [*rows[:, None]], "3 and the rest": [rows[:3], rows[3:]]}.items():
+    dealt = micro_batches(trial.scene.batch, rows, ranks=len(rows) // 2 + 1, budget=20, share_prompts=False)
+    parts = [micro for rank in dealt for micro in rank]
+    for name, cut in (("cut into single rows", [*rows[:, None]]), ("dealt to ranks", parts)):
         wrong = run(trial.objective, trial.scene, cut).differs(trial.whole, TOLERANCE)
         if wrong:
             yield Violation(
                 check="micro-batches",
-                what=f"cut into {name}, {wrong}",
+                what=f"{name}, {wrong}",
                 remedy="loss() is called on parts of a step and may look at one row at a time only: no mean(), sum(), "
                 "len() over rows or over the whole [B, T]. Statistics of the step belong in advantages(batch), and "
                 "averaging to the trainer (`average_over`)",
-                method="loss",
-            )
-            return
-
-
-def ranks(trial: Trial) -> Iterator[Violation]:
-    """No cut over ranks changes them either; a rank may have no rows."""
-    rows = torch.arange(len(trial.scene.batch.rewards))
-    for ranks in (2, len(rows) + 2):
-        dealt = micro_batches(trial.scene.batch, rows, ranks=ranks, budget=30, share_prompts=False)
-        split = run(trial.objective, trial.scene, [micro for rank in dealt for micro in rank], trim=True)
-        wrong = split.differs(trial.whole, TOLERANCE)
-        if wrong:
-            yield Violation(
-                check="ranks",
-                what=f"on {ranks} ranks, {wrong}",
-                remedy="A rank sees its own rows only, cut to their longest: leave every denominator that counts rows "
-                "or columns to the trainer",
                 method="loss",
             )
             return

@@ -79,8 +79,10 @@ class Watch(TorchFunctionMode):
         self.files, self.wrong, self.line = own_files(objective), wrong, ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not self.line and self.wrong(getattr(func, "__name__", ""), args, result):
+        given = kwargs or {}
+        result = func(*args, **given)
+        name, changed = ("out_", (given["out"],)) if "out" in given else (getattr(func, "__name__", ""), args)
+        if not self.line and self.wrong(name, changed, result):
             self.line = line_of_frame(inspect.currentframe(), self.files)
         return result
 

@@ -49,13 +49,17 @@ def answer(objective: Objective, scene: Scene, advantages: Tensor | None) -> Out
     return run(objective, scene, given=given, weights=scene.batch.mask.float())
 
 
-def pull(objective: Objective, advantage: Tensor, logp: Tensor, drift: Tensor) -> Tensor:
+def pull(
+    objective: Objective, advantage: Tensor, logp: Tensor, drift: Tensor, from_ref: Tensor | None = None
+) -> Tensor:
     """How strongly a token with this advantage is made more likely [N], minus the same without an advantage.
 
-    `drift` is its log-ratio to the old policy in nats; -gradient, so REINFORCE gives the advantage.
+    `drift` is its log-ratio to the old policy in nats, `from_ref` that to the reference (default: 0). This is the
+    gradient's negative, so REINFORCE gives the advantage.
     """
     n = len(advantage)
-    scene = one_token(logprobs=logp.repeat(2), old=(logp - drift).repeat(2))
+    ref = logp if from_ref is None else logp - from_ref
+    scene = one_token(logprobs=logp.repeat(2), old=(logp - drift).repeat(2), ref=ref.repeat(2))
     both = answer(objective, scene, torch.cat([advantage, torch.zeros(n)])).logprobs[:, 1]
     return both[n:] - both[:n]
 

@@ -105,14 +105,13 @@ def run(
     scene: Scene,
     cut: Sequence[Tensor] | None = None,
     *,
-    trim: bool = False,
     scale: float = 1.0,
     given: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Outcome:
     """One optimizer step, added up over the micro-batches of `cut`; KL and entropy of the framework are off.
 
-    `trim` cuts each to the columns that it needs. `scale` multiplies the advantages, `given` replaces them, `weights`
+    `scale` multiplies the advantages, `given` replaces them, `weights`
     replaces the trainer's averaging.
     """
     batch, advantages = prepared(objective, scene.batch) if given is None else (scene.batch, given)
@@ -127,7 +126,7 @@ def run(
     meter, total, by_token = Meter(), torch.zeros(()), torch.zeros(mask.shape)
     for rows in [torch.arange(len(mask))] if cut is None else cut:
         chosen = rows if len(rows) else torch.zeros(1, dtype=torch.long)
-        part = take(batch, rows) if trim or not len(rows) else Scene(batch=batch, policy=now).rows(rows).batch
+        part = Scene(batch=batch, policy=now).rows(rows).batch if len(rows) else take(batch, rows)
         width = part.mask.shape[1]
         logprobs, entropy, *values = [x[chosen][:, :width] for x in leaves]
         policy = PolicyOutput(logprobs=logprobs, entropy=entropy, values=values[0] if values else None)

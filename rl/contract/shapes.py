@@ -60,8 +60,8 @@ def shapes(objective: Objective, scene: Scene) -> Iterator[Violation]:
 
 def returned(out: Any, b: int, t: int) -> Iterator[Violation]:
     """What `loss` returned: a tensor [B, T], and metrics by name."""
-    pair = cast("tuple[Any, ...]", out) if isinstance(out, tuple) else (out,)
-    loss, metrics = pair if len(pair) == 2 else (out, None)
+    pair = cast("tuple[object, ...]", out) if isinstance(out, tuple) else ()
+    loss, metrics = pair if len(pair) == 2 else (None, None)
     if not isinstance(loss, Tensor) or not isinstance(metrics, dict):
         yield Violation(
             check="shape",

@@ -20,43 +20,39 @@ INTENDED = "If it is intended, declare `on_purpose = ({!r},)`"
 
 def bounds(trial: Trial) -> Iterator[Violation]:
     """A token that moved against its advantage is still pulled back: a bound is on the other side only."""
-    drift = torch.tensor(RETURN)
-    one = torch.ones_like(drift)
-    worse = pull(trial.objective, one, -3.0 * one, -drift)
-    better = -pull(trial.objective, -one, -3.0 * one, drift)
-    near = drift < CAP
-    for a, force, counts, now, bound in (
-        ("positive", worse, one > 0, "less likely", "below"),
-        ("negative", better, near, "more likely", "above"),
-    ):
-        on_policy = pull(trial.objective, one[:1] * (1 if a == "positive" else -1), -3.0 * one[:1], 0.0 * one[:1]).abs()
-        if on_policy < 1e-6:
-            continue  # this sign of advantages is left out altogether
-        lost = (force <= 1e-6 * on_policy) & counts | (force < -1e-6 * on_policy)
-        if not lost.any():
-            continue
-        at = float(drift[lost][0])
-        other = pull(
-            trial.objective, one[:2] * (1 if a == "positive" else -1), -3.0 * one[:2], torch.tensor([2.0, -2.0])
-        ).abs()
-        forward = other[0] if a == "positive" else other[1]
-        both = bool(forward <= 1e-6 * on_policy)
-        ratio = torch.tensor(-at if a == "positive" else at).exp()
-        side = "on both sides" if both else "on the wrong side"
-        pushed = (
-            "no gradient brings it back"
-            if bool((force[lost].abs() <= 1e-6 * on_policy).all())
-            else ("the gradient moves it further away")
+    found = bound_of(trial, 1.0, "positive", "less likely") or bound_of(trial, -1.0, "negative", "more likely")
+    if found:
+        remedy = (
+            "A clip binds above 1 for a positive advantage and below 1 for a negative one, never at 1: take the worse "
+            "of both, torch.max(-ratio * A, -ratio.clamp(low, high) * A), as rl.objectives.clipped_surrogate does. "
         )
-        yield Violation(
-            check="bounds",
-            what=f"the loss is bounded {side}: a token with a {a} advantage that became {now} (ratio "
-            f"{float(ratio):.2g}) is out of reach, and {pushed}",
-            remedy=f"A clip may not bind {bound} 1 for a {a} advantage: take the worse of both, torch.max(-ratio * A, "
-            "-ratio.clamp(low, high) * A), as rl.objectives.clipped_surrogate does. " + INTENDED.format("bounds"),
-            method="loss",
-        )
-        return
+        yield Violation(check="bounds", what=found, remedy=remedy + INTENDED.format("bounds"), method="loss")
+
+
+def bound_of(trial: Trial, advantage: float, word: str, change: str) -> str:
+    """What is wrong with the bound for advantages of one sign; empty if nothing is."""
+    away = -advantage * torch.tensor([0.0, *RETURN])
+    force = advantage * pull_at(trial, advantage, away)
+    along = advantage * pull_at(trial, advantage, -away)
+    least = 1e-6 * float(torch.cat([force, along]).abs().max())
+    if least < 1e-12:
+        return ""  # this sign of advantages is left out altogether
+    # Beyond a ratio of 1.5 a token with a negative advantage may be given up: a dual clip does so.
+    counts = torch.ones_like(away).bool() if advantage > 0 else away < CAP
+    lost = ((force <= least) & counts) | (force < -least)
+    if not lost.any():
+        return ""
+    at = int(lost.nonzero()[0])
+    side = "on both sides" if bool(along[-1].abs() <= least) else "on the wrong side"
+    ratio = float(away[at].exp())
+    moved = f"that became {change} (ratio {ratio:.2g})" if at else "at ratio 1"
+    effect = "the gradient moves it further away" if bool(force[at] < -least) else "no gradient brings it back"
+    return f"the loss is bounded {side}: a token with a {word} advantage {moved} is out of reach, and {effect}"
+
+
+def pull_at(trial: Trial, advantage: float, drift: Tensor) -> Tensor:
+    """The pull on tokens with this advantage, by how far they drifted [N]."""
+    return pull(trial.objective, torch.full_like(drift, advantage), torch.full_like(drift, -3.0), drift)
 
 
 def penalty(trial: Trial) -> Iterator[Violation]:
@@ -193,4 +189,4 @@ def critic_fault(pulled: Tensor, rewards: Tensor, values: Tensor, leak: float) -
     )
 
 
-TERMS: list[Check] = [bounds, penalty, penalty_in_advantages, entropy, critic]
+TERMS: list[Check] = [penalty, penalty_in_advantages, entropy, critic]
