@@ -60,12 +60,13 @@ def shapes(objective: Objective, scene: Scene) -> Iterator[Violation]:
 
 def returned(out: Any, b: int, t: int) -> Iterator[Violation]:
     """What `loss` returned: a tensor [B, T], and metrics by name."""
-    pair = cast("tuple[object, ...]", out) if isinstance(out, tuple) else ()
+    kind = type(out).__name__
+    pair = cast("list[object]", list(out)) if kind == "tuple" else []
     loss, metrics = pair if len(pair) == 2 else (None, None)
     if not isinstance(loss, Tensor) or not isinstance(metrics, dict):
         yield Violation(
             check="shape",
-            what=f"loss returned a {type(out).__name__}, not a loss and its metrics",
+            what=f"loss returned a {kind}, not a loss and its metrics",
             remedy="Return both: `return loss, {}`, where {} may hold metrics by name",
             method="loss",
         )

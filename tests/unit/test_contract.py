@@ -44,12 +44,14 @@ def test_every_objective_of_ours_keeps_the_contract(make):
     assert not [str(f) for f in check_objective(make())]
 
 
-@pytest.mark.parametrize("objective", gate([(type(o).__name__, o) for o in VARIANTS], lambda o: o.kl_in))
+@pytest.mark.parametrize("objective", gate([(type(o).__name__, o) for o in VARIANTS], lambda o: o.kl_in == "loss"))
 def test_no_setting_breaks_the_contract(objective):
     assert not [str(f) for f in check_objective(objective, seed=1)]
 
 
-@pytest.mark.parametrize("make", gate([(m.__name__, m) for m in ACCEPTED], lambda m: m.__mro__[1].__name__))
+@pytest.mark.parametrize(
+    "make", gate([(m.__name__, m) for m in ACCEPTED], lambda m: (m.uses_values, m.skippable, bool(m.on_purpose)))
+)
 def test_what_is_unusual_and_right_is_accepted(make):
     assert not [str(f) for f in check_objective(make())]
 
@@ -83,18 +85,19 @@ def test_the_loss_that_the_mistakes_were_planted_in_is_right():
     assert not check_objective(planted(loss=lambda self, policy, batch, a: (right(policy, batch, a), {})))
 
 
-def test_a_declaration_accepts_what_is_meant():
-    by_name = {case.name: case.make() for case in CASES}
-    for name, declared in {
-        "baseline_of_the_step": {"group_relative": False},
-        "penalty_not_declared": {"skippable": False},
-        "half_detached": {"stop_gradient": True},
-        "clipped_on_both_sides": {"on_purpose": ("bounds",)},
-    }.items():
-        made = type(by_name[name])
-        assert not broken(
-            dataclass(frozen=True, kw_only=True)(type("Declared", (made,), declared))(**vars(by_name[name]))
-        )
+DECLARED = {
+    "clipped_on_both_sides": {"on_purpose": ("bounds",)},
+    "baseline_of_the_step": {"group_relative": False},
+    "penalty_not_declared": {"skippable": False},
+    "half_detached": {"stop_gradient": True},
+}
+
+
+@pytest.mark.parametrize("name", gate([(name, name) for name in DECLARED], lambda name: None))
+def test_a_declaration_accepts_what_is_meant(name):
+    wrong = next(case.make() for case in CASES if case.name == name)
+    made = dataclass(frozen=True, kw_only=True)(type("Declared", (type(wrong),), DECLARED[name]))
+    assert not broken(made(**vars(wrong)))
 
 
 def test_only_a_matter_of_choice_can_be_declared():
@@ -147,11 +150,11 @@ def test_a_loss_of_another_shape_is_named(reduce):
 @pytest.mark.parametrize(
     ("metric", "found"),
     [
-        (lambda r, mask: r.detach(), set()),
+        pytest.param(lambda r, mask: r.detach(), set(), marks=pytest.mark.nightly),
         (lambda r, mask: masked_mean(r, mask).detach(), set()),
         (lambda r, mask: r, {"metrics"}),
         (lambda r, mask: r.mean().detach(), {"metrics"}),
-        (lambda r, mask: r.mean().detach().expand(len(r)), {"micro-batches", "mask"}),
+        (lambda r, mask: r.mean().detach().expand(len(r)), {"mask"}),
         (lambda r, mask: r.detach() / mask.sum().clamp(min=1), {"micro-batches"}),
     ],
     ids=["token", "sequence", "graph", "reduced", "reduced and spread", "own denominator"],
