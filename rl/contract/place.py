@@ -79,10 +79,10 @@ class Watch(TorchFunctionMode):
         self.files, self.wrong, self.line = own_files(objective), wrong, ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
+        given: dict[str, Any] = kwargs or {}
         result = func(*args, **given)
-        name, changed = ("out_", (given["out"],)) if "out" in given else (getattr(func, "__name__", ""), args)
-        if not self.line and self.wrong(name, changed, result):
+        name = "out_" if "out" in given else getattr(func, "__name__", "")
+        if not self.line and self.wrong(name, [given["out"]] if "out" in given else args, result):
             self.line = line_of_frame(inspect.currentframe(), self.files)
         return result
 
