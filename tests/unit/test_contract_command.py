@@ -39,7 +39,10 @@ def test_the_command_ends_with_1_and_a_table_when_something_is_wrong(tmp_path, m
     assert command("check-objective", f"{path}:Bounded", monkeypatch=monkeypatch) == 1
     said = capsys.readouterr().out
     assert "Bounded breaks its contract" in said
-    assert "policy gradient" in said
+    assert "loss is minimised" in " ".join(said.split())
+    line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "def loss" in text)
+    assert f"{path.name}, line" in " ".join(said.split())
+    assert f" {line} " in said
     assert "how to fix it" in said
 
 
