@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,14 +27,16 @@ def loss_weights(mask: Bool[Tensor, "B T"], average_over: AverageOver, totals: T
 
     `tokens`: every token has the same weight (DAPO, arXiv 2503.14476, eq. 8). `sequences`: every sequence has the
     same weight, spread over its tokens (GRPO, arXiv 2402.03300, eq. 3). `constant`: the sum over tokens divided by a
-    fixed length (Dr. GRPO, arXiv 2503.20783).
+    fixed length (Dr. GRPO, arXiv 2503.20783). Raises ValueError for another word.
     """
     m = mask.float()
     if average_over == "tokens":
         return m / max(totals.tokens, 1)
     if average_over == "sequences":
         return m / m.sum(dim=1, keepdim=True).clamp(min=1) / max(totals.sequences, 1)
-    return m / (max(totals.sequences, 1) * totals.horizon)
+    if average_over == "constant":
+        return m / (max(totals.sequences, 1) * totals.horizon)
+    raise ValueError(f"average_over={average_over!r} is not one of {', '.join(map(repr, get_args(AverageOver)))}")
 
 
 def masked_mean(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:

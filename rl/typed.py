@@ -6,6 +6,7 @@ instead of the line to write.
 
 import collections.abc
 import dataclasses
+import inspect
 import itertools
 import math
 import numbers
@@ -60,11 +61,48 @@ class Misfit(Exception):
 
 def check_fields(owner: Any) -> None:
     """Check every field of a dataclass, and convert what can be converted without loss. Raises ValueError."""
-    for name, hint in hints_of(type(owner)).items():
+    cls = type(owner)
+    lost(cls)
+    for name, hint in hints_of(cls).items():
         value = getattr(owner, name)
         fitted = fit_field(owner, name, value, hint)
         if fitted is not value:
             object.__setattr__(owner, name, fitted)
+        for above in declared_above(cls, name):
+            # A subclass that declares `str` where its parent declares a few words must still use one of them.
+            fit_field(owner, name, fitted, above)
+
+
+@lru_cache(maxsize=1024)
+def declared_above(cls: type, name: str) -> tuple[Any, ...]:
+    """The other types that the parents of a class declare for a field."""
+    own = hints_of(cls)[name]
+    above = (hints_of(each).get(name, own) for each in cls.__mro__[1:] if dataclasses.is_dataclass(each))
+    return tuple({repr(hint): hint for hint in above if hint != own}.values())
+
+
+@lru_cache(maxsize=256)
+def lost(cls: type) -> None:
+    """Raise ValueError for a default that dataclasses drop silently: one without a type, or without the decorator."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    for each in cls.__mro__:
+        if each is Checked or not issubclass(each, Checked):
+            continue
+        own = inspect.get_annotations(each)
+        fields = [name for name, hint in own.items() if not str(hint).removeprefix("typing.").startswith("ClassVar")]
+        if fields and "__dataclass_fields__" not in each.__dict__:
+            raise ValueError(
+                f"{each.__name__} declares {fields[0]}, and is no dataclass: write "
+                "@dataclass(frozen=True, kw_only=True) above the class"
+            )
+        for name in known - own.keys():
+            if name in each.__dict__ and not callable(getattr(each.__dict__[name], "__get__", None)):
+                value, hint = show(each.__dict__[name]), hints_of(cls).get(name, Any)
+                kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+                raise ValueError(
+                    f"{name} = {value} in {each.__name__} has no type, so its parent's default would stay: write "
+                    f"{name}: {kind} = {value}"
+                )
 
 
 def fit_field(owner: Any, name: str, value: Any, hint: Any) -> Any:

@@ -4,7 +4,7 @@ No model is needed: the gradient with respect to the log-probability of each sam
 size of the push on that token. How the weights then change follows from it in the same way for every objective.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,8 @@ from rl.reduce import Meter, Totals, loss_weights
 from rl.types import Batch, PolicyOutput
 
 PLAIN = Uncorrected()
+NUMBERS = ("loss", "grad_norm", "clip_low", "clip_high", "ess", "effective_tokens")
+"""What a report holds besides its gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,19 @@ def evaluate_objective(
         clip_high=clips.get("actor/clip_frac_high", torch.nan),
         ess=effective_sample_share(pull.abs()),
         effective_tokens=effective_sample_share(size[batch.mask]) * int(batch.mask.sum()),
+    )
+
+
+def over_steps(reports: list[ObjectiveReport]) -> ObjectiveReport:
+    """One objective's reports of several steps as one: their means, and the gradients one after the other."""
+
+    def mean(name: str) -> float:
+        return sum(float(getattr(r, name)) for r in reports) / len(reports)
+
+    return replace(
+        reports[0],
+        **{name: mean(name) for name in NUMBERS},
+        gradient=torch.cat([r.gradient.flatten() for r in reports])[None],
     )
 
 

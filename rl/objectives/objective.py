@@ -65,6 +65,9 @@ class Objective(Checked, ABC):
     """A row of zero advantages has no policy gradient, so the trainer may leave it out."""
     stop_gradient: ClassVar[bool] = False
     """Detaches a factor intentionally, so the gradient is not the derivative of the loss's value."""
+    on_purpose: ClassVar[tuple[str, ...]] = ()
+    """Checks of `unison check-objective` that it breaks on purpose: "policy gradient", "bounds", "penalty", "entropy",
+    "critic"."""
     critic_warmup: ClassVar[int] = 0
     """Optimizer steps at the start in which only the value head learns."""
 

@@ -14,8 +14,9 @@ from rl.contract.what_if import cosines, evaluate_objective
 from rl.objectives import CISPO, GRPO, GSPO, PPO
 from rl.protocols import SyncReport
 from rl.types import Batch, Data, PolicyOutput
+from trainer.commands.load import load_objective
 from trainer.commands.what_if import what_if
-from trainer.runs.records import Record, Recorder, load, save
+from trainer.runs.records import Record, Recorder, load, save, spec_of
 
 MASK = torch.tensor([[True, True], [True, False]])
 OLD = torch.tensor([[-1.0, -2.0], [-1.5, 0.0]])
@@ -179,3 +180,110 @@ def test_the_command_compares_and_leaves_a_table_a_plot_and_json(tmp_path, capsy
     assert (tmp_path / "what-if-step-7.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match=r"no objective 'qspo'; there are cispo, dapo.*FILE\.py:CLASS"):
         what_if([str(path), "--objectives", "qspo"])
+
+
+# -- the command's input -----------------------------------------------------------------------------------------------
+
+MINE = """
+from dataclasses import dataclass
+from rl.objectives import GRPO
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(GRPO):
+    factor: float = 1.0
+
+    def loss(self, policy, batch, advantages):
+        return super().loss(policy, batch, self.factor * advantages)
+"""
+
+
+def recorded(folder, *steps, spec="GRPO"):
+    for step in steps:
+        save(replace(record_of([[1.5, 1.1], [1.0, 0.9]]), spec=spec), folder / f"step-{step}.safetensors")
+    return folder / f"step-{steps[0]}.safetensors"
+
+
+def judged(folder, name):
+    return json.loads((folder / f"what-if-{name}.json").read_text())
+
+
+def test_settings_may_be_written_with_an_objective(tmp_path):
+    path = recorded(tmp_path, 1)
+    assert what_if([str(path), "--objectives", "grpo(clip_high=0.5, divide_by_std=False),grpo"]) == 0
+    found = judged(tmp_path, "step-1")["objectives"]
+    assert list(found) == ["grpo(clip_high=0.5, divide_by_std=False)", "grpo"]
+    assert (found["grpo(clip_high=0.5, divide_by_std=False)"]["clip_high"], found["grpo"]["clip_high"]) == (
+        0.0,
+        pytest.approx(1 / 3),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("grpo(0.28)", r"grpo\(0.28\): write settings by name, as plain values: grpo\(clip_high=0.28\)"),
+        ("grpo(clip_high=open('x'))", "write settings by name, as plain values"),
+        ("grpo(clip=0.28)", "GRPO has no clip; it has average_over, clip_high, clip_low"),
+    ],
+)
+def test_settings_in_another_form_are_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        what_if([str(recorded(tmp_path, 1)), "--objectives", text])
+
+
+def test_two_classes_of_one_name_are_two_objectives(tmp_path):
+    for folder, factor in (("a", "1.0"), ("b", "2.0")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(MINE.replace("factor: float = 1.0", f"factor: float = {factor}"))
+    (tmp_path / "third.py").write_text(MINE)
+    asked = [f"{tmp_path}/{name}:Mine" for name in ("a/mine.py", "b/mine.py", "third.py")]
+    assert what_if([str(recorded(tmp_path, 1)), "--objectives", ",".join([*asked, "grpo"])]) == 0
+    found = judged(tmp_path, "step-1")["objectives"]
+    assert list(found) == [asked[0], asked[1], "third.py:Mine", "grpo"]
+    assert found[asked[1]]["grad_norm"] == pytest.approx(2 * found[asked[0]]["grad_norm"])
+
+
+def test_the_run_s_own_objective_is_judged_as_it_was_set(tmp_path, capsys):
+    path = recorded(tmp_path, 1, spec=spec_of(GRPO(clip_high=0.6)))
+    assert what_if([str(path), "--objectives", "grpo,gspo"]) == 0
+    found = judged(tmp_path, "step-1")["objectives"]
+    assert list(found) == ["GRPO (the run's)", "grpo", "gspo"]
+    assert found["GRPO (the run's)"]["clip_high"] == 0.0
+    lost = recorded(tmp_path, 2, spec=f"{tmp_path}/gone.py:Mine")
+    assert what_if([str(lost), "--objectives", "grpo"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the run's own objective" in said
+    assert "is left out: there is no file" in said
+
+
+def test_an_objective_is_made_again_from_its_record(tmp_path):
+    (tmp_path / "kept.py").write_text(MINE)
+    for made in (GRPO(clip_high=0.28, dual_clip=3.0), PPO(), load_objective(f"{tmp_path}/kept.py:Mine(factor=0.5)")):
+        again = load_objective(spec_of(made))
+        assert spec_of(again) == spec_of(made)
+        assert vars(again) == vars(made)
+
+
+def test_no_comparison_is_overwritten(tmp_path):
+    path = recorded(tmp_path, 1)
+    for _ in range(2):
+        assert what_if([str(path), "--objectives", "grpo,gspo"]) == 0
+    assert what_if([str(path), "--objectives", "grpo,cispo"]) == 0
+    assert list(judged(tmp_path, "step-1")["objectives"]) == ["grpo", "gspo"]
+    assert list(judged(tmp_path, "step-1-3")["objectives"]) == ["grpo", "cispo"]
+    assert (tmp_path / "what-if-step-1-3.png").is_file()
+
+
+def test_a_folder_stands_for_all_of_its_steps(tmp_path):
+    (tmp_path / "run" / "batches").mkdir(parents=True)
+    recorded(tmp_path / "run" / "batches", 2, 10)
+    assert what_if([str(tmp_path / "run"), "--objectives", "grpo,cispo"]) == 0
+    found = judged(tmp_path / "run" / "batches", "step-2-to-step-10")
+    assert list(found["steps"]) == ["step-2", "step-10"]
+    one = found["steps"]["step-2"]
+    # Both steps are the same, so their mean is each of them.
+    assert found["objectives"]["cispo"]["loss"] == pytest.approx(one["objectives"]["cispo"]["loss"])
+    assert found["cosine"][0][1] == pytest.approx(one["cosine"][0][1])
+    with pytest.raises(FileNotFoundError, match=r"holds no step-N.safetensors; `--record-batches 1`"):
+        what_if([str(tmp_path)])

@@ -22,11 +22,12 @@ def show(objective: Objective, found: list[Violation]) -> None:
             console.print(f"  {check.__doc__}", style="dim", highlight=False, markup=False)
         return
     table = Table(title=f"{name} breaks its contract", show_lines=True)
-    for header in ("check", "what is wrong", "how to fix it"):
+    for header in ("check", "what is wrong", "where", "how to fix it"):
         table.add_column(header, overflow="fold")
-    for violation in found:
-        table.add_row(*(escape(text) for text in (violation.check, violation.what, violation.remedy)))
+    for v in found:
+        table.add_row(*(escape(text) for text in (v.check, v.what, v.place or "-", v.remedy)))
     console.print(table)
+    console.print("Later checks build on these: run the command again when they are fixed.", style="dim")
 
 
 def check_objective(arguments: Sequence[str]) -> int:
@@ -37,7 +38,11 @@ def check_objective(arguments: Sequence[str]) -> int:
         "Needs no model. The exit status is 1 when a check fails; the table then names the remedy.",
         allow_abbrev=False,
     )
-    parser.add_argument("objective", help="FILE.py:CLASS, MODULE:CLASS, or the name of one in rl.objectives")
+    parser.add_argument(
+        "objective",
+        help="FILE.py:CLASS, MODULE:CLASS, or the name of one in rl.objectives; with settings if wanted: "
+        "'FILE.py:CLASS(alpha=0.5)'",
+    )
     objective = load_objective(parser.parse_args(arguments).objective)
     found = contract.check_objective(objective)
     show(objective, found)

@@ -1,5 +1,6 @@
 """How is a step's batch recorded? One safetensors file: log-probabilities of both sides, before and after the step."""
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -9,7 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import rl.objectives
 from rl.config import Config
+from rl.objectives import Objective
 from rl.protocols import SyncReport
 from rl.types import Batch, PolicyOutput
 from trainer.cluster.remote import RemoteLearner
@@ -27,6 +30,23 @@ class Record:
     """The trainer's output after the step."""
     horizon: int
     objective: str
+    """Name of the run's objective."""
+    spec: str = ""
+    """How to make it again (`spec_of`); its name alone in records of older runs."""
+
+
+def spec_of(objective: Objective) -> str:
+    """How to make an objective again, as `unison what-if` takes it: GRPO(clip_high=0.28), /mine.py:Mine(alpha=0.5)."""
+    cls = type(objective)
+    home = ""
+    if not cls.__module__.startswith("rl."):
+        file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+        home = f"{Path(file).resolve() if file else cls.__module__}:"
+    elif getattr(rl.objectives, cls.__name__, None) is not cls:
+        home = f"{cls.__module__}:"
+    kept = {f.name: getattr(objective, f.name) for f in fields(objective) if f.init}
+    other = [f"{f.name}={kept[f.name]!r}" for f in fields(objective) if f.name in kept and kept[f.name] != f.default]
+    return f"{home}{cls.__name__}" + (f"({', '.join(other)})" if other else "")
 
 
 def save(record: Record, path: Path) -> None:
@@ -35,7 +55,7 @@ def save(record: Record, path: Path) -> None:
     tensors |= {f"now.{f.name}": getattr(record.policy, f.name) for f in fields(PolicyOutput)}
     kept = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items() if t is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = {"schema": SCHEMA, "horizon": str(record.horizon), "objective": record.objective}
+    header = {"schema": SCHEMA, "horizon": str(record.horizon), "objective": record.objective, "spec": record.spec}
     save_file(kept, path, metadata=header)
 
 
@@ -59,6 +79,7 @@ def load(path: Path) -> Record:
         policy=PolicyOutput(**now),
         horizon=int(header["horizon"]),
         objective=header["objective"],
+        spec=header.get("spec") or header["objective"],
     )
 
 
@@ -91,6 +112,7 @@ class Recorder:
             policy=await self.learner.answer(batch),
             horizon=self.config.rollout.max_tokens,
             objective=type(self.config.objective).__name__,
+            spec=spec_of(self.config.objective),
         )
         path = self.folder / f"step-{self.steps}.safetensors"
         try:
