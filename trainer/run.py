@@ -15,8 +15,8 @@ from rl.typed import shortened
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.fleet import Fleet
 from trainer.cluster.remote import RemoteLearner, RemoteRollouts
+from trainer.doctor.check import by_settings
 from trainer.doctor.doctor import examine_engines
-from trainer.doctor.examine import by_settings
 from trainer.doctor.finding import ParityError
 from trainer.doctor.report import save, show, token_table
 from trainer.outcome import export_model, how_to_resume, leave

@@ -8,8 +8,8 @@ import torch
 
 from rl.batch import integers
 from rl.parity.gap import surprise
-from rl.parity.sampler_fits import cuts, golden, name_of
-from rl.parity.told import Told
+from rl.parity.guesses.sampler_fits import cuts, golden, name_of
+from rl.parity.guesses.told import Told
 from rl.sampling.truncation import keep
 
 

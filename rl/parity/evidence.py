@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from rl.parity.draws import Draws
 from rl.parity.gap import Gap, NoiseClip
-from rl.parity.guess import Hypothesis
+from rl.parity.guesses.guess import Hypothesis
 
 Kind = Literal["linear", "norm", "embedding", "head"]
 

@@ -68,7 +68,6 @@ def main() -> None:
 def measured() -> dict[str, dict[str, float | str]]:
     """The figures of every family; a refusal is its message."""
     from family import family_gaps
-
     from live import Live
     from models import FAMILIES, make_model
 

@@ -15,8 +15,8 @@ from live import engine_config
 from pair import Pair, examiner, make_learner
 from rl.config import RolloutConfig
 from rl.types import Completion
+from trainer.doctor.check import ParityCheck
 from trainer.doctor.comparisons import Comparisons
-from trainer.doctor.examine import ParityCheck
 
 TEMPLATE = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}>"
 PROMPTS = [[{"role": "user", "content": f"{a} plus {7 * a % 10} is"}] for a in range(16)]
@@ -131,6 +131,8 @@ TYING_CHANGES = {"fp32 head on one side", "stale by one step", "one tensor not s
 )
 def test_a_planted_fault_is_named_first_with_its_evidence(pair: Pair, name: str) -> None:
     plant, cause, shows = FAULTS[name]
+    if cause == "tied_head" and not pair.learner.describe()["tied"]:
+        cause = "head"
     if name == "one tensor not synced":
         examine(pair)  # the engine must hold the old tensor, not random start weights
     with plant(pair):

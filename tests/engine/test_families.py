@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from family import PROMPTS, family_gaps
 
 from cases import nightly_unless
+from family import PROMPTS, family_gaps
 from live import engine_config
 from models import FAMILIES, make_model
 from pair import Pair, examiner, make_learner

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 
 from faults import FaultyExtension
 from live import Live
-from rl.parity.fits import grids, rounded
+from rl.parity.body.fits import grids, rounded
 
 
 class BodyFaults(FaultyExtension):
@@ -19,9 +19,9 @@ class BodyFaults(FaultyExtension):
 
     def break_body(self, name: str) -> None:
         self.undone: list[Callable[[], Any]] = []
-        self.model = self.weight_transfer_engine.model
+        self.model: Any = self.weight_transfer_engine.model
         self.layers = self.model.model.layers
-        self.attentions = [m for m in self.model.modules() if isinstance(m, Attention)]
+        self.attentions: list[Any] = [m for m in self.model.modules() if isinstance(m, Attention)]
         getattr(self, "_" + name.replace(" ", "_"))()
 
     def mend_body(self) -> None:
@@ -121,7 +121,7 @@ class BodyFaults(FaultyExtension):
                 p: Tensor, q: Tensor, k: Tensor, one: Any = one, f: Any = forward, other: Tensor = other
             ) -> Any:
                 before = one.cos_sin_cache.clone()
-                one.cos_sin_cache.copy_(new)
+                one.cos_sin_cache.copy_(other)
                 out = f(p, q, k)
                 one.cos_sin_cache.copy_(before)
                 return out

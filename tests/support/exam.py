@@ -18,7 +18,7 @@ from pair import Pair, examiner, make_learner
 from planted import FAULTS
 from planted_fault import Fault
 from rl.config import Config, Lora, RolloutConfig, TrainerConfig
-from trainer.doctor.examine import ParityCheck
+from trainer.doctor.check import ParityCheck
 from trainer.model.forbidden import load_forbidden
 
 Verdict = Literal["named", "wrong", "unexplained", "silent", "crash"]

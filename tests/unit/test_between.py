@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl.parity import fits
-from rl.parity.attention import Attention, explain_attention
-from rl.parity.guess import Hypothesis
-from rl.parity.rotary import explain_rotation
+from rl.parity.body import fits
+from rl.parity.body.attention import Attention, explain_attention
+from rl.parity.body.rotary import explain_rotation
+from rl.parity.guesses.guess import Hypothesis
 
 SIZE, PROMPT = 20, 16
 

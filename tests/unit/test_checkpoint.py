@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import writer
-from writer import write
 
+import writer
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointError
+from writer import write
 
 
 def steps(run: Path) -> list[int]:

@@ -16,7 +16,7 @@ from rl.parity.evidence import (
     WitnessEvidence,
 )
 from rl.parity.gap import Gap, NoiseClip, gap
-from rl.parity.guess import Hypothesis
+from rl.parity.guesses.guess import Hypothesis
 from rl.sampling.truncation import Truncation
 from trainer.doctor.diagnosis import diagnose
 from trainer.doctor.remedies import REMEDIES

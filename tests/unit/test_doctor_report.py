@@ -21,9 +21,9 @@ from rl.parity.gap import NoiseClip, gap
 from rl.sampling.truncation import Truncation
 from rl.types import Batch, Data
 from trainer.doctor import report as doctor_report
+from trainer.doctor.check import ParityCheck, by_settings
 from trainer.doctor.comparisons import Comparison
 from trainer.doctor.doctor import DoctorReport, variations
-from trainer.doctor.examine import ParityCheck, by_settings
 from trainer.doctor.finding import Finding
 from trainer.doctor.report import as_dict, bit_for_bit, save, show, token_table
 from trainer.tracking.tracker import RunTracker

@@ -10,8 +10,8 @@ import torch
 
 from rl.parity.draws import draws
 from rl.parity.gap import surprise
-from rl.parity.hypotheses import explain, judge
-from rl.parity.told import Told
+from rl.parity.guesses.hypotheses import explain, judge
+from rl.parity.guesses.told import Told
 from rl.sampling.truncation import Truncation
 
 torch.manual_seed(0)

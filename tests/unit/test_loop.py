@@ -8,8 +8,8 @@ from dataclasses import replace
 from threading import Barrier
 
 import pytest
-from log import Log
 
+from log import Log
 from rl.config import Config, Deadlines, RolloutConfig
 from rl.filters import Difficulty, ZeroAdvantage
 from rl.loop.loop import Loop

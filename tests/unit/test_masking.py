@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from log import Log
 
+from log import Log
 from rl.batch import collate, micro_batches, trained_rows, trajectory
 from rl.config import Config
 from rl.loop.loop import Loop

@@ -1,8 +1,8 @@
 """What is the first thing along an engine's depth that computes other values, and which cause fits it?"""
 
+from rl.parity.body.fits import LAYER_ERROR, differs, explains
 from rl.parity.evidence import Evidence, LayerError, PartError, WeightEvidence
-from rl.parity.fits import LAYER_ERROR, differs, explains
-from rl.parity.guess import Hypothesis
+from rl.parity.guesses.guess import Hypothesis
 
 WHAT = {
     "embedding": "the embeddings that go into {name!r} differ",

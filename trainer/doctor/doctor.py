@@ -11,8 +11,9 @@ from rl.parity.gap import Gap
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.remote import RemoteLearner
 from trainer.data.first_prompt import FirstPrompt
+from trainer.doctor.check import ParityCheck
 from trainer.doctor.comparisons import Comparison, Comparisons
-from trainer.doctor.examine import Examiner, ParityCheck
+from trainer.doctor.examine import Examiner
 from trainer.doctor.finding import Finding
 from trainer.plan.plan import make_plan
 from trainer.prompts import Prepared
@@ -58,14 +59,19 @@ class DoctorReport:
         e = self.check.evidence
         tensors = sum(len(w.sent) for w in e.weights)
         layers = [layer.error for w in e.weights for layer in w.layers]
+        between = [max(part.error, part.decode_error) for w in e.weights for part in w.between]
         g = max((s.gap for s in e.samples), key=lambda g: (math.isnan(g.mean_abs), g.mean_abs))
         stale, surprise = sum(w.cached_after_update for w in e.weights), max((s.surprise for s in e.samples), key=abs)
-        seen = f"largest error {max(layers):.1e} in {len(layers)} layers" if layers else "; ".join(e.notes)
+        seen, parts = (
+            f"largest error {max(errors):.1e} in {len(errors)} {noun}" if errors else "; ".join(e.notes)
+            for errors, noun in ((layers, "layers"), (between, "places"))
+        )
         ended = sum(s.ended for s in e.samples)
         return [
             ("facts", "sampler settings, dtypes, tokenizer, template", "compared exactly"),
             ("digests", "every tensor arrived, bit for bit", f"{tensors} tensors of {len(e.weights)} engine(s)"),
             ("layers", "every tensor was loaded, and computes what the trainer's does", seen),
+            ("between layers", "rotary embedding, attention, KV cache, residual stream; prefill and decode", parts),
             ("prefix cache", "no KV of older weights is used", f"{stale} stale tokens"),
             ("ends of replies", "the token that ends a reply is trained on", f"{ended} replies ended before the limit"),
             ("draws", "tokens come from the reported distribution", f"{surprise:+.1f} sigmas"),

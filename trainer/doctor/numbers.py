@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from rl.parity.evidence import SampleEvidence
 from rl.parity.gap import Gap
-from rl.parity.hypotheses import judge
+from rl.parity.guesses.hypotheses import judge
 from trainer.doctor.finding import Finding
 from trainer.doctor.sampler import sampler_limit
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from rl.batch import collate, trajectory
 from rl.config import Config
 from rl.parity.evidence import SamplerEvidence
-from rl.parity.hypotheses import explain
-from rl.parity.told import Told, told
+from rl.parity.guesses.hypotheses import explain
+from rl.parity.guesses.told import Told, told
 from rl.sampling.forbidden import Forbidden
 from rl.types import Completion, Prompt
 

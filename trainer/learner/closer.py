@@ -12,8 +12,8 @@ from rl.batch import take, trained_rows
 from rl.parity.draws import Draws, draws
 from rl.parity.evidence import WitnessEvidence
 from rl.parity.gap import gap
-from rl.parity.hypotheses import explain
-from rl.parity.told import TOKENS, Told, told
+from rl.parity.guesses.hypotheses import explain
+from rl.parity.guesses.told import TOKENS, Told, told
 from rl.sampling.truncation import Truncation
 from rl.types import Batch
 from trainer import machine

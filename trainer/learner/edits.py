@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rl.parity.guess import Hypothesis
-from rl.parity.told import Told
+from rl.parity.guesses.guess import Hypothesis
+from rl.parity.guesses.told import Told
 from rl.types import Batch
 from trainer.model.witness import Witness
 

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 
 from rl.parity.architecture import architecture
+from rl.parity.body.fits import LAYER_ERROR
 from rl.parity.evidence import LayerError, PartError
-from rl.parity.fits import LAYER_ERROR
 from rl.sampling.forbidden import Forbidden
 from rl.weights import digest
-from trainer.learner import layers
 from trainer.learner.rank import Rank
-from trainer.learner.records import read
-from trainer.learner.replay import replay
+from trainer.learner.traced import layers
+from trainer.learner.traced.records import read
+from trainer.learner.traced.replay import replay
 from trainer.learner.weights import LearnerWeights
 
 
@@ -39,7 +39,7 @@ def digests(weights: LearnerWeights) -> dict[str, str]:
 def compare_layers(rank: Rank, trace: dict[str, Any]) -> tuple[list[LayerError], list[PartError], list[str]]:
     """Errors of an engine's layers and between them, and the layers that the learner lacks.
 
-    See `trainer.learner.layers` and `trainer.learner.replay`. A collective over all ranks.
+    See `trainer.learner.traced.layers` and `trainer.learner.traced.replay`. A collective over all ranks.
     """
     dtype, hf = rank.config.dtype, rank.policy.hf
     seen = read(trace, hf.base_model_prefix)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rl.batch import take
-from rl.parity.hypotheses import explain, judge
-from rl.parity.told import Told
+from rl.parity.guesses.hypotheses import explain, judge
+from rl.parity.guesses.told import Told
 from rl.types import Batch
 from trainer.learner.edits import edited
 from trainer.learner.rank import Rank

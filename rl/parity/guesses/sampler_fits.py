@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl.batch import integers
-from rl.parity.guess import Hypothesis
-from rl.parity.told import Told
+from rl.parity.guesses.guess import Hypothesis
+from rl.parity.guesses.told import Told
 from rl.sampling.truncation import Truncation, keep
 
 TOP_PS = [0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.98, 0.99]
@@ -183,10 +183,10 @@ def _masked(told: Told) -> Iterator[Hypothesis]:
         return
     columns = p[:, ids].double()
     share = torch.full((len(ids),), 0.5, dtype=torch.double, device=p.device)
-    largest = torch.ones(len(ids), dtype=torch.double, device=p.device)
+    largest: Tensor = torch.ones(len(ids), dtype=torch.double, device=p.device)
     for _ in range(30):  # the largest singular value, squared
-        largest = columns.t() @ (columns @ (largest / largest.norm()))
-    step = 0.9 / float(largest.norm().clamp(min=1e-12))
+        largest = columns.t() @ (columns @ (largest / largest.square().sum().sqrt()))
+    step = 0.9 / max(1e-12, float(largest.square().sum().sqrt()))
     for _ in range(400):
         share = (share - step * (columns.t() @ (columns @ share - q))).clamp(0, 1)
     masked = ids[share > 0.5]

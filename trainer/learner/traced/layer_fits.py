@@ -8,9 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rl.parity import fits
+from rl.parity.body import fits
 from rl.parity.evidence import Kind
-from rl.parity.guess import Hypothesis
+from rl.parity.guesses.guess import Hypothesis
 from trainer.model.head import LogprobHead
 from trainer.model.lora import NAME
 

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rl.parity.fits import FORMATS, error, factor, minimum, rounded
-from rl.parity.guess import Hypothesis
+from rl.parity.body.fits import FORMATS, error, factor, minimum, rounded
+from rl.parity.guesses.guess import Hypothesis
 
 
 @dataclass(frozen=True, kw_only=True)

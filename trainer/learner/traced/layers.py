@@ -7,11 +7,11 @@ import deepspeed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rl.parity import fits
+from rl.parity.body import fits
 from rl.parity.evidence import Kind, LayerError
-from rl.parity.guess import Hypothesis
-from trainer.learner.layer_fits import apply, explain_layer, is_router
-from trainer.learner.records import HEAD, Record, Trace
+from rl.parity.guesses.guess import Hypothesis
+from trainer.learner.traced.layer_fits import apply, explain_layer, is_router
+from trainer.learner.traced.records import HEAD, Record, Trace
 from trainer.model.head import LogprobHead
 from trainer.model.lora import as_engines_have_it
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from rl.parity.guess import Hypothesis
-from rl.parity.told import Told
+from rl.parity.guesses.guess import Hypothesis
+from rl.parity.guesses.told import Told
 
 FAR = 2
 """Largest shift that is tried, in tokens."""

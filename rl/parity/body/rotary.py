@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl.parity.fits import error, minimum, rounded
-from rl.parity.guess import Hypothesis
+from rl.batch import integers
+from rl.parity.body.fits import error, is_on_grid, minimum, norm, rounded
+from rl.parity.guesses.guess import Hypothesis
 
 FAR = 64
 """Offsets of positions that are tried, in both directions."""
@@ -29,8 +30,8 @@ def explain_rotation(
     size, angles = torch.hypot(c, s), torch.atan2(s, c)
     plain = _planes(mine.double(), cos.shape[1], halves) * torch.polar(1 / size, -angles)
     target = _planes(theirs.double(), cos.shape[1], halves)
-    rest = float((theirs - mine)[..., cos.shape[1] :].norm()) ** 2
-    whole = float(mine.norm())
+    rest = norm((theirs - mine)[..., cos.shape[1] :]) ** 2
+    whole = norm(mine)
 
     def left(angles: Tensor, amplitude: float = 1.0) -> float:
         return left_by(torch.polar(size * amplitude, angles))
@@ -40,7 +41,15 @@ def explain_rotation(
 
     steps = len(angles)
     index = torch.arange(steps, dtype=torch.float64)[:, None]
-    speed = angles[1] if steps > 1 else angles[0]  # no plane turns by pi or more in one step
+    width = 2 * angles.shape[1]
+    exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
+    powers = [x / 10 for x in range(20, 220)]
+    rotor = torch.polar(size, angles)
+    own, off = minimum(lambda x: norm(rotor - torch.polar(size, index * torch.exp(-x * exponents))), powers)
+    # cos and sin in bf16 are too coarse to read a frequency from.
+    plainly = off <= norm(rotor) * (5e-3 if is_on_grid(cos) else 1e-5)
+    # No plane turns by pi or more in one step.
+    speed = torch.exp(-own * exponents) if plainly else angles[min(1, steps - 1)]
     together = (target * plain.conj()).sum(0) * size  # its angle is the engine's own angle
     positions, text, is_simple = _positions(together, speed, prompt)
     moved = Hypothesis(cause="positions", text=text, residual=left(positions[:, None] * speed))
@@ -49,12 +58,7 @@ def explain_rotation(
     def guess(text: str, angles: Tensor, amplitude: float = 1.0) -> None:
         found.append(Hypothesis(cause="rope", text=text, residual=left(angles, amplitude)))
 
-    width = 2 * len(speed)
-    exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
-    powers = [x / 10 for x in range(20, 220)]
     theta = math.exp(minimum(lambda x: left(index * torch.exp(-x * exponents)), powers)[0])
-    own = float(-speed[1].clamp(min=1e-12).log() / exponents[1]) if len(speed) > 1 else 0.0
-    plainly = len(speed) > 1 and torch.allclose(torch.exp(-own * exponents), speed, rtol=1e-3)
     had = f"the trainer's {math.exp(own):.6g}" if plainly else "the trainer's frequencies are scaled"
     guess(f"theta is {theta:.4g}, {had}", index * torch.exp(-math.log(theta) * exponents))
     f = 2 ** minimum(lambda x: left(index * speed * 2**x), [x / 16 for x in range(-96, 97)])[0]
@@ -84,7 +88,7 @@ def _positions(together: Tensor, speed: Tensor, prompt: int) -> tuple[Tensor, st
     tried = torch.arange(-FAR, steps + FAR, dtype=torch.float64)
     fit = torch.einsum("sr,pr->sp", together, torch.polar(torch.ones(()).double(), -tried[:, None] * speed)).real
     best = tried[fit.argmax(1)]
-    moved = [int(x) for x in best - torch.arange(steps)]
+    moved = integers(best.long() - torch.arange(steps))
     first, late = moved[:prompt], moved[prompt:]
     if not any(moved):
         return best, "every token is at its own position", False
@@ -94,7 +98,7 @@ def _positions(together: Tensor, speed: Tensor, prompt: int) -> tuple[Tensor, st
         text = f"in decode every token is at its position {late[0]:+d}; the prompt's positions are right"
     elif not any(late) and len(set(first)) == 1:
         text = f"in the prompt every token is at its position {first[0]:+d}; those in decode are right"
-    elif len(set(best.tolist())) == 1:
+    elif len(set(integers(best.long()))) == 1:
         text = f"every token is at position {int(best[0])}"
     else:
         at = next(i for i, x in enumerate(moved) if x)

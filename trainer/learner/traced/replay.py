@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from rl.parity import fits
-from rl.parity.attention import Attention, explain_attention
+from rl.parity.body import fits
+from rl.parity.body.attention import Attention, explain_attention
+from rl.parity.body.rotary import explain_rotation
 from rl.parity.evidence import Part, PartError
-from rl.parity.guess import Hypothesis
-from rl.parity.rotary import explain_rotation
-from trainer.learner.records import HEAD, Record, Trace, layer_of
+from rl.parity.guesses.guess import Hypothesis
+from trainer.learner.traced.records import HEAD, Record, Trace, layer_of
 
 NAME = "replayed"
 """Name of the recording attention in transformers."""
@@ -32,7 +32,7 @@ def replay(model: Any, hf: nn.Module, trace: Trace, limit: float) -> tuple[list[
     Nothing is compared in a compiled forward pass, which does not show its tokens.
     """
     tokens = trace.tokens
-    if tokens is None:
+    if tokens is None or not trace.of("layer"):
         return [], {}
     run = _Replay(hf, trace, limit, len(tokens))
     run.check_ids(tokens)

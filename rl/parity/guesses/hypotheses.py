@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from rl.parity import places, sampler_fits, units
-from rl.parity.guess import Hypothesis
-from rl.parity.told import Told
+from rl.parity.guesses import places, sampler_fits, units
+from rl.parity.guesses.guess import Hypothesis
+from rl.parity.guesses.told import Told
 
 FITS = 0.05
 """A guess that leaves at most this share of the gap is an explanation; one that leaves more is only the closest."""

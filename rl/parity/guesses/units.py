@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl.parity.guess import Hypothesis
-from rl.parity.told import Told
+from rl.parity.guesses.guess import Hypothesis
+from rl.parity.guesses.told import Told
 
 
 def guesses(told: Told) -> Iterator[Hypothesis]:

@@ -1,5 +1,6 @@
 """Which simple change explains that an engine's layer gives other values than ours on the same input?"""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -7,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl.parity.evidence import LayerError
-from rl.parity.guess import Hypothesis
+from rl.parity.guesses.guess import Hypothesis
 
 LAYER_ERROR = {"float32": 1e-4, "bfloat16": 1.5e-2}
 """Largest relative error of a layer, on equal input, at which it counts as equal. Clean runs show 1e-6 and 5e-3."""
@@ -40,14 +41,19 @@ def best(guesses: list[Hypothesis], error: float) -> list[Hypothesis]:
     return sorted(guesses, key=lambda guess: max(guess.residual, LEFT * error / 5))[:4]
 
 
+def norm(x: Tensor) -> float:
+    """The square root of the sum of squares."""
+    return math.sqrt(float(x.abs().square().sum()))
+
+
 def error(theirs: Tensor, mine: Tensor) -> float:
     """Norm of the difference over the norm of `mine`."""
-    return float((theirs - mine).norm() / mine.norm().clamp(min=1e-30))
+    return norm(theirs - mine) / max(norm(mine), 1e-30)
 
 
 def factor(theirs: Tensor, mine: Tensor) -> float:
     """The factor on `mine` that fits `theirs` best."""
-    return float((theirs * mine).sum() / mine.norm().clamp(min=1e-30) ** 2)
+    return float((theirs * mine).sum()) / max(norm(mine) ** 2, 1e-30)
 
 
 def rounded(x: Tensor, name: str) -> Tensor:
@@ -122,19 +128,17 @@ def stream(theirs: Tensor, mine: Tensor, before: Tensor | None, summands: list[T
     for name in ("bf16", "fp16"):
         text = f"it holds only {name} values"
         # The sum of a rounded stream and a branch that is not rounded is on no grid; its summand is.
-        if any(is_on_grid(x, name) for x in summands):
+        if any(is_on_grid(x, name) for x in summands) and not is_on_grid(mine, name):
             found.append(Hypothesis(cause="residual", text=text, residual=0.0))
         else:
             found.append(Hypothesis(cause="residual", text=text, residual=error(theirs, rounded(mine, name))))
     if before is not None and before.shape == mine.shape:
         branch = mine - before
-        a, b = (
-            torch.linalg.lstsq(
-                torch.stack([before.flatten(), branch.flatten()], 1).double(), theirs.flatten()[:, None].double()
-            )
-            .solution.flatten()
-            .tolist()
-        )
+        # Two normal equations.
+        aa, ab, bb = (float((x * y).sum()) for x, y in ((before, before), (before, branch), (branch, branch)))
+        at, bt = float((before * theirs).sum()), float((branch * theirs).sum())
+        whole = max(aa * bb - ab * ab, 1e-30)
+        a, b = (bb * at - ab * bt) / whole, (aa * bt - ab * at) / whole
         text = f"it adds {a:.4g} times the stream and {b:.4g} times the branch"
         left = error(theirs, a * before + b * branch)
         found.append(Hypothesis(cause="residual", text=text, residual=left))
