@@ -16,8 +16,10 @@ from processes import assert_gone
 from runs import finish, printed, start, wait_for, wait_for_step
 from trainer.runs.checkpoint import finished
 
-STEPS = 40
-FLAGS = f"--steps {STEPS} --save-every 2 --old-logprobs recompute".split()
+STEPS = 24
+FLAGS = f"--steps {STEPS} --save-every 2 --old-logprobs recompute --trainer.lr 6e-3".split()
+ALONE = ["--doctor", "off", "--tracking.wandb", "off"]
+"""What the run that was left alone has, and no other needs."""
 CUT = ["--rollout.max-tokens", "4", "--rollout.top-k", "20", "--rollout.top-p", "0.9", "--temperature", "0.9"]
 """On CPU the trainer finds the kept tokens from its own logits."""
 
@@ -97,7 +99,7 @@ def test_a_users_objective_learns_and_every_step_agrees_with_the_engine(whole: W
 
 @pytest.mark.timeout(1500)
 def test_kill_9_changes_nothing_but_the_clock(echo_model: Path, whole: Whole, tmp_path: Path) -> None:
-    process, mark = start(echo_model, tmp_path, *FLAGS)
+    process, mark = start(echo_model, tmp_path, *FLAGS, *ALONE)
     # Past the checkpoint of step 2, and as it writes its next one or in the middle of a step.
     wait_for_step(process, tmp_path, 3)
     os.kill(process.pid, signal.SIGKILL)
@@ -132,6 +134,8 @@ def test_sigterm_changes_nothing_but_the_clock_where_sampling_is_truncated(echo_
     process, mark, at = go_on(echo_model, killed)
     assert at == stopped
     assert_the_same(process, mark, killed, whole)
+    runs = {path.name.rpartition("-")[2] for path in (killed / "echo" / "wandb").glob("offline-run-*")}
+    assert len(runs) == 1, "one run to W&B"
 
 
 def assert_the_same(process: subprocess.Popen, mark: str, killed: Path, whole: Whole) -> None:
@@ -158,5 +162,3 @@ def assert_the_same(process: subprocess.Popen, mark: str, killed: Path, whole: W
     assert summary["eval_after"] == expected["eval_after"]
     assert summary["status"] == "finished"
     assert summary["resume"] is None
-    runs = {path.name.rpartition("-")[2] for path in (killed / "echo" / "wandb").glob("offline-run-*")}
-    assert len(runs) == 1, "one run to W&B"

@@ -13,9 +13,16 @@ from runs import every_prompt_was_trained_once, finish, printed, start, wait_for
 
 
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("doctor", nightly_unless(lambda form: form == "short", ["short", "full"]))
-def test_an_asynchronous_run_of_two_engines_and_two_ranks_survives_ctrl_c_and_killed_engines(
-    echo_model: Path, tmp_path: Path, doctor: str
+@pytest.mark.parametrize(
+    ("doctor", "killed"),
+    nightly_unless(
+        lambda doctor, killed: (doctor, killed) == ("short", "VLLM::EngineCore"),
+        # The process that vLLM runs the model in, and the actor that hosts an engine.
+        [("short", "VLLM::EngineCore"), ("short", "ray::EngineActor"), ("full", "VLLM::EngineCore")],
+    ),
+)
+def test_an_asynchronous_run_of_two_engines_and_two_ranks_survives_ctrl_c_and_a_killed_engine(
+    echo_model: Path, tmp_path: Path, doctor: str, killed: str
 ) -> None:
     flags = "--steps 16 --prompts-per-step 4 --group-size 4 --max-staleness 1 --tracking.wandb off --no-save-final"
     more = "--rollout.engines 2 --rollout.max-tokens 200 --verify-every 2 --save-every 2 --tracking.samples-per-step 16"
@@ -47,14 +54,12 @@ def test_an_asynchronous_run_of_two_engines_and_two_ranks_survives_ctrl_c_and_ki
     assert (run / "doctor.html").stat().st_size > 10_000
 
     process, mark = start(echo_model, tmp_path, "--resume", str(run), "--doctor", "off")
-    # The actor that hosts an engine, and later the process that vLLM runs the model in.
-    for step, name in ((len(rows) + 2, "ray::EngineActor"), (len(rows) + 4, "VLLM::EngineCore")):
-        wait_for_step(process, tmp_path, step)
-        kill_one(mark, name)
+    wait_for_step(process, tmp_path, len(rows) + 2)
+    kill_one(mark, killed)
     code, summary, rows = finish(process, tmp_path)
     assert code == 0, printed(tmp_path)
     assert summary["status"] == "finished"
-    assert len(summary["engines_lost"]) >= 2
+    assert len(summary["engines_lost"]) >= 1
     assert summary["ledger"]["pending"] == 0
     assert summary["ledger"]["trained"] == 64
     assert [row["weight_sync/version"] for row in rows] == list(range(1, 17))

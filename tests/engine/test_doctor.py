@@ -120,13 +120,22 @@ FAULTS: dict[str, tuple[Callable[[Pair], AbstractContextManager], str, str]] = {
 }
 
 
-TYING_CHANGES = {"fp32 head on one side", "stale by one step", "one tensor not synced", "wrong tied head"}
-"""What concerns the lm_head, which a tied model shares with the embeddings, or the names that travel."""
+IN_GATE = {
+    ("qwen2-untied", "raw mode"),
+    ("qwen2-untied", "one tensor scaled 2 %"),
+    ("qwen2-untied", "off by one"),
+    ("qwen2-untied", "EOS dropped"),
+    ("qwen2-untied", "chat template"),
+    ("qwen2-untied", "prefix cache without salt"),
+    ("llama-tied", "stale by one step"),
+    ("llama-tied", "wrong tied head"),
+}
+"""One case of each kind; test_exam.py has more."""
 
 
 @pytest.mark.parametrize(
     ("pair", "name"),
-    nightly_unless(lambda model, name: model == MODELS[0] or name in TYING_CHANGES, product(MODELS, FAULTS)),
+    nightly_unless(lambda model, name: (model, name) in IN_GATE, product(MODELS, FAULTS)),
     indirect=["pair"],
 )
 def test_a_planted_fault_is_named_first_with_its_evidence(pair: Pair, name: str) -> None:
@@ -146,7 +155,7 @@ def test_a_planted_fault_is_named_first_with_its_evidence(pair: Pair, name: str)
 
 
 @pytest.mark.parametrize(
-    ("pair", "seed"), nightly_unless(lambda model, seed: seed < 5, product(MODELS, range(10))), indirect=["pair"]
+    ("pair", "seed"), nightly_unless(lambda model, seed: seed < 2, product(MODELS, range(10))), indirect=["pair"]
 )
 def test_a_clean_run_has_no_fault_and_agrees_to_six_digits(pair: Pair, seed: int) -> None:
     check = examine(pair, seed)

@@ -161,6 +161,7 @@ def test_loading_gsm8k_keeps_the_splits_apart_and_refuses_a_bad_solution(monkeyp
         recipe.gsm8k()
 
 
+@pytest.mark.nightly  # a process of 10 s; test_flags and test_docs read the same text
 def test_help_explains_the_fields_and_needs_no_network():
     shown = run_recipe("gsm8k_ppo.py", "--help")
     assert shown.returncode == 0, shown.stderr
@@ -200,6 +201,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help(tmp_path):
     assert "What would help: rollout.kv_cache_gib below 5000" in " ".join(shown.stdout.split())
 
 
+@pytest.mark.nightly  # a process of 10 s; test_memory has the message
 def test_where_the_model_cannot_be_read_a_dry_run_shows_the_placement_and_ends_with_the_reason():
     shown = run_recipe("gsm8k_gspo.py", "--dry-run", "--device", "cuda", "--model", "nobody/nothing")
     assert shown.returncode == 2, shown.stderr

@@ -14,6 +14,13 @@ MEAN_GAP = {"float32": 3e-5, "bfloat16": 6e-2}
 GAP_SIGMAS = 5.0
 """k1 beyond this many standard errors is a bias: the two sides compute different things."""
 
+SIGMAS = 4.5
+"""Standard deviations; a clean run exceeds it once in 150,000."""
+TOKEN_SIGMAS = 7.0
+"""The same for the count of one token: there are many tokens, and small counts have long tails."""
+NATS = 16.0
+"""-log probability; a clean run exceeds it once in ten million."""
+
 
 def limit_of(dtype: str, temperature: float) -> float:
     """The limit of mean |d|: the temperature divides the logits, and so multiplies their rounding."""
@@ -85,7 +92,11 @@ def sampler_numbers(s: SampleEvidence, temperature: float) -> Iterator[Finding]:
         found = judge(e.guesses, e.error, limit)
         place = "between the sampler and the trainer" if e.handed_on > limit else "in the sampler"
         text = f"its numbers differ by {e.error:.1e} nats from what its own logits give; the fault is {place}: {found}"
-        yield Finding(cause=found.cause, severity="fault", where=where, evidence=text)
+        cause = found.cause
+        if cause == "raw_logprobs" and s.draws is not None and s.draws.likelier_nats > NATS / 2:
+            # At temperature 1 raw numbers are those of a sampler without a temperature; the draws tell them apart.
+            cause, text = "temperature", f"{text}; the tokens too look like draws with {s.draws.likelier}"
+        yield Finding(cause=cause, severity="fault", where=where, evidence=text)
 
 
 def engine_numbers(s: SampleEvidence, dtype: str, temperature: float) -> Iterator[Finding]:
@@ -97,14 +108,6 @@ def engine_numbers(s: SampleEvidence, dtype: str, temperature: float) -> Iterato
     found = judge([] if s.witness is None else s.witness.engine_guesses, g.mean_abs, limit / 2)
     size = f"mean |d| {g.mean_abs:.1e} nats (limit {limit:g}), k1 {g.k1:+.1e} ± {g.k1_se:.0e}, k3 {g.k3:.1e}"
     yield Finding(cause=found.cause, severity="fault", where=f"engine {s.engine}", evidence=f"{size}; {found}")
-
-
-SIGMAS = 4.5
-"""Standard deviations; a clean run exceeds it once in 150,000."""
-TOKEN_SIGMAS = 7.0
-"""The same for the count of one token: there are many tokens, and small counts have long tails."""
-NATS = 16.0
-"""-log probability; a clean run exceeds it once in ten million."""
 
 
 def drawn(s: SampleEvidence) -> Iterator[Finding]:
