@@ -113,5 +113,5 @@ def test_a_clean_engine_agrees_between_its_layers(pair: Pair, seed: int) -> None
     (weights,) = check.evidence.weights
     assert not weights.uncovered
     assert {part.part for part in weights.between} >= {"embedding", "stream", "rotary", "attention", "input"}
-    limit = 1e-5 if pair.config.dtype == "float32" else 1e-2
+    limit = 1e-5 if pair.config.dtype == "float32" else 7e-3
     assert max(max(part.error, part.decode_error) for part in weights.between) < limit

@@ -10,7 +10,7 @@ from torch import Tensor
 from rl.parity.evidence import LayerError
 from rl.parity.guesses.guess import Hypothesis
 
-LAYER_ERROR = {"float32": 1e-4, "bfloat16": 1.5e-2}
+LAYER_ERROR = {"float32": 1e-4, "bfloat16": 1e-2}
 """Largest relative error of a layer, on equal input, at which it counts as equal. Clean runs show 1e-6 and 5e-3."""
 SCALE_ERROR = {"float32": 5e-5, "bfloat16": 2e-3}
 """Largest distance of a fitted factor from 1: rounding raises as many values as it lowers."""
@@ -33,7 +33,7 @@ def differs(layer: LayerError, dtype: str, *, fp32_head: bool) -> bool:
 
 def explains(guess: Hypothesis, error: float, limit: float) -> bool:
     """Whether a guess leaves so little of an error that it is its name: a small share, or no more than rounding."""
-    return guess.residual <= max(LEFT * error, min(limit / 2, 0.3 * error))
+    return guess.residual <= max(LEFT * error, min(0.7 * limit, 0.5 * error))
 
 
 def best(guesses: list[Hypothesis], error: float) -> list[Hypothesis]:
