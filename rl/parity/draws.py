@@ -96,16 +96,18 @@ def _likelier(told: Told) -> tuple[str, float]:
     """Another temperature, or a cut, from which the tokens are rather drawn."""
     base = float(told.expected.double().sum())
 
+    kept = told.log_p > -torch.inf  # a smaller set would count each sampled token as kept, and look likelier
+
     def gain(temperature: float) -> float:
-        log_p = told.under(temperature, told.truncation)
+        log_p = (told.logits / temperature).masked_fill(~kept, -torch.inf).log_softmax(-1)
         return float(log_p.gather(1, told.targets[:, None]).double().sum()) - base
 
     best, lost = golden(lambda t: -gain(t), 0.2 * told.temperature, 3 * told.temperature, 0.01 * told.temperature)
     found = [(f"the temperature {best:.3g}", -lost)]
     for cut in cuts(told.logits.shape[1]) if told.truncation is None else ():
-        kept = keep(told.logits / told.temperature, cut)
-        if bool(kept.gather(1, told.targets[:, None]).all()):
-            mass = told.log_p.masked_fill(~kept, -torch.inf).logsumexp(-1)
+        fewer = keep(told.logits / told.temperature, cut)
+        if bool(fewer.gather(1, told.targets[:, None]).all()):
+            mass = told.log_p.masked_fill(~fewer, -torch.inf).logsumexp(-1)
             found.append((name_of(cut), float(-mass.double().sum())))
     return max(found, key=lambda one: one[1])
 
