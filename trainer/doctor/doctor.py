@@ -67,6 +67,11 @@ class DoctorReport:
             for errors, noun in ((layers, "layers"), (between, "places"))
         )
         ended = sum(s.ended for s in e.samples)
+        samplers = [s.sampler for s in e.samples if s.sampler]
+        worst = max((one.error for one in samplers), default=math.nan)
+        sampler = f"mean |d| {worst:.1e}, {sum(one.tokens for one in samplers)} tokens" if samplers else "not visible"
+        witness = max((s.witness.trainer.mean_abs for s in e.samples if s.witness), default=None)
+        third = "not asked, because both sides agree" if witness is None else f"trainer: mean |d| {witness:.1e}"
         return [
             ("facts", "sampler settings, dtypes, tokenizer, template", "compared exactly"),
             ("digests", "every tensor arrived, bit for bit", f"{tensors} tensors of {len(e.weights)} engine(s)"),
@@ -74,6 +79,8 @@ class DoctorReport:
             ("between layers", "rotary embedding, attention, KV cache, residual stream; prefill and decode", parts),
             ("prefix cache", "no KV of older weights is used", f"{stale} stale tokens"),
             ("ends of replies", "the token that ends a reply is trained on", f"{ended} replies ended before the limit"),
+            ("sampler", "the numbers are those that the engine's own logits give, in every dtype", sampler),
+            ("witness", "the trainer computes what a fresh copy of the model computes, in fp32", third),
             ("draws", "tokens come from the reported distribution", f"{surprise:+.1f} sigmas"),
             (
                 "log-probabilities",
