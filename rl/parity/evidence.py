@@ -63,6 +63,8 @@ class WeightEvidence:
     layers: list[LayerError]
     between: list[PartError] = field(default_factory=list[PartError])
     """What lies between the layers, in the order of a forward pass."""
+    changes: str = ""
+    """The first module that computed something else when the engine was asked again; empty if none did."""
     uncovered: str = ""
     """Why layers could not be compared; empty if they were."""
     cached_after_update: int = 0

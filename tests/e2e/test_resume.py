@@ -16,8 +16,8 @@ from processes import assert_gone
 from runs import finish, printed, start, wait_for, wait_for_step
 from trainer.runs.checkpoint import finished
 
-STEPS = 24
-FLAGS = f"--steps {STEPS} --save-every 2 --old-logprobs recompute --trainer.lr 6e-3".split()
+STEPS = 40
+FLAGS = f"--steps {STEPS} --save-every 2 --old-logprobs recompute".split()
 ALONE = ["--doctor", "off", "--tracking.wandb", "off"]
 """What the run that was left alone has, and no other needs."""
 CUT = ["--rollout.max-tokens", "4", "--rollout.top-k", "20", "--rollout.top-p", "0.9", "--temperature", "0.9"]

@@ -210,9 +210,9 @@ add("body", "norms in bf16", "norm_dtype", worker(body.norms_in_bf16), dtypes=FP
 add("body", "embedding scaled", "embedding scale", worker(body.output_scaled, "embed_tokens", 1.1))
 add("body", "attention output scaled", "scale attention", worker(body.output_scaled, "attn", 1.2))
 add("body", "MLP output scaled", "scale", worker(body.output_scaled, "mlp", 1.2))
-add("body", "a layer skipped", "config residual", worker(body.layer_skipped, 1), W)
+add("body", "a layer skipped", "config residual layers", worker(body.layer_skipped, 1), W)
 add("body", "dropout in the engine", "mode", worker(body.dropout_on, 0.1))
-add("body", "another activation", "config", worker(body.other_activation), W)
+add("body", "another activation", "config activation", worker(body.other_activation), W)
 add(
     "body",
     "head in bf16",

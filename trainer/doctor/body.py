@@ -1,5 +1,7 @@
 """What is the first thing along an engine's depth that computes other values, and which cause fits it?"""
 
+from collections import Counter
+
 from rl.parity.body.fits import LAYER_ERROR, differs, explains
 from rl.parity.evidence import Evidence, LayerError, PartError, WeightEvidence
 from rl.parity.guesses.guess import Hypothesis
@@ -40,7 +42,8 @@ def body(w: WeightEvidence, e: Evidence) -> tuple[str, str] | None:
     text = f"{_what(first)} by {error:.1e} of its size (limit {limit:g}); {_fits(first.fits, fitting, error)}"
     alike = _alike(first, wrong, w)
     if fitting:
-        return fitting[0].cause, text + alike
+        at_start = isinstance(first, PartError) and first.part == "embedding"
+        return ("embedding" if at_start else fitting[0].cause), text + alike
     return _general(first, layers, w, e), text + alike
 
 
@@ -102,14 +105,16 @@ def _general(first: LayerError | PartError, layers: list[LayerError], w: WeightE
     return GENERAL[first.part]
 
 
-def rounded_layers(w: WeightEvidence, e: Evidence) -> str:
-    """What rounding explains most layers that differ; empty if none does."""
+def shared_fit(w: WeightEvidence, e: Evidence) -> tuple[str, str] | None:
+    """The cause that fits most layers that differ, with the text of the first; None if there is none."""
     fp32_head = e.learner_facts["head_dtype"] == "float32"
     wrong = [layer for layer in w.layers if differs(layer, e.dtype, fp32_head=fp32_head)]
     fits = [
-        guess
+        {g.cause: g.text for g in reversed(layer.fits) if explains(g, layer.error, LAYER_ERROR[e.dtype])}
         for layer in wrong
-        for guess in layer.fits[:1]
-        if "rounded" in guess.text and explains(guess, layer.error, LAYER_ERROR[e.dtype])
     ]
-    return fits[0].text if len(fits) > len(wrong) / 2 else ""
+    counts = Counter(cause for one in fits for cause in one)
+    cause, count = counts.most_common(1)[0] if counts else ("", 0)
+    if count <= len(wrong) / 2:
+        return None
+    return cause, next(one[cause] for one in fits if cause in one)

@@ -10,6 +10,7 @@ import torch
 
 from rl.batch import collate, integers, trajectory
 from rl.parity.architecture import architecture
+from rl.parity.body.fits import LAYER_ERROR
 from rl.parity.evidence import Evidence, SampleEvidence, SamplerEvidence, WeightEvidence
 from rl.parity.gap import clipped_by_noise, gap, surprise
 from rl.sampling.forbidden import Forbidden
@@ -17,10 +18,12 @@ from rl.tokens import encode
 from rl.types import Batch, Completion
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.remote import RemoteLearner
+from trainer.doctor.body import size
 from trainer.doctor.check import ParityCheck
 from trainer.doctor.diagnosis import diagnose
 from trainer.doctor.finding import ParityError
 from trainer.doctor.numbers import agrees, limit_of
+from trainer.doctor.repeat import first_change
 from trainer.doctor.sampler import sampler_evidence
 from trainer.model.files import model_config
 from trainer.model.forbidden import forbidden
@@ -165,7 +168,13 @@ class Examiner:
             note = f"not compared, the trainer has no layer of that name: {', '.join(unknown[:3])}"
         elif not between:
             note = "only the lm_head is visible in a compiled forward pass; --rollout.enforce-eager shows all layers"
-        return replace(evidence, layers=layers, between=between, uncovered=note)
+        changes = ""
+        if any(not size(one) <= LAYER_ERROR[self.config.dtype] for one in (*layers, *between)):
+            # Before a part is blamed: an engine with a random part differs from itself too.
+            prompt = self._traced_prompt()
+            again = await self.cluster.ask_engine(evidence.engine, lambda e: e.trace(prompt))
+            changes = first_change(trace[0], again[0], self.config.dtype)
+        return replace(evidence, layers=layers, between=between, uncovered=note, changes=changes)
 
     def _traced_prompt(self) -> list[int]:
         """The first prompt, repeated until it is long enough, as far as the context has room for a few more tokens."""

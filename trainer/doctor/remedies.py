@@ -52,7 +52,8 @@ REMEDIES = {
     "finish_reason": "Hand on vLLM's finish_reason and all tokens of the reply (rollout/engine.py, `completion`)",
     "packing": "A packed row lets one sequence see another: look at the segments and the attention mask "
     "(trainer/model/packing.py, trainer/model/attention.py), or set trainer.share_prompts=False",
-    "mode": "Put the trainer's model into eval mode for log-probabilities (`model.eval()`), or set its dropout to 0",
+    "mode": "A random part runs, such as dropout: put the model into eval mode (`model.eval()`), or set its dropout "
+    "to 0",
     "padding": "Padding must lie to the right, and count nowhere: look at the mask and at position ids",
     "trainer_body": "The trainer's model is changed between its layers, or its log-probabilities are after "
     "them: look at what wraps the model, and at trainer/model/",

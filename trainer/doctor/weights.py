@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from rl.parity.evidence import Evidence, WeightEvidence
-from trainer.doctor.body import body, rounded_layers
+from trainer.doctor.body import body, shared_fit
 from trainer.doctor.finding import Finding
 
 
@@ -15,8 +15,11 @@ def weights(w: WeightEvidence, e: Evidence) -> Iterator[Finding]:
         return Finding(cause=cause, severity="fault", where=where, evidence=evidence)
 
     moved = [name for name, digest in w.live.items() if w.sent.get(name) != digest]
-    if len(moved) > len(w.live) / 2 and (rounded := rounded_layers(w, e)):
-        yield fault("dtype", f"{len(moved)} of {len(w.live)} tensors were sent with other values: {rounded}")
+    if len(moved) > len(w.live) / 2 and (shared := shared_fit(w, e)):
+        cause, text = shared
+        yield fault(
+            cause, f"{len(moved)} of {len(w.live)} tensors were sent with other values than the trainer's: {text}"
+        )
     elif len(moved) > len(w.live) / 2:
         yield fault(
             "stale_weights",
@@ -41,5 +44,9 @@ def weights(w: WeightEvidence, e: Evidence) -> Iterator[Finding]:
     intact = not moved and all(
         received.get(name) == digest for received in w.received for name, digest in w.sent.items()
     )
-    if intact and (named := body(w, e)):
+    if w.changes:
+        yield fault(
+            "mode", f"asked twice for the same prompt, the engine computes something else from {w.changes!r} on"
+        )
+    elif intact and (named := body(w, e)):
         yield fault(*named)

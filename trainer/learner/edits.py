@@ -60,6 +60,16 @@ def edited(witness: Witness, told: Told, part: Batch) -> Iterator[Hypothesis]:
                 text = f"the engine had each prompt without its {side} {n} tokens"
                 yield Hypothesis(cause="prompt_tokens", text=text, residual=residual, fitted=1)
     yield from _exchanged(witness, told, part, replies)
+    first = _first_other(told)
+    if first is not None:
+        for text, at in (
+            (f"positions stop growing at {first - 1}", lambda n, p: torch.arange(n).clamp(max=first - 1)),
+            (f"positions start again at {first}", lambda n, p: torch.arange(n) % first),
+        ):
+            residual = left(lambda i, at=at: (prompts[i], lambda n, p: at(n, p).to(prompts[i].device)))
+            if residual is not None:
+                yield Hypothesis(cause="positions", text=text, residual=residual, fitted=1)
+        yield from _windowed(witness, told, prompts, texts, replies, first)
     for text, by in POSITIONS.items():
         residual = left(lambda i, by=by: (prompts[i], lambda n, p, by=by: _moved(n, p, by, prompts[i].device)))
         if residual is not None:
@@ -89,6 +99,31 @@ def _exchanged(witness: Witness, told: Told, part: Batch, replies: list[slice]) 
         best.append(min(tried, key=lambda d: float(d.mean())))
     text = "each reply was sampled for another prompt of the batch"
     yield Hypothesis(cause="swapped", text=text, residual=float(torch.cat(best).mean()), fitted=1)
+
+
+def _first_other(told: Told) -> int | None:
+    """The first position from which on numbers differ, if all before it agree; in tokens from the sequence's start."""
+    d = (told.expected - told.reported).abs()
+    bad = d > max(1e-3, 0.02 * float(d.mean()))
+    if not bad.any():
+        return None
+    # Column t is computed from the token at position t.
+    first = int(told.columns[bad].min())
+    before = int((told.columns < first).sum())
+    return first if before >= 0.05 * len(d) and first > 1 else None
+
+
+def _windowed(
+    witness: Witness, told: Told, prompts: list[Tensor], texts: list[Tensor], replies: list[slice], first: int
+) -> Iterator[Hypothesis]:
+    """Attention over the last tokens alone: with a window of n, the token at position n is the first that differs."""
+    gaps: list[Tensor] = []
+    for prompt, text, reply in zip(prompts, texts, replies, strict=True):
+        ids = torch.cat([prompt, text])[:-1]
+        logits = witness.row(ids, window=first)[0]
+        gaps.append((told_under(told, reply, logits[len(prompt) - 1 :]) - told.reported[reply]).abs())
+    text = f"attention has a window of {first} tokens"
+    yield Hypothesis(cause="attention_window", text=text, residual=float(torch.cat(gaps).mean()), fitted=1)
 
 
 def told_under(told: Told, reply: slice, logits: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rl.batch import take
-from rl.parity.guesses.hypotheses import explain, judge
+from rl.parity.guesses.hypotheses import FITS, explain, judge
 from rl.parity.guesses.told import Told
 from rl.types import Batch
 from trainer.learner.edits import edited
@@ -54,7 +56,21 @@ def trainer_fault(
     if error <= HIDDEN:
         found = judge(explain(seen), size, limit)
         text = "its hidden states agree, and its log-probabilities do not"
-        return (found.cause if found.fits else "trainer_body"), f"{text}; {found}"
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            own = witness.hf.get_output_embeddings()
+            logits = rank.head.mapped.apply_(F.linear(hidden.to(dtype), own.weight.to(dtype)).float())
+            left = replace(seen, logits=logits).remains(replace(seen, logits=logits).expected)
+            if own.bias is None and left <= max(limit, FITS * size):
+                return "head_dtype", f"{text}; its lm_head multiplies in {name} (leaves {left:.1e} nats)"
+        # A trainer has no raw mode: it left the temperature out.
+        cause = {"raw_logprobs": "temperature", "unexplained": "trainer_body"}.get(found.cause, found.cause)
+        return cause, f"{text}; {found}"
+    scale = float((mine * hidden).sum() / hidden.square().sum()) if mine.shape == hidden.shape else 1.0
+    if abs(scale - 1) > 2e-3 and float((mine - scale * hidden).norm() / mine.norm()) < 0.05 * error:
+        return "scale", f"its last hidden states are the model's own times {scale:.4g}"
+    found = judge(sorted([*edited(witness, seen, part), *explain(seen)], key=lambda g: g.residual), size, limit)
+    if found.fits:
+        return found.cause, str(found)
     alone = torch.zeros_like(expected)
     for row in range(len(part.mask)):
         one = take(part, torch.tensor([row], device="cpu"))
@@ -70,13 +86,14 @@ def trainer_fault(
         with switched(rank.policy, "packs", False):
             if off(_pass(rank, part)) <= limit:
                 return "packing", "padded rows agree, and packed rows do not"
-    scale = float((mine * hidden).sum() / hidden.square().sum()) if mine.shape == hidden.shape else 1.0
-    if abs(scale - 1) > 2e-3 and float((mine - scale * hidden).norm() / mine.norm()) < 0.05 * error:
-        return "scale", f"its last hidden states are the model's own times {scale:.4g}"
-    found = judge(sorted([*edited(witness, seen, part), *explain(seen)], key=lambda g: g.residual), size, limit)
-    if found.fits:
-        return found.cause, str(found)
-    first = first_other(rank.policy.hf, witness.hf, part)
+    plain = rank.engine(part.input_ids, part.mask, seen.temperature, plain=True).logprobs
+    own = (seen.logits / seen.temperature).log_softmax(-1).gather(1, seen.targets[:, None])[:, 0]
+    if float((plain[part.mask] - own).abs().mean()) <= limit:
+        which = "packing" if rank.policy.packs else "padding"
+        return which, "the same modules agree in a plain pass over one sequence: look at the policy's own pass"
+    first = first_other(rank.policy.hf, witness.hf, part, HIDDEN if limit < 1e-3 else 3e-2)
+    if hasattr(dict(rank.policy.hf.named_modules()).get(first), "base_layer"):
+        return "lora_scale", f"on the same input, {first!r} gives something else than its merged weight does"
     where = f"; the first module that computes otherwise on the same input is {first!r}" if first else ""
     return "trainer_body", f"its hidden states differ by {error:.1e} of their size{where}"
 
@@ -98,8 +115,9 @@ def switched(thing: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def first_other(hf: nn.Module, own: nn.Module, part: Batch) -> str:
-    """The first module, in the order of execution, whose output is not that of the fresh copy; "" if all agree.
+def first_other(hf: nn.Module, own: nn.Module, part: Batch, most: float) -> str:
+    """The first module, in the order of execution, whose output differs from that of the fresh copy by more than `most`
+    of its size; "" if all agree.
 
     Both run the same short row, so that up to there their inputs are equal.
     """
@@ -125,7 +143,7 @@ def first_other(hf: nn.Module, own: nn.Module, part: Batch) -> str:
         other = runs[1].get(name)
         if other is None or other.shape != output.shape:
             continue
-        if float((other.float() - output).norm()) > 1e-3 * float(output.norm().clamp(min=1e-12)):
+        if float((other.float() - output).norm()) > most * float(output.norm().clamp(min=1e-12)):
             return name
     return ""
 

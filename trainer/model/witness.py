@@ -24,14 +24,19 @@ class Witness:
 
     @torch.no_grad()
     def row(
-        self, ids: Int[Tensor, " S"], positions: Int[Tensor, " S"] | None = None
+        self, ids: Int[Tensor, " S"], positions: Int[Tensor, " S"] | None = None, window: int = 0
     ) -> tuple[Float[Tensor, "S V"], Float[Tensor, "S H"]]:
-        """Logits of one sequence and what its lm_head gets, in fp32. `positions` other than 0, 1, ... are an
-        experiment."""
+        """Logits of one sequence and what its lm_head gets, in fp32.
+
+        `positions` other than 0, 1, ... and a `window` of so many tokens are experiments.
+        """
         seen: list[Tensor] = []
         hook = self.hf.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            more = {} if positions is None else {"position_ids": positions[None]}
+            more: dict[str, Tensor] = {} if positions is None else {"position_ids": positions[None]}
+            if window:
+                seen_by = torch.ones(len(ids), len(ids), dtype=torch.bool, device=ids.device).tril().triu(1 - window)
+                more["attention_mask"] = torch.where(seen_by, 0.0, torch.finfo(torch.float32).min)[None, None]
             logits = self.hf(input_ids=ids[None], use_cache=False, **more).logits[0]
         finally:
             hook.remove()

@@ -72,6 +72,7 @@ def explain_attention(
     found.append(guess("attention_cap", f"its soft cap is {2**power:.3g}, {had}", replace(asked, softcap=2**power)))
     if asked.softcap:
         found.append(guess("attention_cap", f"it has no soft cap, {had}", replace(asked, softcap=None)))
+    found += _first_row(target, asked, decode_only)
     if 1 < len(asked.k) < len(asked.q):
         text = "its query heads take the key heads in turn, the trainer's in blocks"
         found.append(guess("attention", text, replace(asked, tiled=True)))
@@ -82,6 +83,22 @@ def explain_attention(
         q, k, v = (rounded(x, name) for x in (asked.q, asked.k, asked.v))
         found.append(guess("dtype", f"it computes with {name} queries, keys and values", replace(asked, q=q, k=k, v=v)))
     return found
+
+
+def _first_row(target: Tensor, asked: Attention, decode_only: bool) -> Iterator[Hypothesis]:
+    """The first token sees itself alone, so all query heads of a key head give the value that was read for it, whatever
+    the scale, cap or window. If they agree on another value than its own, it was not written there."""
+    heads, groups = len(asked.q), len(asked.k)
+    if decode_only or asked.tiled or heads == groups or bool(asked.mask[0, 1:].any()):
+        return
+    read = target[0].view(groups, heads // groups, -1)
+    own = asked.v[:, 0]
+    agreed = error(read, read[:, :1].expand_as(read)) < 1e-2
+    known = min(error(read[:, 0], own.roll(n, 0)) for n in range(groups)) < 0.05
+    if agreed and not known:
+        text = "the first token's output is not its own value: values are read that were not written for it"
+        # What it leaves is not known; a share that is an explanation, but no better than a fit.
+        yield Hypothesis(cause="kv_cache", text=text, residual=0.04 * error(target, asked.output()))
 
 
 def _masks(asked: Attention) -> Iterator[tuple[str, str, Tensor]]:

@@ -141,5 +141,6 @@ def stream(theirs: Tensor, mine: Tensor, before: Tensor | None, summands: list[T
         a, b = (bb * at - ab * bt) / whole, (aa * bt - ab * at) / whole
         text = f"it adds {a:.4g} times the stream and {b:.4g} times the branch"
         left = error(theirs, a * before + b * branch)
-        found.append(Hypothesis(cause="residual", text=text, residual=left))
+        cause = "scale" if abs(a - 1) < 2e-3 else "residual"
+        found.append(Hypothesis(cause=cause, text=text, residual=left))
     return found

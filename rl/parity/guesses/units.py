@@ -46,7 +46,7 @@ def _numbers(told: Told) -> Iterator[tuple[str, str, Float[Tensor, " N"]]]:
         yield "other_token", "the numbers are those of the second most likely token", log_p.topk(2).values[:, 1]
     yield "other_token", "the numbers are those of the least likely token", finite.amin(-1)
     before = told.input_ids[told.rows, told.columns][:, None]
-    yield "other_token", "the numbers are those of the token before, at the same place", log_p.gather(1, before)[:, 0]
+    yield "shift", "the numbers are those of the token before, at the same place", log_p.gather(1, before)[:, 0]
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         inside = (told.logits.to(dtype) / told.temperature).log_softmax(-1).float()
         yield "unit", f"the softmax runs in {name}", inside.gather(1, chosen)[:, 0]

@@ -56,6 +56,15 @@ def explain_layer(module: Any, plain: Any, kind: Kind, given: Tensor, theirs: Te
         for text, weight in fits.grids(plain.weight.detach().float()):
             out = apply(plain, given, weight.to(plain.weight.dtype))
             found.append(_guess("quantization", f"its weight is {text}", theirs, out))
+    if kind == "head" and not plain.mapped.plain:
+        product = plain.product(given, plain.dtype)
+        for text, mapped in (
+            ("soft cap", replace(plain.mapped, cap=None)),
+            ("scale", replace(plain.mapped, scale=1.0)),
+        ):
+            if mapped != plain.mapped:
+                out = mapped.apply_(product.clone())
+                found.append(_guess("config", f"it leaves out the {text} of the logits", theirs, out))
     if getattr(plain, "bias", None) is not None and kind == "linear":
         found.append(_guess("tensor_loaded", "it leaves out its bias", theirs, mine - plain.bias.float()))
     if hasattr(module, "base_layer"):
