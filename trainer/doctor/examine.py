@@ -67,6 +67,7 @@ class Examiner:
                 after["requests"] - before["requests"]
                 for before, after in zip(counted, await self._counters(), strict=True)
             ]
+            weights = [await self._asked_again(w, trace) for w, trace in zip(weights, traces, strict=True)]
             samplers = [await self._sampler(i) for i in range(len(sampling))]
             examined = [
                 await self._samples(i, version, groups, sampler, requests)
@@ -168,13 +169,15 @@ class Examiner:
             note = f"not compared, the trainer has no layer of that name: {', '.join(unknown[:3])}"
         elif not between:
             note = "only the lm_head is visible in a compiled forward pass; --rollout.enforce-eager shows all layers"
-        changes = ""
-        if any(not size(one) <= LAYER_ERROR[self.config.dtype] for one in (*layers, *between)):
-            # Before a part is blamed: an engine with a random part differs from itself too.
-            prompt = self._traced_prompt()
-            again = await self.cluster.ask_engine(evidence.engine, lambda e: e.trace(prompt))
-            changes = first_change(trace[0], again[0], self.config.dtype)
-        return replace(evidence, layers=layers, between=between, uncovered=note, changes=changes)
+        return replace(evidence, layers=layers, between=between, uncovered=note)
+
+    async def _asked_again(self, w: WeightEvidence, trace: Trace) -> WeightEvidence:
+        """Before a part is blamed: an engine with a random part differs from itself too. No other request may run."""
+        if all(size(one) <= LAYER_ERROR[self.config.dtype] for one in (*w.layers, *w.between)):
+            return w
+        prompt = self._traced_prompt()
+        again = await self.cluster.ask_engine(w.engine, lambda e: e.trace(prompt))
+        return replace(w, changes=first_change(trace[0], again[0], self.config.dtype))
 
     def _traced_prompt(self) -> list[int]:
         """The first prompt, repeated until it is long enough, as far as the context has room for a few more tokens."""

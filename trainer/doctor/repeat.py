@@ -19,7 +19,8 @@ def first_change(one: dict[str, Any], other: dict[str, Any], dtype: str) -> str:
         sides = [*zip(record["in"], again["in"], strict=False)]
         if record["out"] is not None and again["out"] is not None:
             sides.append((record["out"], again["out"]))
-        if any(error(_rows(a, rows), _rows(b, rows)) > LAYER_ERROR[dtype] for a, b in sides if a[1][1:] == b[1][1:]):
+        pairs = [(_rows(a, rows), _rows(b, rows)) for a, b in sides]
+        if any(a.shape == b.shape and error(a, b) > LAYER_ERROR[dtype] for a, b in pairs):
             return name
     return ""
 
