@@ -279,7 +279,7 @@ add("trainer", "dropout in the trainer", "mode", lambda p: trainer.dropout_on(p,
 add("trainer", "packs leak", "packing", attends(trainer.leaking), T, models=BOTH)
 add("trainer", "shared prompt read late", "packing", attends(trainer.prompt_late), T)
 add("trainer", "tree mask", "packing", lambda p: trainer.tree_mask_wrong(), T)
-add("trainer", "padding attended", "padding packing", attends(trainer.padding_counted), T)
+add("trainer", "padding attended", "padding packing trainer_body", attends(trainer.padding_counted), T)
 left = lambda p: trainer.padded_on_the_left(p)  # noqa: E731
 add("trainer", "padding on the left", "padding", left, T, models=GEMMA, **OWN)
 add("trainer", "columns read one late", "packing shift", pack(trainer.prompts_last_column_late), T)

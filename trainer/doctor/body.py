@@ -109,12 +109,14 @@ def shared_fit(w: WeightEvidence, e: Evidence) -> tuple[str, str] | None:
     """The cause that fits most layers that differ, with the text of the first; None if there is none."""
     fp32_head = e.learner_facts["head_dtype"] == "float32"
     wrong = [layer for layer in w.layers if differs(layer, e.dtype, fp32_head=fp32_head)]
+    # Only the first layers that differ were tried.
     fits = [
         {g.cause: g.text for g in reversed(layer.fits) if explains(g, layer.error, LAYER_ERROR[e.dtype])}
         for layer in wrong
+        if layer.fits
     ]
     counts = Counter(cause for one in fits for cause in one)
     cause, count = counts.most_common(1)[0] if counts else ("", 0)
-    if count <= len(wrong) / 2:
+    if count <= len(fits) / 2:
         return None
     return cause, next(one[cause] for one in fits if cause in one)

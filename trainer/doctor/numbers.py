@@ -60,9 +60,6 @@ def structure(s: SampleEvidence) -> Iterator[Finding]:
             f"{s.too_long} replies are longer than was asked for; {s.wrong_reason} shorter ones count as cut off",
         ),
     }
-    if s.requests > 1:
-        text = f"the engine served {s.requests:.3g} requests for each reply that it returned"
-        yield Finding(cause="selected", severity="fault", where=f"engine {s.engine}", evidence=text)
     for cause, (count, text) in texts.items():
         if count:
             yield Finding(cause=cause, severity="fault", where=f"engine {s.engine}", evidence=text)
@@ -122,6 +119,9 @@ def drawn(s: SampleEvidence) -> Iterator[Finding]:
         return Finding(cause=cause, severity="fault", where=f"engine {s.engine}", evidence=evidence)
 
     d = s.draws
+    if s.requests > 1:
+        yield fault("selected", f"the engine served {s.requests:.3g} requests for each reply that it returned")
+        return
     if d is not None:
         if d.inner_stops:
             yield fault("ignored_eos", f"{d.inner_stops} tokens that end a reply have more tokens after them")

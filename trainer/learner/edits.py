@@ -26,6 +26,8 @@ PROMPTS: dict[str, Edit] = {
 }
 MOST_CUT = 16
 """Tokens that may be missing at one side."""
+LONGEST = 64
+"""Positions at which they may stop growing."""
 POSITIONS = {"one too high": 1, "one too low": -1, "two too high": 2, "two too low": -2}
 
 
@@ -60,23 +62,23 @@ def edited(witness: Witness, told: Told, part: Batch) -> Iterator[Hypothesis]:
                 text = f"the engine had each prompt without its {side} {n} tokens"
                 yield Hypothesis(cause="prompt_tokens", text=text, residual=residual, fitted=1)
     yield from _exchanged(witness, told, part, replies)
+
+    def positioned(text: str, at: Callable[[int, int], Tensor], fitted: int = 0) -> Iterator[Hypothesis]:
+        residual = left(lambda i: (prompts[i], lambda n, p: at(n, p).to(prompts[i].device)))
+        if residual is not None:
+            yield Hypothesis(cause="positions", text=text, residual=residual, fitted=fitted)
+
+    ends = [len(prompt) + len(text) for prompt, text in zip(prompts, texts, strict=True)]
+    for most in range(1, min(max(ends), LONGEST) - 1):
+        yield from positioned(f"positions stop growing at {most}", lambda n, p, m=most: torch.arange(n).clamp(max=m), 1)
     first = _first_other(told)
     if first is not None:
-        for text, at in (
-            (f"positions stop growing at {first - 1}", lambda n, p: torch.arange(n).clamp(max=first - 1)),
-            (f"positions start again at {first}", lambda n, p: torch.arange(n) % first),
-        ):
-            residual = left(lambda i, at=at: (prompts[i], lambda n, p: at(n, p).to(prompts[i].device)))
-            if residual is not None:
-                yield Hypothesis(cause="positions", text=text, residual=residual, fitted=1)
+        yield from positioned(f"positions start again at {first}", lambda n, p: torch.arange(n) % first, 1)
         yield from _windowed(witness, told, prompts, texts, replies, first)
-    for text, by in POSITIONS.items():
-        residual = left(lambda i, by=by: (prompts[i], lambda n, p, by=by: _moved(n, p, by, prompts[i].device)))
-        if residual is not None:
-            yield Hypothesis(cause="positions", text=f"positions after the prompt are {text}", residual=residual)
-    residual = left(lambda i: (prompts[i], lambda n, p: torch.arange(n, device=prompts[i].device) % p))
-    if residual is not None:
-        yield Hypothesis(cause="positions", text="positions start again after the prompt", residual=residual)
+    for early, where in ((0, "after the prompt"), (1, "from the prompt's last token on")):
+        for text, by in POSITIONS.items():
+            yield from positioned(f"positions {where} are {text}", lambda n, p, e=early, b=by: _moved(n, p - e, b))
+        yield from positioned(f"positions start again {where}", lambda n, p, e=early: torch.arange(n) % max(1, p - e))
 
 
 def _exchanged(witness: Witness, told: Told, part: Batch, replies: list[slice]) -> Iterator[Hypothesis]:
@@ -110,7 +112,7 @@ def _first_other(told: Told) -> int | None:
     # Column t is computed from the token at position t.
     first = int(told.columns[bad].min())
     before = int((told.columns < first).sum())
-    return first if before >= 0.05 * len(d) and first > 1 else None
+    return first if before >= 3 and first > 1 else None
 
 
 def _windowed(
@@ -133,6 +135,6 @@ def told_under(told: Told, reply: slice, logits: Tensor) -> Tensor:
     return replace(told, logits=logits, **cut).expected
 
 
-def _moved(length: int, prompt: int, by: int, device: torch.device) -> Tensor:
-    at = torch.arange(length, device=device)
-    return torch.where(at >= prompt, at + by, at).clamp(min=0)
+def _moved(length: int, start: int, by: int) -> Tensor:
+    at = torch.arange(length)
+    return torch.where(at >= start, at + by, at).clamp(min=0)

@@ -89,8 +89,10 @@ def trainer_fault(
     plain = rank.engine(part.input_ids, part.mask, seen.temperature, plain=True).logprobs
     own = (seen.logits / seen.temperature).log_softmax(-1).gather(1, seen.targets[:, None])[:, 0]
     if float((plain[part.mask] - own).abs().mean()) <= limit:
-        which = "packing" if rank.policy.packs else "padding"
-        return which, "the same modules agree in a plain pass over one sequence: look at the policy's own pass"
+        return (
+            "trainer_body",
+            "the same modules agree in a plain pass: look at packing and attention of the policy's pass",
+        )
     first = first_other(rank.policy.hf, witness.hf, part, HIDDEN if limit < 1e-3 else 3e-2)
     if hasattr(dict(rank.policy.hf.named_modules()).get(first), "base_layer"):
         return "lora_scale", f"on the same input, {first!r} gives something else than its merged weight does"

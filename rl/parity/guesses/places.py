@@ -17,6 +17,20 @@ def guesses(told: Told) -> Iterator[Hypothesis]:
     yield from _missing(told)
     yield from _exchanged(told)
     yield from _reordered(told)
+    yield from _own_shifts(told)
+
+
+def _own_shifts(told: Told) -> Iterator[Hypothesis]:
+    """Each reply's numbers are moved by a number of tokens of its own, as after padding at the wrong end."""
+    gaps: list[torch.Tensor] = []
+    for reply in told.replies():
+        right, said = told.expected[reply], told.reported[reply]
+        moved = [(right - said).abs()]
+        for by in range(1, len(right) - 1):
+            moved += [(said[by:] - right[:-by]).abs(), (said[:-by] - right[by:]).abs()]
+        gaps.append(min(moved, key=lambda d: float(d.mean())))
+    text = "the numbers of each reply are moved by a number of tokens of its own"
+    yield Hypothesis(cause="shift", text=text, residual=float(torch.cat(gaps).mean()), fitted=2)
 
 
 def _reordered(told: Told) -> Iterator[Hypothesis]:
