@@ -45,6 +45,8 @@ def diagnose(evidence: Evidence) -> list[Finding]:
         named = {f.cause for f in found if f.severity == "fault"}
         found += structure(sample)
         numbers = [f for f in sampler_numbers(sample, temperature) if f.cause not in named]
+        if sample.requests > 1 and not list(engine_numbers(sample, dtype, temperature)):
+            numbers = []  # the sampler was watched for the first request, and another one's reply was returned
         if not named and not any(f.cause != "unexplained" for f in numbers):
             # The bulk of the samples shows what a single reply cannot: numbers of other rows and prompts.
             numbers = _best([*numbers, *engine_numbers(sample, dtype, temperature)])

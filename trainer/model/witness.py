@@ -34,7 +34,9 @@ class Witness:
         hook = self.hf.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
             more: dict[str, Tensor] = {} if positions is None else {"position_ids": positions[None]}
-            if window:
+            if window or positions is not None:
+                # transformers would take positions that do not grow by 1 for packed sequences, and cut there.
+                window = window or len(ids)
                 seen_by = torch.ones(len(ids), len(ids), dtype=torch.bool, device=ids.device).tril().triu(1 - window)
                 more["attention_mask"] = torch.where(seen_by, 0.0, torch.finfo(torch.float32).min)[None, None]
             logits = self.hf(input_ids=ids[None], use_cache=False, **more).logits[0]
