@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import deepspeed
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from rl.parity.guesses.told import Told
 from rl.types import Batch
 from trainer.learner.edits import edited
 from trainer.learner.rank import Rank
+from trainer.model.lora import adapted, as_engines_have_it
 from trainer.model.witness import Witness
 
 HIDDEN = 1e-3
@@ -65,6 +67,8 @@ def trainer_fault(
         # A trainer has no raw mode: it left the temperature out.
         cause = {"raw_logprobs": "temperature", "unexplained": "trainer_body"}.get(found.cause, found.cause)
         return cause, f"{text}; {found}"
+    if other := other_adapter(rank, HIDDEN if limit < 1e-3 else 3e-2):
+        return "lora_scale", other
     scale = float((mine * hidden).sum() / hidden.square().sum()) if mine.shape == hidden.shape else 1.0
     if abs(scale - 1) > 2e-3 and float((mine - scale * hidden).norm() / mine.norm()) < 0.05 * error:
         return "scale", f"its last hidden states are the model's own times {scale:.4g}"
@@ -94,10 +98,23 @@ def trainer_fault(
             "the same modules agree in a plain pass: look at packing and attention of the policy's pass",
         )
     first = first_other(rank.policy.hf, witness.hf, part, HIDDEN if limit < 1e-3 else 3e-2)
-    if hasattr(dict(rank.policy.hf.named_modules()).get(first), "base_layer"):
-        return "lora_scale", f"on the same input, {first!r} gives something else than its merged weight does"
     where = f"; the first module that computes otherwise on the same input is {first!r}" if first else ""
     return "trainer_body", f"its hidden states differ by {error:.1e} of their size{where}"
+
+
+def other_adapter(rank: Rank, most: float) -> str:
+    """The first layer whose adapter counts otherwise than its merged weight does, as a text; "" if none does."""
+    for name, layer in adapted(rank.policy.hf).items():
+        with deepspeed.zero.GatheredParameters(list(layer.parameters()), enabled=rank.weights.sharded):
+            weight = layer.base_layer.weight
+            x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+            ours, engines = layer.forward(x).float(), as_engines_have_it(layer)(x).float()
+            base = layer.base_layer.forward(x).float()
+        if float((ours - engines).norm()) > most * float(engines.norm()):
+            added = engines - base
+            times = float(((ours - base) * added).sum() / added.square().sum().clamp(min=1e-12))
+            return f"the adapter of {name!r} counts {times:.3g} times, next to its merged weight"
+    return ""
 
 
 def _pass(rank: Rank, part: Batch) -> Tensor:
