@@ -7,6 +7,7 @@ the gloo backend, the digesting variants of vLLM's own NCCL and IPC engines, and
 import threading
 from typing import Any
 
+import torch
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from rollout.process import exit_when_orphaned, kill_with_parent
@@ -15,6 +16,10 @@ from rollout.trace import Tracer
 from rollout.weights.names import expected, fused_modules
 from rollout.weights.receive import GlooEngine
 from rollout.weights.vllm_receive import IPCEngine, NCCLEngine
+
+# MKL chooses its kernels at a process's first call. Where two threads make that call together, one may get a kernel of
+# half the digits; the model's cosines and sines are computed once. One element, one thread: see docs/parity.md.
+torch.ones(1).cos()
 
 
 class WorkerExtension:

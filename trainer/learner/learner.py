@@ -27,6 +27,9 @@ from trainer.learner.step import Stepper
 from trainer.model.forbidden import load_forbidden
 from trainer.model.own_forward import check_own_forward
 
+# MKL chooses its kernels at a process's first call, which must be made by one thread: see rollout/worker.py.
+torch.ones(1).cos()
+
 
 class Sender(Protocol):
     """The trainer's end of the weight channel, on every rank."""
