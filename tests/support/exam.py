@@ -226,7 +226,9 @@ def judged(fault: Fault, check: ParityCheck) -> dict[str, Any]:
         return seen | {"verdict": "silent"}
     first = check.faults[0]
     right = first.cause in fault.causes and first.where.startswith(fault.where)
-    verdict = "named" if right else "unexplained" if first.cause == "unexplained" else "wrong"
+    # "trainer_body" is the trainer's own unexplained: the side, and no cause.
+    general = first.cause == "unexplained" or (first.cause == "trainer_body" and "trainer" in fault.where)
+    verdict = "named" if right else "unexplained" if general else "wrong"
     return seen | {"verdict": verdict, "cause": first.cause, "where": first.where, "text": str(first)}
 
 
