@@ -11,6 +11,7 @@ import torch
 from rl.batch import collate, integers, trajectory
 from rl.parity.architecture import architecture
 from rl.parity.body.fits import LAYER_ERROR
+from rl.parity.body.repeat import first_change
 from rl.parity.evidence import Evidence, SampleEvidence, SamplerEvidence, WeightEvidence
 from rl.parity.gap import clipped_by_noise, gap, surprise
 from rl.sampling.forbidden import Forbidden
@@ -23,7 +24,6 @@ from trainer.doctor.check import ParityCheck
 from trainer.doctor.diagnosis import diagnose
 from trainer.doctor.finding import ParityError
 from trainer.doctor.numbers import agrees, limit_of
-from trainer.doctor.repeat import first_change
 from trainer.doctor.sampler import sampler_evidence
 from trainer.model.files import model_config
 from trainer.model.forbidden import forbidden
