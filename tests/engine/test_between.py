@@ -64,7 +64,7 @@ FAULTS: dict[str, tuple[str, str]] = {
     "positions moved": ("positions", "every token is at its position +3"),
     "positions moved in decode": ("positions", "in decode every token is at its position +1"),
     "residual in bf16": ("residual", "holds only bf16 values"),
-    "branch scaled": ("residual", "1.2 times the branch"),
+    "branch scaled": ("scale", "1.2 times the branch"),
     "activation": ("activation", "down_proj"),
     "eps": ("eps", "its eps is 0.0001, the trainer's 1e-06"),
     "embedding scaled": ("embedding", "the trainer's times 1.3"),
