@@ -15,7 +15,7 @@ from rl.filters import Difficulty, ZeroAdvantage
 from rl.loop.loop import Loop
 from rl.loop.stream import stream
 from rl.protocols import EngineLost, StallError, SyncReport
-from rl.rewards.score import RewardError
+from rl.rewards.score import RewardError, score, score_in_time
 from rl.types import Completion, Data, Prompt
 
 PROMPTS = [Prompt(ordinal=i, token_ids=[i], task={"index": i}) for i in range(5)]
@@ -78,7 +78,13 @@ class Trainer:
         return SyncReport(seconds=0.0, pause_seconds=0.0, bytes=0, verified=True)
 
 
-def loop_of(engines, trainer, *, reward=lambda reply: 1.0, set_aside=None, evaluate=None, **settings):
+async def at_once(reward, asked, ordinal, deadline_s):
+    """Steps and replies take turns of the event loop here, so rewards do too: a thread of their own would be as late as
+    the machine is busy, and their groups too old."""
+    return score(reward, asked, ordinal)
+
+
+def loop_of(engines, trainer, *, reward=lambda _: 1.0, score=at_once, set_aside=None, evaluate=None, **settings):
     config = Config(
         **({"name": "t", "model": "m", "data": lambda: Data(train=[]), "reward": reward, "steps": 6} | settings),
         prompts_per_step=2,
@@ -100,6 +106,7 @@ def loop_of(engines, trainer, *, reward=lambda reply: 1.0, set_aside=None, evalu
         decode=lambda ids: " ".join(map(str, ids)),
         tracker=Log(),
         evaluate=evaluate or nothing,
+        score=score,
         on_samples=on_samples,
     )
 
@@ -202,7 +209,8 @@ def test_a_reward_that_is_no_number_ends_the_run(bad):
 
 def test_a_slow_reward_meets_its_deadline():
     engines = Engines()
-    loop = loop_of(engines, Trainer(engines), reward=lambda reply: time.sleep(0.4), deadlines=Deadlines(reward_s=0.05))
+    slow, deadlines = (lambda reply: time.sleep(0.4)), Deadlines(reward_s=0.05)
+    loop = loop_of(engines, Trainer(engines), reward=slow, score=score_in_time, deadlines=deadlines)
     with pytest.raises(RewardError, match=r"reward of prompt \d+ took longer than 0\.05 s.*`deadlines\.reward_s`"):
         run(loop)
 
@@ -248,7 +256,8 @@ def test_the_replies_of_a_group_are_scored_at_the_same_time():
         return 1.0
 
     engines = Engines()
-    assert balanced(run(loop_of(engines, Trainer(engines), reward=reward, steps=1)))["trained"] == 2
+    loop = loop_of(engines, Trainer(engines), reward=reward, score=score_in_time, steps=1)
+    assert balanced(run(loop))["trained"] == 2
 
 
 def odd_prompts_tell_replies_apart():

@@ -2,8 +2,10 @@
 
 import ast
 import importlib.util
+import itertools
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -12,9 +14,6 @@ from typing import Any
 from rl.config import Config
 from rl.objectives import Objective
 from trainer.launch import importing
-
-_loaded: dict[str, Path] = {}
-"""The file of each module that was loaded here."""
 
 
 def load_objective(target: str) -> Objective:
@@ -85,9 +84,7 @@ def load_file(path: str) -> ModuleType:
     # Actors look there for what the recipe defines, as they do when it is run as a script.
     sys.path.insert(0, str(file.resolve().parent))
     # Two files of one name are two modules; the first keeps the name by which actors import it.
-    first = _loaded.get(file.stem, file.resolve()) == file.resolve()
-    name = file.stem if first else f"{file.stem}_{len(_loaded)}"
-    _loaded[name] = file.resolve()
+    name = next(n for n in _names(file.stem) if _free(n, file.resolve()))
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
@@ -95,3 +92,14 @@ def load_file(path: str) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def _names(stem: str) -> Iterator[str]:
+    yield stem
+    yield from (f"{stem}_{i}" for i in itertools.count(2))
+
+
+def _free(name: str, file: Path) -> bool:
+    """Whether no other file holds this name."""
+    holder = sys.modules.get(name)
+    return holder is None or Path(getattr(holder, "__file__", None) or "/").resolve() == file

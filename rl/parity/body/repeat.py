@@ -1,5 +1,6 @@
 """Does an engine compute the same when it is asked twice?"""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def first_change(one: dict[str, Any], other: dict[str, Any], dtype: str) -> str:
     return ""
 
 
-def _rows(plain: tuple[str, list[int], bytes], count: int) -> Tensor:
-    dtype, shape, data = plain
+def _rows(plain: Sequence[Any], count: int) -> Tensor:
+    dtype, shape, data = plain  # a list once it has travelled
     tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(getattr(torch, dtype)).view(shape)
     return tensor[:count].float()
