@@ -295,6 +295,7 @@ add("trainer", "forbidden tokens left in", "forbidden", left_in, T, setting="for
 alpha = lambda p: sent_by.adapters_scaled(p, 2.0)  # noqa: E731
 add("trainer", "another alpha in the trainer", "lora_scale", alpha, W, models=LORA)
 
-# -- written by an examiner who did not know the doctor
+# -- written by examiners who did not know the doctor
 
 import planted_blind  # noqa: E402, F401  # pyright: ignore[reportUnusedImport]
+import planted_blind2  # noqa: E402, F401  # pyright: ignore[reportUnusedImport]
