@@ -227,7 +227,8 @@ add("body", "blind2: activations in fp8", "quantization dtype", fp8)
 tables = lambda p: in_engine(p.live, block_tables_mixed_up)  # noqa: E731
 add("body", "blind2: block tables mixed up in decoding", "kv_cache attention condition", tables)
 means = lambda p: in_engine(p.live, mean_subtracted)  # noqa: E731
-add("body", "blind2: norms subtract the mean", "eps norm_dtype config", means, W)
+# "norm" is a name that was added after the fault.
+add("body", "blind2: norms subtract the mean", "norm eps norm_dtype config", means, W)
 smooth = lambda p: labels_smoothed(p, 0.1)  # noqa: E731
 add("trainer", "blind2: label smoothing", "unit head", smooth, T)
 add("trainer", "blind2: rows of a micro-batch not put back", "swapped packing", rows_not_put_back, T)

@@ -241,7 +241,13 @@ def only(index: int, **changes: Any) -> list[LayerError]:
         ({"layers": only(5, kind="norm", error=2e-3, fits=[fit("norm_dtype", 1e-6)])}, "norm_dtype", "norm_dtype fits"),
         ({"layers": only(5, kind="head", error=0.3, fits=[fit("head_dtype", 0.2)])}, "tied_head", "but the lm_head"),
         ({"layers": only(5, kind="head", error=3e-3, fits=[fit("head_dtype", 1e-5)])}, "head_dtype", "but the lm_head"),
-        ({"layers": [replace(LAYER, error=1e-3)] * 6}, "stale_weights", "6 of 6 layers"),
+        ({"layers": [replace(LAYER, error=1e-3)] * 6}, "unexplained", "6 of 6 layers differ, although every tensor"),
+        (
+            {"layers": [*[replace(LAYER, error=1e-3)] * 5, replace(LAYER, kind="embedding", error=1e-3)]},
+            "stale_weights",
+            "6",
+        ),
+        ({"layers": [replace(LAYER, kind="norm", error=1e-3)] * 6}, "norm", "6 of 6 layers"),
     ],
 )
 def test_weights_that_differ_lead_to_the_cause_they_show(changes: dict, cause: str, shows: str) -> None:

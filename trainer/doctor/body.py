@@ -44,7 +44,13 @@ def body(w: WeightEvidence, e: Evidence) -> tuple[str, str] | None:
     if fitting:
         at_start = isinstance(first, PartError) and first.part == "embedding"
         return ("embedding" if at_start else fitting[0].cause), text + alike
-    return _general(first, layers, w, e), text + alike
+    cause = _general(first, layers, w, e)
+    if cause == "unexplained":
+        alike += (
+            ", although every tensor arrived bit for bit: look for old weights in a packed copy or a captured graph, "
+            "and for other arithmetic, such as quantised kernels"
+        )
+    return cause, text + alike
 
 
 def size(one: LayerError | PartError) -> float:
@@ -91,11 +97,14 @@ def _alike(first: LayerError | PartError, wrong: list[LayerError | PartError], w
 def _general(first: LayerError | PartError, layers: list[LayerError], w: WeightEvidence, e: Evidence) -> str:
     """The cause of an error that no guess explains."""
     if isinstance(first, LayerError):
-        matrices = sum(layer.kind != "norm" for layer in layers)
         if first.kind == "head":
             return "tied_head" if e.learner_facts["tied"] else "head"
+        matrices = sum(layer.kind != "norm" for layer in layers)
+        if not matrices and len(layers) > 1:
+            return "norm"
         if matrices > 0.5 * sum(layer.kind != "norm" for layer in w.layers):
-            return "stale_weights"
+            # Old weights, or other arithmetic: a product cannot tell them apart, and an embedding is no arithmetic.
+            return "stale_weights" if any(layer.kind == "embedding" for layer in layers) else "unexplained"
         return "tensor_loaded" if w.received else "tensor_not_synced"
     if first.part == "attention":
         return "kv_cache" if first.error < 0.01 * first.decode_error else "attention"

@@ -67,6 +67,8 @@ REMEDIES = {
     "engine's norm computes in fp32",
     "eps": "The engine's norms have another eps: give engine and trainer the same config.json (rms_norm_eps, "
     "layer_norm_eps), and check hf_overrides",
+    "norm": "The engine's norms have another formula: compare the kind of norm in both models (RMSNorm or LayerNorm, "
+    "the weight or 1 + the weight, what is subtracted), and try the engine without custom kernels",
     "residual": "The engine adds up its layers in another way: check the dtype of its residual stream, a fused norm "
     "kernel, and residual_multiplier in the model's config",
     "rope": "The engine turns queries and keys by other angles: compare rope_theta, rope_scaling (rope_parameters) and "
@@ -95,8 +97,8 @@ REMEDIES = {
     "the engine (load_weights, fused and packed layouts, transposed or cached copies)",
     "lora_scale": "The engine counts the adapter in another way: merge it once, with lora_alpha / rank "
     "(trainer/model/lora.py), and send no adapter on top of merged weights",
-    "quantization": "The engine quantises the weights: load it without quantisation, or quantise the trainer's forward "
-    "pass too",
+    "quantization": "The engine quantises its weights or what goes into its layers: load it without quantisation, or "
+    "quantise the trainer's forward pass too",
     "layers": "The engine runs other decoder layers, or in another order: compare num_hidden_layers in both configs, "
     "and check early exit, layer skipping and pipeline stages",
     "activation": "The engine's layers agree, but not what it computes between two of them: compare hidden_act in both "

@@ -33,7 +33,7 @@ POSITIONS = {"one too high": 1, "one too low": -1, "two too high": 2, "two too l
 
 def edited(witness: Witness, told: Told, part: Batch) -> Iterator[Hypothesis]:
     """Guesses about the prompts that the engine really had, and about the positions of the replies."""
-    replies = told.replies()[:: max(1, len(told.replies()) // ROWS)][:ROWS]
+    replies = _chosen(told)
     prompts = [part.input_ids[told.rows[r.start], : int(told.columns[r.start]) + 1] for r in replies]
     texts = [told.targets[r] for r in replies]
 
@@ -79,6 +79,16 @@ def edited(witness: Witness, told: Told, part: Batch) -> Iterator[Hypothesis]:
         for text, by in POSITIONS.items():
             yield from positioned(f"positions {where} are {text}", lambda n, p, e=early, b=by: _moved(n, p - e, b))
         yield from positioned(f"positions start again {where}", lambda n, p, e=early: _restarted(n, p - e))
+
+
+def _chosen(told: Told) -> list[slice]:
+    """The replies that an edit is tried on: the half with the largest gaps, because a guess that leaves those as they
+    are explains nothing; and others evenly."""
+    apart = (told.expected - told.reported).abs()
+    by_gap = sorted(told.replies(), key=lambda reply: -float(apart[reply].mean()))
+    worst, rest = by_gap[: ROWS // 2], by_gap[ROWS // 2 :]
+    more = rest[:: max(1, len(rest) // (ROWS - len(worst)))][: ROWS - len(worst)]
+    return sorted([*worst, *more], key=lambda reply: reply.start)
 
 
 def _exchanged(witness: Witness, told: Told, part: Batch, replies: list[slice]) -> Iterator[Hypothesis]:

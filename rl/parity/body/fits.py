@@ -119,6 +119,16 @@ def grids(weight: Float[Tensor, "O I"]) -> Iterator[tuple[str, Tensor]]:
             yield f"{name} with a scale for each {per}", back(rounded(w / step, name) * step)
 
 
+def tokens(x: Float[Tensor, "N H"]) -> Iterator[tuple[str, Tensor]]:
+    """What goes into a layer, rounded as engines with quantised activations have it, with the name of each way."""
+    for per, size in (("token", x.abs().amax(dim=-1, keepdim=True)), ("tensor", x.abs().amax())):
+        size = size.clamp(min=1e-30)
+        yield f"int8 with a scale for each {per}", (x / (size / 127)).round() * (size / 127)
+        for name in ("fp8 (e4m3)", "fp8 (e5m2)"):
+            step = size / torch.finfo(FORMATS[name]).max
+            yield f"{name} with a scale for each {per}", rounded(x / step, name) * step
+
+
 def stream(theirs: Tensor, mine: Tensor, before: Tensor | None, summands: list[Tensor]) -> list[Hypothesis]:
     """What could be wrong with a residual stream.
 

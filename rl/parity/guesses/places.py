@@ -16,6 +16,7 @@ def guesses(told: Told) -> Iterator[Hypothesis]:
     yield from _shifted(told)
     yield from _missing(told)
     yield from _exchanged(told)
+    yield from _rows_exchanged(told)
     yield from _reordered(told)
     yield from _own_shifts(told)
 
@@ -100,3 +101,21 @@ def _exchanged(told: Told) -> Iterator[Hypothesis]:
     # The median, because some replies may be their own.
     text = f"each reply has the numbers of another reply {whose}"
     yield Hypothesis(cause="swapped", text=text, residual=float(best.mean()))
+
+
+def _rows_exchanged(told: Told) -> Iterator[Hypothesis]:
+    """Each row has the numbers of some row, column by column, whatever their prompts' lengths."""
+    replies = told.replies()
+    if len(replies) < 2 or len(told.expected) < 3 * len(replies):
+        return
+    right = told.expected.new_zeros(len(told.groups), int(told.columns.max()) + 1)
+    right[told.rows, told.columns] = told.expected
+    left, moved = 0.0, 0
+    for reply in replies:
+        apart = (told.reported[reply] - right[:, told.columns[reply]]).abs().sum(dim=1)
+        row = int(apart.argmin())
+        moved += row != int(told.rows[reply.start])
+        left += float(apart[row])
+    if moved:
+        text = f"{moved} of {len(replies)} rows have the numbers of another row, column by column"
+        yield Hypothesis(cause="swapped", text=text, residual=left / len(told.expected), fitted=1)

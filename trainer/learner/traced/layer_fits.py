@@ -56,6 +56,9 @@ def explain_layer(module: Any, plain: Any, kind: Kind, given: Tensor, theirs: Te
         for text, weight in fits.grids(plain.weight.detach().float()):
             out = apply(plain, given, weight.to(plain.weight.dtype))
             found.append(_guess("quantization", f"its weight is {text}", theirs, out))
+        for text, rounded in fits.tokens(given.float()):
+            out = apply(plain, rounded.to(given.dtype))
+            found.append(_guess("quantization", f"what goes into it is {text}", theirs, out))
     if kind == "head" and not plain.mapped.plain:
         product = plain.product(given, plain.dtype)
         for text, mapped in (
@@ -103,6 +106,8 @@ def _norm(plain: Any, given: Tensor, theirs: Tensor) -> Iterator[Hypothesis]:
             )
             text = f"its eps is {10**power:.2g}, the trainer's {own:.2g}"
             yield _guess("eps", text, theirs, apply(plain, given, **{attribute: 10**power}))
+    centred = given.float() - given.float().mean(dim=-1, keepdim=True)
+    yield _guess("norm", "it subtracts the mean first", theirs, apply(plain, centred.to(given.dtype)))
     for text, weight in (("1 + its weight", plain.weight + 1), ("its weight - 1", plain.weight - 1)):
         yield _guess("tensor_loaded", f"it multiplies by {text}", theirs, apply(plain, given, weight.detach()))
 
