@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -80,14 +81,19 @@ class Chat:
             raise TemplateError(f"the chat template cannot write the messages {roles}: {error}") from error
 
     def after_words(
-        self, calls: Sequence[tuple[str, str]], messages: list[Message], before: Sequence[Message] = (ASKED,)
+        self,
+        calls: Sequence[tuple[str, str]],
+        messages: list[Message],
+        before: Sequence[Message] = (ASKED,),
+        thought: str = "",
     ) -> list[int]:
         """What the template writes after the last word of an assistant's turn that makes these calls (name, id):
         nothing follows it, or `messages` and the next generation prompt. Raises TemplateError."""
-        alone = self._alone(tuple(calls)) if before == (ASKED,) else self._ended([*before], calls)
+        usual = before == (ASKED,) and not thought
+        alone = self._alone(tuple(calls)) if usual else self._ended([*before], calls, thought)
         if not (said := alone.count(WORDS)):
             raise TemplateError("the chat template does not show the assistant's words")
-        full = self.text([*before, self.turn(calls), *messages], True) if messages else alone
+        full = self.text([*before, self.turn(calls, thought), *messages], True) if messages else alone
         parts = full.split(WORDS, said)
         if len(parts) <= said:
             raise TemplateError("the chat template shows the assistant's turn only as long as nothing follows it")
@@ -105,24 +111,28 @@ class Chat:
             self._kept[calls] = self._ended([ASKED], calls)
         return self._kept[calls]
 
-    def _ended(self, before: list[Message], calls: Sequence[tuple[str, str]]) -> str:
+    def _ended(self, before: list[Message], calls: Sequence[tuple[str, str]], thought: str = "") -> str:
         try:
-            return self.text([*before, self.turn(calls)], False)
+            return self.text([*before, self.turn(calls, thought)], False)
         except TemplateError:
             if not calls or self._arguments_are_text:
                 raise
             # Templates that join the arguments to a text, instead of writing them as JSON.
             self._arguments_are_text = True
-            return self._ended(before, calls)
+            with suppress(TemplateError):
+                return self._ended(before, calls, thought)
+            self._arguments_are_text = False
+            raise
 
-    def turn(self, calls: Sequence[tuple[str, str]]) -> Message:
-        """An assistant's turn of one word, which makes these calls (name, id)."""
+    def turn(self, calls: Sequence[tuple[str, str]], thought: str = "") -> Message:
+        """An assistant's turn of one word, which makes these calls (name, id) after this reasoning."""
+        said = {"role": "assistant", "content": WORDS} | ({"reasoning_content": thought} if thought else {})
         if not calls:
-            return {"role": "assistant", "content": WORDS}
+            return said
         arguments: Any = {"text": WORDS}
         given = json.dumps(arguments) if self._arguments_are_text else arguments
         made = [{"id": i, "type": "function", "function": {"name": n, "arguments": given}} for n, i in calls]
-        return {"role": "assistant", "content": WORDS, "tool_calls": made}
+        return {**said, "tool_calls": made}
 
     def close_of(self, alone: list[int]) -> int | None:
         """Where the token that ends a reply stands in what the template writes after a last turn; None: nowhere."""
@@ -145,6 +155,6 @@ def chat_of(tokenizer: Any, rendering: Rendering, stop_ids: Sequence[int]) -> Ch
     """The chat of a run. `tokenizer` is a Hugging Face tokenizer; the tools are those of `rendering`."""
 
     def written(messages: list[Message], tools: Sequence[Mapping[str, Any]], opens: bool) -> str:
-        return render(tokenizer, messages, rendering, opens=opens)
+        return render(tokenizer, messages, replace(rendering, tools=tools), opens=opens)
 
     return Chat(written, partial(plain_ids, tokenizer), frozenset(stop_ids), rendering.tools)

@@ -33,6 +33,7 @@ class Tokenizer:
 
     def __init__(self, template: str, *, bos: str, eos: str, plain_roles: bool = False) -> None:
         self.chat_template, self.bos_token, self.eos_token = template, bos, eos
+        self.bos_token_id = None
         self.plain_roles = plain_roles
         self.ids: dict[str, int] = {}
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from chats import FAMILIES, FOLDER, Tokenizer, chat_for, tokenizer_of
 from rl.environments.template import ASKED, WORDS, TemplateError
-from tests.support.chats import FAMILIES, FOLDER, Tokenizer, chat_for, tokenizer_of
 
 TOOL = {
     "type": "function",
@@ -184,3 +184,13 @@ def test_every_template_says_in_one_line_what_is_special():
     for source in sources.values():
         assert source.startswith("{#- ")
         assert source.splitlines()[0].endswith(". -#}")
+
+
+def test_a_refusal_does_not_change_how_later_calls_are_written():
+    """Arguments are written as text only for a template that can join nothing else."""
+    chat = chat_for("mistral", tools=[TOOL])
+    usual = chat.delta([FIVE], [ord("a")])
+    with pytest.raises(TemplateError):
+        chat.delta([{**FIVE, "tool_call_id": "x"}], [])
+    assert chat.delta([FIVE, SIX], [])[: len(usual)] == usual
+    assert '{\\"' not in chat.text([ASKED, chat.turn([("add", "abcdefg00")])], False)
