@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from transformers import PretrainedConfig
@@ -19,6 +20,7 @@ from rl.protocols import EngineLost, UpdateFailed
 from rl.tokens import Rendering, stop_ids
 from rl.types import Completion
 from rollout import examine
+from rollout.parse import parser_of
 from rollout.process import fork_from_server
 from rollout.settings import engine_args
 from rollout.worker import WorkerExtension
@@ -52,6 +54,7 @@ class Engine:
         files = PretrainedConfig.get_config_dict(model)[0]
         self.stop_ids = stop_ids(self.llm.get_tokenizer(), self.llm.model_config.try_get_generation_config(), files)
         """Token ids that end a reply."""
+        self.parser = parser_of(config, self.llm.get_tokenizer(), self.stop_ids)
         self.version = version
         self.requests = 0
         self.aborted = 0
@@ -120,7 +123,8 @@ class Engine:
                 "vLLM truncated the vocabulary but did not report which tokens it kept, so the trainer cannot replay "
                 "it. Set top_p=1, top_k=0, min_p=0"
             )
-        return completion(done, output.num_cached_tokens or 0)
+        got = completion(done, output.num_cached_tokens or 0)
+        return replace(got, parsed=self.parser(token_ids, got)) if self.parser else got
 
     async def generate(self, token_ids: list[int], params: SamplingParams) -> RequestOutput:
         """The final output of one request. It uses cached prefixes of the current weights only."""
