@@ -44,11 +44,11 @@ class RolloutConfig(Checked):
     bad_words: tuple[str, ...] = ()
     """Words that cannot be sampled: the last token of each after its others. The trainer forbids it there too."""
     tool_parser: str = ""
-    """vLLM's parser for the model's tool calls, such as "hermes" (the names of `vllm serve --tool-call-parser`). Empty:
-    replies are not searched for calls."""
+    """The parser of vLLM for the model's tool calls, such as "hermes" (the names of `vllm serve --tool-call-parser`).
+    Empty: replies are not searched for calls."""
     reasoning_parser: str = ""
-    """vLLM's parser that separates reasoning from the answer, such as "qwen3" or "deepseek_r1". Empty: it stays in the
-    answer."""
+    """The parser of vLLM that separates reasoning from the answer, such as "qwen3" or "deepseek_r1". Empty: it stays in
+    the answer."""
     prefix_cache: bool = True
     """Compute the prompt of a group once. Entries are keyed by weight version, so none is used after an update."""
     recompute_kv: bool = False
