@@ -3,6 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
+from live import engine_config
 from rl.config import RolloutConfig
 from rl.types import Call, Completion, Parsed
 from rollout.parse import Parser, parser_of
@@ -141,3 +142,14 @@ def test_a_run_without_parsers_has_none(tokenizer):
         rollout = RolloutConfig()
 
     assert parser_of(Run(), tokenizer, [1]) is None  # pyright: ignore
+
+
+def test_an_engine_reads_its_own_replies(live, tiny):
+    """Random words of an untrained model hold no call; every completion has what was read, with its own text."""
+    rollout = RolloutConfig(max_tokens=8, max_model_len=64, max_num_seqs=4, kv_cache_gib=0.25, tool_parser="hermes")
+    engine = live(engine_config(tiny(), rollout=rollout))
+    for done in engine.sample([10, 11, 12], 2, 3):
+        ids = [i for i in done.token_ids if i not in engine.engine.stop_ids]
+        assert done.parsed is not None
+        assert done.parsed.text == engine.engine.parser.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert not done.parsed.calls
