@@ -3,11 +3,16 @@
 import pytest
 from transformers import AutoTokenizer
 
+from chats import FOLDER
 from live import engine_config
 from rl.config import RolloutConfig
+from rl.environments.template import chat_of
+from rl.tokens import Rendering
 from rl.types import Call, Completion, Parsed
 from rollout.parse import Parser, parser_of
 from tiny_tokenizer import make_tokenizer
+from trainer.doctor.episodes.calls import parser_findings
+from trainer.doctor.episodes.chat import TOOL
 
 GOOD = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
 ADD = Call(name="add", arguments={"a": 2, "b": 3})
@@ -153,3 +158,21 @@ def test_an_engine_reads_its_own_replies(live, tiny):
         assert done.parsed is not None
         assert done.parsed.text == engine.engine.parser.tokenizer.decode(ids, skip_special_tokens=True).strip()
         assert not done.parsed.calls
+
+
+@pytest.mark.parametrize(("family", "name", "finds"), [
+    ("qwen2_5", "hermes", []),
+    ("qwen3", "hermes", []),
+    ("qwen3_5", "qwen3_xml", []),
+    ("qwen2_5", "pythonic", ["calls_not_parsed"]),
+    ("mistral", "hermes", ["calls_not_parsed"]),
+])  # fmt: skip
+def test_the_doctor_knows_which_parser_reads_a_template(tmp_path, family, name, finds):
+    source = (FOLDER / f"{family}.jinja").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path, chat_template=source))
+    tokens = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    stops = [tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id]
+    parser = Parser(tokenizer, stops, tool_parser=name, tools=[TOOL])
+    chat = chat_of(tokenizer, Rendering(), stops)
+    assert [f.cause for f in parser_findings(chat, lambda ids, reason: parser.parse([], ids, reason))] == finds
