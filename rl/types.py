@@ -133,7 +133,7 @@ class Trajectory:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The tensors of one optimizer step, right-padded; S = T + 1.
+    """The tensors of one optimizer step, right-padded; S = T + 1. An objective gets one row for each episode.
 
     Column t of every [B, T, ...] tensor belongs to the prediction of `input_ids[:, t + 1]`; nothing downstream shifts.
     `rollout_logprobs` is the behaviour policy, `old_logprobs` the proximal one, `ref_logprobs` the reference (nats).
@@ -156,6 +156,9 @@ class Batch:
     """Rows of one episode have one id, which no other episode of the step has. None: every row is an episode."""
     turns: Int[Tensor, "B T"] | None = None
     """The turn of its episode in which each token was sampled, from 0; -1 outside the mask. None: one turn each."""
+    states: Int[Tensor, "B T"] | None = None
+    """The state in which each token's turn began, as a number that equal states share (`rl.episodes.rows.states_of`);
+    -1 outside the mask. None: one turn each, so all of a group began in the state of its prompt."""
 
     def to_device(self, device: torch.device) -> "Batch":
         """The same batch with every tensor on `device`."""

@@ -1,4 +1,4 @@
-"""How do rewards (and values) become advantages? Pure functions, one for each baseline."""
+"""How do rewards (and values) become advantages? Pure functions, one for each baseline; a row is an episode."""
 
 from typing import cast
 
@@ -79,19 +79,27 @@ def gae(
     *,
     gamma: float,
     lam: float,
+    turns: Int[Tensor, "B T"] | None = None,
+    turn_gamma: float = 1.0,
 ) -> Float[Tensor, "B T"]:
     """Generalised advantage estimates [B, T] for the rewards of every token.
 
     A_t = sum_k (gamma lam)^k delta_{t+k}, delta_t = r_t + gamma V_{t+1} - V_t, where t + 1 is the next *sampled*
-    token (tool replies in between are skipped) and V is 0 after the last. Source: arXiv 1506.02438, eq. 16.
+    token (tool replies in between are skipped) and V is 0 after the last. Source: arXiv 1506.02438, eq. 16. From the
+    last token of a turn to the first of the next, gamma is multiplied by `turn_gamma`.
     """
     advantages = torch.zeros_like(values)
     following = torch.zeros_like(values[:, 0])
     next_value = torch.zeros_like(values[:, 0])
+    discount: float | Tensor = gamma
+    next_turn = None if turns is None or turn_gamma == 1.0 else torch.full_like(turns[:, 0], -1)
     for t in reversed(range(values.shape[1])):
         here = mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = torch.where(here, delta + gamma * lam * following, following)
+        if turns is not None and next_turn is not None:
+            discount = gamma * torch.where(next_turn == turns[:, t], 1.0, turn_gamma)
+            next_turn = torch.where(here, turns[:, t], next_turn)
+        delta = rewards[:, t] + discount * next_value - values[:, t]
+        following = torch.where(here, delta + discount * lam * following, following)
         next_value = torch.where(here, values[:, t], next_value)
         advantages[:, t] = torch.where(here, following, 0.0)
     return advantages

@@ -25,8 +25,8 @@ PAGES = sorted(DOCS.rglob("*.md")) + TOP
 GENERATED = {DOCS / "reference" / "configuration.md", DOCS / "reference" / "command-line.md"}
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
-FAMILIES = "actor critic eval filter ledger memory perf queue response_length reward rollout_corr staleness timing_s"
-METRIC = re.compile(rf"^(?:{'|'.join(FAMILIES.split())}|weight_sync)/[\w@*/]+$")
+FAMILIES = "actor critic episode eval filter ledger memory perf queue response_length reward rollout_corr staleness"
+METRIC = re.compile(rf"^(?:{'|'.join(FAMILIES.split())}|timing_s|weight_sync)/[\w@*/]+$")
 
 
 # -- README's recipe ---------------------------------------------------------------------------------------------------
