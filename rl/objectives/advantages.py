@@ -3,6 +3,7 @@
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -88,21 +89,16 @@ def gae(
     token (tool replies in between are skipped) and V is 0 after the last. Source: arXiv 1506.02438, eq. 16. From the
     last token of a turn to the first of the next, gamma is multiplied by `turn_gamma`.
     """
-    advantages = torch.zeros_like(values)
-    following = torch.zeros_like(values[:, 0])
-    next_value = torch.zeros_like(values[:, 0])
-    discount: float | Tensor = gamma
-    next_turn = None if turns is None or turn_gamma == 1.0 else torch.full_like(turns[:, 0], -1)
-    for t in reversed(range(values.shape[1])):
-        here = mask[:, t]
-        if turns is not None and next_turn is not None:
-            discount = gamma * torch.where(next_turn == turns[:, t], 1.0, turn_gamma)
-            next_turn = torch.where(here, turns[:, t], next_turn)
-        delta = rewards[:, t] + discount * next_value - values[:, t]
-        following = torch.where(here, delta + discount * lam * following, following)
-        next_value = torch.where(here, values[:, t], next_value)
-        advantages[:, t] = torch.where(here, following, 0.0)
-    return advantages
+    columns = values.shape[1]
+    places = torch.where(mask, torch.arange(columns, device=mask.device), columns)
+    # For every column the next sampled one, and `columns`, where the value is 0, after the last.
+    later = F.pad(places[:, 1:], (0, 1), value=columns).flip(1).cummin(dim=1).values.flip(1)
+    delta = rewards + gamma * F.pad(values, (0, 1)).gather(1, later) - values
+    following, advantages = torch.zeros_like(values[:, 0]), [values[:, :0]]
+    for here, step in zip(mask.unbind(1)[::-1], delta.unbind(1)[::-1], strict=True):
+        following = torch.where(here, step + gamma * lam * following, following)
+        advantages.append(following[:, None])
+    return torch.where(mask, torch.cat(advantages, dim=1).flip(1), 0.0)
 
 
 def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], eps: float = 1e-8) -> Float[Tensor, "B T"]:
