@@ -137,7 +137,8 @@ class Batch:
 
     Column t of every [B, T, ...] tensor belongs to the prediction of `input_ids[:, t + 1]`; nothing downstream shifts.
     `rollout_logprobs` is the behaviour policy, `old_logprobs` the proximal one, `ref_logprobs` the reference (nats).
-    `token_rewards`, where set, is what each token is paid, and sums up to `rewards`; else all is paid at the end.
+    `token_rewards`, where set, is what each token is paid, and sums up to `rewards` over the rows of an episode; else
+    all is paid at its end.
     `support` holds the vocabulary ids that a token was sampled from, padded with -1; None: the engine reports none.
     """
 

@@ -32,6 +32,7 @@ class Layout:
 
     def tokens(self, x: Tensor) -> Tensor:
         """[B, T, ...] as [E, L, ...]; outside the mask -1 for integers, else 0."""
+        assert x.shape[:2] == self.shape, f"{tuple(x.shape)} are not the columns of {tuple(self.shape)}"
         rest = x.shape[2:]
         fill = 0 if x.is_floating_point() or x.dtype == torch.bool else -1
         picked = x.reshape(-1, *rest).index_select(0, self.source)

@@ -303,7 +303,10 @@ def test_what_cannot_be_is_refused():
 
 def test_an_episode_becomes_one_row_in_the_order_of_time():
     at = layout(HAND)
-    row = at.batch(HAND)
+    kept = torch.stack([HAND.input_ids[:, 1:], torch.full(HAND.mask.shape, 99)], dim=-1)
+    row = at.batch(replace(HAND, support=kept))
+    nothing = [-1, -1]
+    assert row.support.tolist() == [[[11, 99], [12, 99], [13, 99], [14, 99]], [[15, 99], nothing, nothing, nothing]]
     assert row.input_ids.tolist() == [[1, 11, 12, 13, 14], [1, 15, 0, 0, 0]]
     assert row.mask.tolist() == [[True] * 4, [True, False, False, False]]
     assert row.versions.tolist() == [[0, 1, 0, 0], [1, -1, -1, -1]]
