@@ -1,4 +1,4 @@
-"""What does an environment get, and what does it return? Limits, steps, turns, episodes, and its two kinds of errors."""
+"""What does an environment get, and what does it return? Limits, steps, turns, episodes and its kinds of errors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
