@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rl.environments.types import Limits
 from rl.filters import GroupFilter
 from rl.objectives import GSPO, Objective
 from rl.objectives.corrections import Correction, Uncorrected
@@ -185,11 +186,21 @@ class Config(Checked):
     """Local folder or hub name of a causal language model."""
     data: Callable[[], Data]
     """Function that returns `Data(train=[Example(...)])`, or a `Data`. Called once, on the driver."""
-    reward: Reward
+    reward: Reward | None = None
     """Function that takes a `Reply` and returns its reward. It may be `async`. Several rewards: `Weighted({...})`; one
-    that sees the whole group: `OverGroup(judge)`."""
+    that sees the whole group: `OverGroup(judge)`. Give this, or `env`."""
+    env: type | Callable[..., Any] | None = None
+    """Environment class, for episodes of many turns with tools: one object per episode, `env(task)`. Its public methods
+    are tools, and its `reward(episode)` scores it. Give this, or `reward`."""
+    limits: Limits = field(default_factory=Limits)
+    """When an episode of `env` ends."""
+    env_workers: int = 0
+    """Processes for environments that compute much. 0: they live in the driver's process, in threads."""
+    max_failed: float = 0.1
+    """Largest share of the last 50 groups that may fail because of their environment. Above it the run ends with the
+    first error. An episode that fails is first played again (`rollout.retries`)."""
     eval_reward: Reward | None = None
-    """Reward for evaluations. pass@k counts a reward of at least 1. Default: the same as `reward`."""
+    """Reward for evaluations. pass@k counts a reward of at least 1. Default: the same as `reward`, or as `env`."""
     objective: Objective = field(default_factory=GSPO)
     """What is optimised: an object of rl/objectives, or your own."""
     steps: int = 100
@@ -256,8 +267,8 @@ class Config(Checked):
     """What to do with a prompt that leaves no room for `rollout.max_tokens` in `rollout.max_model_len`. refuse: the run
     ends and names it. drop: leave it out. cut: keep its end, and its BOS. Both are counted, also in held-out sets."""
     changed_at_resume: Literal["refuse", "report"] = "refuse"
-    """What to do at --resume when answers, held-out sets, the code of reward or objective, or the model's files are not
-    those of the checkpoint. report: print it and continue. Other training prompts are always refused."""
+    """What to do at --resume when answers, held-out sets, the code of reward, env or objective, or the model's files
+    are not those of the checkpoint. report: print it and continue. Other training prompts are always refused."""
     trust_remote_code: bool = False
     """Run the Python code that a model brings with it, in the tokenizer, the learner and vLLM. Read it first."""
     seed: int = 0
@@ -269,6 +280,16 @@ class Config(Checked):
     deadlines: Deadlines = field(default_factory=Deadlines)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
+    def __post_init__(self) -> None:
+        if (self.env is None) == (self.reward is None):
+            given = "both" if self.env else "neither"
+            raise ValueError(
+                f"a run needs a reward or an env, and this one has {given}: write reward=a_function for one reply to "
+                "each prompt, or env=AnEnvironment for episodes, which have a reward of their own"
+            )
+        if self.env is not None and self.eval_reward is not None:
+            raise ValueError("eval_reward scores single replies, and episodes are scored by `env`: remove it")
+
     @classmethod
     def right_form(cls, field: str, value: Any) -> str | None:
         """How to write a setting whose value is code."""
@@ -279,6 +300,7 @@ class Config(Checked):
         forms: Mapping[str, str] = {
             "data": "must be a function that returns Data(train=[Example(...)]), or such a Data",
             "reward": "must be a function that takes a Reply and returns a float, or a dict of floats",
+            "env": "must be the class of an environment: write env=Calculator, without brackets",
             "eval_reward": "must be a function that takes a Reply and returns a float, or None",
             "objective": "must be an objective: write objective=GSPO(), with `from rl.objectives import GSPO`",
         }
