@@ -9,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 from rl.batch import trajectory
 from rl.config import Config
 from rl.environments.group import Group, play_group
-from rl.environments.play import Stage, play
+from rl.environments.host import Host
+from rl.environments.play import Chat, Stage, play
 from rl.loop.stream import sample_seed, turn_seed
 from rl.protocols import EngineLost, Rollouts
 from rl.rewards.score import Asked, Reward, reply_to, score_all
@@ -105,6 +106,21 @@ class Episodes:
             return await play(stage, prompt, index, seeds if r.seeded else lambda turn: None)
 
         return await play_group(n, member, r.retries)
+
+
+def stage_of(config: Config, rollouts: Rollouts, decode: Callable[..., str], chat: Chat, host: Host) -> Stage:
+    """What the episodes of a run share."""
+    return Stage(
+        host=host,
+        rollouts=rollouts,
+        chat=chat,
+        decode=decode,
+        limits=config.limits,
+        max_tokens=config.rollout.max_tokens,
+        max_model_len=config.rollout.max_model_len,
+        reward_s=config.deadlines.reward_s,
+        mask_truncated=config.mask_truncated,
+    )
 
 
 def reject_aborted(completions: list[Completion]) -> list[Completion]:
