@@ -70,7 +70,8 @@ async def evaluate(
             async with asyncio.TaskGroup() as tasks:
                 asked = [tasks.create_task(problem(prompt)) for prompt in prompts]
         except BaseExceptionGroup as group:
-            raise first_error(group) from None
+            first = first_error(group)
+            raise first from first.__cause__
         return [task.result() for task in asked]
 
     async def with_retries(sample: Callable[[], Awaitable[list[Completion]]], retries: int) -> list[Completion]:

@@ -109,7 +109,8 @@ class Loop:
                 if c.save_every:
                     await self._save()
         except BaseExceptionGroup as group:
-            raise first_error(group) from None
+            first = first_error(group)
+            raise first from first.__cause__
 
     async def stop(self) -> None:
         """Let `run` return soon, with a checkpoint: the current learning step is finished, all else is given up."""
