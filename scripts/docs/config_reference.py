@@ -14,7 +14,7 @@ SOURCES = ("rl/environments/types.py", "rl/trainer_config.py", "rl/config.py")
 PAGE = ROOT / "docs" / "reference" / "configuration.md"
 HEAD = """# Configuration
 
-<!-- Written by scripts/docs/config_reference.py from rl/config.py and its parts. Change the docstrings there, not this page. -->
+<!-- Written by scripts/docs/config_reference.py from the docstrings of the code. Change them, not this page. -->
 
 A run is one `Config` value. This page lists every field with its type, its default and its meaning.
 
