@@ -13,16 +13,16 @@ from rl.types import Call, Data, Example
 from trainer.launch import launch
 
 # This model follows an example, and no description.
-WORKED = ["Compute 23*47+15.", "CALC(23*47)", "1081", "CALC(1081+15)", "1096", "1096"]
+WORKED = ["Compute 23*47+15", "CALC(23*47)", "Compute 1081+15", "CALC(1081+15)", "Answer 1096", "1096"]
 
 
 class Calculator:
     def __init__(self, task):
         self.task = task
 
-    def calc(self, a: int, sign: str, b: int) -> int:
-        """Multiply or add two integers."""
-        return a * b if sign == "*" else a + b
+    def calc(self, a: int, sign: str, b: int) -> str:
+        """Multiply or add two integers; returns what is left to do."""
+        return f"Compute {a * b}+{self.task['c']}" if sign == "*" else f"Answer {a + b}"
 
     def parse(self, text: str) -> list[Call]:
         found = re.findall(r"CALC\((\d+)([*+])(\d+)\)", text)
@@ -34,13 +34,12 @@ class Calculator:
 
 def sums() -> Data:
     """480 questions to train on, and 64 others that are held out."""
-    r = random.Random(0)
-    numbers = [(r.randint(11, 99), r.randint(11, 99), r.randint(11, 99)) for _ in range(544)]
     worked = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(WORKED)]
-    examples = [
-        Example(prompt=[*worked, {"role": "user", "content": f"Compute {a}*{b}+{c}."}], task={"answer": str(a * b + c)})
-        for a, b, c in numbers
-    ]
+    examples: list[Example] = []
+    for number in random.Random(0).sample(range(89**3), 544):
+        a, b, c = 11 + number % 89, 11 + number // 89 % 89, 11 + number // 89**2
+        asked = {"role": "user", "content": f"Compute {a}*{b}+{c}"}
+        examples.append(Example(prompt=[*worked, asked], task={"c": c, "answer": str(a * b + c)}))
     return Data(train=examples[64:], evals={"held_out": examples[:64]})
 
 
