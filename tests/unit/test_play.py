@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import threading
+import time
 from functools import partial
 
 import jaxtyping
@@ -506,6 +507,22 @@ def test_a_thread_that_hangs_is_replaced_and_too_many_are_an_error(gate, monkeyp
         assert threads.running <= 2
 
     asyncio.run(main())
+
+
+def test_a_turn_costs_the_driver_little():
+    """The figure is that of scripts/bench/episodes.py, 2 ms at most; here it may be five times as much."""
+
+    class Talks(Calculator):
+        parse = None
+
+        def reply(self, turn):
+            return Step(observation="go on")
+
+    one = stage(Engine(lambda before, r: "hello"), env=Talks, limits=Limits(turns=8))
+    began = time.process_time()
+    group = asyncio.run(play_group(64, lambda i: play(one, prompt(), i, SEEDS), 0))
+    assert len(group.rows) == 64
+    assert (time.process_time() - began) / (64 * 8) < 0.01
 
 
 def test_messages_of_an_episode_are_plain_values():
