@@ -127,7 +127,7 @@ def script(name, monkeypatch):
 
 def test_the_configuration_page_is_up_to_date(monkeypatch):
     module = script("config_reference", monkeypatch)
-    assert module.PAGE.read_text() == module.page(module.SOURCE.read_text()), "run scripts/docs/config_reference.py"
+    assert module.PAGE.read_text() == module.page(module.source()), "run scripts/docs/config_reference.py"
 
 
 def test_the_configuration_page_has_every_field_with_its_default_and_docstring(monkeypatch):
