@@ -49,6 +49,22 @@ class PartError:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Change:
+    """The first module, in the order of execution, that took in or gave out something else for the same prompt."""
+
+    name: str
+    rows: int
+    """At how many positions of the prompt."""
+    of: int
+    remembers: bool
+    """Whether it is attention that took in the same and gave out something else. Nothing else in an engine keeps
+    anything from one request to the next."""
+
+    def __str__(self) -> str:
+        return f"{self.name!r}, at {self.rows} of {self.of} positions"
+
+
+@dataclass(frozen=True, kw_only=True)
 class WeightEvidence:
     """One engine's weights against the learner's, after a published update."""
 
@@ -63,8 +79,8 @@ class WeightEvidence:
     layers: list[LayerError]
     between: list[PartError] = field(default_factory=list[PartError])
     """What lies between the layers, in the order of a forward pass."""
-    changes: str = ""
-    """The first module that computed something else when the engine was asked again; empty if none did."""
+    changes: Change | None = None
+    """The first module that computed something else when the engine was asked again."""
     uncovered: str = ""
     """Why layers could not be compared; empty if they were."""
     cached_after_update: int = 0

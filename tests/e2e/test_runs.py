@@ -14,15 +14,20 @@ from runs import every_prompt_was_trained_once, finish, printed, start, wait_for
 
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
-    ("doctor", "killed"),
+    ("doctor", "killed", "resumes"),
     nightly_unless(
-        lambda doctor, killed: (doctor, killed) == ("short", "VLLM::EngineCore"),
+        lambda doctor, killed, resumes: not resumes,
         # The process that vLLM runs the model in, and the actor that hosts an engine.
-        [("short", "VLLM::EngineCore"), ("short", "ray::EngineActor"), ("full", "VLLM::EngineCore")],
+        [
+            ("short", "VLLM::EngineCore", False),
+            ("short", "VLLM::EngineCore", True),
+            ("short", "ray::EngineActor", True),
+            ("full", "VLLM::EngineCore", True),
+        ],
     ),
 )
 def test_an_asynchronous_run_of_two_engines_and_two_ranks_survives_ctrl_c_and_a_killed_engine(
-    echo_model: Path, tmp_path: Path, doctor: str, killed: str
+    echo_model: Path, tmp_path: Path, doctor: str, killed: str, resumes: bool
 ) -> None:
     flags = "--steps 16 --prompts-per-step 4 --group-size 4 --max-staleness 1 --tracking.wandb off --no-save-final"
     more = "--rollout.engines 2 --rollout.max-tokens 200 --verify-every 2 --save-every 2 --tracking.samples-per-step 16"
@@ -30,6 +35,9 @@ def test_an_asynchronous_run_of_two_engines_and_two_ranks_survives_ctrl_c_and_a_
     process, mark = start(echo_model, tmp_path, *flags.split(), *more.split(), *ranks.split(), "--doctor", doctor)
     run = tmp_path / "echo"
     wait_for_step(process, tmp_path, 4)
+    if not resumes:
+        kill_one(mark, killed)
+        wait_for_step(process, tmp_path, 8)  # the other engine goes on
     # As a terminal does: to every process of the foreground group.
     os.killpg(process.pid, signal.SIGINT)
     code, summary, rows = finish(process, tmp_path)
@@ -38,6 +46,7 @@ def test_an_asynchronous_run_of_two_engines_and_two_ranks_survives_ctrl_c_and_a_
     assert summary["steps"] == len(rows) >= 4
     assert summary["ledger"]["trained"] == 4 * len(rows)
     assert (run / "curves.png").stat().st_size > 0
+    assert len(summary["engines_lost"]) == (not resumes)
     assert_gone(mark)
     assert [row["weight_sync/verified"] for row in rows[:4]] == [1, 1, 0, 1]
     # Sampling overlapped with updates: some sequences were running when new weights came.
@@ -52,6 +61,8 @@ def test_an_asynchronous_run_of_two_engines_and_two_ranks_survives_ctrl_c_and_a_
         assert {"the same engine, asked twice", "prefix cache hit | miss"} <= tried
         assert "in flight: begun after it | trainer's new weights" in tried
     assert (run / "doctor.html").stat().st_size > 10_000
+    if not resumes:
+        return
 
     process, mark = start(echo_model, tmp_path, "--resume", str(run), "--doctor", "off")
     wait_for_step(process, tmp_path, len(rows) + 2)

@@ -163,7 +163,7 @@ def test_a_greedy_evaluation_of_a_truncated_run_takes_the_best_token(processed: 
 def test_in_bf16_with_fp32_heads_on_both_sides_k3_stays_small(live: Callable) -> None:
     engine = live(replace(CONFIG, dtype="bfloat16"))
     policy = load(str(MODEL), dtype="bfloat16", fp32_head=True, share_prompts=False)
-    batch = sampled(engine, ITEMS[:6], 4, max_tokens=24)
+    batch = sampled(engine, ITEMS[:4], 4, max_tokens=16)
     with torch.no_grad():
         d = (policy(batch.input_ids, batch.mask, 1.0).logprobs - batch.rollout_logprobs)[batch.mask]
     assert d.numel() > 200

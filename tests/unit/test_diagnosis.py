@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from rl.parity.body.repeat import first_change
 from rl.parity.draws import Draws
 from rl.parity.evidence import (
     Evidence,
@@ -361,3 +362,24 @@ def test_a_sign_below_the_limit_is_still_a_fault_and_noise_of_that_size_is_not()
 )
 def test_what_samples_must_hold_is_held(changes: dict, cause: str) -> None:
     assert [f.cause for f in diagnose(evidence(samples=[sample(**changes)]))] == [cause]
+
+
+@pytest.mark.parametrize(
+    ("rows", "role", "cause"), [(1, "attention", "kv_cache"), (6, "attention", "kv_cache"), (1, "weights", "mode")]
+)
+def test_what_an_engine_computes_otherwise_the_second_time_is_its_cache_or_a_random_part(rows, role, cause):
+    def trace(out):
+        plain = ["float32", list(out.shape), out.numpy().tobytes()]
+        same = ["float32", [6, 2], torch.ones(6, 2).numpy().tobytes()]
+        return {"prompt": [0] * 6, "layers": {"attn": {"role": role, "in": [same], "out": plain}}}
+
+    first = torch.arange(1.0, 13.0).reshape(6, 2)
+    second = first.clone()
+    second[6 - rows :] *= 1.5
+    change = first_change(trace(first), trace(second), "float32")
+    assert change is not None
+    assert (change.name, change.rows, change.of) == ("attn", rows, 6)
+    (found,) = diagnose(evidence(weights=[weights(changes=change)]))
+    assert found.cause == cause
+    assert f"at {rows} of 6 positions" in found.evidence
+    assert first_change(trace(first), trace(first * (1 + 1e-6)), "float32") is None

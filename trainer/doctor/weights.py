@@ -45,9 +45,14 @@ def weights(w: WeightEvidence, e: Evidence) -> Iterator[Finding]:
         received.get(name) == digest for received in w.received for name, digest in w.sent.items()
     )
     named = body(w, e) if intact else None
-    if w.changes and (named is None or named[0] != "kv_cache"):  # a cache that keeps old values changes too
+    change = w.changes
+    if change and change.remembers and not (named and named[0] == "kv_cache"):
         yield fault(
-            "mode", f"asked twice for the same prompt, the engine computes something else from {w.changes!r} on"
+            "kv_cache",
+            f"asked twice for the same prompt, attention computes something else from {change} on, with equal queries, "
+            "keys and values: it reads what other requests left",
         )
+    elif change and (named is None or named[0] != "kv_cache"):  # a cache that keeps old values changes too
+        yield fault("mode", f"asked twice for the same prompt, the engine computes something else from {change} on")
     elif named:
         yield fault(*named)

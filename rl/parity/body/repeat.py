@@ -7,23 +7,34 @@ import torch
 from torch import Tensor
 
 from rl.parity.body.fits import LAYER_ERROR, error
+from rl.parity.evidence import Change
 
 
-def first_change(one: dict[str, Any], other: dict[str, Any], dtype: str) -> str:
-    """The first module, in the order of execution, that took in or gave out something else for the same prompt; "" if
-    none did. Both are traces of `rollout.trace`; rounding does not count."""
-    rows = len(one["prompt"])
+def first_change(one: dict[str, Any], other: dict[str, Any], dtype: str) -> Change | None:
+    """The first change between two traces of `rollout.trace`, None without one; rounding does not count."""
+    count = len(one["prompt"])
     for name, record in one["layers"].items():
         again = other["layers"].get(name)
         if again is None:
             continue
-        sides = [*zip(record["in"], again["in"], strict=False)]
-        if record["out"] is not None and again["out"] is not None:
-            sides.append((record["out"], again["out"]))
-        pairs = [(_rows(a, rows), _rows(b, rows)) for a, b in sides]
-        if any(a.shape == b.shape and error(a, b) > LAYER_ERROR[dtype] for a, b in pairs):
-            return name
-    return ""
+        given = [_pair(a, b, count) for a, b in zip(record["in"], again["in"], strict=False)]
+        made = [] if record["out"] is None or again["out"] is None else [_pair(record["out"], again["out"], count)]
+        limit = LAYER_ERROR[dtype]
+        if any(a.shape == b.shape and error(a, b) > limit for a, b in (*given, *made)):
+            changed = torch.zeros(count, dtype=torch.bool)
+            for a, b in (*given, *made):
+                if a.shape == b.shape and len(a) == count:
+                    apart = (a - b).square().reshape(count, -1).sum(dim=1)
+                    changed |= apart > limit**2 * b.square().reshape(count, -1).sum(dim=1)
+            took_the_same = all(a.shape == b.shape and error(a, b) <= limit for a, b in given)
+            rows = int(changed.sum())
+            remembers = record["role"] == "attention" and took_the_same
+            return Change(name=name, rows=rows, of=count, remembers=remembers)
+    return None
+
+
+def _pair(a: Sequence[Any], b: Sequence[Any], count: int) -> tuple[Tensor, Tensor]:
+    return _rows(a, count), _rows(b, count)
 
 
 def _rows(plain: Sequence[Any], count: int) -> Tensor:
