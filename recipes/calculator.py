@@ -7,9 +7,9 @@ import random
 import re
 
 from rl.config import Config, RolloutConfig, TrainerConfig
-from rl.environments.types import Episode, Limits
+from rl.environments import Call, Episode, Limits
 from rl.objectives import GSPO
-from rl.types import Call, Data, Example
+from rl.types import Data, Example
 from trainer.launch import launch
 
 # This model follows an example, and no description.

@@ -234,6 +234,12 @@ class Config(Checked):
         if self.env is not None and self.eval_reward is not None:
             raise ValueError("eval_reward scores single replies, and episodes are scored by `env`: remove it")
 
+    @property
+    def horizon(self) -> int:
+        """Most tokens that are sampled for one reply, or for one episode."""
+        r = self.rollout
+        return r.max_tokens if self.env is None else self.limits.tokens or r.max_model_len
+
     @classmethod
     def right_form(cls, field: str, value: Any) -> str | None:
         """How to write a setting whose value is code."""

@@ -18,7 +18,7 @@ from rl.config import Config
 from rl.data import Given
 from rl.protocols import EngineLost, UpdateFailed
 from rl.tokens import Rendering, stop_ids
-from rl.types import Completion
+from rl.types import Completion, FinishReason, Parsed
 from rollout import examine
 from rollout.parse import parser_of
 from rollout.process import fork_from_server
@@ -259,6 +259,10 @@ class Engine:
         """The settings that this engine really runs with, and one prompt of the run as token ids of its own
         tokenizer."""
         return examine.describe(self.llm, SamplingParams(**self._sampling(None, None)), prompt, rendering)
+
+    async def parse(self, reply: list[int], finish_reason: FinishReason) -> Parsed | None:
+        """What this engine's parser finds in a reply; None without a parser."""
+        return self.parser.parse([], reply, finish_reason) if self.parser else None
 
     async def trace(self, token_ids: list[int]) -> list[dict[str, Any]]:
         """What every layer takes in and gives out for one prompt and a short reply, by worker."""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from rl.config import Config
+from rl.environments.check import class_of
+from rl.environments.tools import schemas
 from rl.types import Call, Completion, FinishReason, Parsed
 
 STARTS = re.compile(r"^(tool_calls?_start_token|bot_token|bot_string|tc_start)$")
@@ -114,8 +116,14 @@ def parser_of(config: Config, tokenizer: Any, stop_ids: Sequence[int]) -> Parser
     r = config.rollout
     if not (r.tool_parser or r.reasoning_parser):
         return None
-    stops = [*stop_ids, *r.stop_token_ids]
-    return Parser(tokenizer, stops, tool_parser=r.tool_parser, reasoning_parser=r.reasoning_parser)
+    tools = [] if config.env is None else schemas(class_of(config.env))
+    return Parser(
+        tokenizer,
+        [*stop_ids, *r.stop_token_ids],
+        tool_parser=r.tool_parser,
+        reasoning_parser=r.reasoning_parser,
+        tools=tools,
+    )
 
 
 def _made(

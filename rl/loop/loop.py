@@ -8,6 +8,7 @@ from statistics import fmean
 
 from rl.batch import collate
 from rl.config import Config
+from rl.episodes.rows import first_rows
 from rl.loop.admission import Admission
 from rl.loop.errors import first_error
 from rl.loop.groups import Groups, Tally
@@ -128,7 +129,7 @@ class Loop:
         metrics |= queue_metrics(self.admission.ledger, groups.in_flight)
         metrics |= groups.tally.metrics(filters=bool(c.filters))
         if c.mask_truncated:
-            metrics["response_length/masked_frac"] = fmean(not t.trained for t in trajectories)
+            metrics["response_length/masked_frac"] = fmean(not t.trained for t in first_rows(trajectories))
         groups.tally = Tally()
 
         learning = time.perf_counter()

@@ -86,7 +86,7 @@ class Stepper:
         r, objective = self.rank, self.objective
         c = r.config
         rows = torch.cat(chosen)
-        totals = Totals(tokens=int(batch.mask[rows].sum()), sequences=len(chosen), horizon=c.rollout.max_tokens)
+        totals = Totals(tokens=int(batch.mask[rows].sum()), sequences=len(chosen), horizon=c.horizon)
         r.policy.tokens.zero_()
         live = rows
         if c.trainer.skip_zero_advantage and objective.may_skip:
