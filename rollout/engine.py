@@ -138,8 +138,7 @@ class Engine:
             raise EngineLost("vLLM's own process has ended") from None
 
     async def _await_vllm(self, call: Awaitable[T]) -> T:
-        """The result of a call into vLLM. Raises EngineLost when its process dies; vLLM itself would leave callers that
-        already wait without an error."""
+        """A call's result. Raises EngineLost when vLLM's process dies; vLLM raises nothing for callers that wait."""
         waiting = asyncio.ensure_future(call)
         while not waiting.done():
             await asyncio.wait([waiting], timeout=1.0)
@@ -256,8 +255,7 @@ class Engine:
         return await examine.prefill_logprobs(self.generate, token_ids, reply)
 
     async def describe(self, prompt: Given, rendering: Rendering) -> dict[str, Any]:
-        """The settings that this engine really runs with, and one prompt of the run as token ids of its own
-        tokenizer."""
+        """Settings that this engine really runs with, and one prompt of the run in token ids of its own tokenizer."""
         return examine.describe(self.llm, SamplingParams(**self._sampling(None, None)), prompt, rendering)
 
     async def parse(self, reply: list[int], finish_reason: FinishReason) -> Parsed | None:
