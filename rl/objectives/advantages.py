@@ -93,10 +93,13 @@ def gae(
     places = torch.where(mask, torch.arange(columns, device=mask.device), columns)
     # For every column the next sampled one, and `columns`, where the value is 0, after the last.
     later = F.pad(places[:, 1:], (0, 1), value=columns).flip(1).cummin(dim=1).values.flip(1)
-    delta = rewards + gamma * F.pad(values, (0, 1)).gather(1, later) - values
+    between = torch.ones_like(values)
+    if turns is not None and turn_gamma != 1.0:
+        between[F.pad(turns, (0, 1), value=-1).gather(1, later) != turns] = turn_gamma
+    delta = rewards + gamma * between * F.pad(values, (0, 1)).gather(1, later) - values
     following, advantages = torch.zeros_like(values[:, 0]), [values[:, :0]]
-    for here, step in zip(mask.unbind(1)[::-1], delta.unbind(1)[::-1], strict=True):
-        following = torch.where(here, step + gamma * lam * following, following)
+    for here, step, factor in zip(*(each.unbind(1)[::-1] for each in (mask, delta, between)), strict=True):
+        following = torch.where(here, step + gamma * lam * factor * following, following)
         advantages.append(following[:, None])
     return torch.where(mask, torch.cat(advantages, dim=1).flip(1), 0.0)
 

@@ -1,7 +1,7 @@
 """How much time of the driver does a turn of an episode take? 64 episodes of 8 turns each, on an engine that samples at
 once: what is left is the driver's own work. docs/performance.md has the figures.
 
-    python scripts/bench/episodes.py
+    python scripts/bench/episodes.py --rounds 5
 """
 
 import argparse
@@ -98,9 +98,9 @@ def seconds_per_turn(env: type, model: str) -> float:
 
 def main() -> None:
     """Print milliseconds per turn: the median of several rounds, and the largest."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="models/smollm2-135m")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/smollm2-135m", help="its tokenizer (default: models/smollm2-135m)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each environment (default: 5)")
     asked = parser.parse_args()
     for env in (Adder, Talker):
         found = [1000 * seconds_per_turn(env, asked.model) for _ in range(asked.rounds)]
