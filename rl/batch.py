@@ -1,5 +1,6 @@
 """How do trajectories become the tensors of one step, and how is a step cut into micro-batches and ranks?"""
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from itertools import chain
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rl.episodes.rows import by_episode, payments, states_of, turns_of
 from rl.types import Batch, Completion, Prompt, Trajectory
 
 
@@ -34,13 +36,17 @@ def without_tokens(t: Trajectory) -> Trajectory:
     """The same reply with nothing to train on: its mask is empty, and outside the mask there are no numbers."""
     n = len(t.token_ids)
     support = None if t.support is None else [list[int]() for _ in range(n)]
-    return replace(t, mask=[False] * n, logprobs=[0.0] * n, versions=[-1] * n, support=support)
+    bare = replace(t, mask=[False] * n, logprobs=[0.0] * n, versions=[-1] * n, support=support)
+    return replace(
+        bare, turns=None if t.turns is None else [-1] * n, paid=None if t.paid is None else tuple[tuple[int, float]]()
+    )
 
 
 def collate(trajectories: list[Trajectory]) -> Batch:
     """Right-pad trajectories to [B, T + 1] and shift them: column t predicts token t + 1. Nothing else shifts.
 
-    A trajectory that is not trained on keeps its row, with an empty mask: baselines see its reward.
+    A trajectory that is not trained on keeps its row, with an empty mask: baselines see its reward. The columns of
+    episodes are None where they say nothing: one row each, one turn each, all of the reward at the end.
     """
     trajectories = [t if t.trained else without_tokens(t) for t in trajectories]
     length = max(len(t.token_ids) for t in trajectories)
@@ -53,7 +59,34 @@ def collate(trajectories: list[Trajectory]) -> Batch:
         rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float32),
         group_ids=torch.tensor([t.group for t in trajectories], dtype=torch.long),
         support=None if support is None else support[:, 1:],
+        **_of_episodes(trajectories, length),
     )
+
+
+def _of_episodes(trajectories: list[Trajectory], length: int) -> dict[str, Tensor]:
+    """`episode_ids`, `turns`, `states` and `token_rewards`, as far as they say something."""
+    episodes = by_episode(trajectories)
+    several_rows = len(episodes) < len(trajectories)
+    found: dict[str, Tensor] = {}
+
+    def column(
+        of_episode: Callable[[list[Trajectory]], list[list[Any]]], fill: int | float, dtype: torch.dtype
+    ) -> Tensor:
+        rows = [list[Any]() for _ in trajectories]
+        for of in episodes:
+            for i, row in zip(of, of_episode([trajectories[i] for i in of]), strict=True):
+                rows[i] = row
+        return _pad(rows, length, fill, dtype)[:, 1:]
+
+    if several_rows:
+        ids = {i: episode for episode, of in enumerate(episodes) for i in of}
+        found["episode_ids"] = torch.tensor([ids[i] for i in range(len(trajectories))])
+    if any(turn > 0 for t in trajectories for turn in t.turns or ()):
+        found["turns"] = column(lambda rows: [turns_of(t) for t in rows], -1, torch.long)
+        found["states"] = column(states_of, -1, torch.long)
+    if several_rows or any(t.paid is not None for t in trajectories):
+        found["token_rewards"] = column(payments, 0.0, torch.float32)
+    return found
 
 
 def _pad(rows: list[list[Any]], length: int, value: int | float, dtype: torch.dtype) -> Tensor:
@@ -90,6 +123,16 @@ def trained_rows(batch: Batch) -> Tensor:
     return batch.mask.any(dim=1).nonzero()[:, 0]
 
 
+def episodes(batch: Batch, rows: Tensor) -> list[Tensor]:
+    """The given rows [R] by episode, in the order in which these first appear. Minibatches are cut between them."""
+    if batch.episode_ids is None:
+        return [*rows[:, None]]
+    found: dict[int, list[int]] = {}
+    for row, episode in zip(integers(rows), integers(batch.episode_ids[rows]), strict=True):
+        found.setdefault(episode, []).append(row)
+    return [torch.tensor(of) for of in found.values()]
+
+
 def take(batch: Batch, rows: Tensor) -> Batch:
     """The given rows [R] of a batch, cut to the columns that they need.
 
@@ -122,27 +165,30 @@ def micro_batches(
 ) -> list[list[Tensor]]:
     """Cut rows into micro-batches of about `budget` tokens, the same number of them on every rank.
 
-    With `share_prompts` the rows of a group stay together, and its prompt counts once. Rows that are not `packed` count
-    as long as the longest row of their micro-batch. Units (groups, or rows) are dealt largest first to the rank with
-    the least work. A token costs 1; with `features`, the model's hidden size, it costs position / (6 features) more for
-    its attention (4 features x position FLOPs, against about 24 features^2 in the linear layers of a block). Returns
-    one list of row indices [R] per rank. A rank with less work gets empty ones: ZeRO 2 and 3 communicate inside
-    backward, and unequal counts would hang. A unit above the budget is a micro-batch of its own.
+    The rows of an episode stay together, because a ratio may be that of the whole episode. With `share_prompts` the
+    rows of a group do, and what two of them begin with, up to the first sampled token, counts once. Rows that are not
+    `packed` count as long as the longest row of their micro-batch. Units (groups, or episodes) are dealt largest first
+    to the rank with the least work. A token costs 1; with `features`, the model's hidden size, it costs position /
+    (6 features) more for its attention (4 features x position FLOPs, against about 24 features^2 in the linear layers
+    of a block). Returns one list of row indices [R] per rank. A rank with less work gets empty ones: ZeRO 2 and 3
+    communicate inside backward, and unequal counts would hang. A unit above the budget is a micro-batch of its own.
     """
     total = lengths(batch)
-    prompt = batch.mask.int().argmax(dim=1) + 1
+    named = batch.group_ids if share_prompts else batch.episode_ids
+    names = rows if named is None else named[rows]
     units: dict[int, list[int]] = {}
-    for row in integers(rows):
-        units.setdefault(int(batch.group_ids[row]) if share_prompts else row, []).append(row)
-    cost = {
-        u: int(prompt[r[0]] + (total - prompt)[r].sum()) if share_prompts else int(total[u]) for u, r in units.items()
-    }
+    for row, name in zip(integers(rows), integers(names), strict=True):
+        units.setdefault(name, []).append(row)
+    shared = _shared(batch, [*units.values()]) if share_prompts else torch.zeros_like(total)
+    cost = {u: int((total - shared)[of].sum()) for u, of in units.items()}
+
+    def size(together: list[int]) -> int:
+        of = [row for u in together for row in units[u]]
+        return sum(cost[u] for u in together) if packed else len(of) * int(total[of].max())
 
     def work(unit: int) -> float:
         of = units[unit]
-        squares = total[of] ** 2
-        if share_prompts:
-            squares[1:] -= prompt[of[1:]] ** 2
+        squares = total[of] ** 2 - shared[of] ** 2
         return cost[unit] + (0.0 if features is None else float(squares.sum()) / (12 * features))
 
     shares: list[list[int]] = [[] for _ in range(ranks)]
@@ -152,18 +198,32 @@ def micro_batches(
         shares[rank].append(unit)
         load[rank] += work(unit)
     cut = [
-        [torch.tensor([row for u in m for row in units[u]]) for m in _fill(share[::-1], cost, budget, packed)]
+        [torch.tensor([row for u in m for row in units[u]]) for m in _fill(share[::-1], size, budget)]
         for share in shares
     ]
     most = max(len(c) for c in cut)
     return [c + [torch.empty(0, dtype=torch.long)] * (most - len(c)) for c in cut]
 
 
-def _fill(units: list[int], cost: dict[int, int], budget: int, packed: bool) -> list[list[int]]:
+def _shared(batch: Batch, units: list[list[int]]) -> Tensor:
+    """Columns [B] of each row that a row before it in its unit computes: what both begin with, up to the first sampled
+    token, if that is the same."""
+    prompt = batch.mask.int().argmax(dim=1) + 1
+    shared = torch.zeros_like(prompt)
+    for of in units:
+        seen = set[bytes]()
+        for row in of:
+            begin = batch.input_ids[row, : int(prompt[row])].numpy().tobytes()
+            if begin in seen:
+                shared[row] = prompt[row]
+            seen.add(begin)
+    return shared
+
+
+def _fill(units: list[int], size: Callable[[list[int]], int], budget: int) -> list[list[int]]:
     out: list[list[int]] = []
     for unit in units:
-        costs = [cost[u] for u in [*out[-1], unit]] if out else []
-        if not out or (sum(costs) if packed else len(costs) * max(costs)) > budget:
+        if not out or size([*out[-1], unit]) > budget:
             out.append([])
         out[-1].append(unit)
     return out

@@ -4,11 +4,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rl.environments.types import Limits
 from rl.filters import GroupFilter
 from rl.objectives import GSPO, Objective
 from rl.objectives.corrections import Correction, Uncorrected
 from rl.rewards.score import Reward
 from rl.sampling.truncation import Truncation
+from rl.trainer_config import Lora as Lora
+from rl.trainer_config import TrainerConfig
 from rl.typed import Checked
 from rl.types import Data
 
@@ -43,6 +46,12 @@ class RolloutConfig(Checked):
     """Tokens that end a reply, besides those of the model. They are trained on."""
     bad_words: tuple[str, ...] = ()
     """Words that cannot be sampled: the last token of each after its others. The trainer forbids it there too."""
+    tool_parser: str = ""
+    """The parser of vLLM for the model's tool calls, such as "hermes" (the names of `vllm serve --tool-call-parser`).
+    Empty: replies are not searched for calls."""
+    reasoning_parser: str = ""
+    """The parser of vLLM that separates reasoning from the answer, such as "qwen3" or "deepseek_r1". Empty: it stays in
+    the answer."""
     prefix_cache: bool = True
     """Compute the prompt of a group once. Entries are keyed by weight version, so none is used after an update."""
     recompute_kv: bool = False
@@ -78,70 +87,6 @@ class RolloutConfig(Checked):
         """How to write one stop text or one bad word."""
         lone = field in ("stop", "bad_words") and isinstance(value, str)
         return f"is text: write a tuple, {field}=({value!r},)" if lone else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lora(Checked):
-    """Train low-rank adapters of every linear layer but the head (arXiv 2106.09685); engines get the merged weights.
-
-    There is no dropout: with it, the trainer's log-probabilities would differ from the engine's.
-    """
-
-    rank: int = 0
-    """Rank of the adapters. 0 is off: all weights are trained."""
-    alpha: float = 32.0
-    """Scale of the adapters: the weight of a layer is W + alpha / rank * B A."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerConfig(Checked):
-    """The learner: how DeepSpeed trains."""
-
-    ranks: int = 1
-    """Number of DeepSpeed ranks. Each is one Ray actor."""
-    sequence_parallel: int = 1
-    """Neighbouring ranks that share each packed row (DeepSpeed Ulysses), for rows too long for one GPU. It must divide
-    `ranks` and the attention heads of the model. 1: every rank has its own rows."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """What DeepSpeed shards over ranks. 0: nothing (float32 only). 1: optimizer states. 2: also gradients. 3: also
-    weights."""
-    offload: Literal["none", "optimizer"] = "none"
-    """Keep master weights and Adam's moments in host memory, and step there. GPUs only."""
-    lora: Lora = field(default_factory=Lora)
-    lr: float = 1e-6
-    """Peak learning rate of AdamW."""
-    value_lr: float | None = None
-    """Learning rate of the value head, with the same schedule. The head starts at zero, so use 10 times `lr` or more.
-    Default: the same as `lr`."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the learning rate after the warmup: constant, or from the peak down to 0 at the last step."""
-    warmup_steps: int = 0
-    """Optimizer steps from 0 up to the peak learning rate. Each step of the loop has epochs x minibatches of them."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the first and the second moment."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay. 0 is off."""
-    max_grad_norm: float = 1.0
-    """Gradients with a larger global norm are scaled down to this norm."""
-    epochs: int = 1
-    """Passes over the batch of each step."""
-    minibatches: int = 1
-    """Optimizer steps per pass."""
-    micro_batch_tokens: int | None = None
-    """Tokens of one forward pass: the length of its packed row. A shared prompt counts once. Default: 4096 on GPU; 512
-    on CPU, where memory is short."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
-    skip_zero_advantage: bool = True
-    """Leave out rows that cannot have a gradient: zero advantage, and no KL, no entropy bonus, no critic."""
-    share_prompts: bool | None = None
-    """Compute the prompt of a group once. Default: on for CPU, off for GPU, where one varlen kernel takes all rows."""
-    threads: int | None = None
-    """OpenMP threads of one rank on CPU. Default: all cores if engine and learner take turns, else 1."""
-
-    def tokens_per_pass(self, device: str) -> int:
-        """`micro_batch_tokens`, or its default on a device ("cpu" or "cuda")."""
-        return self.micro_batch_tokens or (512 if device == "cpu" else 4096)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,11 +130,21 @@ class Config(Checked):
     """Local folder or hub name of a causal language model."""
     data: Callable[[], Data]
     """Function that returns `Data(train=[Example(...)])`, or a `Data`. Called once, on the driver."""
-    reward: Reward
+    reward: Reward | None = None
     """Function that takes a `Reply` and returns its reward. It may be `async`. Several rewards: `Weighted({...})`; one
-    that sees the whole group: `OverGroup(judge)`."""
+    that sees the whole group: `OverGroup(judge)`. Give this, or `env`."""
+    env: type | Callable[..., Any] | None = None
+    """Environment class, for episodes of many turns with tools: one object per episode, `env(task)`. Its public methods
+    are tools, and its `reward(episode)` scores it. Give this, or `reward`."""
+    limits: Limits = field(default_factory=Limits)
+    """When an episode of `env` ends."""
+    env_workers: int = 0
+    """Processes for environments that compute much. 0: they live in the driver's process, in threads."""
+    max_failed: float = 0.1
+    """Largest share of the last 50 groups that may fail because of their environment. Above it the run ends with the
+    first error. An episode that fails is first played again (`rollout.retries`)."""
     eval_reward: Reward | None = None
-    """Reward for evaluations. pass@k counts a reward of at least 1. Default: the same as `reward`."""
+    """Reward for evaluations. pass@k counts a reward of at least 1. Default: the same as `reward`, or as `env`."""
     objective: Objective = field(default_factory=GSPO)
     """What is optimised: an object of rl/objectives, or your own."""
     steps: int = 100
@@ -256,8 +211,8 @@ class Config(Checked):
     """What to do with a prompt that leaves no room for `rollout.max_tokens` in `rollout.max_model_len`. refuse: the run
     ends and names it. drop: leave it out. cut: keep its end, and its BOS. Both are counted, also in held-out sets."""
     changed_at_resume: Literal["refuse", "report"] = "refuse"
-    """What to do at --resume when answers, held-out sets, the code of reward or objective, or the model's files are not
-    those of the checkpoint. report: print it and continue. Other training prompts are always refused."""
+    """What to do at --resume when answers, held-out sets, the code of reward, env or objective, or the model's files
+    are not those of the checkpoint. report: print it and continue. Other training prompts are always refused."""
     trust_remote_code: bool = False
     """Run the Python code that a model brings with it, in the tokenizer, the learner and vLLM. Read it first."""
     seed: int = 0
@@ -269,6 +224,22 @@ class Config(Checked):
     deadlines: Deadlines = field(default_factory=Deadlines)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
+    def __post_init__(self) -> None:
+        if (self.env is None) == (self.reward is None):
+            given = "both" if self.env else "neither"
+            raise ValueError(
+                f"a run needs a reward or an env, and this one has {given}: write reward=a_function for one reply to "
+                "each prompt, or env=AnEnvironment for episodes, which have a reward of their own"
+            )
+        if self.env is not None and self.eval_reward is not None:
+            raise ValueError("eval_reward scores single replies, and episodes are scored by `env`: remove it")
+
+    @property
+    def horizon(self) -> int:
+        """Most tokens that are sampled for one reply, or for one episode."""
+        r = self.rollout
+        return r.max_tokens if self.env is None else self.limits.tokens or r.max_model_len
+
     @classmethod
     def right_form(cls, field: str, value: Any) -> str | None:
         """How to write a setting whose value is code."""
@@ -279,6 +250,7 @@ class Config(Checked):
         forms: Mapping[str, str] = {
             "data": "must be a function that returns Data(train=[Example(...)]), or such a Data",
             "reward": "must be a function that takes a Reply and returns a float, or a dict of floats",
+            "env": "must be the class of an environment: write env=Calculator, without brackets",
             "eval_reward": "must be a function that takes a Reply and returns a float, or None",
             "objective": "must be an objective: write objective=GSPO(), with `from rl.objectives import GSPO`",
         }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from rl.episodes.rows import first_rows
 from rl.typed import Checked
 from rl.types import Trajectory
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     import rl.config
 
 GroupFilter = Callable[[list[Trajectory]], str | None]
-"""Takes a scored group. Returns why it must not be trained on, a word for the ledger's `filtered(word)`, or None."""
+"""Takes a scored group, with all rows of its episodes (`rl.episodes.rows.first_rows` gives one of each). Returns why it
+must not be trained on, a word for the ledger's `filtered(word)`, or None."""
 
 
 ROUNDING = 1e-6
@@ -39,7 +41,7 @@ class ZeroAdvantage(Checked):
             )
 
     def __call__(self, group: list[Trajectory]) -> str | None:
-        return "zero_advantage" if same([t.reward for t in group]) else None
+        return "zero_advantage" if same([t.reward for t in first_rows(group)]) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class Overlong(Checked):
     """Share of the group, from 0 to 1."""
 
     def __call__(self, group: list[Trajectory]) -> str | None:
-        return "overlong" if fmean(t.finish_reason == "length" for t in group) > self.above else None
+        return "overlong" if fmean(t.finish_reason == "length" for t in first_rows(group)) > self.above else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ class Difficulty(Checked):
             raise ValueError(f"no mean reward is from low={self.low:g} to high={self.high:g}: use low < high")
 
     def __call__(self, group: list[Trajectory]) -> str | None:
-        mean = fmean(t.reward for t in group)
+        mean = fmean(t.reward for t in first_rows(group))
         if mean < self.low - ROUNDING:
             return "too_hard"
         return "too_easy" if mean > self.high + ROUNDING else None

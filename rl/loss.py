@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rl.episodes.joined import layout
 from rl.objectives.advantages import token_rewards
 from rl.objectives.corrections import Correction, Uncorrected
 from rl.objectives.kl import kl_estimate
@@ -20,9 +21,13 @@ from rl.types import Batch, Metrics, PolicyOutput, needed, step_of
 def prepare(objective: Objective, batch: Batch) -> tuple[Batch, Float[Tensor, "B T"]]:
     """A whole step's batch with its KL in the reward, and the advantages, 0 outside the mask.
 
-    With `kl_in="reward"` every token is paid -kl_coef * KL(old || reference) in addition to its reward. `rewards` holds
-    the sums, so an objective that only reads rewards of sequences includes the KL too. Source: arXiv 1909.08593, eq. 2.
+    The objective sees one row for each episode (rl/episodes/joined.py); what is returned is that of the batch's own
+    rows, each with the reward of its episode. With `kl_in="reward"` every token is paid -kl_coef * KL(old || reference)
+    in addition to its reward. `rewards` holds the sums, so an objective that only reads rewards of sequences includes
+    the KL too. Source: arXiv 1909.08593, eq. 2.
     """
+    at = layout(batch)
+    rows, batch = batch, batch if at is None else at.batch(batch)
     if objective.kl_coef and objective.kl_in == "reward":
         old, reference = needed(batch.old_logprobs, "old_logprobs"), needed(batch.ref_logprobs, "ref_logprobs")
         kl = kl_estimate(old, reference, objective.kl_estimator).detach()
@@ -37,7 +42,11 @@ def prepare(objective: Objective, batch: Batch) -> tuple[Batch, Float[Tensor, "B
             f"[B, T]={tuple(batch.mask.shape)}: rl.objectives.advantages.spread gives one number per sequence to its "
             "tokens"
         )
-    return batch, torch.where(batch.mask, advantages, 0.0)
+    advantages = torch.where(batch.mask, advantages, 0.0)
+    if at is None:
+        return batch, advantages
+    paid = None if batch.token_rewards is None else at.rows(batch.token_rewards)
+    return replace(rows, token_rewards=paid, rewards=batch.rewards[at.of_row]), at.rows(advantages)
 
 
 def critic_alone(policy: PolicyOutput) -> PolicyOutput:
@@ -58,12 +67,14 @@ def full_loss(
     *,
     old_is_rollout: bool = False,
 ) -> tuple[Float[Tensor, "B T"], Metrics]:
-    """Per-token loss [B, T] and metrics of a micro-batch.
+    """Per-token loss [B, T] and metrics of a micro-batch, which has one row for each episode
+    (`rl.episodes.joined.joined`).
 
     Without `batch.old_logprobs` the current policy is the old one: exact in the first (or only) optimizer step of a
     batch, and it saves a forward pass. `old_is_rollout` (`Config.old_logprobs="rollout"`): the old log-probabilities
     are the rollout's, so the mismatch metrics compare the rollout with the current policy; with itself it is always 0.
     """
+    assert batch.episode_ids is None, "several rows may be one episode: use rl.episodes.joined.joined first"
     step = step_of(batch, policy.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs)
     if objective.entropy_coef and objective.entropy_in == "advantages":
         advantages = advantages + torch.minimum(objective.entropy_coef * policy.entropy.detach(), advantages.abs() / 2)

@@ -33,9 +33,17 @@ class Rollouts(Protocol):
     """The engines as one."""
 
     async def sample(
-        self, token_ids: list[int], n: int, *, seed: int | None, temperature: float | None = None
+        self,
+        token_ids: list[int],
+        n: int,
+        *,
+        seed: int | None,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        engine: int | None = None,
     ) -> list[Completion]:
-        """n completions of one prompt; `temperature=None` uses the temperature of the run. Raises EngineLost."""
+        """n completions of one prompt. None uses the run's temperature, the run's `rollout.max_tokens`, and the engine
+        with the least work; a named engine is used while it serves. Raises EngineLost."""
         ...
 
 

@@ -18,12 +18,15 @@ class Totals:
 
     tokens: int
     sequences: int
+    """Episodes, in however many rows."""
     horizon: int
     """Largest number of tokens one sequence may hold: the divisor of `average_over="constant"`."""
 
 
 def loss_weights(mask: Bool[Tensor, "B T"], average_over: AverageOver, totals: Totals) -> Float[Tensor, "B T"]:
     """Weights [B, T]: sum(weights * loss), added over all splits of a step, is the average of the per-token loss.
+
+    A sequence is a row, and so an episode: the rows of one are joined before (rl/episodes/joined.py).
 
     `tokens`: every token has the same weight (DAPO, arXiv 2503.14476, eq. 8). `sequences`: every sequence has the
     same weight, spread over its tokens (GRPO, arXiv 2402.03300, eq. 3). `constant`: the sum over tokens divided by a

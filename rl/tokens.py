@@ -1,6 +1,6 @@
 """A prompt as tokens: one way for driver and engine, so that both can be asked and compared."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, cast
@@ -24,6 +24,8 @@ class Rendering:
     """Extra arguments of the chat template."""
     now: datetime = field(default_factory=datetime.now)
     """The date for templates that write one: the start of the run, also after midnight and in a resumed run."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Schemas of the tools that the template shows to the policy."""
 
 
 def stop_ids(tokenizer: Any, generation: Mapping[str, Any], config: Mapping[str, Any]) -> list[int]:
@@ -61,12 +63,15 @@ def encode(tokenizer: Any, prompt: Given, rendering: Rendering) -> list[int]:
             )
         return ids
     # The template writes its own special tokens; adding them again would double the BOS.
-    return _plain(tokenizer, render(tokenizer, [m for m in prompt if isinstance(m, dict)], rendering))
+    return plain_ids(tokenizer, render(tokenizer, [m for m in prompt if isinstance(m, dict)], rendering))
 
 
-def render(tokenizer: Any, messages: list[dict[str, Any]], rendering: Rendering) -> str:
-    """Chat messages as the text of the chat template. A conversation that ends with the assistant's words is continued;
-    else the template opens the assistant's turn. Raises ValueError, and what the template raises."""
+def render(tokenizer: Any, messages: list[dict[str, Any]], rendering: Rendering, *, opens: bool | None = None) -> str:
+    """Chat messages as the text of the chat template.
+
+    `opens` is whether the template opens the assistant's turn after them. None: a conversation that ends with the
+    assistant's words is continued, and every other one opens the turn. Raises ValueError, and what the template raises.
+    """
     template = rendering.template
     if not chat_template(tokenizer, rendering):
         raise ValueError(
@@ -74,7 +79,10 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], rendering: Rendering)
         )
     for index, message in enumerate(messages):
         _check_message(message, f"message {index} (role {show(message['role'])})")
-    arguments = {**template, **_ending(messages, template)}
+    ending = {"add_generation_prompt": opens, "continue_final_message": False}
+    arguments = {**template, **(_ending(messages, template) if opens is None else ending)}
+    if rendering.tools:
+        arguments["tools"] = [dict(tool) for tool in rendering.tools]
     if writes_date(tokenizer, rendering):
         arguments["strftime_now"] = rendering.now.strftime
     text = str(tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
@@ -106,8 +114,11 @@ def _ending(messages: list[dict[str, Any]], template: Mapping[str, Any]) -> dict
 def chat_template(tokenizer: Any, rendering: Rendering) -> str:
     """The source of the run's chat template; empty where there is none."""
     own, given = tokenizer.chat_template, rendering.template.get("chat_template")
-    # A tokenizer may have several templates by name.
-    return str(_fields(own).get(given or "") or given or own or "")
+    # A tokenizer may have several templates by name; transformers takes the one called tool_use where there are tools.
+    named = _fields(own)
+    return str(
+        named.get(given or ("tool_use" if rendering.tools else "")) or given or named.get("default") or own or ""
+    )
 
 
 def writes_date(tokenizer: Any, rendering: Rendering) -> bool:
@@ -146,7 +157,7 @@ def _fields(value: object) -> dict[str, Any]:
 
 def _encode_text(tokenizer: Any, text: str) -> list[int]:
     # Of an empty text one cannot see which special tokens stand in front.
-    plain, full = _plain(tokenizer, text or "a"), list(tokenizer.encode(text or "a"))
+    plain, full = plain_ids(tokenizer, text or "a"), list(tokenizer.encode(text or "a"))
     starts = [k for k in range(len(full) - len(plain) + 1) if full[k : k + len(plain)] == plain]
     if not starts:
         raise ValueError("the tokenizer splits this text in another way when it adds special tokens: give token ids")
@@ -157,7 +168,8 @@ def _encode_text(tokenizer: Any, text: str) -> list[int]:
     return front[: len(front) - written] + plain
 
 
-def _plain(tokenizer: Any, text: str) -> list[int]:
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text without any that the tokenizer adds. Raises ValueError for half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

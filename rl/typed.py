@@ -191,7 +191,7 @@ def _fit_plain(value: Any, hint: Any, path: str) -> Any:
         return int(value)  # numpy's integers
     if isinstance(value, type) and issubclass(value, hint):
         raise Misfit(path, value, f"is a class: write {path}={value.__name__}()")
-    if isinstance(value, str) and (near := _named(hint, value)):
+    if isinstance(value, str) and hint is not type and (near := _named(hint, value)):
         raise Misfit(path, value, f"is text: write {path}={near}(), with `from {_home(near, hint)} import {near}`")
     if (
         isinstance(value, collections.abc.Mapping)

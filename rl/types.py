@@ -29,6 +29,28 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Call:
+    """A tool call of the policy."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str = ""
+    """The id that the policy or its parser gave it; empty where the protocol has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parsed:
+    """What a parser found in one completion."""
+
+    text: str
+    """The answer alone, without reasoning and calls."""
+    reasoning: str = ""
+    calls: tuple[Call, ...] = ()
+    malformed: str = ""
+    """Why a call that begins in the completion cannot be understood; empty if every call can."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Completion:
     """What the engine sampled: `logprobs[i]` (nats) and `versions[i]` belong to `token_ids[i]`.
 
@@ -41,6 +63,10 @@ class Completion:
     finish_reason: FinishReason
     cached_prompt_tokens: int = 0
     support: list[list[int]] | None = None
+    parsed: Parsed | None = None
+    """Set where the engine has a parser for tool calls or reasoning."""
+    engine: int = 0
+    """The engine that sampled it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +102,17 @@ class Trajectory:
 
     `mask[i]` is True where the policy sampled token i. Outside the mask `logprobs` is 0, `versions` is -1,
     and `support` (the ids kept by truncation, where the engine reports them) is empty.
+
+    An episode is one trajectory, or several where its history was edited: its rows. Each holds what the policy was
+    given, and trains the tokens that were sampled for it; a sampled token is in the mask of one row only. All rows of
+    an episode have the episode's reward, its parts and its finish reason.
     """
 
     group: int
+    episode: int = 0
+    """Which of the group's episodes; they count from 0."""
+    row: int = 0
+    """Which of the episode's rows, in the order of time; they count from 0."""
     token_ids: list[int]
     mask: list[bool]
     logprobs: list[float]
@@ -89,15 +123,22 @@ class Trajectory:
     support: list[list[int]] | None = None
     trained: bool = True
     """Whether its tokens are trained on. False: its reward counts for the others of its group, and that is all."""
+    turns: list[int] | None = None
+    """`turns[i]` is the turn of the episode in which token i was sampled, from 0 in the order of time; -1 outside the
+    mask. None: all in turn 0."""
+    paid: tuple[tuple[int, float], ...] | None = None
+    """Where the reward was paid: (index of a sampled token, amount). Over all rows of an episode the amounts add up to
+    `reward`. None: all of it at the last sampled token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The tensors of one optimizer step, right-padded; S = T + 1.
+    """The tensors of one optimizer step, right-padded; S = T + 1. An objective gets one row for each episode.
 
     Column t of every [B, T, ...] tensor belongs to the prediction of `input_ids[:, t + 1]`; nothing downstream shifts.
     `rollout_logprobs` is the behaviour policy, `old_logprobs` the proximal one, `ref_logprobs` the reference (nats).
-    `token_rewards`, where set, is what each token is paid, and sums up to `rewards`; else all is paid at the end.
+    `token_rewards`, where set, is what each token is paid, and sums up to `rewards` over the rows of an episode; else
+    all is paid at its end.
     `support` holds the vocabulary ids that a token was sampled from, padded with -1; None: the engine reports none.
     """
 
@@ -112,6 +153,13 @@ class Batch:
     values: Float[Tensor, "B T"] | None = None
     token_rewards: Float[Tensor, "B T"] | None = None
     support: Int[Tensor, "B T K"] | None = None
+    episode_ids: Int[Tensor, " B"] | None = None
+    """Rows of one episode have one id, which no other episode of the step has. None: every row is an episode."""
+    turns: Int[Tensor, "B T"] | None = None
+    """The turn of its episode in which each token was sampled, from 0; -1 outside the mask. None: one turn each."""
+    states: Int[Tensor, "B T"] | None = None
+    """The state in which each token's turn began, as a number that equal states share (`rl.episodes.rows.states_of`);
+    -1 outside the mask. None: one turn each, so all of a group began in the state of its prompt."""
 
     def to_device(self, device: torch.device) -> "Batch":
         """The same batch with every tensor on `device`."""

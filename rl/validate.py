@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rl.config import Config
+from rl.environments.check import check_environment, class_of
 from rl.objectives.rules import check_objective
 from rl.rewards.combined import Weighted
 from rl.rewards.shaping import SoftOverlong
@@ -25,6 +26,7 @@ def check(config: Config) -> None:
             f"temperature={config.temperature}: greedy samples have no log-probability to learn from; use a "
             "temperature above 0 (eval_temperature may be 0)"
         )
+    _check_episodes(config)
     check_objective(config)
     check_template(config.chat_template_kwargs)
     config.correction.check(config)
@@ -79,12 +81,28 @@ def _check_counts(config: Config) -> None:
         "verify_every": (config.verify_every, "checks the first update only"),
         "record_batches": (config.record_batches, "keeps none"),
         "max_staleness": (config.max_staleness, "is synchronous"),
+        "env_workers": (config.env_workers, "keeps environments in the driver's process"),
         "rollout.retries": (r.retries, "counts a group as failed when its engine is lost"),
         "rollout.restarts": (r.restarts, "ends the run when an engine is lost"),
     }
     for name, (value, meaning) in off.items():
         if value < 0:
             raise ValueError(f"{name}={value} must be at least 0 (0 {meaning})")
+
+
+def _check_episodes(config: Config) -> None:
+    if not 0 <= config.max_failed < 1:
+        raise ValueError(f"max_failed={config.max_failed:g} must be a share from 0 to below 1, such as 0.1")
+    if config.env is None:
+        if config.env_workers:
+            raise ValueError(f"env_workers={config.env_workers} has no environment to host: set env, or remove it")
+        return
+    check_environment(class_of(config.env))
+    if config.rollout.min_tokens:
+        raise ValueError(
+            f"rollout.min_tokens={config.rollout.min_tokens} with env: the engine counts the tokens of each turn, and "
+            "the trainer those of a whole episode; use min_tokens=0"
+        )
 
 
 def _check_memory_settings(config: Config) -> None:

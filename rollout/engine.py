@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from transformers import PretrainedConfig
@@ -17,8 +18,9 @@ from rl.config import Config
 from rl.data import Given
 from rl.protocols import EngineLost, UpdateFailed
 from rl.tokens import Rendering, stop_ids
-from rl.types import Completion
+from rl.types import Completion, FinishReason, Parsed
 from rollout import examine
+from rollout.parse import parser_of
 from rollout.process import fork_from_server
 from rollout.settings import engine_args
 from rollout.worker import WorkerExtension
@@ -52,6 +54,7 @@ class Engine:
         files = PretrainedConfig.get_config_dict(model)[0]
         self.stop_ids = stop_ids(self.llm.get_tokenizer(), self.llm.model_config.try_get_generation_config(), files)
         """Token ids that end a reply."""
+        self.parser = parser_of(config, self.llm.get_tokenizer(), self.stop_ids)
         self.version = version
         self.requests = 0
         self.aborted = 0
@@ -120,7 +123,8 @@ class Engine:
                 "vLLM truncated the vocabulary but did not report which tokens it kept, so the trainer cannot replay "
                 "it. Set top_p=1, top_k=0, min_p=0"
             )
-        return completion(done, output.num_cached_tokens or 0)
+        got = completion(done, output.num_cached_tokens or 0)
+        return replace(got, parsed=self.parser(token_ids, got)) if self.parser else got
 
     async def generate(self, token_ids: list[int], params: SamplingParams) -> RequestOutput:
         """The final output of one request. It uses cached prefixes of the current weights only."""
@@ -134,8 +138,7 @@ class Engine:
             raise EngineLost("vLLM's own process has ended") from None
 
     async def _await_vllm(self, call: Awaitable[T]) -> T:
-        """The result of a call into vLLM. Raises EngineLost when its process dies; vLLM itself would leave callers that
-        already wait without an error."""
+        """A call's result. Raises EngineLost when vLLM's process dies; vLLM raises nothing for callers that wait."""
         waiting = asyncio.ensure_future(call)
         while not waiting.done():
             await asyncio.wait([waiting], timeout=1.0)
@@ -252,9 +255,12 @@ class Engine:
         return await examine.prefill_logprobs(self.generate, token_ids, reply)
 
     async def describe(self, prompt: Given, rendering: Rendering) -> dict[str, Any]:
-        """The settings that this engine really runs with, and one prompt of the run as token ids of its own
-        tokenizer."""
+        """Settings that this engine really runs with, and one prompt of the run in token ids of its own tokenizer."""
         return examine.describe(self.llm, SamplingParams(**self._sampling(None, None)), prompt, rendering)
+
+    async def parse(self, reply: list[int], finish_reason: FinishReason) -> Parsed | None:
+        """What this engine's parser finds in a reply; None without a parser."""
+        return self.parser.parse([], reply, finish_reason) if self.parser else None
 
     async def trace(self, token_ids: list[int]) -> list[dict[str, Any]]:
         """What every layer takes in and gives out for one prompt and a short reply, by worker."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from pickle import PicklingError
 
 from rl import checkout
+from rl.environments.types import EnvError
 from rl.loop.errors import first_error
 from rl.protocols import EngineLost, StallError, UpdateFailed
 from rl.rewards.score import RewardError
@@ -21,7 +22,7 @@ from trainer.runs.own_code import is_installed
 from trainer.runs.summary import MOST
 from trainer.tracking.terminal import console, flush_output
 
-_OURS = (RewardError, ParityError, StallError, StartError, EngineLost, UpdateFailed)
+_OURS = (RewardError, EnvError, ParityError, StallError, StartError, EngineLost, UpdateFailed)
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, PicklingError, *_OURS)
 """What a user can fix: shown as one message. UNISON_TRACEBACK=1 shows where it came from."""
 LINES = 3

@@ -16,12 +16,13 @@ GROUPS = {
     "Sampling and learning": "prompts-per-step group-size temperature max-staleness late-groups max-filtered "
     "mask-truncated old-logprobs dtype fp32-head share-gpu chat-template-kwargs long-prompts "
     "trust-remote-code",
+    "Episodes": "env-workers max-failed",
     "Evaluation": "eval-every eval-samples eval-temperature",
     "Checks, records and checkpoints": "doctor verify-every record-batches save-every keep-last save-final "
     "changed-at-resume export-dtype",
 }
 """The flags of `Config` itself by subject; those of its parts have a group each."""
-PARTS = ("objective", "correction", "rollout", "trainer", "trainer.lora", "deadlines", "tracking")
+PARTS = ("limits", "objective", "correction", "rollout", "trainer", "trainer.lora", "deadlines", "tracking")
 INDENT = 32
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from rl.config import Config
 from rl.data import Data, Given, Train, sized
+from rl.environments.check import class_of
+from rl.environments.host import ThreadHost
+from rl.environments.play import Chat, play
+from rl.environments.template import chat_of
+from rl.environments.tools import schemas
+from rl.loop.players import stage_of
 from rl.loop.progress import numbers, runs
 from rl.loop.stream import stream
 from rl.rewards.combined import judges_groups
 from rl.rewards.score import score_in_time
 from rl.tokens import Rendering
 from rl.typed import show
-from rl.types import Prompt, Reply
+from rl.types import Completion, Prompt, Reply
 from trainer.data.encode import Encoder, peek
 from trainer.data.fingerprint import fingerprint
 from trainer.data.first_prompt import FirstPrompt, first_prompt
@@ -75,6 +81,11 @@ class Prepared:
             return stream(self.train, seed)
         encoder = self.encoder
         return stream(self.source, seed, prompt=encoder.prompt, ended=ended, dropped=frozenset(encoder.dropped))
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The chat template, for the turns of episodes."""
+        return chat_of(self.tokenizer, self.rendering, self.stop_ids)
 
     @cached_property
     def first(self) -> FirstPrompt:
@@ -149,6 +160,8 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Prepared:
     listed = listed_stop_ids(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
     now = datetime.fromisoformat(before["now"]) if before else datetime.now()
     rendering = Rendering(template=config.chat_template_kwargs, now=now)
+    if config.env is not None:
+        rendering = replace(rendering, tools=schemas(class_of(config.env)))
 
     def encoder(where: str, **long: set[int]) -> Encoder:
         return Encoder(tokenizer=tokenizer, config=config, rendering=rendering, where=where, **long)
@@ -174,7 +187,10 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Prepared:
         long_evals={name: len(each.dropped) + len(each.cut) for name, (each, _) in evals.items()},
         fingerprint=fingerprint(config, train, held_out, source),
     )
-    try_rewards(config, prepared)
+    if config.env is None:
+        try_rewards(config, prepared)
+    else:
+        try_environment(config, prepared)
     return prepared
 
 
@@ -190,6 +206,34 @@ def try_rewards(config: Config, prepared: Prepared) -> None:
         prompt_token_ids=first.token_ids,
         decode=prepared.decode,
     )
-    for reward in (config.reward, *([config.eval_reward] if config.eval_reward else [])):
+    for reward in filter(None, (config.reward, config.eval_reward)):
         asked = [empty] * config.group_size if judges_groups(reward) else empty
         asyncio.run(score_in_time(reward, asked, 0, config.deadlines.reward_s))
+
+
+def try_environment(config: Config, prepared: Prepared) -> None:
+    """Play one episode of the first prompt in which the policy says nothing: it finds what a constructor, `start`,
+    `reward` or `close` gets wrong. Raises ValueError, and EnvError for what the environment raises."""
+    first = prepared.train[0]
+    assert config.env is not None
+    if isinstance(first.given, str) or not all(isinstance(m, dict) for m in first.given):
+        raise ValueError(
+            f"env needs prompts that are chat messages, and data.train[0] is {show(first.given)}: write "
+            "prompt=[{'role': 'user', 'content': '...'}]"
+        )
+
+    stage = stage_of(
+        config, Silent(prepared.stop_ids[:1] or [0]), prepared.decode, prepared.chat, ThreadHost(env=config.env)
+    )
+    asyncio.run(play(stage, first, 0, lambda turn: 0))
+
+
+@dataclass
+class Silent:
+    """`Rollouts` of a policy that says nothing, and is cut off."""
+
+    says: list[int]
+
+    async def sample(self, token_ids: list[int], n: int, **_: Any) -> list[Completion]:
+        """One token, without meaning."""
+        return [Completion(token_ids=self.says, logprobs=[0.0], versions=[0], finish_reason="length")] * n

@@ -19,6 +19,7 @@ from trainer.doctor.check import by_settings
 from trainer.doctor.doctor import examine_engines
 from trainer.doctor.finding import ParityError
 from trainer.doctor.report import save, show, token_table
+from trainer.episodes import episodes_of
 from trainer.outcome import export_model, how_to_resume, leave
 from trainer.plan.plan import Plan, make_plan
 from trainer.prompts import Prepared, read
@@ -147,9 +148,10 @@ class Run:
                 state = self.resumed.learner
                 await cluster.ask_learners(lambda rank: rank.load_state(state))
         await self._check(learner)
+        player = episodes_of(config, rollouts, self.prepared)
 
         async def evaluated() -> dict[str, float]:
-            return await evaluate(config, rollouts, self.prepared.decode, self.prepared.evals)
+            return await evaluate(config, rollouts, self.prepared.decode, self.prepared.evals, player)
 
         self.loop = Loop(
             config=config,
@@ -160,6 +162,7 @@ class Run:
             decode=self.prepared.decode,
             tracker=self.tracker,
             evaluate=evaluated,
+            player=player,
             on_samples=lambda step, trajectories: self.tracker.samples(step, trajectories, tokenizer.decode),
             progress=self.progress,
             save=self._save,

@@ -7,8 +7,8 @@ stages: what breaks an earlier stage would only confuse the later ones, so these
 
 from dataclasses import replace
 
+from rl.contract import episodes, gradients, invariances, terms
 from rl.contract import finite as numbers
-from rl.contract import gradients, invariances, terms
 from rl.contract.place import line_of
 from rl.contract.scene import draw
 from rl.contract.shapes import raised, shapes
@@ -20,6 +20,7 @@ STAGES: list[list[Check]] = [
     [invariances.pure],
     [invariances.same_column],
     [invariances.row_order, invariances.outside_mask, invariances.position, invariances.splits],
+    [episodes.cut_into_rows],
     [invariances.groups, gradients.policy_gradient, numbers.extreme_ratios, *terms.TERMS],
     [gradients.sign, gradients.zero_advantage, gradients.finite_differences, terms.bounds],
 ]

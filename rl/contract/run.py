@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rl.batch import take
 from rl.contract.scene import Scene
+from rl.episodes.joined import layout
 from rl.loss import prepare
 from rl.objectives.objective import Objective
 from rl.reduce import Meter, Totals, loss_weights
@@ -112,8 +113,11 @@ def run(
     """One optimizer step, added up over the micro-batches of `cut`; KL and entropy of the framework are off.
 
     `scale` multiplies the advantages, `given` replaces them, `weights`
-    replaces the trainer's averaging.
+    replaces the trainer's averaging. Rows of one episode are joined before, so a cut is one of episodes.
     """
+    at = layout(scene.batch)
+    if at is not None:
+        scene = Scene(batch=at.batch(scene.batch), policy=at.policy(scene.policy))
     batch, advantages = prepared(objective, scene.batch) if given is None else (scene.batch, given)
     if given is not None:
         batch = replace(seen(objective, batch), old_logprobs=batch.old_logprobs)

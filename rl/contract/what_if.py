@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rl.episodes.joined import joined
 from rl.loss import full_loss, prepare
 from rl.objectives.corrections import Correction, Uncorrected
 from rl.objectives.objective import Objective
@@ -58,9 +59,10 @@ def evaluate_objective(
         if needed and getattr(batch, field) is None:
             raise ValueError(f"{name} reads {field}, which this record does not have: record a run that has them")
     seen, advantages = prepare(objective, batch)
+    batch, policy, advantages = joined(seen, policy, advantages)
     now = policy.logprobs.detach().clone().requires_grad_()
     current = PolicyOutput(logprobs=now, entropy=policy.entropy, values=policy.values)
-    loss, metrics = full_loss(objective, correction, current, seen, advantages)
+    loss, metrics = full_loss(objective, correction, current, batch, advantages)
     totals = Totals(tokens=int(batch.mask.sum()), sequences=int(batch.mask.any(dim=1).sum()), horizon=horizon)
     weights = loss_weights(batch.mask, objective.average_over, totals)
     total = torch.where(batch.mask, loss * weights, 0.0).sum()

@@ -2,25 +2,25 @@
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
-from typing import Any
 
-from rl.batch import trajectory
 from rl.config import Config
+from rl.environments.group import Group
+from rl.environments.types import EnvError
 from rl.filters import reason
 from rl.loop.admission import Admission
 from rl.loop.in_flight import InFlight
-from rl.loop.stream import sample_seed
-from rl.protocols import EngineLost, Rollouts, StallError
-from rl.rewards.score import Asked, Reward, reply_to, score_all
-from rl.types import Completion, Prompt, Trajectory
+from rl.loop.players import Player
+from rl.protocols import StallError
+from rl.typed import show
+from rl.types import Prompt, Trajectory
 
-Score = Callable[[Reward, Asked, int, float], Awaitable[Any]]
-"""`rl.rewards.score.score_in_time`, or a replacement with the same arguments."""
-MAX_SCORING = 64
-"""Replies that are scored at the same time, each in a thread: many rewards wait for a sandbox or for a model."""
+RECENT = 50
+"""Groups among which those are counted that failed because of their environment."""
 
 
 @dataclass
@@ -38,6 +38,8 @@ class Tally:
     samples: int = 0
     not_applicable: int = 0
     """Samples to which the reward did not apply."""
+    replayed: int = 0
+    """Episodes that were played again because their environment or their engine failed."""
 
     def metrics(self, *, filters: bool) -> dict[str, float]:
         """With filters, or where groups were left out without them: their share, and the mean reward before that. Where
@@ -49,6 +51,8 @@ class Tally:
             metrics["filter/reward_mean"] = fmean(self.rewards)
         if self.not_applicable:
             metrics["reward/not_applicable_frac"] = self.not_applicable / self.samples
+        if self.replayed:
+            metrics["episodes/replayed"] = float(self.replayed)
         return metrics
 
 
@@ -57,10 +61,8 @@ class Groups:
     """The groups of a run, from admission until a step takes them. `admission` decides; this class acts and waits."""
 
     config: Config
-    rollouts: Rollouts
+    player: Player
     prompts: Iterator[Prompt]
-    decode: Callable[..., str]
-    score: Score
     set_aside: Callable[[list[Trajectory]], None]
     """Keeps a group with log-probabilities that are NaN or infinite, for inspection."""
     admission: Admission
@@ -72,7 +74,10 @@ class Groups:
     """Notified after every change of `admission` that may let somebody continue."""
     _settled: int = field(init=False, default=0)
     """Groups that were sampled and scored so far, whatever became of them."""
-    _scoring: asyncio.Semaphore = field(init=False, default_factory=lambda: asyncio.Semaphore(MAX_SCORING))
+    _recent: deque[bool] = field(init=False, default_factory=lambda: deque[bool](maxlen=RECENT))
+    """Whether each of the last groups failed because of its environment."""
+    _first: tuple[Prompt, EnvError] | None = field(init=False, default=None)
+    """The first of those failures."""
 
     async def admit(self, tasks: asyncio.TaskGroup) -> None:
         """Start a task for the next prompt whenever the staleness bound allows it. Runs until it is cancelled."""
@@ -86,14 +91,15 @@ class Groups:
 
     async def process(self, prompt: Prompt) -> None:
         """Sample and score one group, and decide whether it is ready, filtered or failed."""
-        completions = await self._sample(prompt)
-        group = await self._scored(prompt, completions)
+        group = await self.player.group(prompt, partial(self.admission.move, prompt.ordinal))
         async with self._changed:
             self.in_flight.end(prompt.ordinal)
-            if completions:
-                self._settle(prompt.ordinal, group, len(completions))
+            self.tally.replayed += group.replayed
+            if group.failed:
+                self.admission.move(prompt.ordinal, f"failed({group.failed})")
             else:
-                self.admission.move(prompt.ordinal, "failed(engine_lost)")
+                self._settle(prompt.ordinal, group.rows, group.samples)
+            self._check_environment(prompt, group)
             self._settled += 1
             self._changed.notify_all()
 
@@ -145,37 +151,6 @@ class Groups:
         for task in self.in_flight.tasks.values():
             task.cancel()
 
-    async def _sample(self, prompt: Prompt) -> list[Completion]:
-        """The completions of a group. Empty, with the group still `sampling`, when its engine was lost too often."""
-        c = self.config
-        seed = sample_seed(c.seed, prompt.ordinal) if c.rollout.seeded else None
-        for retries_left in range(c.rollout.retries, -1, -1):
-            self.admission.move(prompt.ordinal, "sampling")
-            try:
-                completions = reject_aborted(await self.rollouts.sample(prompt.token_ids, c.group_size, seed=seed))
-            except EngineLost:
-                if retries_left:
-                    self.admission.move(prompt.ordinal, "admitted")
-                continue
-            self.admission.move(prompt.ordinal, "scoring")
-            return completions
-        return []
-
-    async def _scored(self, prompt: Prompt, completions: list[Completion]) -> list[Trajectory]:
-        """The group with its rewards, without the samples to which the reward does not apply."""
-        c = self.config
-
-        async def scored(reward: Reward, asked: Asked) -> Any:
-            async with self._scoring:
-                return await self.score(reward, asked, prompt.ordinal, c.deadlines.reward_s)
-
-        replies = [reply_to(prompt, completion, self.decode) for completion in completions]
-        return [
-            trajectory(prompt, completion, reward, parts, mask_truncated=c.mask_truncated)
-            for completion, (reward, parts) in zip(completions, await score_all(c.reward, replies, scored), strict=True)
-            if reward is not None
-        ]
-
     def _settle(self, ordinal: int, group: list[Trajectory], samples: int) -> None:
         """Decide what becomes of a scored group, of which so many were sampled."""
         if not all(math.isfinite(x) for t in group for x in t.logprobs):
@@ -189,9 +164,11 @@ class Groups:
         self.admission.move(ordinal, f"filtered({why})" if why else "ready")
         tally.groups += 1
         tally.samples += samples
-        tally.not_applicable += samples - len(group)
-        if group:
-            tally.rewards.append(fmean(t.reward for t in group))
+        # The rows of an episode have one reward.
+        rewards = {t.episode: t.reward for t in group}
+        tally.not_applicable += samples - len(rewards)
+        if rewards:
+            tally.rewards.append(fmean(rewards.values()))
         if why:
             tally.filtered += 1
             self._check_filters()
@@ -203,6 +180,21 @@ class Groups:
         if not group:
             return "not_applicable"
         return reason(self.config.filters, group) if any(t.trained for t in group) else "all_truncated"
+
+    def _check_environment(self, prompt: Prompt, group: Group) -> None:
+        """Raise EnvError, with the first failure as its cause, when too many groups failed because of it."""
+        error = group.error if isinstance(group.error, EnvError) else None
+        self._recent.append(error is not None)
+        if error and self._first is None:
+            self._first = prompt, error
+        failed, most = sum(self._recent), self.config.max_failed * RECENT
+        if self._first and failed > most:
+            first, cause = self._first
+            raise EnvError(
+                f"{failed} of the last {len(self._recent)} groups failed because of the environment (max_failed="
+                f"{self.config.max_failed:g} of {RECENT} groups). The first was prompt {first.ordinal} (task "
+                f"{show(dict(first.task), 180)}): {cause}"
+            ) from cause
 
     def _check_finite(self) -> None:
         if self.tally.nonfinite > self.config.max_filtered * self.config.prompts_per_step:
@@ -223,10 +215,3 @@ class Groups:
                 f"reward {mean}: the task is too hard, too easy or solved for this policy. "
                 "Change the data, raise `group_size`, loosen `filters`, or raise `max_filtered`"
             )
-
-
-def reject_aborted(completions: list[Completion]) -> list[Completion]:
-    """The completions. Raises EngineLost where one was aborted: half a reply is no sample."""
-    if any(completion.finish_reason == "abort" for completion in completions):
-        raise EngineLost("vLLM aborted a request")
-    return completions

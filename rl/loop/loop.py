@@ -8,9 +8,11 @@ from statistics import fmean
 
 from rl.batch import collate
 from rl.config import Config
+from rl.episodes.rows import first_rows
 from rl.loop.admission import Admission
 from rl.loop.errors import first_error
-from rl.loop.groups import Groups, Score, Tally
+from rl.loop.groups import Groups, Tally
+from rl.loop.players import Player, Replies, Score
 from rl.loop.progress import Progress, progress_of
 from rl.loop.step_metrics import (
     StepTimes,
@@ -50,6 +52,8 @@ class Loop:
     data_metrics: Callable[[], dict[str, float]] = dict
     """Metrics of the data that the stream has read so far, logged with every step."""
     score: Score = score_in_time
+    player: Player | None = None
+    """Makes the groups. None: single replies with `config.reward`."""
     progress: Progress = field(default_factory=Progress)
     """Where to resume; the default starts at step 1."""
     save: Save = no_checkpoint
@@ -64,10 +68,8 @@ class Loop:
         c, p = self.config, self.progress
         self.groups = Groups(
             config=c,
-            rollouts=self.rollouts,
+            player=self.player or Replies(config=c, rollouts=self.rollouts, decode=self.decode, score=self.score),
             prompts=p.remaining(self.prompts),
-            decode=self.decode,
-            score=self.score,
             set_aside=lambda group: self.on_samples(-1, group),
             admission=Admission(
                 prompts_per_step=c.prompts_per_step,
@@ -108,7 +110,8 @@ class Loop:
                 if c.save_every:
                     await self._save()
         except BaseExceptionGroup as group:
-            raise first_error(group) from None
+            first = first_error(group)
+            raise first from first.__cause__
 
     async def stop(self) -> None:
         """Let `run` return soon, with a checkpoint: the current learning step is finished, all else is given up."""
@@ -126,7 +129,7 @@ class Loop:
         metrics |= queue_metrics(self.admission.ledger, groups.in_flight)
         metrics |= groups.tally.metrics(filters=bool(c.filters))
         if c.mask_truncated:
-            metrics["response_length/masked_frac"] = fmean(not t.trained for t in trajectories)
+            metrics["response_length/masked_frac"] = fmean(not t.trained for t in first_rows(trajectories))
         groups.tally = Tally()
 
         learning = time.perf_counter()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from rl.episodes.rows import by_episode, turns_of
 from rl.filters import same
 from rl.loop.in_flight import InFlight
 from rl.loop.ledger import Ledger
@@ -28,33 +29,54 @@ class StepTimes:
 
 
 def batch_metrics(trajectories: list[Trajectory], version: int, group_size: int) -> dict[str, float]:
-    """Rewards, lengths and staleness of a step's samples; `version` is the engines' when the step begins."""
-    rewards = [t.reward for t in trajectories]
-    lengths = [sum(t.mask) for t in trajectories]
+    """Rewards, lengths and staleness of a step's episodes; `version` is the engines' when the step begins."""
+    episodes = [[trajectories[i] for i in of] for of in by_episode(trajectories)]
+    first = [rows[0] for rows in episodes]
+    rewards = [t.reward for t in first]
     groups: dict[int, list[float]] = defaultdict(list)
-    for t in trajectories:
+    for t in first:
         groups[t.group].append(t.reward)
-    ages = [version - v for t in trajectories for v, m in zip(t.versions, t.mask, strict=True) if m]
-    versions = [len({v for v, m in zip(t.versions, t.mask, strict=True) if m}) for t in trajectories]
+    sampled = [[v for t in rows for v, m in zip(t.versions, t.mask, strict=True) if m] for rows in episodes]
+    lengths = [len(versions) for versions in sampled]
+    ages = [version - v for versions in sampled for v in versions]
     metrics = {
         "reward/mean": fmean(rewards),
         "reward/std": stdev(rewards) if len(rewards) > 1 else 0.0,
         "response_length/mean": fmean(lengths),
         "response_length/max": float(max(lengths)),
-        "response_length/truncated_frac": fmean(t.finish_reason == "length" for t in trajectories),
+        "response_length/truncated_frac": fmean(t.finish_reason == "length" for t in first),
         "staleness/mean": fmean(ages),
         "staleness/max": float(max(ages)),
-        "staleness/versions_per_sample": fmean(versions),
+        "staleness/versions_per_sample": fmean(len({*versions}) for versions in sampled),
     }
     for age in range(max(ages) + 1):
         metrics[f"staleness/frac_at_{age}"] = ages.count(age) / len(ages)
     if group_size > 1:
         metrics["reward/frac_zero_std"] = fmean(same(g) for g in groups.values())
-    for name in sorted({name for t in trajectories for name in t.reward_parts}):
-        paid = [t.reward_parts[name] for t in trajectories if name in t.reward_parts]
+    for name in sorted({name for t in first for name in t.reward_parts}):
+        paid = [t.reward_parts[name] for t in first if name in t.reward_parts]
         metrics[f"reward/{name}/mean"] = fmean(paid)
-        if len(paid) < len(trajectories):
-            metrics[f"reward/{name}/left_out_frac"] = 1 - len(paid) / len(trajectories)
+        if len(paid) < len(first):
+            metrics[f"reward/{name}/left_out_frac"] = 1 - len(paid) / len(first)
+    return metrics | turn_metrics(episodes)
+
+
+def turn_metrics(episodes: list[list[Trajectory]]) -> dict[str, float]:
+    """Turns and rows of the episodes, each given by its rows, and what a turn was paid. Empty where all are of one."""
+    if not any(t.row or t.turns is not None for rows in episodes for t in rows):
+        return {}
+    turns = [{turn for t in rows for turn in turns_of(t) if turn >= 0} for rows in episodes]
+    metrics = {
+        "episode/turns": fmean(len(of) for of in turns),
+        "episode/turns_max": float(max(len(of) for of in turns)),
+        "episode/rows": fmean(len(rows) for rows in episodes),
+    }
+    paid: dict[int, float] = defaultdict(float)
+    for t in (t for rows in episodes for t in rows):
+        for i, amount in t.paid or ():
+            paid[turns_of(t)[i]] += amount
+    for turn in sorted(paid):
+        metrics[f"reward/turn_{turn}"] = paid[turn] / sum(turn in of for of in turns)
     return metrics
 
 

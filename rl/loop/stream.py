@@ -122,3 +122,11 @@ def _takes_nothing(function: Callable[..., Any]) -> bool:
 def sample_seed(seed: int, ordinal: int) -> int:
     """Seed of a group's first sample, below 2^31; each further sample adds 1."""
     return random.Random(f"{seed}:{ordinal}").randrange(2**31 - 2**12)
+
+
+def turn_seed(seed: int, ordinal: int, member: int, turn: int) -> int:
+    """Seed of one turn of an episode, below 2^31. The first has that of a single reply; no two turns have the same, for
+    equal seeds would correlate their noise."""
+    if turn == 0:
+        return sample_seed(seed, ordinal) + member
+    return random.Random(f"{seed}:{ordinal}:{member}:{turn}").randrange(2**31 - 2**12)

@@ -6,10 +6,11 @@ from rl.objectives.objective import Objective
 from rl.objectives.ppo import PPO
 from rl.objectives.reinforce import OPO, RLOO, ReinforcePP, ReinforcePPBaseline
 from rl.objectives.surrogates import clipped_surrogate
+from rl.objectives.turns import GiGPO
 
 FAMILY: tuple[type[Objective], ...] = (
     *(GRPO, DrGRPO, DAPO, GSPO, GMPO, CISPO, SAPO, M2PO, RLOO, OPO, ReinforcePP, ReinforcePPBaseline),
-    PPO,
+    *(GiGPO, PPO),
 )
 """Every objective that comes with the framework; each works with its defaults."""
 
@@ -26,6 +27,7 @@ __all__ = [
     "RLOO",
     "SAPO",
     "DrGRPO",
+    "GiGPO",
     "Objective",
     "ReinforcePP",
     "ReinforcePPBaseline",

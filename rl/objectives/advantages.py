@@ -1,8 +1,9 @@
-"""How do rewards (and values) become advantages? Pure functions, one for each baseline."""
+"""How do rewards (and values) become advantages? Pure functions, one for each baseline; a row is an episode."""
 
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -79,22 +80,28 @@ def gae(
     *,
     gamma: float,
     lam: float,
+    turns: Int[Tensor, "B T"] | None = None,
+    turn_gamma: float = 1.0,
 ) -> Float[Tensor, "B T"]:
     """Generalised advantage estimates [B, T] for the rewards of every token.
 
     A_t = sum_k (gamma lam)^k delta_{t+k}, delta_t = r_t + gamma V_{t+1} - V_t, where t + 1 is the next *sampled*
-    token (tool replies in between are skipped) and V is 0 after the last. Source: arXiv 1506.02438, eq. 16.
+    token (tool replies in between are skipped) and V is 0 after the last. Source: arXiv 1506.02438, eq. 16. From the
+    last token of a turn to the first of the next, gamma is multiplied by `turn_gamma`.
     """
-    advantages = torch.zeros_like(values)
-    following = torch.zeros_like(values[:, 0])
-    next_value = torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        here = mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = torch.where(here, delta + gamma * lam * following, following)
-        next_value = torch.where(here, values[:, t], next_value)
-        advantages[:, t] = torch.where(here, following, 0.0)
-    return advantages
+    columns = values.shape[1]
+    places = torch.where(mask, torch.arange(columns, device=mask.device), columns)
+    # For every column the next sampled one, and `columns`, where the value is 0, after the last.
+    later = F.pad(places[:, 1:], (0, 1), value=columns).flip(1).cummin(dim=1).values.flip(1)
+    between = torch.ones_like(values)
+    if turns is not None and turn_gamma != 1.0:
+        between[F.pad(turns, (0, 1), value=-1).gather(1, later) != turns] = turn_gamma
+    delta = rewards + gamma * between * F.pad(values, (0, 1)).gather(1, later) - values
+    following, advantages = torch.zeros_like(values[:, 0]), [values[:, :0]]
+    for here, step, factor in zip(*(each.unbind(1)[::-1] for each in (mask, delta, between)), strict=True):
+        following = torch.where(here, step + gamma * lam * factor * following, following)
+        advantages.append(following[:, None])
+    return torch.where(mask, torch.cat(advantages, dim=1).flip(1), 0.0)
 
 
 def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], eps: float = 1e-8) -> Float[Tensor, "B T"]:

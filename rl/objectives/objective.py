@@ -21,11 +21,12 @@ class Objective(Checked, ABC):
     """Subclass this, write the two methods, and pass an instance as `Config.objective`: that is all.
 
     `loss` returns a per-token loss [B, T] to be minimised; the trainer masks it, averages it (`average_over`) and
-    reduces it over micro-batches and ranks. So `loss` may use one row at a time only, and comparisons of rows belong
-    in `advantages`, which gets the whole step. Metrics are detached tensors of shape [B, T] (averaged over sampled
-    tokens) or [B] (over sequences). `loss` gets a `Step`, whose `old_logprobs` are always set; columns that the class
-    declares below are read with `needed(batch.values, "values")`. `rl.loss` adds the KL and entropy terms to every
-    objective. `unison check-objective FILE.py:CLASS` tests all of this.
+    reduces it over micro-batches and ranks. So `loss` may use one episode at a time only, and comparisons of episodes
+    belong in `advantages`, which gets the whole step. Both get one row for each episode: where an episode was cut into
+    rows, that is its sampled tokens alone, in the order of time. Metrics are detached tensors of shape [B, T] (averaged
+    over sampled tokens) or [B] (over episodes). `loss` gets a `Step`, whose `old_logprobs` are always set; columns that
+    the class declares below are read with `needed(batch.values, "values")`. `rl.loss` adds the KL and entropy terms to
+    every objective. `unison check-objective FILE.py:CLASS` tests all of this.
     """
 
     kl_coef: float = 0.0

@@ -31,6 +31,8 @@ class PPO(Objective):
     1912.09729, eq. 5). Default: off."""
     gamma: float = 1.0
     """Discount per token."""
+    turn_gamma: float = 1.0
+    """Discount per turn of an episode, in addition to that per token."""
     lam: float = 0.95
     """Lambda of generalised advantage estimation: 0 trusts the critic alone, 1 the rewards alone."""
     value_coef: float = 0.5
@@ -48,7 +50,8 @@ class PPO(Objective):
 
     def _raw(self, batch: Batch) -> Float[Tensor, "B T"]:
         values = needed(batch.values, "values")
-        return gae(token_rewards(batch), values, batch.mask, gamma=self.gamma, lam=self.lam)
+        paid, turn_gamma = token_rewards(batch), self.turn_gamma
+        return gae(paid, values, batch.mask, gamma=self.gamma, lam=self.lam, turns=batch.turns, turn_gamma=turn_gamma)
 
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
         return whiten(self._raw(batch), batch.mask)

@@ -66,6 +66,8 @@ class ReinforcePP(GRPO):
     the k1 penalty is in the reward of every token. Needs no group, so `group_size=1` is enough.
     """
 
+    turn_gamma: float = 1.0
+    """Discount per turn of an episode: a reward counts for an earlier turn by turn_gamma for each turn in between."""
     kl_estimator: Estimator = "k1"
     kl_in: Literal["loss", "reward"] = "reward"
 
@@ -74,7 +76,8 @@ class ReinforcePP(GRPO):
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
         # Without values and with gamma = lam = 1, GAE is the sum of the rewards to come.
         nothing = torch.zeros_like(batch.rollout_logprobs)
-        to_come = gae(token_rewards(batch), nothing, batch.mask, gamma=1.0, lam=1.0)
+        paid = token_rewards(batch)
+        to_come = gae(paid, nothing, batch.mask, gamma=1.0, lam=1.0, turns=batch.turns, turn_gamma=self.turn_gamma)
         return whiten(to_come, batch.mask)
 
 

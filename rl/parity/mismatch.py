@@ -16,6 +16,8 @@ MOMENTS = {
     "critic/residual_sq",
 }
 """Sums that `finish` turns into other metrics, and does not show."""
+TURN, TURN_TOKENS = "logprob_abs_diff_turn/", "turn_tokens/"
+"""Before the number of a turn: |d| at its tokens, and 1 at its tokens; 0 at others. `finish` divides their means."""
 
 
 def mismatch(batch: Step) -> Metrics:
@@ -48,6 +50,10 @@ def mismatch(batch: Step) -> Metrics:
         "seq_is": whole,
         "seq_is_sq": whole**2,
     }
+    turns = torch.full_like(batch.versions, -1) if batch.turns is None else batch.turns
+    for turn in range(int(turns.max()) + 1):
+        here = turns == turn
+        metrics |= {f"{TURN}{turn}": torch.where(here, d.abs(), 0.0), f"{TURN_TOKENS}{turn}": here.float()}
     return {f"rollout_corr/{name}": value for name, value in metrics.items()}
 
 
@@ -56,8 +62,13 @@ def finish(means: dict[str, float]) -> dict[str, float]:
 
     Standard errors treat tokens as independent, and count them again in every epoch.
     """
-    out = {name: value for name, value in means.items() if name not in MOMENTS}
     corr = {n.removeprefix("rollout_corr/"): value for n, value in means.items() if n.startswith("rollout_corr/")}
+    turns = {n: corr[TURN_TOKENS + n.removeprefix(TURN)] for n in corr if n.startswith(TURN)}
+    moments = MOMENTS | {f"rollout_corr/{n}" for n in corr if n.startswith((TURN, TURN_TOKENS))}
+    out = {name: value for name, value in means.items() if name not in moments}
+    by_turn = {f"rollout_corr/{n}": corr[n] / tokens for n, tokens in turns.items() if tokens}
+    if by_turn:
+        out |= by_turn | {"rollout_corr/logprob_abs_diff_worst_turn": worst([*by_turn.values()])}
     if corr:
         n = corr["token_count"]
         out |= {
@@ -75,6 +86,11 @@ def finish(means: dict[str, float]) -> dict[str, float]:
         residual = means["critic/residual_sq"] - means["critic/residual"] ** 2
         out["critic/vf_explained_var"] = 1.0 - residual / variance if variance > 0 else math.nan
     return out
+
+
+def worst(values: list[float]) -> float:
+    """The largest; NaN if one is NaN, which `max` may hide."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def standard_error(mean: float, square: float, count: float) -> float:

@@ -1,4 +1,4 @@
-"""Which settings exist? Writes docs/reference/configuration.md from the fields and docstrings of rl/config.py.
+"""Which settings exist? Writes docs/reference/configuration.md from fields and docstrings.
 
 python scripts/docs/config_reference.py             # write the page; --check: exit with 1 if it is out of date
 """
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from written import ROOT, write_or_check
 
-SOURCE = ROOT / "rl" / "config.py"
+SOURCES = ("rl/environments/types.py", "rl/trainer_config.py", "rl/config.py")
 PAGE = ROOT / "docs" / "reference" / "configuration.md"
 HEAD = """# Configuration
 
-<!-- Written by scripts/docs/config_reference.py from rl/config.py. Change the docstrings there, not this page. -->
+<!-- Written by scripts/docs/config_reference.py from the docstrings of the code. Change them, not this page. -->
 
 A run is one `Config` value. This page lists every field with its type, its default and its meaning.
 
@@ -75,6 +75,11 @@ def _default(value: ast.expr | None) -> str:
     return ast.unparse(value)
 
 
+def source() -> str:
+    """The modules whose classes are settings, as one."""
+    return "\n".join((ROOT / name).read_text() for name in SOURCES)
+
+
 def page(source: str) -> str:
     """The whole page as Markdown."""
     classes = config_classes(source)
@@ -107,4 +112,4 @@ def _row(setting: Setting, prefix: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(write_or_check(PAGE, page(SOURCE.read_text()), sys.argv[1:]))
+    sys.exit(write_or_check(PAGE, page(source()), sys.argv[1:]))

@@ -71,7 +71,7 @@ def learn(engine: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"seed": seed, "error": None, "refusals": refusals}
     began = time.perf_counter()
     # A run samples a group again if one of its replies was aborted. These runs learn from aborted replies.
-    no_resampling = patch("rl.loop.groups.reject_aborted", lambda completions: completions)
+    no_resampling = patch("rl.loop.players.reject_aborted", lambda completions: completions)
     with patch.object(RemoteLearner, "_verify", recorded), no_resampling:
         try:
             run(config)

@@ -25,6 +25,7 @@ def start(
     under: Sequence[str] = (),
     env: Mapping[str, str | None] | None = None,
     log: str = "terminal.log",
+    recipe: Path = RECIPE,
 ) -> tuple[subprocess.Popen, str]:
     """A recipe in a process group of its own, and a mark that its environment hands to every process it starts.
 
@@ -33,8 +34,8 @@ def start(
     """
     mark = uuid.uuid4().hex
     STARTED.append(mark)
-    recipe = [sys.executable, "-W", "ignore", str(RECIPE), "--model", str(model), "--output-dir", str(folder), *flags]
-    command = [*under, *recipe]
+    python = [sys.executable, "-W", "ignore"]
+    command = [*under, *python, str(recipe), "--model", str(model), "--output-dir", str(folder), *flags]
     changed = os.environ | (env or {}) | {"UNISON_TEST_MARK": mark}
     output = (folder / log).open("w")
 

@@ -288,6 +288,35 @@ def no_baseline(self, batch):
     return spread(batch.rewards, batch.mask)
 
 
+# -- episodes of several rows ------------------------------------------------------------------------------------------
+
+
+def shifted(mask, by):
+    """The mask of the column before (1) or after (-1)."""
+    return torch.nn.functional.pad(mask, (1, 0))[:, :-1] if by > 0 else torch.nn.functional.pad(mask, (0, 1))[:, 1:]
+
+
+def centred_rewards(batch):
+    return spread(group_relative(batch.rewards, batch.group_ids, divide_by_std=False), batch.mask)
+
+
+@wrong("episodes", "with each episode cut into two rows, the advantages change")
+def discount_by_gaps_in_the_mask(self, batch):
+    begins = batch.mask & ~shifted(batch.mask, 1)
+    return centred_rewards(batch) * 0.8 ** (begins.cumsum(dim=1) - 1).clamp(min=0)
+
+
+@wrong("episodes", "Find a turn by batch.turns and its state by batch.states")
+def credit_by_the_token_before(self, batch):
+    return centred_rewards(batch) * (1.0 + 0.5 * (batch.input_ids[:, :-1] > 50))
+
+
+@wrong("episodes", "with each episode cut into two rows, the gradient changes")
+def ends_of_turns_weigh_more(self, policy, batch, advantages):
+    ends = batch.mask & ~shifted(batch.mask, -1)
+    return right(policy, batch, advantages) * (1.0 + 0.5 * ends), {}
+
+
 # -- the policy gradient -----------------------------------------------------------------------------------------------
 
 

@@ -72,7 +72,7 @@ def test_every_check_is_shown_to_find_something():
     assert names >= {
         *("NaN", "empty mask", "pure", "columns", "row order", "mask", "position", "micro-batches", "groups", "sign"),
         *("policy gradient", "extreme ratios", "penalty", "entropy", "critic", "zero advantage", "bounds"),
-        *("finite differences", "shape", "metrics", "runs"),
+        *("finite differences", "shape", "metrics", "runs", "episodes"),
     }
     assert more.CASES is CASES
     assert more_right_objectives.right.__module__ == "right_objectives"

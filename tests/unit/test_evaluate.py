@@ -8,7 +8,7 @@ import pytest
 
 from rl.config import Config, RolloutConfig
 from rl.loop.evaluate import evaluate, standard_error
-from rl.loop.groups import MAX_SCORING
+from rl.loop.players import MAX_SCORING
 from rl.rewards.score import RewardError
 from rl.types import Completion, Data, Prompt
 

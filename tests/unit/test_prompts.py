@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rl.config import Config, RolloutConfig
+from rl.environments.template import chat_of
 from rl.tokens import Rendering, encode, render
 from rl.types import Data, Example
 from rl.validate import check
@@ -159,6 +160,42 @@ def test_one_of_several_templates_is_chosen_by_its_name(tmp_path):
     tokenizer.chat_template = {"default": CHAT, "dated": DATED}
     assert render(tokenizer, [USER], TODAY) == "u:1=;a:"
     assert render(tokenizer, [USER], replace(TODAY, template={"chat_template": "dated"})).startswith("01 Mar 2026")
+
+
+# -- tools and turns ---------------------------------------------------------------------------------------------------
+
+TOOLED = "{{ tools | tojson if tools else 'none' }};" + CHAT
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_a_prompt_shows_the_tools_of_the_run(tmp_path):
+    tokenizer = load_tokenizer(make_tokenizer(tmp_path))
+    tokenizer.chat_template = {"default": "none;" + CHAT, "tool_use": DATED + TOOLED}
+    assert render(tokenizer, [USER], TODAY) == "none;u:1=;a:"
+    shown = render(tokenizer, [USER], replace(TODAY, tools=[ADD]))
+    # The template for tools writes the date too, which is that of the run's start.
+    assert shown.startswith("01 Mar 2026;")
+    assert '"name": "add"' in shown
+
+
+def test_the_caller_may_decide_whether_the_assistants_turn_is_opened(folders):
+    tokenizer = load_tokenizer(folders["chat"])
+    assert render(tokenizer, [USER], TODAY, opens=False) == "u:1=;"
+    assert render(tokenizer, [USER, BEGUN], TODAY, opens=False) == "u:1=;a:It is;"
+    assert render(tokenizer, [USER, BEGUN], TODAY, opens=True) == "u:1=;a:It is;a:"
+
+
+def test_a_real_tokenizer_gives_the_same_delta_alone_as_in_the_whole_text(tmp_path):
+    tokenizer = load_tokenizer(
+        make_tokenizer(tmp_path, bos=True, chat_template="<bos>" + CHAT.replace("}};", "}}<eos>"))
+    )
+    chat = chat_of(tokenizer, TODAY, [tokenizer.eos_token_id])
+    more = {"role": "user", "content": "2="}
+    prompt, said = chat.prompt([USER]), [*tokenizer.encode("It is", add_special_tokens=False), tokenizer.eos_token_id]
+    whole = chat.prompt([USER, BEGUN, more])
+    assert [*prompt, *said, *chat.delta([more], said)] == whole
+    assert [*prompt, *said[:-1], *chat.delta([more], said[:-1])] == whole
+    assert whole.count(tokenizer.bos_token_id) == 1
 
 
 def test_a_resumed_run_has_the_prompts_of_the_day_on_which_it_was_started(folders):

@@ -303,8 +303,8 @@ def test_a_few_samples_of_each_step_are_kept_as_text(tmp_path):
     assert rows[0] == {
         "step": 7,
         "prompt_ordinal": 10,
-        "prompt": "13",
-        "reply": "245",
+        "prompt": "1",
+        "reply": "2345",
         "reward": 0.5,
         "finish_reason": "length",
         "versions": [3, 4],

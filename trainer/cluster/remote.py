@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -29,17 +30,26 @@ class RemoteRollouts:
         self.load = [0] * len(cluster.engines)
 
     async def sample(
-        self, token_ids: list[int], n: int, *, seed: int | None, temperature: float | None = None
+        self,
+        token_ids: list[int],
+        n: int,
+        *,
+        seed: int | None,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        engine: int | None = None,
     ) -> list[Completion]:
         """n completions of one prompt. Raises EngineLost when the engine is gone before it answers."""
-        index = min(await self.fleet.serving(), key=lambda i: self.load[i])
+        serving = await self.fleet.serving()
+        index = engine if engine in serving else min(serving, key=lambda i: self.load[i])
         restarts = self.fleet.restarts_of[index]
         self.load[index] += n
         try:
             deadline = self.cluster.config.deadlines.sample_s
-            return await self.cluster.ask_engine(
-                index, lambda e: e.sample(token_ids, n, seed, temperature), deadline_s=deadline
+            completions = await self.cluster.ask_engine(
+                index, lambda e: e.sample(token_ids, n, seed, temperature, max_tokens), deadline_s=deadline
             )
+            return [replace(completion, engine=index) for completion in completions]
         except EngineLost as error:
             self.fleet.mark_lost(index, restarts, str(error))
             raise

@@ -65,6 +65,7 @@ async def measured(plan: Plan) -> tuple[dict[str, float], dict[str, int]]:
     from trainer.cluster.cluster import Cluster
     from trainer.cluster.fleet import Fleet
     from trainer.cluster.remote import RemoteRollouts
+    from trainer.episodes import episodes_of
     from trainer.prompts import read
 
     config = plan.config
@@ -80,7 +81,9 @@ async def measured(plan: Plan) -> tuple[dict[str, float], dict[str, int]]:
         fleet = Fleet(cluster)
         fleet.recover = lambda: restarted(fleet)
         with status(f"sampling {sum(map(len, prepared.evals.values()))} problems"):
-            metrics = await evaluate(config, RemoteRollouts(cluster, fleet), prepared.decode, prepared.evals)
+            rollouts = RemoteRollouts(cluster, fleet)
+            player = episodes_of(config, rollouts, prepared)
+            metrics = await evaluate(config, rollouts, prepared.decode, prepared.evals, player)
         return metrics, {name: len(prompts) for name, prompts in prepared.evals.items()}
     finally:
         await asyncio.shield(cluster.close())

@@ -13,6 +13,7 @@ from trainer.cluster.remote import RemoteLearner
 from trainer.data.first_prompt import FirstPrompt
 from trainer.doctor.check import ParityCheck
 from trainer.doctor.comparisons import Comparison, Comparisons
+from trainer.doctor.episodes.run import examine_episodes
 from trainer.doctor.examine import Examiner
 from trainer.doctor.finding import Finding
 from trainer.plan.plan import make_plan
@@ -98,7 +99,9 @@ async def examine_engines(
 
     Afterwards the engines hold the learner's weights as `version`, unless a fault was found.
     """
-    return replace(await _examine(cluster, learner, prepared, version), first_prompt=prepared.first)
+    episodes = await examine_episodes(cluster, prepared)
+    report = await _examine(cluster, learner, prepared, version)
+    return replace(report, findings=[*episodes, *report.findings], first_prompt=prepared.first)
 
 
 async def _examine(cluster: Cluster, learner: RemoteLearner, prepared: Prepared, version: int) -> DoctorReport:

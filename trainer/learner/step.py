@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rl.batch import take, trained_rows
+from rl.batch import episodes, integers, take, trained_rows
+from rl.episodes.joined import joined
 from rl.loss import critic_alone, full_loss, prepare
 from rl.objectives.adaptive import coefficients, next_objective
 from rl.parity.mismatch import finish
@@ -38,12 +39,14 @@ class Stepper:
         several = t.epochs * t.minibatches > 1
         batch = self._with_start_of_step(batch, several)
         batch, advantages = prepare(objective, batch)
-        rows, meter, grad_norms = trained_rows(batch), Meter(), []
-        parts = min(t.minibatches, len(rows))  # rows that are not trained on may leave fewer than minibatches
+        whole, meter, grad_norms = episodes(batch, trained_rows(batch)), Meter(), []
+        parts = min(t.minibatches, len(whole))  # episodes that are not trained on may leave fewer than minibatches
         for epoch in range(t.epochs):
-            order = rows if not several else rows[torch.randperm(len(rows), generator=self._shuffle(epoch))]
+            n = len(whole)
+            order = torch.randperm(n, generator=self._shuffle(epoch)) if several else torch.arange(n)
             for part in order.tensor_split(parts):
-                grad_norms.append(self._optimizer_step(batch, advantages, part, meter))
+                chosen = [whole[i] for i in integers(part)]
+                grad_norms.append(self._optimizer_step(batch, advantages, chosen, meter))
         for name, gib in r.memory.report().items():
             meter.merge_one(name, gib, 1)
         metrics = finish(merged(meter, r.ranks).means())
@@ -78,16 +81,17 @@ class Stepper:
         seed = self.rank.config.seed * 1_000_003 + self.rank.engine.global_steps * 101 + epoch
         return torch.Generator().manual_seed(seed)
 
-    def _optimizer_step(self, batch: Batch, advantages: Tensor, rows: Tensor, meter: Meter) -> float:
+    def _optimizer_step(self, batch: Batch, advantages: Tensor, chosen: list[Tensor], meter: Meter) -> float:
+        """Take one step on the chosen episodes, each given by its rows."""
         r, objective = self.rank, self.objective
         c = r.config
-        totals = Totals(tokens=int(batch.mask[rows].sum()), sequences=len(rows), horizon=c.rollout.max_tokens)
+        rows = torch.cat(chosen)
+        totals = Totals(tokens=int(batch.mask[rows].sum()), sequences=len(chosen), horizon=c.horizon)
         r.policy.tokens.zero_()
         live = rows
         if c.trainer.skip_zero_advantage and objective.may_skip:
-            # The denominators still count these rows, so leaving them out changes no gradient.
-            live = rows[advantages[rows].any(dim=1)]
-            live = live if len(live) else rows[:1]
+            # The denominators still count these episodes, so leaving them out changes no gradient.
+            live = torch.cat([of for of in chosen if advantages[of].any()] or chosen[:1])
         with r.memory.during("gradients"):
             for micro in own_micro_batches(r, batch, live):
                 self._accumulate(batch, advantages, micro, totals, meter)
@@ -116,10 +120,11 @@ class Stepper:
         )
         if warming_up:
             policy = critic_alone(policy)
-        part_advantages = torch.zeros_like(policy.logprobs)
-        part_advantages[: len(micro)] = advantages[micro, : part.mask.shape[1]].to(r.device)
+        given = torch.zeros_like(policy.logprobs)
+        given[: len(micro)] = advantages[micro, : part.mask.shape[1]].to(r.device)
+        part, policy, given = joined(part, policy, given)
         old_is_rollout = self.old_logprobs == "rollout"
-        loss, metrics = full_loss(objective, c.correction, policy, part, part_advantages, old_is_rollout=old_is_rollout)
+        loss, metrics = full_loss(objective, c.correction, policy, part, given, old_is_rollout=old_is_rollout)
         weights = loss_weights(part.mask, objective.average_over, totals)
         # A bare product would carry an infinity from outside the mask as 0 * inf. DeepSpeed averages over ranks.
         total = torch.where(part.mask, loss * weights, 0.0).sum() * r.ranks

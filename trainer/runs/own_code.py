@@ -1,6 +1,7 @@
-"""Has the code of a reward or an objective changed? A digest of it, and of what it uses from the user's own files.
+"""Has the code of a reward, an environment or an objective changed? A digest of it, and of what it uses.
 
-Best effort: it sees functions, classes, constants and what they name, not what they read at run time.
+It covers the user's own files. Best effort: it sees functions, classes, constants and what they name, not what they
+read at run time.
 """
 
 import hashlib
@@ -28,7 +29,8 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 def code_digests(config: Config) -> dict[str, str]:
     """Digest of the user's own code by what it is for and its name."""
-    parts = {"reward": config.reward, "eval_reward": config.eval_reward, "objective": config.objective}
+    parts = {"reward": config.reward, "env": config.env, "eval_reward": config.eval_reward}
+    parts |= {"objective": config.objective}
     parts |= {"correction": config.correction} | {f"filters[{i}]": each for i, each in enumerate(config.filters)}
     found: dict[str, str] = {}
     for role, value in parts.items():

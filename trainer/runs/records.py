@@ -110,7 +110,7 @@ class Recorder:
         record = Record(
             batch=replace(batch, old_logprobs=before.logprobs, values=before.values, ref_logprobs=reference),
             policy=await self.learner.answer(batch),
-            horizon=self.config.rollout.max_tokens,
+            horizon=self.config.horizon,
             objective=type(self.config.objective).__name__,
             spec=spec_of(self.config.objective),
         )

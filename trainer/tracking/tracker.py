@@ -88,8 +88,9 @@ class RunTracker:
         """Keep a few trajectories as text; all of them when step is -1 (set aside as broken)."""
         kept = trajectories if step < 0 else trajectories[: self.config.samples_per_step]
         for t in kept:
-            prompt = [i for i, m in zip(t.token_ids, t.mask, strict=True) if not m]
-            reply = [i for i, m in zip(t.token_ids, t.mask, strict=True) if m]
+            # What an episode read between its turns stays between them.
+            first = t.mask.index(True) if True in t.mask else len(t.mask)
+            prompt, reply = t.token_ids[:first], t.token_ids[first:]
             row = {
                 "step": step,
                 "prompt_ordinal": t.group,
@@ -100,7 +101,8 @@ class RunTracker:
                 "versions": sorted({v for v, m in zip(t.versions, t.mask, strict=True) if m}),
             }
             if step < 0:
-                row |= {"token_ids": reply, "logprobs": [repr(x) for x in t.logprobs]}
+                sampled = [i for i, m in zip(t.token_ids, t.mask, strict=True) if m]
+                row |= {"token_ids": sampled, "logprobs": [repr(x) for x in t.logprobs]}
             self._write("samples", row, step)
         self._tell(step, lambda tracker: tracker.samples(step, trajectories, decode))
 

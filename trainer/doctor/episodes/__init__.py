@@ -1,0 +1,1 @@
+"""Do a run's chat template, parser and environment hold over many turns? Examined before anything starts."""
