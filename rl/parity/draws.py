@@ -49,6 +49,10 @@ class Draws:
     """By how much they are more likely under it than under the run's settings; a nat or two is chance."""
 
 
+SMALL = 8.0
+"""Nats that are no sign of another temperature."""
+
+
 def draws(told: Told, stop_ids: Collection[int]) -> Draws:
     """Measure it on tokens with all their logits."""
     log_p, targets = told.log_p, told.targets
@@ -96,15 +100,29 @@ def _likelier(told: Told) -> tuple[str, float]:
     """Another temperature, or a cut, from which the tokens are rather drawn."""
     base = float(told.expected.double().sum())
 
-    kept = told.log_p > -torch.inf  # a smaller set would count each sampled token as kept, and look likelier
+    # A smaller set would count each sampled token as kept, and look likelier.
+    logits = told.logits.masked_fill(told.log_p == -torch.inf, -torch.inf)
+    chosen = logits.gather(1, told.targets[:, None])[:, 0]
 
     def gain(temperature: float) -> float:
-        log_p = (told.logits / temperature).masked_fill(~kept, -torch.inf).log_softmax(-1)
-        return float(log_p.gather(1, told.targets[:, None]).double().sum()) - base
+        log_p = chosen / temperature - (logits / temperature).logsumexp(-1)
+        return float(log_p.double().sum()) - base
 
-    best, lost = golden(lambda t: -gain(t), 0.2 * told.temperature, 3 * told.temperature, 0.01 * told.temperature)
+    t = told.temperature
+    # The gain is 0 at the run's temperature and concave in 1/T: between two small losses there is no large gain.
+    best, lost = t, 0.0
+    if not all(-SMALL < gain(near * t) < 0 for near in (0.95, 1.05)):
+        best, lost = golden(lambda t: -gain(t), 0.2 * t, 3 * t, 0.01 * t)
     found = [(f"the temperature {best:.3g}", -lost)]
+    p = told.log_p.exp()
+    own = p.gather(1, told.targets[:, None])
+    likelier = p > own
+    rank, above, share = likelier.sum(-1), (p * likelier).sum(-1), own[:, 0] / p.amax(-1)
     for cut in cuts(told.logits.shape[1]) if told.truncation is None else ():
+        # Most cuts would have removed a sampled token, which these three numbers show without sorting.
+        small = (rank < cut.top_k) | (cut.top_k < 1)
+        if not bool((small & (above <= cut.top_p) & (share >= 0.999 * cut.min_p)).all()):
+            continue
         fewer = keep(told.logits / told.temperature, cut)
         if bool(fewer.gather(1, told.targets[:, None]).all()):
             mass = told.log_p.masked_fill(~fewer, -torch.inf).logsumexp(-1)
