@@ -64,7 +64,7 @@ class Parser:
         try:
             reasoning, answer = self._split(prompt, said)
             text, calls, malformed = self._calls(answer) if self.tool else (answer, (), "")
-        except Exception as error:  # the parser met a text that it was not written for
+        except Exception as error:  # vLLM's parsers raise anything on texts of a policy, which then reads the reason
             return Parsed(text=self._plain(said), malformed=f"it cannot be read: {error}")
         if finish_reason != "stop" and (calls or malformed):
             text, calls, malformed = answer, (), CUT

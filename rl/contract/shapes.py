@@ -45,7 +45,7 @@ def shapes(objective: Objective, scene: Scene) -> Iterator[Violation]:
     policy = replace(scene.policy, logprobs=scene.policy.logprobs.clone().requires_grad_())
     try:
         out: Any = objective.loss(policy, step, given)
-    except Exception as error:  # the same
+    except Exception as error:  # an objective may raise anything, and that is the answer
 
         def with_all(rich: Step) -> object:
             return objective.loss(replace(policy, values=rich.values), rich, given)

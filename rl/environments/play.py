@@ -68,7 +68,7 @@ async def play(stage: Stage, prompt: Prompt, member: int, seed: Callable[[int], 
     """
     try:
         instance = await stage.host.make(prompt.task, stage.limits.tool_s)
-    except Exception as error:
+    except Exception as error:  # the constructor is the user's code; EnvError is what may be played again
         raise fault("the environment's constructor", error) from error
     one, failed = _Play(stage, prompt, instance), True
     try:
@@ -78,8 +78,7 @@ async def play(stage: Stage, prompt: Prompt, member: int, seed: Callable[[int], 
     finally:
         try:
             await instance.close(min(CLOSE_S, stage.limits.tool_s))
-        except Exception as error:
-            # The first error is the one to report.
+        except Exception as error:  # the user's code; of two errors the first is the one to report
             if not failed:
                 raise fault("`close`", error) from error
 
@@ -268,7 +267,7 @@ class _Play:
             if what == "`start`":
                 raise EnvError("`start` raised ToolError, and there is no turn yet that it could answer") from None
             raise
-        except Exception as error:
+        except Exception as error:  # the user's code may raise anything, and none of it may become a reward
             raise fault(what, error) from error
 
     def _encoded(self, what: str, encode: Callable[[], list[int]]) -> list[int]:
