@@ -30,6 +30,8 @@ class RolloutConfig(Checked):
     """Most tokens of a prompt and its completion together."""
     max_num_seqs: int = 64
     """Most sequences that one engine decodes at the same time."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens that one engine step computes, on GPUs. None: 8192, or the longest sequence if that is longer."""
     top_p: float = 1.0
     """Sample from the most likely tokens whose probabilities first add up to this. The trainer then renormalises over
     the same tokens. 1 is off."""

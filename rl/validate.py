@@ -64,7 +64,7 @@ def _check_counts(config: Config) -> None:
     r, t = config.rollout, config.trainer
     at_least_one = {
         "": (config, ("steps", "prompts_per_step", "group_size", "eval_samples", "max_filtered", "keep_last")),
-        "rollout.": (r, ("max_tokens", "max_num_seqs")),
+        "rollout.": (r, ("max_tokens", "max_num_seqs", "max_num_batched_tokens")),
         "trainer.": (t, ("epochs", "minibatches", "micro_batch_tokens")),
     }
     for prefix, (part, names) in at_least_one.items():

@@ -19,6 +19,11 @@ class TensorMeta:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire."""
+        return prod(self.shape) * getattr(torch, self.dtype).itemsize
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightManifest:
@@ -30,7 +35,7 @@ class WeightManifest:
 
     def total_bytes(self) -> int:
         """Bytes that each receiver gets."""
-        return sum(prod(t.shape) * getattr(torch, t.dtype).itemsize for t in self.tensors)
+        return sum(t.nbytes for t in self.tensors)
 
 
 @cache

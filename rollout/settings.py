@@ -49,7 +49,9 @@ def engine_args(config: Config, *, device: str, backend: str, model: str) -> dic
         # cannot do: it kills the engine. With room for every sequence at its longest, no prompt is ever split.
         args |= {"max_num_batched_tokens": r.max_num_seqs * r.max_model_len}
     else:
-        args |= {"gpu_memory_utilization": r.gpu_memory_utilization}
+        # vLLM's engine class has no default for GPUs and takes 2,048 tokens per step, a quarter of what they can use.
+        batched = r.max_num_batched_tokens or max(8192, r.max_model_len)
+        args |= {"gpu_memory_utilization": r.gpu_memory_utilization, "max_num_batched_tokens": batched}
     return args
 
 

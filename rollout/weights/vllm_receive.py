@@ -10,6 +10,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 
 from rl.weights import digest
 from rollout.head import forget_heads
+from rollout.weights.group import check_usable
 
 
 class DigestingModel(nn.Module):
@@ -42,6 +43,10 @@ class NCCLEngine(NCCLWeightTransferEngine):
     """vLLM's NCCL engine with digests; after an update it drops the head that was cast from the old weights."""
 
     digesting = False
+
+    def init_transfer_engine(self, init_info: Any) -> None:
+        super().init_transfer_engine(init_info)
+        check_usable(self.model_update_group)
 
     def start_weight_update(self) -> None:
         super().start_weight_update()

@@ -88,8 +88,8 @@ def test_activations_and_the_head_grow_with_the_tokens_of_a_pass():
     assert places["learner rank"]["activations"] == 16 * layer
     _, less = found(micro_batch_tokens=4096, gradient_checkpointing=True)
     assert less["learner rank"]["activations"] == layer + 16 * 2 * 4096 * 1024 / 2**30
-    # Twice the logits of 256 tokens, the weight and its gradient.
-    assert places["learner rank"]["head"] == 4 * 2**15 * (2 * 256 + 2 * 1024) / 2**30
+    # On tensor cores: three arrays of 2048 tokens, and the gradient of the weight.
+    assert places["learner rank"]["head"] == 4 * 2**15 * (3 * 2048 + 1024) / 2**30
 
 
 def test_a_pass_takes_512_tokens_on_cpu_and_4096_on_gpus_unless_the_config_sets_them():

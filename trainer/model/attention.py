@@ -1,14 +1,15 @@
 """How does attention work in a packed row? Sequences lie next to each other without padding; none sees another."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
@@ -25,6 +26,9 @@ SPECIAL = ("sliding_window", "softcap", "s_aux", "position_bias")
 LONG = 512
 """Completions of at least so many tokens recompute prompt queries with causal attention instead of a mask: on CPU,
 causal attention skips later tokens, and a mask does not."""
+
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+"""The varlen kernel takes fewer key-value heads than query heads; torch 2.11 has no argument that says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,15 +130,15 @@ def attend_segments(
 ) -> Float[Tensor, "B S H D"]:
     """Attention over a whole row: one call per segment.
 
-    On CUDA in half precision, where no prompt is shared, one varlen kernel computes the row (not run yet: no GPU).
+    On CUDA in half precision, where no prompt is shared, one varlen kernel computes the row.
     """
     one_row = len(query) == 1 and all(s.prompt is None for s in segments)
     if query.is_cuda and query.dtype != torch.float32 and one_row:
-        lengths = [n for s in segments for n in s.lengths]
-        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
+        lengths = tuple(n for s in segments for n in s.lengths)
+        ends = sequence_ends(lengths, query.device)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         most = max(lengths)
-        out = varlen_attn(q, k, v, ends, ends, most, most, scale=scaling, window_size=(-1, 0), enable_gqa=True)
+        out = varlen_attn(q, k, v, ends, ends, most, most, scale=scaling, window_size=(-1, 0), **GROUPED)
         assert isinstance(out, Tensor)
         return out[None]
     # Split instead of slices: the backward of a slice writes a whole row of zeros.
@@ -152,6 +156,12 @@ def attend_segments(
         )
         outs.append(out.transpose(1, 2)[:, -sum(s.lengths) :])
     return torch.cat(outs, dim=1)
+
+
+@lru_cache(maxsize=4)
+def sequence_ends(lengths: tuple[int, ...], device: torch.device) -> Int[Tensor, " N"]:
+    """0 and the column after each sequence. All layers of a row share it: a copy to the device waits for the device."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def _no_mask(*, attention_mask: Tensor | None = None, **_: Any) -> None:

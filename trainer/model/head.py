@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from rl.sampling.forbidden import named
 from rl.sampling.truncation import Truncation, keep
 from trainer.model.logits import PLAIN, LogitsMap
+from trainer.model.product import halves, on_tensor_cores, operand, write_product
 
-CHUNK = 256
-"""Tokens whose logits exist at a time."""
+CHUNK, CHUNK_ON_GPU = 256, 2048
+"""Tokens whose logits exist at a time: as many as a CPU's cache takes, or as keep a GPU busy."""
 
 
 class _TokenLogprob(torch.autograd.Function):
@@ -19,13 +20,13 @@ class _TokenLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, inv_temperature, dtype, mapped, truncation, support, forbidden):
-        w = weight.to(dtype)
+        w = operand(weight, hidden, dtype)
         n = hidden.shape[0]
         logprob, lse, entropy = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
         spaces = _spaces(hidden, w)
-        for s in _chunks(n):
+        for s in _chunks(n, w.device):
             logits, space = (x[: s.stop - s.start] for x in spaces)
-            _logits(hidden[s], w, bias, mapped, inv_temperature, out=logits)
+            _logits(hidden[s], w, dtype, bias, mapped, inv_temperature, out=logits)
             chosen = logits.gather(-1, targets[s, None])[:, 0]
             kept = _kept(logits, s, targets, truncation, support, forbidden)
             if kept is not None:
@@ -48,7 +49,7 @@ class _TokenLogprob(torch.autograd.Function):
     def backward(ctx, grad_logprob, grad_entropy):
         hidden, weight, bias, targets, lse, entropy, support, forbidden = ctx.saved_tensors
         mapped: LogitsMap = ctx.mapped
-        w = weight.to(ctx.dtype)
+        w = operand(weight, hidden, ctx.dtype)
         grad_hidden = torch.empty_like(hidden)
         # Frozen under adapters.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -57,9 +58,9 @@ class _TokenLogprob(torch.autograd.Function):
             torch.zeros_like(lse) if g is None else g * ctx.inv_temperature for g in (grad_logprob, grad_entropy)
         )
         spaces = _spaces(hidden, w)
-        for s in _chunks(hidden.shape[0]):
+        for s in _chunks(hidden.shape[0], w.device):
             logits, space = (x[: s.stop - s.start] for x in spaces)
-            _logits(hidden[s], w, bias, mapped, ctx.inv_temperature, out=logits)
+            _logits(hidden[s], w, ctx.dtype, bias, mapped, ctx.inv_temperature, out=logits)
             # Only a soft cap needs a third array of the vocabulary.
             capped = None if mapped.cap is None else logits / ctx.inv_temperature
             kept = _kept(logits, s, targets, ctx.truncation, support, forbidden)
@@ -74,11 +75,9 @@ class _TokenLogprob(torch.autograd.Function):
                 grad = log_p.add_(entropy[s, None]).mul_(up_entropy[s, None]).add_(up_logprob[s, None]).mul_(p).neg_()
             grad.scatter_add_(1, targets[s, None], up_logprob[s, None])
             mapped.backward_(grad, capped)
-            grad_hidden[s] = grad.to(ctx.dtype).matmul(w).to(hidden.dtype)
-            if grad_weight is not None:
-                grad_weight.addmm_(grad.t(), hidden[s].to(ctx.dtype).float())
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
+            grad_hidden[s] = _products(grad, w, hidden[s], grad_weight, ctx.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         if grad_bias is not None:
@@ -86,26 +85,44 @@ class _TokenLogprob(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None
 
 
+def _products(
+    grad: Float[Tensor, "C V"],
+    w: Float[Tensor, "V H"],
+    hidden: Float[Tensor, "C H"],
+    grad_weight: Float[Tensor, "V H"] | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "C H"]:
+    """The gradient of a chunk's hidden states; adds the chunk's part to `grad_weight` (fp32)."""
+    if dtype == torch.float32 and on_tensor_cores(w, hidden):
+        parts = halves(grad)
+        if grad_weight is not None:
+            for part in parts:
+                torch.addmm(grad_weight, part.t(), hidden, out_dtype=torch.float32, out=grad_weight)
+        high, low = (torch.mm(part, w, out_dtype=torch.float32) for part in parts)
+        return high.add_(low).to(hidden.dtype)
+    if grad_weight is not None:
+        grad_weight.addmm_(grad.t(), hidden.to(dtype).float())
+    return grad.to(dtype).matmul(w).to(hidden.dtype)
+
+
 def _spaces(hidden: Float[Tensor, "N H"], w: Float[Tensor, "V H"]) -> tuple[Float[Tensor, "C V"], Float[Tensor, "C V"]]:
     """Memory for two arrays of a chunk, reused by all chunks: on CPU, new pages cost as much as a sum over them."""
-    shape = min(CHUNK, hidden.shape[0]), w.shape[0]
+    shape = min(chunk_of(w.device.type), hidden.shape[0]), w.shape[0]
     return torch.empty(shape, device=w.device), torch.empty(shape, device=w.device)
 
 
 def _logits(
     hidden: Float[Tensor, "C H"],
     w: Float[Tensor, "V H"],
+    dtype: torch.dtype,
     bias: Float[Tensor, " V"] | None,
     mapped: LogitsMap,
     inv_temperature: float,
     *,
     out: Tensor,
 ) -> None:
-    """Write logits / temperature into `out` [C, V], in fp32 from a product in the dtype of `w`."""
-    if w.dtype == torch.float32:
-        torch.mm(hidden.float(), w.t(), out=out)
-    else:
-        out.copy_(F.linear(hidden.to(w.dtype), w))
+    """Write logits / temperature into `out` [C, V], in fp32 from a product in `dtype`."""
+    write_product(hidden, w, dtype, out=out)
     if bias is not None:
         out.add_(bias)
     mapped.apply_(out).mul_(inv_temperature)
@@ -136,8 +153,14 @@ def without(logits: Float[Tensor, "C V"], ids: Int[Tensor, "C K"]) -> Float[Tens
     return logits.masked_fill(named(ids, logits), -torch.inf)
 
 
-def _chunks(n: int) -> list[slice]:
-    return [slice(i, min(i + CHUNK, n)) for i in range(0, n, CHUNK)]
+def chunk_of(device: str) -> int:
+    """Tokens whose logits exist at a time on a device ("cpu" or "cuda")."""
+    return CHUNK_ON_GPU if device == "cuda" else CHUNK
+
+
+def _chunks(n: int, device: torch.device) -> list[slice]:
+    size = chunk_of(device.type)
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 class LogprobHead(nn.Module):

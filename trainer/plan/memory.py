@@ -11,7 +11,7 @@ from torch import nn
 from rl.config import Config
 from trainer import machine
 from trainer.cluster.placement import Placement
-from trainer.model.head import CHUNK
+from trainer.model.head import chunk_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,7 +90,8 @@ def required_memory(config: Config, placement: Placement, shape: Shape) -> Needs
 
     Activations: size * tokens * layers * (12 hidden + 4 inner), or with gradient checkpointing size * tokens * hidden
     for each layer and one layer in full; tokens are `micro_batch_tokens`, over the ranks that share a row. Head: two
-    [chunk, vocabulary] in fp32, the head's weight in fp32 and its gradient.
+    [chunk, vocabulary] in fp32, the head's weight in fp32 and its gradient; in bf16 on a GPU no copy of the weight, but
+    the chunk's gradient as two bf16 tensors.
     """
     t, size, s = config.trainer, {"bfloat16": 2, "float32": 4}[config.dtype], shape
     optimizer, gradients, weights = (t.ranks if t.zero_stage >= stage else 1 for stage in (1, 2, 3))
@@ -103,7 +104,10 @@ def required_memory(config: Config, placement: Placement, shape: Shape) -> Needs
     layer = 12 * s.hidden + 4 * s.inner
     kept = s.layers * s.hidden + layer if t.gradient_checkpointing else s.layers * layer
     tokens = -(-t.tokens_per_pass(placement.device) // t.sequence_parallel)
-    chunk = min(CHUNK, tokens, config.prompts_per_step * config.group_size * config.rollout.max_tokens)
+    chunk = min(
+        chunk_of(placement.device), tokens, config.prompts_per_step * config.group_size * config.rollout.max_tokens
+    )
+    tensor_cores = placement.device == "cuda" and size == 2
     learner = {
         "weights": size * (s.parameters + adapters) / weights,
         "gradients": sums / gradients,
@@ -112,7 +116,7 @@ def required_memory(config: Config, placement: Placement, shape: Shape) -> Needs
         else 0,
         "masters and Adam": 0 if offloaded else states / optimizer,
         "reference model": size * s.parameters / weights if config.objective.needs_reference and not adapters else 0,
-        "head": 4 * s.vocabulary * (2 * chunk + 2 * s.hidden),
+        "head": 4 * s.vocabulary * ((3 * chunk + s.hidden) if tensor_cores else 2 * (chunk + s.hidden)),
         "activations": size * tokens * kept,
     }
     engine = {"weights": size * s.parameters / config.rollout.tensor_parallel}
@@ -168,7 +172,7 @@ def remedies(config: Config, place: str) -> list[str]:
         f"trainer.zero_stage={t.zero_stage + 1} or more": t.zero_stage < 3 and t.ranks > 1,
         f"trainer.sequence_parallel={2 * t.sequence_parallel}": t.ranks % (2 * t.sequence_parallel) == 0,
         "trainer.gradient_checkpointing": not t.gradient_checkpointing,
-        f"trainer.micro_batch_tokens={CHUNK}": t.micro_batch_tokens is None or t.micro_batch_tokens > CHUNK,
+        "trainer.micro_batch_tokens=256": t.micro_batch_tokens is None or t.micro_batch_tokens > 256,
         "trainer.lora.rank, e.g. 16": not t.lora.rank,
         "trainer.offload=optimizer": place == "learner rank" and t.offload == "none" and t.zero_stage > 0,
         "dtype=bfloat16": config.dtype == "float32",
