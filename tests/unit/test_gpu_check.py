@@ -12,26 +12,36 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check.py"
 
 
 @pytest.fixture(scope="module")
-def gpu_check():
+def scripts():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPT.parent)
-        yield importlib.import_module("gpu_check")
+        yield
 
 
-def test_the_echo_reward_is_the_share_of_correct_positions(gpu_check):
+@pytest.fixture(scope="module")
+def gpu_check(scripts):
+    return importlib.import_module("gpu_check")
+
+
+@pytest.fixture(scope="module")
+def echo_task(scripts):
+    return importlib.import_module("echo_task")
+
+
+def test_the_echo_reward_is_the_share_of_correct_positions(echo_task):
     from rl.types import Reply
 
     def reward(text):
-        return gpu_check.share_of_echoes(Reply(text=text, finished=False, task={"digit": "7"}, token_ids=[]))
+        return echo_task.share_of_echoes(Reply(text=text, finished=False, task={"digit": "7"}, token_ids=[]))
 
     assert [reward(t) for t in ("", "77777777", "7777====", "12345678")] == [0.0, 1.0, 0.5, 0.125]
 
 
-def test_a_made_model_has_about_the_requested_entropy_and_a_tied_head(gpu_check, tmp_path):
+def test_a_made_model_has_about_the_requested_entropy_and_a_tied_head(echo_task, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = gpu_check.make_model(tmp_path / "model", hidden=128, inner=256, layers=2, vocabulary=512, nats=3.0)
+    folder = echo_task.make_model(tmp_path / "model", hidden=128, inner=256, layers=2, vocabulary=512, nats=3.0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     torch.manual_seed(3)
@@ -48,19 +58,19 @@ def test_a_made_model_has_about_the_requested_entropy_and_a_tied_head(gpu_check,
     ("device", "status"), nightly_unless(lambda device, _: device == "cuda", [("cuda", 1), ("cpu", 0)])
 )
 def test_a_failing_phase_is_recorded_and_makes_the_exit_status_one(device, status, gpu_check, tmp_path, monkeypatch):
-    # Works without a GPU: `environment` fails on cuda where there is none, and passes on cpu.
+    # Works without a GPU: `facts` fails on cuda where there is none, and passes on cpu.
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     before = signal.getsignal(signal.SIGTERM)
     output = tmp_path / "report.json"
-    flags = ["--device", device, "--only", "environment", "--output", str(output)]
+    flags = ["--device", device, "--only", "facts", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
     with pytest.raises(SystemExit) as ended:
         gpu_check.main()
     signal.signal(signal.SIGTERM, before)
-    found = json.loads(output.read_text())["phases"]["environment"]
+    found = json.loads(output.read_text())["phases"]["facts"]
     assert ended.value.code == status, found
     assert found["ok"] is (status == 0)
     assert found["seconds"] > 0

@@ -1,0 +1,51 @@
+"""What do all phases of the GPU check share? The run's settings, and how a measurement is summarised."""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+from echo_task import digits, share_of_echoes
+
+from rl.config import Config, Deadlines, RolloutConfig, TrackingConfig
+
+Result = dict[str, Any]
+
+
+def middle(values: list[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def base_config(args: argparse.Namespace, name: str, model: str, **rollout: Any) -> Config:
+    """The settings that all phases share; not every phase uses data and reward."""
+    rollouts = RolloutConfig(gpu_memory_utilization=0.2, kv_cache_gib=0.25, **rollout)
+    deadlines = Deadlines(start_s=200, sample_s=60, step_s=60, sync_s=60)
+    where = {"device": args.device, "share_gpu": args.device == "cuda", "output_dir": f"{args.work}/runs"}
+    config = Config(name=name, model=model, data=digits, reward=share_of_echoes, rollout=rollouts, **where)
+    return replace(config, tracking=TrackingConfig(wandb="off"), save_final=False, deadlines=deadlines)
+
+
+def seconds(run: Callable[[], Any], device: str, times: int = 5) -> float:
+    """Median seconds of a call, after one that does not count; on a GPU with its work finished."""
+    found = []
+    for _ in range(times + 1):
+        _finish(device)
+        began = time.perf_counter()
+        run()
+        _finish(device)
+        found.append(time.perf_counter() - began)
+    return median(found[1:])
+
+
+def _finish(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Relative error: |got - want| / |want|, as vectors."""
+    return float((got.double() - want.double()).norm() / want.double().norm())

@@ -1,0 +1,89 @@
+"""Do weights arrive, also while the engine samples, and how fast? Updates through the run's own cluster."""
+
+import argparse
+import asyncio
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from echo_task import make_model
+from gpu.setting import Result, base_config, middle
+
+from trainer.cluster.cluster import Cluster
+from trainer.cluster.placement import place
+from trainer.cluster.remote import RemoteLearner, RemoteRollouts
+
+UPDATES = 8
+
+
+def update(args: argparse.Namespace) -> Result:
+    """Two verified updates, then `UPDATES` while long replies are being sampled; tokens say which weights made them."""
+    cuda = args.device == "cuda"
+    # Qwen2.5-7B with four of its layers: its embedding is larger than 1 GiB.
+    shape = {"hidden": 3584, "inner": 18944, "layers": 4, "vocabulary": 152064}
+    shape = shape if cuda else {"hidden": 256, "inner": 1024, "layers": 4, "vocabulary": 8192}
+    model = make_model(Path(args.work) / "large", device=args.device, **shape)
+    longest = 900 if cuda else 200
+    config = base_config(args, "update", model, max_tokens=longest, max_model_len=1024, enforce_eager=True)
+    config = replace(config, dtype="bfloat16" if cuda else "float32", verify_every=0)
+    placement = place(config, cuda=cuda)
+
+    async def run() -> Result:
+        cluster = Cluster(config, placement)
+        try:
+            cluster.boot()
+            await cluster.start()
+            learner, rollouts = RemoteLearner(cluster, probe=list(range(3, 11))), RemoteRollouts(cluster)
+            verified = [await learner.publish(version) for version in range(2)]
+            before = used_gib(cuda)
+            sampling = [asyncio.create_task(rollouts.sample([3, 4, 5 + i], 2, seed=i)) for i in range(4)]
+            moving = []
+            for version in range(2, 2 + UPDATES):
+                moving.append(await learner.publish(version))
+                if all(task.done() for task in sampling):
+                    break
+            replies = [reply for group in await asyncio.gather(*sampling) for reply in group]
+            quiet = [await learner.publish(20 + i) for i in range(3)]
+            last = (await rollouts.sample([3, 4, 5], 1, seed=0))[0]
+            counts = await cluster.ask_engines(lambda e: e.counters())
+            return {
+                "backend": placement.backend,
+                "gib": verified[0].bytes / 2**30,
+                "verified_s": [r.seconds for r in verified],
+                "seconds": middle([r.seconds for r in quiet]),
+                "gb_per_s": middle([r.bytes / 1e9 / r.seconds for r in quiet]),
+                "pause_seconds": middle([r.pause_seconds for r in quiet]),
+                "seconds while sampling": middle([r.seconds for r in moving]),
+                "updates while sampling": len(moving),
+                "versions in one reply, most": max(len(set(reply.versions)) for reply in replies),
+                "memory before and after, GiB": (before, used_gib(cuda)),
+                "aborted": counts[0]["aborted"],
+                "problems": problems(replies, last, counts[0]),
+            }
+        finally:
+            await cluster.close()
+
+    return asyncio.run(run())
+
+
+def problems(replies: list[Any], last: Any, counts: dict[str, int]) -> list[str]:
+    """What is wrong with the replies that were under way."""
+    found = []
+    if counts["aborted"]:
+        found.append(f"{counts['aborted']} requests were aborted")
+    if any(list(reply.versions) != sorted(reply.versions) for reply in replies):
+        found.append("versions of a reply's tokens do not rise")
+    if max(len(set(reply.versions)) for reply in replies) < 2:
+        found.append("no reply spans an update, so none was under way")
+    if set(last.versions) != {counts["version"]}:
+        found.append(f"a reply after the updates carries {set(last.versions)}, the engine holds {counts['version']}")
+    return found
+
+
+def used_gib(cuda: bool) -> float:
+    """Memory in use on the GPU by all processes."""
+    if not cuda:
+        return 0.0
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) / 1024
