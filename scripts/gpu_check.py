@@ -24,7 +24,6 @@ from rollout.settings import engine_env
 from trainer.machine import cores
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT_S = 470  # of the whole script; the phases' limits add up to more, because not all of them will hang
 PHASES = {"facts": 60, "kernels": 150, "engines": 200, "update": 180, "loop": 180, "speed": 240}
 """Seconds that each may take. Phase NAME is the function NAME of scripts/gpu/NAME.py."""
 
@@ -49,6 +48,7 @@ def supervise(name: str, arguments: list[str], work: str, limit: float) -> dict[
     cpu = "cpu" in arguments
     if name in ("engines", "speed"):  # the other phases' engines get it from the cluster
         environ |= engine_env(device="cpu" if cpu else "cuda", backend="gloo" if cpu else "ipc", threads=cores())
+        environ["VLLM_LOGGING_LEVEL"] = "INFO"  # names the model runner, the attention and the seconds of each part
     environ["PYTHONPATH"] = os.pathsep.join(
         p for p in (str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH")) if p
     )
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument(
         "--output", default=str(Path(os.environ.get("OUT", ".")) / "gpu_check.json"), help="JSON to write"
     )
+    parser.add_argument("--limit", type=float, default=470, help="seconds in all (default: 470)")
     for internal in ("--phase", "--result", "--work"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -114,7 +115,7 @@ def main() -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as work:
         for name in args.only:
-            left = LIMIT_S - (time.perf_counter() - began)
+            left = args.limit - (time.perf_counter() - began)
             phases[name] = supervise(name, arguments, work, max(5.0, min(PHASES[name], left)))
             report = {"device": args.device, "seconds": time.perf_counter() - began, "phases": phases}
             output.write_text(json.dumps(report, indent=2) + "\n")

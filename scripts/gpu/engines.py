@@ -125,7 +125,8 @@ def sample_to_file(args: argparse.Namespace, name: str, model: str) -> None:
             )
             prompts = [encode(text) for text in texts]
             batches = {t: await batch(engine, prompts, t) for t in variant.temperatures}
-            return {"batches": batches, "more": await questions(engine, prompts) if name == "eager" else {}}
+            more: Result = {"model runner V2": engine.llm.vllm_config.use_v2_model_runner}
+            return {"batches": batches, "more": more | (await questions(engine, prompts) if name == "eager" else {})}
         finally:
             await engine.close()
 
