@@ -131,6 +131,9 @@ class Engine:
         # A request that arrives during a pause would run on the new weights under the old version's salt.
         await self.open.wait()
         self.requests += 1
+        if self.llm.model_config.return_sampling_mask and params.top_k <= 0:
+            # vLLM wants a bound on what it reports; this one keeps every token.
+            params.top_k = self.llm.model_config.get_vocab_size()
         prompt: TokensPrompt = {"prompt_token_ids": token_ids, "cache_salt": f"v{self.version}"}
         try:
             return [o async for o in self.llm.generate(prompt, params, request_id=str(self.requests))][-1]

@@ -61,7 +61,10 @@ def engine_env(*, device: str, backend: str, threads: int) -> dict[str, str]:
     if backend == "ipc":
         # CUDA IPC handles are Python tuples; they only travel over this actor's own local socket.
         env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    if device == "cpu":
+    if device == "cuda":
+        # It cannot return processed log-probabilities, so vLLM would compile it and never use it.
+        env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    else:
         env |= {
             # The worker then runs inside the engine-core process: two processes an engine instead of three.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

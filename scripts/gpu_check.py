@@ -24,7 +24,7 @@ from rollout.settings import engine_env
 from trainer.machine import cores
 
 ROOT = Path(__file__).resolve().parent.parent
-PHASES = {"facts": 60, "kernels": 150, "engines": 200, "update": 180, "loop": 180, "speed": 240}
+PHASES = {"facts": 60, "kernels": 150, "learner": 120, "engines": 200, "update": 180, "loop": 180, "speed": 240}
 """Seconds that each may take. Phase NAME is the function NAME of scripts/gpu/NAME.py."""
 
 
