@@ -17,7 +17,6 @@ from rl.config import Config
 from rl.parity.gap import gap
 from rl.types import Batch, Prompt
 from trainer.model.policy import load
-from trainer.prompts import load_tokenizer
 
 LIMIT = 0.05
 """Nats of mean |d| that fp32 heads on both sides may show over a bf16 body."""
@@ -105,25 +104,21 @@ def dtype(args: argparse.Namespace) -> str:
 
 def sample_to_file(args: argparse.Namespace, name: str, model: str) -> None:
     """In a process of its own: what one engine samples, or its error."""
-    from rollout.engine import Engine
+    from gpu.fixed_cache import FixedCacheEngine
 
     variant = VARIANTS[name]
     config = settings(args, variant, model)
     overrides: dict[str, Any] = {"logprobs_mode": f"{variant.kind}_logprobs", "load_format": "auto"}
-    if args.device == "cuda":
-        # A fixed cache: engines that start side by side would measure each other's memory.
-        overrides |= {"kv_cache_memory_bytes": 2**30, "gpu_memory_utilization": 0.05}
 
     async def sample() -> dict[str, Any]:
-        backend = "gloo" if args.device == "cpu" else "ipc"
-        engine = Engine(config, device=args.device, backend=backend, model=model, version=0, overrides=overrides)
+        how = {"device": args.device, "backend": "gloo" if args.device == "cpu" else "ipc", "model": model}
+        engine = FixedCacheEngine(config, version=0, overrides=overrides, **how)
         try:
             await engine.start()
-            encode = load_tokenizer(model).encode  # the random model's tokenizer knows only the digits
-            texts = (
-                f"Question: what is {i} times {i + 3}? Answer:" for i in range(2, 6 if args.device == "cpu" else 18)
-            )
-            prompts = [encode(text) for text in texts]
+            g = torch.Generator().manual_seed(0)
+            several = range(4 if args.device == "cpu" else 16)
+            vocabulary = engine.llm.model_config.get_vocab_size()
+            prompts = [torch.randint(3, vocabulary, (40 + i,), generator=g).tolist() for i in several]
             batches = {t: await batch(engine, prompts, t) for t in variant.temperatures}
             more: Result = {"model runner V2": engine.llm.vllm_config.use_v2_model_runner}
             return {"batches": batches, "more": more | (await questions(engine, prompts) if name == "eager" else {})}
@@ -148,7 +143,7 @@ async def batch(engine: Any, prompts: list[list[int]], t: float) -> Batch:
 
 async def questions(engine: Any, prompts: list[list[int]]) -> Result:
     """Seeds, cached prefixes, and the engine's other ways to compute the same log-probabilities."""
-    prompt = prompts[0] * 4
+    prompt = [token for some in prompts[:3] for token in some]
     alone = [(await engine.sample(prompt, 1, seed=s))[0] for s in range(8)]
     together = await engine.sample(prompt, 64, seed=0)
     prefix = [int(_agree(a.token_ids, b.token_ids)) for a, b in zip(alone, together[:8], strict=True)]

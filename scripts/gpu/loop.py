@@ -18,8 +18,9 @@ def loop(args: argparse.Namespace) -> Result:
 
     cuda = args.device == "cuda"
     model = make_model(Path(args.work) / "echo", hidden=256, inner=512, layers=2)
-    # Compiled, with CUDA graphs, as users run it.
-    config = base_config(args, "loop", model, max_tokens=REPLY_TOKENS, max_model_len=64, max_num_seqs=128)
+    # Eager, so that the doctor sees inside the engine's forward pass; the phase `engines` has compiled ones.
+    how = {"max_tokens": REPLY_TOKENS, "max_model_len": 64, "max_num_seqs": 128, "enforce_eager": True}
+    config = base_config(args, "loop", model, **how)
     config = replace(config, objective=GRPO(), steps=30, prompts_per_step=16, trainer=TrainerConfig(lr=3e-3))
     config = replace(config, verify_every=10, dtype="bfloat16" if cuda else "float32")
     summary = run(config)

@@ -22,9 +22,11 @@ def middle(values: list[float]) -> dict[str, float]:
 
 def base_config(args: argparse.Namespace, name: str, model: str, **rollout: Any) -> Config:
     """The settings that all phases share; not every phase uses data and reward."""
-    rollouts = RolloutConfig(gpu_memory_utilization=0.2, kv_cache_gib=0.25, **rollout)
+    # Side by side, engines would measure each other's memory, so they get a cache of a fixed size.
+    engine = "gpu.fixed_cache:FixedCacheEngine" if args.side_by_side else RolloutConfig().engine_class
+    rollouts = RolloutConfig(gpu_memory_utilization=0.2, kv_cache_gib=0.25, engine_class=engine, **rollout)
     deadlines = Deadlines(start_s=200, sample_s=60, step_s=60, sync_s=60)
-    where = {"device": args.device, "share_gpu": args.device == "cuda", "output_dir": f"{args.work}/runs"}
+    where = {"device": args.device, "share_gpu": args.device == "cuda", "output_dir": args.keep or f"{args.work}/runs"}
     config = Config(name=name, model=model, data=digits, reward=share_of_echoes, rollout=rollouts, **where)
     return replace(config, tracking=TrackingConfig(wandb="off"), save_final=False, deadlines=deadlines)
 

@@ -26,6 +26,8 @@ from trainer.cluster.ray_session import log_folder, start_ray
 from trainer.cluster.stubs import AskEngine, AskLearner, EngineProcess, LearnerProcess, recorded
 
 R = TypeVar("R")
+LEARNER = "trainer.learner.learner:Learner"
+"""What a learner's process hosts."""
 
 
 class Cluster:
@@ -95,15 +97,18 @@ class Cluster:
             async with asyncio.TaskGroup() as building:
                 engines = [started(f"engine {i}", ref, deadline) for i, ref in enumerate(self.building)]
                 engines = [building.create_task(engine) for engine in engines]
+                if p.backend != "gloo":
+                    # This side of the channel imports vLLM; while the engines start there is time for it.
+                    for learner in self.learners:
+                        learner.preload("rollout.weights.vllm_sender")
                 if p.backend == "ipc":
+                    for learner in self.learners:
+                        learner.preload(LEARNER.split(":")[0])
                     # vLLM measures how much of the GPU is free, so nothing else may allocate meanwhile.
                     await asyncio.wait(engines)
                 for i, learner in enumerate(self.learners):
-                    ref = learner.build("trainer.learner.learner:Learner", self.sources, rank | {"rank": i})
+                    ref = learner.build(LEARNER, self.sources, rank | {"rank": i})
                     building.create_task(started(f"learner rank {i}", ref, deadline))
-                    if p.backend != "gloo":
-                        # This side of the channel imports vLLM; while the engines start there is time for it.
-                        learner.preload("rollout.weights.vllm_sender")
         except BaseExceptionGroup as group:
             raise first_error(group) from None
         await self.ask_engines(lambda e: e.start())
