@@ -90,10 +90,10 @@ class Engine:
         return list(await asyncio.gather(*(self._complete(token_ids, seed=s, **sampling) for s in seeds)))
 
     def _sampling(self, temperature: float | None, max_tokens: int | None) -> dict[str, Any]:
-        c, r = self.config, self.config.rollout
+        r = self.config.rollout
         longest = max_tokens or r.max_tokens
         sampling: dict[str, Any] = {
-            "temperature": c.temperature if temperature is None else temperature,
+            "temperature": self.config.temperature if temperature is None else temperature,
             "max_tokens": longest,
             "top_p": r.top_p,
             "top_k": r.top_k,
@@ -106,7 +106,7 @@ class Engine:
         if r.stop:
             # vLLM looks for stop texts in the decoded reply; with special tokens, because a stop text may be one.
             sampling |= {"stop": list(r.stop), "detokenize": True, "skip_special_tokens": False}
-        if c.rollout.truncation and sampling["temperature"] == 0:
+        if r.truncation and sampling["temperature"] == 0:
             # An engine that reports the kept tokens refuses greedy requests; top_k=1 is equivalent.
             sampling |= {"temperature": 1.0, "top_p": 1.0, "top_k": 1, "min_p": 0.0}
         return sampling
@@ -131,9 +131,8 @@ class Engine:
         # A request that arrives during a pause would run on the new weights under the old version's salt.
         await self.open.wait()
         self.requests += 1
-        if self.llm.model_config.return_sampling_mask and params.top_k <= 0:
-            # vLLM wants a bound on what it reports; this one keeps every token.
-            params.top_k = self.llm.model_config.get_vocab_size()
+        if params.top_k <= 0 and self.llm.model_config.return_sampling_mask:
+            params.top_k = self.llm.model_config.get_vocab_size()  # vLLM wants a bound; this one keeps every token
         prompt: TokensPrompt = {"prompt_token_ids": token_ids, "cache_salt": f"v{self.version}"}
         try:
             return [o async for o in self.llm.generate(prompt, params, request_id=str(self.requests))][-1]
@@ -250,8 +249,8 @@ class Engine:
         vLLM leaves temperature out of it. `sampling` may set temperature, top_p, top_k.
         """
         contexts = [token_ids + reply[:position] for position in range(len(reply))]
-        pairs = zip(contexts, reply, strict=True)
-        return list(await asyncio.gather(*(examine.token_logprob(self.generate, c, t, sampling) for c, t in pairs)))
+        asked = (examine.token_logprob(self.generate, c, t, sampling) for c, t in zip(contexts, reply, strict=True))
+        return list(await asyncio.gather(*asked))
 
     async def prefill(self, token_ids: list[int], reply: list[int]) -> list[float]:
         """Log-probabilities (nats) of a reply's tokens at T = 1 from one forward pass over all of them."""
@@ -269,9 +268,7 @@ class Engine:
         """What every layer takes in and gives out for one prompt and a short reply, by worker."""
         return await examine.trace(self.generate, self.call_workers, token_ids)
 
-    async def trace_sampler(
-        self, token_ids: list[int], seed: int, tokens: int
-    ) -> tuple[Completion, list[dict[str, Any]]]:
+    async def trace_sampler(self, token_ids: list[int], seed: int, tokens: int) -> examine.SampledAndTraced:
         """One reply as a rollout samples it, and what each worker's sampler did for it (`rollout.sampler_trace`)."""
         return await examine.trace_sampler(lambda: self.sample(token_ids, 1, seed, None, tokens), self.call_workers)
 

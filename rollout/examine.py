@@ -21,6 +21,8 @@ Sample = Callable[[], Awaitable[list[Completion]]]
 """Samples one reply as a rollout does."""
 TRACED_REPLY = 4
 """Tokens that are sampled while layers are traced: the first after the prefill, each other one after a decode step."""
+SampledAndTraced = tuple[Completion, list[dict[str, Any]]]
+"""One reply, and what each worker's sampler did for it."""
 Generate = Callable[[list[int], SamplingParams], Awaitable[RequestOutput]]
 """`Engine.generate`: the final output of one request."""
 CallWorkers = Callable[[Callable[[WorkerExtension], Any]], Awaitable[list[Any]]]
@@ -102,7 +104,7 @@ async def trace(generate: Generate, call_workers: CallWorkers, token_ids: list[i
     return [ids | {"layers": layers} for layers in await call_workers(WorkerExtension.end_trace)]
 
 
-async def trace_sampler(sample: Sample, call_workers: CallWorkers) -> tuple[Completion, list[dict[str, Any]]]:
+async def trace_sampler(sample: Sample, call_workers: CallWorkers) -> SampledAndTraced:
     """One reply, and what each worker's sampler did for it."""
     await call_workers(WorkerExtension.begin_sampler_trace)
     try:

@@ -43,7 +43,7 @@ def config_of(
             value_lr=1e-2 if objective == "ppo" else None,
             lr_schedule="cosine",
             weight_decay=0.01,
-            micro_batch_tokens=200,
+            micro_batch_tokens=40 if more == "small" else 200,
             minibatches=2,
             sequence_parallel=2 if more == "sequence" else 1,
             offload="optimizer" if more == "offload" else "none",

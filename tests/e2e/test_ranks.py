@@ -96,7 +96,7 @@ class Groups:
         stage: int,
         dtype: str = "float32",
         resume: Path | None = None,
-        more: Literal["", "lora", "offload", "sequence"] = "",
+        more: Literal["", "lora", "offload", "sequence", "small"] = "",
     ) -> tuple[History, Tensors]:
         """Metrics by step, and the weights of before and after the last one. The state before it goes to `state_of`,
         unless the run begins with the one in `resume`."""
@@ -220,6 +220,14 @@ def test_what_engines_get_is_the_gathered_master_rounded_bit_for_bit(
         assert tensor.dtype == getattr(torch, dtype)
         assert torch.equal(tensor, masters[name].to(tensor.dtype)), name
     assert any(not torch.equal(t, t.bfloat16().float()) for t in masters.values())
+
+
+@pytest.mark.parametrize("stage", nightly_unless(lambda stage: stage == 1, [(1,), (2,), (3,)]))
+def test_several_micro_batches_in_bf16_have_the_gradients_of_fp32(groups: Groups, stage: int) -> None:
+    exact, _ = groups.trained("grpo", 1, 1)
+    history, _ = groups.trained("grpo", 2, stage, "bfloat16", more="small")
+    for metric, within in (("actor/grad_norm", 0.02), ("actor/loss", 0.05)):
+        assert history[0][metric] == pytest.approx(exact[0][metric], rel=within, abs=1e-3), metric
 
 
 def test_two_ranks_train_the_adapters_that_one_trains_and_leave_the_base_as_it_was(groups: Groups, model: Path) -> None:

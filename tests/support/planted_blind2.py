@@ -22,7 +22,7 @@ from planted_engine import in_prompts, with_tokenizer
 from planted_fault import add
 from planted_sent import perturbed, sends
 from planted_worker import every, in_engine, model_of, named, wrapped
-from rl.types import PolicyOutput
+from trainer.model.answer import Answer
 
 # -- sampler and numbers, inside the engine's process
 
@@ -199,12 +199,12 @@ def rows_not_put_back(pair: Pair) -> Iterator[None]:
     policy = pair.learner.parts.policy
     one = policy.forward
 
-    def forward(input_ids: Any, mask: Any, *args: Any, **kwargs: Any) -> PolicyOutput:
+    def forward(input_ids: Any, mask: Any, *args: Any, **kwargs: Any) -> Answer:
         out = one(input_ids, mask, *args, **kwargs)
         if kwargs.get("plain"):
             return out
         order = (mask * torch.arange(mask.shape[1])).amax(dim=1).argsort(descending=True, stable=True)
-        return replace(out, logprobs=out.logprobs[order], entropy=out.entropy[order])
+        return out._replace(logprobs=out.logprobs[order], entropy=out.entropy[order])
 
     with patch.object(policy, "forward", forward):
         yield

@@ -13,6 +13,7 @@ from rl.types import Batch, PolicyOutput
 from trainer.learner.deepspeed_engine import deepspeed_settings
 from trainer.learner.rank import Rank
 from trainer.model import lora
+from trainer.model.answer import Answer
 from trainer.model.policy import load
 
 
@@ -34,7 +35,7 @@ class Passes:
         out = {name: torch.zeros(batch.mask.shape) for name in ("logprobs", "entropy", "values")}
         for micro in own_micro_batches(r, batch, trained_rows(batch)):
             part = take(batch, micro).to_device(r.device)
-            output: PolicyOutput = model(
+            output: Answer = model(
                 part.input_ids, part.mask, r.config.temperature, r.config.rollout.truncation, part.support
             )
             for name, full in out.items():

@@ -18,6 +18,7 @@ from rl.types import Batch
 from trainer.learner.hardware import peak_of
 from trainer.learner.passes import Passes, own_micro_batches
 from trainer.learner.rank import Rank
+from trainer.model.answer import Answer
 
 
 class Stepper:
@@ -115,9 +116,10 @@ class Stepper:
         c = r.config
         warming_up = r.engine.global_steps < objective.critic_warmup
         part = take(batch, micro).to_device(r.device)
-        policy = r.engine(
+        answer: Answer = r.engine(
             part.input_ids, part.mask, c.temperature, c.rollout.truncation, part.support, head_alone=warming_up
         )
+        policy = answer.output()
         if warming_up:
             policy = critic_alone(policy)
         given = torch.zeros_like(policy.logprobs)

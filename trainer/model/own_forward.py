@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rl.types import PolicyOutput
+from trainer.model.answer import Answer
 
 LIMIT = {"float32": 1e-4, "bfloat16": 0.15}
 """Largest mean |d| in nats at which the two count as equal. Clean models show 2e-6 and 0.03."""
@@ -22,7 +22,7 @@ def own_forward(
     mask: Bool[Tensor, "B T"],
     temperature: float,
     implementation: str = "eager",
-) -> PolicyOutput:
+) -> Answer:
     """Log-probabilities and entropy (nats) at the columns of `mask`, 0 elsewhere, from the logits that the model itself
     returns for right-padded rows. The softmax runs in fp32. `implementation` is transformers' name of an attention; by
     default it is the one that transformers spells out."""
@@ -35,7 +35,7 @@ def own_forward(
     log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
     chosen = log_p.gather(-1, input_ids[:, 1:, None])[..., 0]
     entropy = -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)
-    return PolicyOutput(logprobs=chosen.where(mask, 0.0), entropy=entropy.where(mask, 0.0))
+    return Answer(logprobs=chosen.where(mask, 0.0), entropy=entropy.where(mask, 0.0))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rl.config import Lora
 from rl.sampling.forbidden import Forbidden
 from rl.sampling.truncation import Truncation
-from rl.types import PolicyOutput
+from trainer.model.answer import Answer
 from trainer.model.attention import packs, use_segments
 from trainer.model.files import remote_code
 from trainer.model.head import LogprobHead
@@ -55,7 +55,7 @@ class Policy(nn.Module):
         *,
         head_alone: bool = False,
         plain: bool | str = False,
-    ) -> PolicyOutput:
+    ) -> Answer:
         """The policy's output at every column of `mask`; 0 elsewhere, where nothing is computed.
 
         With truncated sampling, the softmax runs over the kept tokens: those in `support` (reported by the engine,
@@ -80,7 +80,7 @@ class Policy(nn.Module):
         if self.ulysses and mine is not None:
             answers = list(self.ulysses.whole(torch.stack(answers), mine))
         logprobs, entropy, *values = [_scatter(answer, mask) for answer in answers]
-        return PolicyOutput(logprobs=logprobs, entropy=entropy, values=values[0] if values else None)
+        return Answer(logprobs=logprobs, entropy=entropy, values=values[0] if values else None)
 
     def _hidden(
         self, input_ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B T"]
