@@ -61,6 +61,9 @@ def stuck():
     for process in (*one.learners, *one.engines):
         asyncio.run(answer(process.ask(lambda sleeper: sleeper.wake()), "an actor did not start", 120.0))
     yield one
+    # The engine is stuck, and `close` would wait for its answer.
+    for process in one.engines:
+        process.kill()
     asyncio.run(one.close())
 
 

@@ -141,7 +141,7 @@ def test_the_trainer_agrees_with_v0_in_fp32(policy: Policy, setting: str) -> Non
 
 
 def test_under_truncation_the_trainer_agrees_with_what_the_engine_sampled(processed: Live, policy: Policy) -> None:
-    batch = sampled(processed, ITEMS[:3], 2)
+    batch = sampled(processed, ITEMS[:4], 2)
     assert batch.support is None, "the CPU engine reports no support"
     assert batch.mask.sum() > 200
     cut = TRUNCATED.rollout.truncation
