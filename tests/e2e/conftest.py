@@ -26,3 +26,13 @@ def no_run_outlives_its_test() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def echo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("echo"), peak=1.0)
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The echo model with a chat template."""
+    template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    return make_model(tmp_path_factory.mktemp("chat"), peak=1.0, chat_template=template)

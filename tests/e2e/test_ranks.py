@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from cases import nightly_unless
 from models import make_model
+from trainer.cluster.process_env import learner_env
 
 WORKER = Path(__file__).parent / "rank_worker.py"
 
@@ -49,7 +50,7 @@ class Group:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | learner_env(1, "cpu"),
             )
             for rank in range(ranks)
         ]

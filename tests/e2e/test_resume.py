@@ -1,8 +1,8 @@
-"""A run that is left alone learns; one that is killed or told to stop ends with the same weights, bit for bit: real
-engines, real ranks."""
+"""A run learns; one that is killed or stopped goes on with the same weights, bit for bit: real engines, real ranks."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from dataclasses import dataclass
@@ -17,18 +17,16 @@ from runs import finish, printed, start, wait_for, wait_for_step
 from trainer.runs.checkpoint import finished
 
 STEPS = 40
-FLAGS = f"--steps {STEPS} --save-every 2 --old-logprobs recompute".split()
-SHORT = 14
-"""Steps of the killed run: it is compared with the first ones of the run that was left alone."""
-ALONE = ["--doctor", "off", "--tracking.wandb", "off"]
-"""What the run that was left alone has, and no other needs."""
+FLAGS = f"--steps {STEPS} --save-every 4 --keep-last {STEPS} --old-logprobs recompute".split()
+SEEN = 9
+"""The step in which the killed run is seen last, past the checkpoints of steps 4 and 8."""
 CUT = ["--rollout.max-tokens", "4", "--rollout.top-k", "20", "--rollout.top-p", "0.9", "--temperature", "0.9"]
 """On CPU the trainer finds the kept tokens from its own logits."""
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A run that was left alone."""
+class Run:
+    """A run that came to its end."""
 
     folder: Path
     summary: dict
@@ -36,16 +34,39 @@ class Whole:
     mark: str
 
 
-def run_whole(model: Path, folder: Path, *flags: str) -> Whole:
-    process, mark = start(model, folder, *FLAGS, *flags)
+@dataclass(frozen=True)
+class Killed:
+    """What a run left that was killed after step SEEN, and the same run, resumed after step 4."""
+
+    learner: dict[str, torch.Tensor]
+    """Weights, moments and generators after step 8."""
+    rows: list[dict]
+    samples: list[tuple]
+    resumed: Run
+
+
+def finished_run(process: subprocess.Popen, mark: str, folder: Path) -> Run:
     code, summary, rows = finish(process, folder)
     assert code == 0, printed(folder)
-    return Whole(folder, summary, rows, mark)
+    return Run(folder, summary, rows, mark)
 
 
 @pytest.fixture(scope="module")
-def whole(echo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    return run_whole(echo_model, tmp_path_factory.mktemp("whole"), "--keep-last", str(STEPS))
+def killed(echo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    folder = tmp_path_factory.mktemp("killed")
+    process, mark = start(echo_model, folder, *FLAGS)
+    wait_for_step(process, folder, SEEN)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert_gone(mark)
+    rows = [json.loads(row) for row in (folder / "echo" / "metrics.jsonl").read_text().splitlines()[1 : SEEN + 1]]
+    held, samples = learner(folder, 8), sampled(folder, SEEN)
+    # As if it had been killed before it saved again: what it did afterwards is what the resumed run must do again.
+    for later in finished(folder / "echo" / "checkpoints")[1:]:
+        shutil.rmtree(later)
+    process, mark, at = go_on(echo_model, folder)
+    assert at == 4
+    return Killed(held, rows, samples, finished_run(process, mark, folder))
 
 
 def go_on(model: Path, folder: Path) -> tuple[subprocess.Popen, str, int]:
@@ -73,13 +94,16 @@ def learner(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def sampled(folder: Path) -> list[tuple]:
+def sampled(folder: Path, steps: int) -> list[tuple]:
+    """The samples of the first steps."""
     rows = [json.loads(line) for line in (folder / "echo" / "samples.jsonl").read_text().splitlines()]
-    return [(row["step"], row["prompt_ordinal"], row["prompt"], row["reply"], row["reward"]) for row in rows]
+    columns = ("step", "prompt_ordinal", "prompt", "reply", "reward")
+    return [tuple(row[name] for name in columns) for row in rows if row["step"] <= steps]
 
 
-def test_a_users_objective_learns_and_every_step_agrees_with_the_engine(whole: Whole) -> None:
-    summary, rows = whole.summary, whole.rows
+@pytest.mark.timeout(1500)
+def test_a_users_objective_learns_and_every_step_agrees_with_the_engine(killed: Killed) -> None:
+    summary, rows = killed.resumed.summary, killed.resumed.rows
     assert summary["status"] == "finished"
     assert len(rows) == STEPS
     assert sum(row["reward/mean"] for row in rows[:3]) / 3 < 0.4
@@ -92,23 +116,22 @@ def test_a_users_objective_learns_and_every_step_agrees_with_the_engine(whole: W
     assert all(row["staleness/max"] == 0 for row in rows)
     assert rows[3]["actor/move"] == 0.0  # one step per batch: the current policy is the old one
     assert summary["ledger"] == {"pending": 0, "trained": 8 * STEPS}
-    run = whole.folder / "echo"
+    run = killed.resumed.folder / "echo"
     for name in ("config.json", "samples.jsonl", "curves.png", "model/model.safetensors", "model/tokenizer.json"):
         assert (run / name).stat().st_size > 0, name
     assert list(run.glob("wandb/offline-run-*")), "W&B must have recorded the run offline"
-    assert_gone(whole.mark)
+    assert_gone(killed.resumed.mark)
 
 
 @pytest.mark.timeout(1500)
-def test_kill_9_changes_nothing_but_the_clock(echo_model: Path, whole: Whole, tmp_path: Path) -> None:
-    process, mark = start(echo_model, tmp_path, *FLAGS, *ALONE, "--steps", str(SHORT))
-    # Past the checkpoint of step 2, and as it writes its next one or in the middle of a step.
-    wait_for_step(process, tmp_path, 3)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert_gone(mark)
-    process, mark, _ = go_on(echo_model, tmp_path)
-    assert_the_same(process, mark, tmp_path, whole, SHORT)
+def test_kill_9_changes_nothing_but_the_clock(killed: Killed) -> None:
+    folder = killed.resumed.folder
+    assert {sample[0] for sample in killed.samples} == set(range(1, SEEN + 1))
+    assert_equal(killed.learner, learner(folder, 8))
+    assert_equal_rows(killed.rows, killed.resumed.rows[:SEEN])
+    assert killed.samples == sampled(folder, SEEN)
+    # It moved in these steps, or nothing could be lost.
+    assert all(row["actor/grad_norm"] > 0 for row in killed.rows[4:])
 
 
 @pytest.mark.nightly
@@ -116,7 +139,7 @@ def test_kill_9_changes_nothing_but_the_clock(echo_model: Path, whole: Whole, tm
 def test_sigterm_changes_nothing_but_the_clock_where_sampling_is_truncated(echo_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "whole"
     folder.mkdir()
-    whole = run_whole(echo_model, folder, *CUT)
+    whole = finished_run(*start(echo_model, folder, *FLAGS, *CUT), folder)
     assert all(row["actor/grad_norm"] > 0 for row in whole.rows[2:]), "nothing was learned that could be lost"
     # The trainer renormalises over exactly what the engine kept.
     assert max(row["rollout_corr/logprob_abs_diff_mean"] for row in whole.rows) <= 1e-5
@@ -135,35 +158,28 @@ def test_sigterm_changes_nothing_but_the_clock_where_sampling_is_truncated(echo_
     assert_gone(mark)
     process, mark, at = go_on(echo_model, killed)
     assert at == stopped
-    assert_the_same(process, mark, killed, whole, STEPS)
+    resumed = finished_run(process, mark, killed)
+    assert_gone(mark)
+    assert_equal(learner(killed, STEPS), learner(folder, STEPS))
+    assert sampled(killed, STEPS) == sampled(folder, STEPS)
+    assert_equal_rows(resumed.rows, whole.rows)
+    assert_equal(*(load_file(one / "echo" / "model" / "model.safetensors") for one in (killed, folder)))
+    for name in ("eval_before", "eval_after", "ledger", "tokens", "status", "resume"):
+        assert resumed.summary[name] == whole.summary[name], name
+    assert (whole.summary["status"], whole.summary["resume"]) == ("finished", None)
     runs = {path.name.rpartition("-")[2] for path in (killed / "echo" / "wandb").glob("offline-run-*")}
     assert len(runs) == 1, "one run to W&B"
 
 
-def assert_the_same(process: subprocess.Popen, mark: str, killed: Path, whole: Whole, steps: int) -> None:
-    """The resumed run ends well, with what the run that was left alone had after so many steps."""
-    rows = whole.rows[:steps]
-    code, summary, resumed = finish(process, killed)
-    assert code == 0, printed(killed)
-    assert_gone(mark)
-    # Weights, Adam's moments, generators; then what was sampled; then every number that is no time.
-    mine, theirs = learner(killed, steps), learner(whole.folder, steps)
-    assert mine.keys() == theirs.keys()
-    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
-    assert sampled(killed) == [sample for sample in sampled(whole.folder) if sample[0] <= steps]
-    assert [row["step"] for row in resumed] == [row["step"] for row in rows] == list(range(1, steps + 1))
-    for one, other in zip(resumed, rows, strict=True):
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def assert_equal_rows(rows: list[dict], others: list[dict]) -> None:
+    """Every number that is no time."""
+    assert [row["step"] for row in rows] == [row["step"] for row in others] == list(range(1, len(rows) + 1))
+    for one, other in zip(rows, others, strict=True):
         for name in one.keys() & other.keys():
             if name.startswith(("reward/", "actor/", "ledger/", "response_length/", "staleness/")):
                 assert one[name] == other[name], (one["step"], name)
-    assert summary["ledger"] == {"pending": 0, "trained": 8 * steps}
-    assert summary["eval_before"] == whole.summary["eval_before"]
-    assert summary["status"] == "finished"
-    assert summary["resume"] is None
-    if steps < STEPS:
-        return
-    final = [load_file(folder / "echo" / "model" / "model.safetensors") for folder in (killed, whole.folder)]
-    assert [name for name in final[0] if not torch.equal(final[0][name], final[1][name])] == []
-    assert summary["ledger"] == whole.summary["ledger"]
-    assert summary["tokens"] == whole.summary["tokens"]
-    assert summary["eval_after"] == whole.summary["eval_after"]

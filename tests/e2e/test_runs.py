@@ -9,30 +9,43 @@ import pytest
 
 from cases import nightly_unless
 from processes import assert_gone, kill_one
-from runs import every_prompt_was_trained_once, finish, printed, start, wait_for_step
+from runs import (
+    RECIPE,
+    TWO_TURNS,
+    every_prompt_was_trained_once,
+    finish,
+    printed,
+    start,
+    trained_once,
+    wait_for_step,
+)
 
 
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
-    ("doctor", "killed", "resumes"),
+    ("doctor", "killed", "resumes", "recipe"),
     nightly_unless(
-        lambda doctor, killed, resumes: not resumes,
+        lambda doctor, killed, resumes, recipe: recipe == TWO_TURNS,
         # The process that vLLM runs the model in, and the actor that hosts an engine.
         [
-            ("short", "VLLM::EngineCore", False),
-            ("short", "VLLM::EngineCore", True),
-            ("short", "ray::EngineActor", True),
-            ("full", "VLLM::EngineCore", True),
+            ("short", "VLLM::EngineCore", False, TWO_TURNS),
+            ("short", "VLLM::EngineCore", False, RECIPE),
+            ("short", "VLLM::EngineCore", True, RECIPE),
+            ("short", "ray::EngineActor", True, RECIPE),
+            ("full", "VLLM::EngineCore", True, RECIPE),
         ],
     ),
 )
 def test_an_asynchronous_run_of_two_engines_and_two_ranks_survives_ctrl_c_and_a_killed_engine(
-    echo_model: Path, tmp_path: Path, doctor: str, killed: str, resumes: bool
+    echo_model: Path, chat_model: Path, tmp_path: Path, doctor: str, killed: str, resumes: bool, recipe: Path
 ) -> None:
     flags = "--steps 16 --prompts-per-step 4 --group-size 4 --max-staleness 1 --tracking.wandb off --no-save-final"
-    more = "--rollout.engines 2 --rollout.max-tokens 200 --verify-every 2 --save-every 2 --tracking.samples-per-step 16"
-    ranks = "--trainer.ranks 2 --trainer.zero-stage 3"
-    process, mark = start(echo_model, tmp_path, *flags.split(), *more.split(), *ranks.split(), "--doctor", doctor)
+    more = "--rollout.engines 2 --verify-every 2 --save-every 2 --tracking.samples-per-step 16"
+    ranks = f"--trainer.ranks 2 --trainer.zero-stage 3 --doctor {doctor}"
+    turns = 2 if recipe == TWO_TURNS else 1
+    model, tokens = (echo_model, 200) if turns == 1 else (chat_model, 100)
+    all_flags = f"{flags} {more} {ranks} --rollout.max-tokens {tokens}"
+    process, mark = start(model, tmp_path, *all_flags.split(), recipe=recipe)
     run = tmp_path / "echo"
     wait_for_step(process, tmp_path, 4)
     if not resumes:
@@ -48,6 +61,7 @@ def test_an_asynchronous_run_of_two_engines_and_two_ranks_survives_ctrl_c_and_a_
     assert (run / "curves.png").stat().st_size > 0
     assert len(summary["engines_lost"]) == (not resumes)
     assert_gone(mark)
+    assert len(trained_once(run, samples=4)) >= 4 * len(rows)
     assert [row["weight_sync/verified"] for row in rows[:4]] == [1, 1, 0, 1]
     # Sampling overlapped with updates: some sequences were running when new weights came.
     assert max(row["staleness/max"] for row in rows) == 1
@@ -56,6 +70,11 @@ def test_an_asynchronous_run_of_two_engines_and_two_ranks_survives_ctrl_c_and_a_
     report = json.loads((run / "doctor.json").read_text())
     assert (report["verdict"], len(report["evidence"]["samples"])) == ("well", 2)
     assert rows[0]["rollout_corr/logprob_abs_diff_mean"] <= 1e-5
+    if turns == 2:
+        # An environment's message stands between the turns; the engine and the trainer agree on each turn.
+        assert all(row["episode/turns_max"] == 2 for row in rows)
+        assert all(0 < rows[0][f"rollout_corr/logprob_abs_diff_turn/{turn}"] <= 1e-5 for turn in (0, 1))
+        assert all(row["actor/grad_norm"] > 0 for row in rows)
     tried = {comparison["name"] for comparison in report["comparisons"] if comparison["gap"]}
     if doctor == "full":
         assert {"the same engine, asked twice", "prefix cache hit | miss"} <= tried

@@ -57,11 +57,13 @@ def stuck():
     one = Cluster(replace(CONFIG, deadlines=Deadlines(step_s=2.0, sync_s=2.0)), SimpleNamespace(engines=1, learners=1))
     one.started_ray = start_ray(one.placement)
     one.learners = [LearnerProcess(actors.watched(SleepingLearner).remote())]
-    engine = actors.watched(SleepingEngine).options(max_concurrency=8)
-    one.engines = [EngineProcess(engine.remote()) for _ in range(2)]
+    one.engines = [EngineProcess(actors.watched(SleepingEngine).options(max_concurrency=8).remote())]
     for process in (*one.learners, *one.engines):
         asyncio.run(answer(process.ask(lambda sleeper: sleeper.wake()), "an actor did not start", 120.0))
     yield one
+    # The engine is stuck, and `close` would wait for its answer.
+    for process in one.engines:
+        process.kill()
     asyncio.run(one.close())
 
 
@@ -70,9 +72,10 @@ def stuck():
     [
         (lambda c: c.ask_learners(lambda rank: rank.step()), "learner rank 0 to step", "step: time.sleep"),
         (lambda c: c.ask_engine(0, lambda e: e.sample(), deadline_s=2.0), "engine 0 to sample", "which_never_comes"),
+        # It comes last, because the engine answers nothing afterwards.
         (
-            lambda c: c.ask_engine(1, lambda e: e.sample_blocking(), deadline_s=2.0),
-            "engine 1 to",
+            lambda c: c.ask_engine(0, lambda e: e.sample_blocking(), deadline_s=2.0),
+            "engine 0 to",
             "sample_blocking: time.sleep",
         ),
     ],

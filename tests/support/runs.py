@@ -14,6 +14,8 @@ from pathlib import Path
 STARTED: list[str] = []
 """The marks of all runs so far: tests/e2e/conftest.py ends what a failed test left of them."""
 RECIPE = Path(__file__).parents[1] / "e2e" / "recipes" / "echo.py"
+TWO_TURNS = RECIPE.with_name("two_turns.py")
+"""The same as an environment; its model needs a chat template."""
 HANGS_S = 560
 """No wait of a run is meant to take a tenth of this: it only keeps a run that hangs from hanging the tests."""
 
@@ -85,10 +87,14 @@ def every_prompt_was_trained_once(run: Path, *, prompts: int, samples: int) -> N
     assert len(ordinals) == len(set(ordinals)), "a prompt in two states"
     assert sorted({*ordinals, *ledger["pending"]}) == list(range(max(ordinals) + 1)), "a prompt that was lost"
     assert sum(last + 1 - first for first, last in ledger["trained"]) == prompts
-    # The same from what was trained on, not from the ledger.
+    assert len(trained_once(run, samples)) == prompts  # the same from what was trained on, not from the ledger
+
+
+def trained_once(run: Path, samples: int) -> set[int]:
+    """The prompts that were trained on: each in one step, with all its samples."""
     steps_of: dict[int, list[int]] = {}
     for line in (run / "samples.jsonl").read_text().splitlines():
         row = json.loads(line)
         steps_of.setdefault(row["prompt_ordinal"], []).append(row["step"])
     assert all(len(steps) == samples and len(set(steps)) == 1 for steps in steps_of.values())
-    assert len(steps_of) == prompts
+    return set(steps_of)

@@ -17,7 +17,8 @@ from trainer.learner.weights import LearnerWeights
 from trainer.model.attention import packs
 from trainer.model.files import copy_companions, listed_stop_ids, model_config, without_weights
 from trainer.model.head import LogprobHead
-from trainer.model.logits import LogitsMap, measure
+from trainer.model.logits import LogitsMap
+from trainer.model.measure import measure
 from trainer.model.own_forward import check_own_forward
 from trainer.model.policy import load
 

@@ -41,7 +41,7 @@ def test_what_makes_no_call_is_refused(ask):
     ],
 )
 def test_renaming_a_method_of_engine_worker_or_learner_makes_pyright_fail(tmp_path, file, method):
-    for package in ("rl", "rollout", "trainer"):
+    for package in ("rl", "rollout", "trainer", "typings"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / ".venv").symlink_to(Path(sys.executable).parents[1])

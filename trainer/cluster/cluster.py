@@ -58,7 +58,7 @@ class Cluster:
         cores = machine.cores()
         engine_vars = env | engine_env(device=p.device, backend=p.backend, threads=engine_threads(c, cores))
         self.learner_threads = learner_threads(c, cores)
-        learner_vars = env | learner_env(self.learner_threads)
+        learner_vars = env | learner_env(self.learner_threads, p.device)
         more = {"max_concurrency": 4096, "runtime_env": {"env_vars": engine_vars}}
         self.engine_options = [one | more for one in options[: p.engines]]
         booted = [self._boot_engine(index) for index in range(p.engines)]

@@ -10,6 +10,7 @@ from ray import cloudpickle
 
 from rl.config import Config
 from rl.typed import shortened
+from trainer.cluster.placement import Device
 
 
 @contextmanager
@@ -27,10 +28,12 @@ def ray_environment() -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def learner_env(threads: int) -> dict[str, str]:
+def learner_env(threads: int, device: Device) -> dict[str, str]:
     """Environment of a learner's process. Ray would give it one thread, and spinning OpenMP threads would starve the
     engine."""
-    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+    env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+    # DeepSpeed asks for a compiled function of an optimizer that is not used here, and torch then imports its compiler.
+    return env | {"TORCHDYNAMO_DISABLE": "1"} if device == "cpu" else env
 
 
 def without_functions(config: Config) -> Config:

@@ -14,8 +14,8 @@ from trainer.model.answer import Answer
 from trainer.model.attention import packs, use_segments
 from trainer.model.files import remote_code
 from trainer.model.head import LogprobHead
-from trainer.model.logits import measure
 from trainer.model.lora import inject
+from trainer.model.measure import measure
 from trainer.model.own_forward import own_forward
 from trainer.model.packing import pack
 from trainer.model.ulysses import Ulysses

@@ -66,7 +66,7 @@ class Plan:
         """Raise ValueError where the model cannot run as the settings ask, or does not fit. Takes seconds."""
         if self.placement.learners:
             # Imported late: transformers takes seconds, and --help needs no model.
-            from trainer.model.logits import measure
+            from trainer.model.measure import measure
 
             check_rows(self.config)
             measure(self.skeleton)
