@@ -8,7 +8,6 @@ import math
 import string
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
