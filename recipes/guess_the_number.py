@@ -13,8 +13,9 @@ from trainer.launch import launch
 
 SIZE = 15
 """Four guesses are enough for 15 numbers, if each halves what is left."""
-# This model follows an example, and no description.
-WORKED = ["Guess my number from 1 to 15.", "8", "higher", "12", "lower", "10", "lower", "9"]
+# This model follows examples, and no description.
+WORKED = ["Guess from 1 to 15", "8", "Higher: guess from 9 to 15", "12", "Lower: guess from 9 to 11", "10"]
+WORKED += ["Guess from 21 to 35", "28", "Lower: guess from 21 to 27", "24"]
 
 
 class Guess:
@@ -32,9 +33,10 @@ class Guess:
         reward = 0.0 if self.low <= guess <= self.high else -0.25
         if guess < self.number:
             self.low = max(self.low, guess + 1)
-            return Step(observation="higher", reward=reward)
-        self.high = min(self.high, guess - 1)
-        return Step(observation="lower", reward=reward)
+        else:
+            self.high = min(self.high, guess - 1)
+        hint = "Higher" if guess < self.number else "Lower"
+        return Step(observation=f"{hint}: guess from {self.low} to {self.high}", reward=reward)
 
     def reward(self, episode: Episode) -> float:
         return 0.0  # all of it is paid by turn
@@ -45,7 +47,7 @@ def games() -> Data:
     worked = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(WORKED)]
     examples: list[Example] = []
     for low in random.Random(0).sample(range(1, 80), 20):
-        asked = {"role": "user", "content": f"Right. Guess my number from {low} to {low + SIZE - 1}."}
+        asked = {"role": "user", "content": f"Guess from {low} to {low + SIZE - 1}"}
         for number in range(low, low + SIZE):
             examples.append(Example(prompt=[*worked, asked], task={"low": low, "number": number}))
     return Data(train=examples[60:], evals={"held_out": examples[:60]})

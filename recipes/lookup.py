@@ -1,4 +1,4 @@
-"""Episodes: SmolLM2-135M-Instruct finds a country by two look-ups, the second for what the first returned, on a laptop.
+"""Episodes: SmolLM2-135M-Instruct finds a colour by two look-ups, the second for what the first returned, on a laptop.
 
 python recipes/lookup.py --seed 1
 """
@@ -12,14 +12,13 @@ from rl.objectives import GSPO
 from rl.types import Data, Example
 from trainer.launch import launch
 
-BEGIN = ["Al", "Be", "Da", "El", "Fa", "Ga", "Is", "Ka", "Lu", "Ma", "No", "Pe", "Ro", "Sa", "Ti", "Va"]
-NAMES = [begin + end for begin in BEGIN for end in ("bo", "dor", "la", "lin", "mir", "ra", "so", "ten")]
-COUNTRIES = {"Lima": "Peru", "Oslo": "Norway", "Cairo": "Egypt", "Rome": "Italy", "Paris": "France", "Delhi": "India"}
-COUNTRIES |= {"Quito": "Ecuador", "Accra": "Ghana", "Tokyo": "Japan", "Hanoi": "Vietnam", "Seoul": "Korea"}
-# Where people live is drawn anew, so no model can know it.
-HOMES = {name: random.Random(name).choice(sorted(COUNTRIES)) for name in NAMES}
-# This model follows an example, and no description.
-WORKED = ["Where does Anna live?", "FIND(Anna)", "Anna lives in Arica", "FIND(Arica)", "Arica is in Chile", "Chile"]
+ORDERS, SHELVES, COLOURS = range(10, 100), range(100, 1000), ["red", "blue", "green", "black", "white", "yellow"]
+SHELF_OF = dict(zip(ORDERS, random.Random(0).sample(SHELVES, len(ORDERS)), strict=True))
+COLOUR_OF = {shelf: random.Random(shelf).choice(COLOURS) for shelf in SHELF_OF.values()}
+"""The table: each order lies on a shelf, and each shelf has a colour."""
+# This model follows examples, and no description. None of them is in the table.
+WORKED = ["Find 1", "FIND(1)", "Find 2071", "FIND(2071)", "Answer red", "red"]
+WORKED += ["Find 4", "FIND(4)", "Find 3906", "FIND(3906)", "Answer green", "green"]
 
 
 class Lookup:
@@ -28,34 +27,34 @@ class Lookup:
     def __init__(self, task):
         self.task = task
 
-    def find(self, name: str) -> str:
-        """Look up in which city a person lives, or in which country a city is."""
-        if name in HOMES:
-            return f"{name} lives in {HOMES[name]}"
-        if name not in COUNTRIES:
-            raise ToolError(f"{name} is unknown")
-        return f"{name} is in {COUNTRIES[name]}"
+    def find(self, number: int) -> str:
+        """Look a number up: that of an order or of a shelf. Returns what is left to do."""
+        if number in SHELF_OF:
+            return f"Find {SHELF_OF[number]}"
+        if number not in COLOUR_OF:
+            raise ToolError(f"There is no {number}")
+        return f"Answer {COLOUR_OF[number]}"
 
     def reward(self, episode: Episode) -> float:
-        return float(episode.ended == "done" and episode.text.strip(" .\n") == self.task["answer"])
+        return float(episode.ended == "done" and episode.text.strip(" .\n").lower() == self.task["answer"])
 
 
 class InText(Lookup):
     """For a model that writes its calls as text."""
 
     def parse(self, text: str) -> list[Call]:
-        return [Call(name="find", arguments={"name": name}) for name in re.findall(r"FIND\((\w+)\)", text)]
+        return [Call(name="find", arguments={"number": int(found)}) for found in re.findall(r"FIND\((\d{1,9})\)", text)]
 
 
-def questions(worked: list[str] = WORKED, asked: str = "Where does {} live?") -> Data:
-    """96 people to train on, and 32 others that are held out."""
+def questions(worked: list[str] = WORKED, asked: str = "Find {}") -> Data:
+    """58 orders to train on, and 32 others that are held out."""
     before = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(worked)]
     examples = [
         Example(
-            prompt=[*before, {"role": "user", "content": asked.format(name)}],
-            task={"answer": COUNTRIES[HOMES[name]]},
+            prompt=[*before, {"role": "user", "content": asked.format(order)}],
+            task={"order": order, "answer": COLOUR_OF[SHELF_OF[order]]},
         )
-        for name in random.Random(0).sample(NAMES, len(NAMES))
+        for order in random.Random(0).sample(ORDERS, len(ORDERS))
     ]
     return Data(train=examples[32:], evals={"held_out": examples[:32]})
 

@@ -14,7 +14,7 @@ from lookup import config as in_text
 from rl.config import RolloutConfig, TrainerConfig
 from trainer.launch import launch
 
-ASKED = "In which country does {} live? Look it up, and answer with the name of the country alone."
+ASKED = "Which colour has the shelf of order {}? Look the numbers up, and answer with the colour alone."
 
 config = replace(
     in_text,
