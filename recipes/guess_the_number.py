@@ -46,7 +46,7 @@ def games() -> Data:
     """240 games to train on, and 60 others, of other ranges, that are held out."""
     worked = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(WORKED)]
     examples: list[Example] = []
-    for low in random.Random(0).sample(range(1, 80), 20):
+    for low in random.Random(0).sample(range(1, 41), 20):
         asked = {"role": "user", "content": f"Guess from {low} to {low + SIZE - 1}"}
         for number in range(low, low + SIZE):
             examples.append(Example(prompt=[*worked, asked], task={"low": low, "number": number}))
