@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rl.rewards.combined import OverGroup, Weighted
     from rl.rewards.result import NOT_APPLICABLE, Scored
     from rl.rewards.shaping import SoftOverlong
-    from rl.types import Batch, Data, Example, PolicyOutput, Reply, Step, Trajectory, needed
+    from rl.types import Batch, Data, Eval, Example, PolicyOutput, Reply, Step, Trajectory, needed
 
 __all__ = [
     "CISPO",
@@ -40,6 +40,7 @@ __all__ = [
     "Deadlines",
     "Difficulty",
     "DrGRPO",
+    "Eval",
     "Example",
     "GeometricMask",
     "IcePop",
@@ -78,7 +79,7 @@ _MODULES = {
     "rl.rewards.result": "NOT_APPLICABLE Scored",
     "rl.rewards.shaping": "SoftOverlong",
     "rl.data": "Rows",
-    "rl.types": "Batch Data Example PolicyOutput Reply Step Trajectory needed",
+    "rl.types": "Batch Data Eval Example PolicyOutput Reply Step Trajectory needed",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 

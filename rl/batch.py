@@ -153,6 +153,10 @@ def take(batch: Batch, rows: Tensor) -> Batch:
     return replace(batch, **picked)
 
 
+Unit = tuple[int, int]
+"""A group or an episode, and which part of it."""
+
+
 def micro_batches(
     batch: Batch,
     rows: Tensor,
@@ -165,33 +169,30 @@ def micro_batches(
 ) -> list[list[Tensor]]:
     """Cut rows into micro-batches of about `budget` tokens, the same number of them on every rank.
 
-    The rows of an episode stay together, because a ratio may be that of the whole episode. With `share_prompts` the
-    rows of a group do, and what two of them begin with, up to the first sampled token, counts once. Rows that are not
-    `packed` count as long as the longest row of their micro-batch. Units (groups, or episodes) are dealt largest first
-    to the rank with the least work. A token costs 1; with `features`, the model's hidden size, it costs position /
-    (6 features) more for its attention (4 features x position FLOPs, against about 24 features^2 in the linear layers
-    of a block). Returns one list of row indices [R] per rank. A rank with less work gets empty ones: ZeRO 2 and 3
-    communicate inside backward, and unequal counts would hang. A unit above the budget is a micro-batch of its own.
+    The rows of an episode stay together, because a ratio may be that of the whole episode. With `share_prompts` those
+    of a group do, as far as the budget allows, and what two of them begin with, up to the first sampled token, counts
+    once. Rows that are not `packed` count as long as the longest row of their micro-batch. Units (episodes, or groups
+    and parts of groups) are dealt largest first to the rank with the least work. A token costs 1; with `features`, the
+    model's hidden size, it costs position / (6 features) more for its attention (4 features x position FLOPs, against
+    about 24 features^2 in the linear layers of a block). Returns one list of row indices [R] per rank. A rank with less
+    work gets empty ones: ZeRO 2 and 3 communicate inside backward, and unequal counts would hang. An episode above the
+    budget is a micro-batch of its own.
     """
     total = lengths(batch)
-    named = batch.group_ids if share_prompts else batch.episode_ids
-    names = rows if named is None else named[rows]
-    units: dict[int, list[int]] = {}
-    for row, name in zip(integers(rows), integers(names), strict=True):
-        units.setdefault(name, []).append(row)
-    shared = _shared(batch, [*units.values()]) if share_prompts else torch.zeros_like(total)
+    members = [integers(episode) for episode in episodes(batch, rows)]
+    units, shared = _units(batch, members, total, budget if share_prompts else None)
     cost = {u: int((total - shared)[of].sum()) for u, of in units.items()}
 
-    def size(together: list[int]) -> int:
+    def size(together: list[Unit]) -> int:
         of = [row for u in together for row in units[u]]
         return sum(cost[u] for u in together) if packed else len(of) * int(total[of].max())
 
-    def work(unit: int) -> float:
+    def work(unit: Unit) -> float:
         of = units[unit]
         squares = total[of] ** 2 - shared[of] ** 2
         return cost[unit] + (0.0 if features is None else float(squares.sum()) / (12 * features))
 
-    shares: list[list[int]] = [[] for _ in range(ranks)]
+    shares: list[list[Unit]] = [[] for _ in range(ranks)]
     load = [0.0] * ranks
     for unit in sorted(units, key=lambda u: (-work(u), u)):
         rank = min(range(ranks), key=lambda r: (load[r], r))
@@ -205,23 +206,44 @@ def micro_batches(
     return [c + [torch.empty(0, dtype=torch.long)] * (most - len(c)) for c in cut]
 
 
-def _shared(batch: Batch, units: list[list[int]]) -> Tensor:
-    """Columns [B] of each row that a row before it in its unit computes: what both begin with, up to the first sampled
-    token, if that is the same."""
-    prompt = batch.mask.int().argmax(dim=1) + 1
-    shared = torch.zeros_like(prompt)
-    for of in units:
-        seen = set[bytes]()
-        for row in of:
-            begin = batch.input_ids[row, : int(prompt[row])].numpy().tobytes()
-            if begin in seen:
-                shared[row] = prompt[row]
-            seen.add(begin)
-    return shared
+def _units(
+    batch: Batch, members: list[list[int]], total: Tensor, budget: int | None
+) -> tuple[dict[Unit, list[int]], Tensor]:
+    """Rows that stay together, by a name, and the columns [B] of each row that a row before it in its unit computes:
+    what both begin with, up to the first sampled token, if that is the same.
+
+    `members` are the rows of each episode. Without a budget each episode is a unit, and nothing is shared. With one it
+    is the group, which ends and goes on in another unit where an episode would exceed the budget.
+    """
+    prompt = integers(batch.mask.int().argmax(dim=1) + 1)
+    shared, units = torch.zeros_like(total), dict[Unit, list[int]]()
+    names = batch.group_ids if budget is not None else batch.episode_ids
+    part, size, seen = dict[int, int](), dict[int, int](), dict[int, set[bytes]]()
+    for rows in members:
+        name = rows[0] if names is None else int(names[rows[0]])
+        if budget is None:
+            units[name, 0] = rows
+            continue
+        begins = [batch.input_ids[row, : prompt[row]].numpy().tobytes() for row in rows]
+        whole, prompts = int(total[rows].sum()), [prompt[row] for row in rows]
+        saved = _saved(begins, prompts, seen.get(name, set()))
+        if name not in part or size[name] + whole - sum(saved) > budget:
+            part[name], size[name], seen[name] = part.get(name, -1) + 1, 0, set()
+            saved = _saved(begins, prompts, set())
+        shared[rows] = torch.tensor(saved)
+        size[name] += whole - sum(saved)
+        seen[name].update(begins)
+        units.setdefault((name, part[name]), []).extend(rows)
+    return units, shared
 
 
-def _fill(units: list[int], size: Callable[[list[int]], int], budget: int) -> list[list[int]]:
-    out: list[list[int]] = []
+def _saved(begins: list[bytes], prompts: list[int], seen: set[bytes]) -> list[int]:
+    """The columns of each row that one before it computes, or one of those whose beginnings were seen."""
+    return [n if b in seen or b in begins[:i] else 0 for i, (b, n) in enumerate(zip(begins, prompts, strict=True))]
+
+
+def _fill(units: list[Unit], size: Callable[[list[Unit]], int], budget: int) -> list[list[Unit]]:
+    out: list[list[Unit]] = []
     for unit in units:
         if not out or size([*out[-1], unit]) > budget:
             out.append([])

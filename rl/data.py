@@ -82,6 +82,47 @@ def sized(train: Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Eval(Checked):
+    """A held-out set with settings of its own. Each that is None is the run's.
+
+    `Data(train=..., evals={"hard": Eval(examples=hard, samples=16, every=50), "easy": easy})`
+    """
+
+    examples: Iterable[Example]
+    samples: int | None = None
+    """Completions per problem. Default: `Config.eval_samples`."""
+    temperature: float | None = None
+    """Default: `Config.eval_temperature`."""
+    every: int | None = None
+    """Steps between its evaluations. Default: `Config.eval_every`. 0: only before the first step and after the last."""
+    reward: Callable[..., Any] | None = None
+    """Scores single replies. Default: `Config.eval_reward`."""
+    env: type | Callable[..., Any] | None = None
+    """Environment class of its episodes. Default: `Config.env`, unless the set has a reward."""
+    answer: Callable[..., Any] | None = None
+    """Function that takes a `Reply` and returns its answer, None where it has none. Majority votes count equal answers
+    (maj@n); no default."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "examples", fit_field(self, "examples", list(self.examples), list[Example]))
+        for name, least in (("samples", 1), ("temperature", 0), ("every", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value:g} must be at least {least} (in Eval)")
+        if self.env is not None and (self.reward is not None or self.answer is not None):
+            other = "answer reads" if self.reward is None else "reward scores"
+            raise ValueError(
+                f"Eval: {other} single replies, and env={show(self.env)} plays and scores episodes: give one of them"
+            )
+
+    @classmethod
+    def right_form(cls, field: str, value: Any) -> str | None:
+        """How to write the examples."""
+        form = "must be a list of Example: write Eval(examples=[Example(prompt='2 + 3 =')])"
+        return form if field == "examples" else None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data(Checked):
     """What a run learns from, and the held-out sets that measure it.
 
@@ -92,7 +133,7 @@ class Data(Checked):
     """
 
     train: Train
-    evals: Mapping[str, Iterable[Example]] = field(default_factory=dict)
+    evals: Mapping[str, Eval | Iterable[Example]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.train, list | tuple | str | Mapping) or hasattr(self.train, "column_names"):
@@ -102,15 +143,19 @@ class Data(Checked):
             for name, each in self.evals.items()
             if not hasattr(each, "column_names")
         }
-        object.__setattr__(
-            self, "evals", fit_field(self, "evals", {**self.evals, **plain}, Mapping[str, list[Example]])
-        )
+        sets = fit_field(self, "evals", {**self.evals, **plain}, Mapping[str, Eval | list[Example]])
+        object.__setattr__(self, "evals", sets)
+
+    @property
+    def sets(self) -> dict[str, Eval]:
+        """The held-out sets, a plain list as one without settings of its own."""
+        return {name: each if isinstance(each, Eval) else Eval(examples=each) for name, each in self.evals.items()}
 
     def __call__(self) -> "Data":
         return self
 
     def __repr__(self) -> str:
-        evals = "".join(f", {name!r}: {len(list(examples))}" for name, examples in self.evals.items())
+        evals = "".join(f", {name!r}: {len(list(each.examples))}" for name, each in self.sets.items())
         size = f"{len(self.train)} examples" if sized(self.train) else "read as needed"  # pyright: ignore
         return f"Data(train: {size}{evals})"
 

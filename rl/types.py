@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rl.data import Data as Data
+from rl.data import Eval as Eval
 from rl.data import Example as Example
 from rl.data import Given
 from rl.data import Rows as Rows

@@ -17,7 +17,7 @@ GROUPS = {
     "mask-truncated old-logprobs dtype fp32-head share-gpu chat-template-kwargs long-prompts "
     "trust-remote-code",
     "Episodes": "env-workers max-failed",
-    "Evaluation": "eval-every eval-samples eval-temperature",
+    "Evaluation": "eval-every eval-samples eval-temperature keep-best",
     "Checks, records and checkpoints": "doctor verify-every record-batches save-every keep-last save-final "
     "changed-at-resume export-dtype",
 }

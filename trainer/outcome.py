@@ -36,7 +36,26 @@ async def export_model(
 
     Raises OSError that names the checkpoint which holds the weights.
     """
-    partial, final = folder / ".model.partial", folder / "model"
+    try:
+        await write_model(cluster, tokenizer, folder / "model", config, summary, settings)
+    except OSError as error:
+        saved = checkpoint.finished(folder / "checkpoints")
+        holds = f"The trained weights are in {saved[-1]}" if saved else "No checkpoint holds the weights (save_every=0)"
+        raise OSError(
+            f"{error}. {holds}. Make space, then export it with: {how_to_resume(folder) or 'a new run'}"
+        ) from error
+
+
+async def write_model(
+    cluster: Cluster,
+    tokenizer: "PreTrainedTokenizerBase",
+    final: Path,
+    config: Config,
+    summary: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
+    """Write the learner's model as the folder `final`, whole or not at all. Raises OSError."""
+    partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
 
     def add_files() -> None:
@@ -44,6 +63,7 @@ async def export_model(
         write_card(partial, config, summary, settings)
 
     try:
+        final.parent.mkdir(exist_ok=True)
         target = str(partial.resolve())
         await cluster.ask_learners(lambda rank: rank.export(target))
         await asyncio.to_thread(add_files)
@@ -53,12 +73,8 @@ async def export_model(
         raise
     except Exception as error:  # safetensors, tokenizers and the hub's library each have errors of their own
         shutil.rmtree(partial, ignore_errors=True)
-        saved = checkpoint.finished(folder / "checkpoints")
-        holds = f"The trained weights are in {saved[-1]}" if saved else "No checkpoint holds the weights (save_every=0)"
-        raise OSError(
-            f"the model could not be exported to {final} ({type(error).__name__}: {shortened(str(error), 300)}). "
-            f"{holds}. Make space, then export it with: {how_to_resume(folder) or 'a new run'}"
-        ) from error
+        kind = type(error).__name__
+        raise OSError(f"the model could not be exported to {final} ({kind}: {shortened(str(error), 300)})") from error
 
 
 def how_to_resume(folder: Path) -> str | None:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl.config import Config
-from rl.data import Data, Given, Train, sized
-from rl.environments.check import class_of
+from rl.data import Data, Eval, Given, Train, sized
 from rl.environments.host import ThreadHost
 from rl.environments.play import Chat, play
 from rl.environments.template import chat_of
-from rl.environments.tools import schemas
+from rl.loop.evaluate import answers_of
 from rl.loop.players import stage_of
 from rl.loop.progress import numbers, runs
 from rl.loop.stream import stream
@@ -29,6 +28,7 @@ from rl.types import Completion, Prompt, Reply
 from trainer.data.encode import Encoder, peek
 from trainer.data.fingerprint import fingerprint
 from trainer.data.first_prompt import FirstPrompt, first_prompt
+from trainer.data.sets import check_best, config_of, with_tools
 from trainer.model.files import listed_stop_ids, remote_code
 from trainer.model.forbidden import forbidden
 from trainer.plan.plan import Plan
@@ -66,6 +66,8 @@ class Prepared:
     """Makes the training prompts, and knows those that are too long."""
     source: Train | None = None
     """The training set that is read as needed; None: `train` is all of it."""
+    sets: Mapping[str, Eval] = field(default_factory=dict)
+    """The settings of each held-out set."""
     long_evals: Mapping[str, int] = field(default_factory=dict)
     """Prompts of each held-out set that were dropped or cut."""
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
@@ -82,10 +84,9 @@ class Prepared:
         encoder = self.encoder
         return stream(self.source, seed, prompt=encoder.prompt, ended=ended, dropped=frozenset(encoder.dropped))
 
-    @cached_property
-    def chat(self) -> Chat:
-        """The chat template, for the turns of episodes."""
-        return chat_of(self.tokenizer, self.rendering, self.stop_ids)
+    def chat(self, env: type | Callable[..., Any]) -> Chat:
+        """The chat template, for the turns of an environment's episodes."""
+        return chat_of(self.tokenizer, with_tools(self.rendering, env), self.stop_ids)
 
     @cached_property
     def first(self) -> FirstPrompt:
@@ -119,7 +120,10 @@ class Prepared:
 def read(plan: Plan, saved: Mapping[str, Any] | None = None) -> Prepared:
     """Check that the model runs and fits as planned, then load the data. Takes seconds. Raises as both do."""
     plan.check_model()
-    return prepare(plan.config, saved)
+    prepared = prepare(plan.config, saved)
+    if plan.placement.learners:
+        check_best(plan.config, prepared.sets)
+    return prepared
 
 
 def load_data(config: Config) -> Data:
@@ -142,8 +146,8 @@ def load_data(config: Config) -> Data:
         )
     if sized(data.train) and not data.train:
         raise ValueError("the training data is empty: `Config.data()` returned no `train` examples")
-    for name, examples in data.evals.items():
-        if not examples:
+    for name, each in data.sets.items():
+        if not each.examples:
             raise ValueError(f"the evaluation set {name!r} is empty: fill it, or leave it out of `Data.evals`")
     return data
 
@@ -160,11 +164,10 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Prepared:
     listed = listed_stop_ids(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
     now = datetime.fromisoformat(before["now"]) if before else datetime.now()
     rendering = Rendering(template=config.chat_template_kwargs, now=now)
-    if config.env is not None:
-        rendering = replace(rendering, tools=schemas(class_of(config.env)))
 
-    def encoder(where: str, **long: set[int]) -> Encoder:
-        return Encoder(tokenizer=tokenizer, config=config, rendering=rendering, where=where, **long)
+    def encoder(where: str, config: Config = config, **long: set[int]) -> Encoder:
+        shown = with_tools(rendering, config.env)
+        return Encoder(tokenizer=tokenizer, config=config, rendering=shown, where=where, **long)
 
     source = None
     if isinstance(data.train, list):
@@ -173,30 +176,41 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Prepared:
         train, source = peek(data.train, PEEK, encoder("data.train"))
         long = {name: set(numbers(before["long_prompts"][name])) for name in ("dropped", "cut")} if before else {}
         main = encoder("data.train", **long)
-    evals = {name: (encoder(f"data.evals[{name!r}]"), list(examples)) for name, examples in data.evals.items()}
-    held_out = {name: each.all(examples) for name, (each, examples) in evals.items()}
+    configs = {name: config_of(config, name, each) for name, each in data.sets.items()}
+    evals = {name: encoder(f"data.evals[{name!r}]", own) for name, own in configs.items()}
+    asked = {name: evals[name].all(list(each.examples)) for name, each in data.sets.items()}
     prepared = Prepared(
         tokenizer=tokenizer,
-        rendering=rendering,
+        rendering=with_tools(rendering, config.env),
         first_prompt=train[0].given,
         train=train,
-        evals=held_out,
+        evals=asked,
         encoder=main,
         source=source,
         stop_ids=sorted({*listed, *config.rollout.stop_token_ids}),
-        long_evals={name: len(each.dropped) + len(each.cut) for name, (each, _) in evals.items()},
-        fingerprint=fingerprint(config, train, held_out, source),
+        sets=data.sets,
+        long_evals={name: len(each.dropped) + len(each.cut) for name, each in evals.items()},
+        fingerprint=fingerprint(config, train, asked, source, data.sets),
     )
-    if config.env is None:
-        try_rewards(config, prepared)
-    else:
-        try_environment(config, prepared)
+    try_scoring(config, prepared, train[0], "data.train[0]")
+    for name, own in configs.items():
+        if own is not config or data.sets[name].answer:
+            try_scoring(own, prepared, asked[name][0], f"data.evals[{name!r}][0]", data.sets[name].answer)
     return prepared
 
 
-def try_rewards(config: Config, prepared: Prepared) -> None:
+def try_scoring(
+    config: Config, prepared: Prepared, first: Prompt, where: str, answer: Callable[[Reply], Any] | None = None
+) -> None:
+    """Score the first prompt of a set, without an engine."""
+    if config.env is None:
+        try_rewards(config, prepared, first, answer)
+    else:
+        try_environment(config, prepared, first, where)
+
+
+def try_rewards(config: Config, prepared: Prepared, first: Prompt, answer: Callable[[Reply], Any] | None) -> None:
     """Score an empty reply, which every reward must be able to do: it finds wrong signatures before anything starts."""
-    first = prepared.train[0]
     empty = Reply(
         text="",
         finished=False,
@@ -209,22 +223,22 @@ def try_rewards(config: Config, prepared: Prepared) -> None:
     for reward in filter(None, (config.reward, config.eval_reward)):
         asked = [empty] * config.group_size if judges_groups(reward) else empty
         asyncio.run(score_in_time(reward, asked, 0, config.deadlines.reward_s))
+    if answer is not None:
+        answers_of(answer, [empty])
 
 
-def try_environment(config: Config, prepared: Prepared) -> None:
+def try_environment(config: Config, prepared: Prepared, first: Prompt, where: str) -> None:
     """Play one episode of the first prompt in which the policy says nothing: it finds what a constructor, `start`,
     `reward` or `close` gets wrong. Raises ValueError, and EnvError for what the environment raises."""
-    first = prepared.train[0]
     assert config.env is not None
     if isinstance(first.given, str) or not all(isinstance(m, dict) for m in first.given):
         raise ValueError(
-            f"env needs prompts that are chat messages, and data.train[0] is {show(first.given)}: write "
+            f"env needs prompts that are chat messages, and {where} is {show(first.given)}: write "
             "prompt=[{'role': 'user', 'content': '...'}]"
         )
 
-    stage = stage_of(
-        config, Silent(prepared.stop_ids[:1] or [0]), prepared.decode, prepared.chat, ThreadHost(env=config.env)
-    )
+    silent, chat = Silent(prepared.stop_ids[:1] or [0]), prepared.chat(config.env)
+    stage = stage_of(config, silent, prepared.decode, chat, ThreadHost(env=config.env))
     asyncio.run(play(stage, first, 0, lambda turn: 0))
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import Config
-from rl.loop.evaluate import evaluate
 from rl.loop.loop import Loop
 from rl.loop.progress import Progress
 from rl.parity.watch import Watch
@@ -19,7 +18,8 @@ from trainer.doctor.check import by_settings
 from trainer.doctor.doctor import examine_engines
 from trainer.doctor.finding import ParityError
 from trainer.doctor.report import save, show, token_table
-from trainer.episodes import episodes_of
+from trainer.episodes import episodes_of, held_out_sets
+from trainer.evaluations import Evaluations, evaluation_in
 from trainer.outcome import export_model, how_to_resume, leave
 from trainer.plan.plan import Plan, make_plan
 from trainer.prompts import Prepared, read
@@ -66,6 +66,8 @@ async def _run(plan: Plan, stop: Stop, resumed: Resumed | None, flags: Sequence[
                 await cluster.start()
             one.summary["start_seconds"] = time.perf_counter() - began
             await one.train()
+            await one.evaluations.again()
+            one.summary["status"] = "finished"
             return one.summary
     finally:
         # It never suspends, so no signal can interrupt it and leave processes behind; its steps are bounded.
@@ -109,6 +111,7 @@ class Run:
         """When training began, less what it had taken before."""
         self.loop: Loop | None = None
         self.fleet: Fleet | None = None
+        self.evaluations: Evaluations
         self.summary: dict[str, Any] = {
             "name": config.name,
             "status": "failed",
@@ -149,10 +152,15 @@ class Run:
                 await cluster.ask_learners(lambda rank: rank.load_state(state))
         await self._check(learner)
         player = episodes_of(config, rollouts, self.prepared)
-
-        async def evaluated() -> dict[str, float]:
-            return await evaluate(config, rollouts, self.prepared.decode, self.prepared.evals, player)
-
+        self.evaluations = evaluations = Evaluations(
+            cluster=cluster,
+            rollouts=rollouts,
+            prepared=self.prepared,
+            sets=held_out_sets(config, rollouts, self.prepared, player),
+            tracker=self.tracker,
+            summary=summary,
+            settings=self.settings,
+        )
         self.loop = Loop(
             config=config,
             rollouts=rollouts,
@@ -161,7 +169,8 @@ class Run:
             data_metrics=self.prepared.metrics,
             decode=self.prepared.decode,
             tracker=self.tracker,
-            evaluate=evaluated,
+            evaluate=evaluations.due,
+            keep=evaluations.keep,
             player=player,
             on_samples=lambda step, trajectories: self.tracker.samples(step, trajectories, tokenizer.decode),
             progress=self.progress,
@@ -169,8 +178,9 @@ class Run:
         )
         if not self.resumed:
             with status("evaluating the start model"):
-                self.tracker.log(0, await evaluated())
-        summary["eval_before"] = self._evaluation(self.tracker.history[0])
+                due = evaluations.due(0)
+                self.tracker.log(0, await due if due else {})
+        summary["eval_before"] = evaluation_in(self.tracker.history[0])
         self.began = time.perf_counter() - (self.resumed.saved("train_seconds") if self.resumed else 0.0)
         self.stop.gently = self.loop.stop
         await self.loop.run()
@@ -179,23 +189,18 @@ class Run:
             raise asyncio.CancelledError("stopped by SIGTERM")
         summary["train_seconds"] = time.perf_counter() - self.began
         summary["long_prompts"] = self.prepared.long
-        summary["eval_after"] = self._evaluation(self.tracker.history[-1])
+        summary |= evaluations.outcome()
         summary["learner_peak_gib"] = await cluster.ask_learners(lambda rank: rank.peak_memory_gib())
         if config.save_final:
             with status("exporting the model"):
                 await export_model(cluster, tokenizer, self.folder, config, summary, self.settings)
         summary["engines"] = await fleet.counters()
-        summary["status"] = "finished"
 
     def _recorded(self, learner: RemoteLearner) -> RemoteLearner | Recorder:
         """The learner, with a record of its steps where the config asks for one."""
         if not self.config.record_batches:
             return learner
         return Recorder(learner, self.folder / "batches", self.config, self.tracker.alert)
-
-    @staticmethod
-    def _evaluation(row: dict[str, float]) -> dict[str, float]:
-        return {k: v for k, v in row.items() if k.startswith("eval/")}
 
     async def _save(self, progress: Progress) -> None:
         """Make a checkpoint. One that cannot be written is an alert, and no reason to lose the run."""

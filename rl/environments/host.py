@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from rl.environments import tools
-from rl.environments.threads import Threads
+from rl.environments.threads import Threads, aside
 from rl.environments.types import Episode, Turn
 from rl.types import Call
 
@@ -52,8 +52,9 @@ class ThreadHost:
     threads: Threads = field(default_factory=Threads)
 
     async def make(self, task: Mapping[str, Any], seconds: float) -> Instance:
-        """A new environment; its constructor runs in a thread."""
-        return InThread(await self.threads.run(partial(self.env, task), seconds), self.threads)
+        """A new environment; its constructor runs in a thread. One that nobody waits for any more when it is made is
+        closed."""
+        return InThread(await self.threads.run(partial(self.env, task), seconds, abandoned), self.threads)
 
 
 class InThread:
@@ -70,6 +71,12 @@ class InThread:
         """Call its `close`, where it has one."""
         if "close" in self.offers:
             await self.run(close, seconds)
+
+
+def abandoned(environment: object) -> None:
+    """Close an environment of an episode that has ended, if it has a `close`."""
+    if "close" in offered(environment):
+        aside(partial(close, environment))
 
 
 def offered(environment: object) -> frozenset[str]:

@@ -34,10 +34,11 @@ class Threads:
         self._jobs: deque[_Job] = deque()
         self._ready = threading.Condition()
 
-    async def run(self, work: Callable[[], Any], seconds: float) -> Any:
+    async def run(self, work: Callable[[], Any], seconds: float, unwanted: Callable[[Any], None] | None = None) -> Any:
         """What `work` returns, awaited if it is a coroutine. Raises EnvLate when that takes longer than `seconds`,
-        which count from when it begins, and EnvError when too many calls hang; else what it raises."""
-        job = _Job(work)
+        which count from when it begins, and EnvError when too many calls hang; else what it raises. A result that comes
+        when the caller is late or cancelled is given to `unwanted`, in any thread; it must return at once."""
+        job = _Job(work, unwanted or _ignore)
         self._put(job)
         try:
             while not job.done.done():
@@ -46,7 +47,8 @@ class Threads:
                     raise EnvLate(f"took longer than {seconds:g} s")
                 # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
                 await asyncio.wait({job.done}, timeout=max(left, 0.01))
-            return job.done.result()
+            result, job.unwanted = job.done.result(), _ignore
+            return result
         finally:
             self._leave(job)
 
@@ -67,7 +69,8 @@ class Threads:
 
     def _leave(self, job: "_Job") -> None:
         """Nobody waits for this job any more."""
-        job.done.cancel()
+        if not job.done.cancel() and job.done.exception() is None:
+            job.unwanted(job.done.result())  # it came together with the cancellation
         with self._ready:
             job.left = True
             if job.waiting is not None:
@@ -90,6 +93,8 @@ class Threads:
                     self.stuck -= 1
                     if inspect.iscoroutine(result):
                         result.close()
+                    elif error is None:
+                        job.unwanted(result)
                     return
                 if inspect.isawaitable(result):
                     job.waiting = asyncio.run_coroutine_threadsafe(_awaited(result), _event_loop())
@@ -111,8 +116,8 @@ class Threads:
 
 
 class _Job:
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self.work = work
+    def __init__(self, work: Callable[[], Any], unwanted: Callable[[Any], None]) -> None:
+        self.work, self.unwanted = work, unwanted
         self.loop = asyncio.get_running_loop()
         self.done: asyncio.Future[Any] = self.loop.create_future()
         self.began = 0.0
@@ -137,11 +142,29 @@ class _Job:
 
     def _set(self, result: Any, error: BaseException | None) -> None:
         if self.done.done():
+            if error is None:
+                self.unwanted(result)
             return
         if error is None:
             self.done.set_result(result)
         else:
             self.done.set_exception(error)
+
+
+def aside(work: Callable[[], Any]) -> None:
+    """Do work whose result and errors concern nobody, in a thread of its own."""
+
+    def run() -> None:
+        with suppress(Exception):  # the environment's own, of an episode that has ended
+            result = work()
+            if inspect.isawaitable(result):
+                asyncio.run_coroutine_threadsafe(_awaited(result), _event_loop())
+
+    threading.Thread(target=run, daemon=True, name="end of an environment").start()
+
+
+def _ignore(result: Any) -> None:
+    pass
 
 
 async def _awaited(result: Awaitable[Any]) -> Any:

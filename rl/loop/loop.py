@@ -27,12 +27,18 @@ from rl.protocols import Learner, Rollouts, Tracker
 from rl.rewards.score import score_in_time
 from rl.types import Prompt, Trajectory
 
-Evaluate = Callable[[], Awaitable[dict[str, float]]]
+Evaluate = Callable[[int], Awaitable[dict[str, float]] | None]
+"""Evaluates the current policy after a step, and returns the metrics; None where nothing is to be evaluated then."""
+Keep = Callable[[int, dict[str, float]], Awaitable[None]]
 Save = Callable[[Progress], Awaitable[None]]
 
 
 async def no_checkpoint(progress: Progress) -> None:
     """A checkpoint for a loop that needs none."""
+
+
+async def nothing_kept(step: int, metrics: dict[str, float]) -> None:
+    """A model that need not be kept."""
 
 
 @dataclass(kw_only=True)
@@ -46,7 +52,7 @@ class Loop:
     """The whole stream of the run, also when it resumes: the loop skips prompts that have reached an end."""
     decode: Callable[..., str]
     tracker: Tracker
-    evaluate: Evaluate
+    evaluate: Evaluate = lambda step: None
     on_samples: Callable[[int, list[Trajectory]], None] = lambda step, trajectories: None
     """Called with the trajectories of each step, and with step -1 for groups whose log-probabilities are not finite."""
     data_metrics: Callable[[], dict[str, float]] = dict
@@ -58,6 +64,8 @@ class Loop:
     """Where to resume; the default starts at step 1."""
     save: Save = no_checkpoint
     """Makes a checkpoint of this progress and of the current learner; called between two steps."""
+    keep: Keep = nothing_kept
+    """Called with the step and the metrics of an evaluation, while the learner holds the model that has them."""
     groups: Groups = field(init=False)
     trained_tokens: int = field(init=False)
     _owes_evaluation: bool = field(init=False)
@@ -99,7 +107,7 @@ class Loop:
         try:
             async with asyncio.TaskGroup() as tasks:
                 admitting = tasks.create_task(self.groups.admit(tasks), name="admit prompts")
-                if self._owes_evaluation and (metrics := await self._evaluated()):
+                if self._owes_evaluation and (metrics := await self._evaluated(self.admission.version)):
                     self.tracker.log(self.admission.version, metrics)
                 while self.admission.version < c.steps and await self._step(self.admission.version + 1):
                     if c.save_every and self.admission.version % c.save_every == 0:
@@ -151,22 +159,26 @@ class Loop:
         metrics |= sync_metrics(sync, self.admission.version)
         metrics |= timing_metrics(tokens, times)
         self.on_samples(step, trajectories)
-        if step == c.steps or (c.eval_every and step % c.eval_every == 0):
-            metrics |= await self._evaluated()
+        metrics |= await self._evaluated(step)
         self.tracker.log(step, metrics)
         return True
 
-    async def _evaluated(self) -> dict[str, float]:
-        """The evaluation's metrics; empty, and the evaluation owed, when the run is stopped meanwhile."""
-        evaluating = asyncio.ensure_future(self.evaluate())
+    async def _evaluated(self, step: int) -> dict[str, float]:
+        """The metrics of an evaluation that is due; empty, and the evaluation owed, if the run is stopped meanwhile."""
+        if (due := self.evaluate(step)) is None:
+            return {}
+        evaluating = asyncio.ensure_future(due)
         stopping = asyncio.ensure_future(self.groups.stopping.wait())
         try:
             await asyncio.wait({evaluating, stopping}, return_when=asyncio.FIRST_COMPLETED)
             self._owes_evaluation = not evaluating.done()
-            return evaluating.result() if evaluating.done() else {}
         finally:
             evaluating.cancel()
             stopping.cancel()
+        if self._owes_evaluation:
+            return {}
+        await self.keep(step, metrics := evaluating.result())
+        return metrics
 
     async def _save(self) -> None:
         if self._saved == self.admission.version:

@@ -1,4 +1,4 @@
-"""`unison evaluate` has the figures of a run's own evaluation, of the start model and of what the run exported."""
+"""`unison evaluate` has the figures of a run's own evaluation: of the start model, the best and what it exported."""
 
 import json
 import os
@@ -45,3 +45,21 @@ def test_an_evaluation_alone_agrees_with_that_of_a_run_before_and_after(echo_mod
     assert "pass@32" in shown
     after, _ = evaluate(tmp_path / "echo" / "model", tmp_path, "after")
     assert after == summary["eval_after"]
+
+
+@pytest.mark.nightly
+def test_the_best_model_has_from_disk_the_figures_that_it_was_kept_for(echo_model: Path, tmp_path: Path) -> None:
+    flags = ["--steps", "9", "--eval-every", "2", "--keep-best", "digits/avg@32", "--tracking.wandb", "off"]
+    # The last steps learn too fast, so the best model need not be the last one.
+    process, mark = start(echo_model, tmp_path, *SAMPLES, *flags, "--trainer.lr", "3e-2", "--save-every", "4")
+    code, summary, _ = finish(process, tmp_path)
+    assert (code, summary["status"]) == (0, "finished")
+    assert_gone(mark)
+    best, run = summary["best"], tmp_path / "echo"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if row["step"] == best["step"]]
+    assert best["value"] == max(row["eval/digits/avg@32"] for row in rows if "eval/digits/avg@32" in row)
+    found, _ = evaluate(run / best["model"], tmp_path, "best")
+    assert found == {name: value for name, value in row.items() if name.startswith("eval/")}
+    assert best["again"].keys() == found.keys()
+    assert "with other seeds" in (run / best["model"] / "README.md").read_text()

@@ -194,7 +194,8 @@ def test_a_budget_for_everything_makes_one_micro_batch():
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_groups_stay_together_when_their_prompt_is_shared(ranks):
-    cut = micro_batches(STEP, torch.arange(18), ranks=ranks, budget=30, share_prompts=True)
+    # The largest group has 4 columns of prompt, and 40 of replies.
+    cut = micro_batches(STEP, torch.arange(18), ranks=ranks, budget=44, share_prompts=True)
     homes: dict[int, set[tuple[int, int]]] = {}
     for k, rank in enumerate(cut):
         for m, micro in enumerate(rank):
@@ -202,6 +203,20 @@ def test_groups_stay_together_when_their_prompt_is_shared(ranks):
                 homes.setdefault(group, set()).add((k, m))
     assert sorted(homes) == [0, 1, 2, 3, 4]
     assert all(len(home) == 1 for home in homes.values())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("budget", [5, 13, 30, 43])
+def test_a_group_above_the_budget_is_cut_between_its_rows_and_each_part_has_the_prompt(ranks, budget):
+    cut = micro_batches(STEP, torch.arange(18), ranks=ranks, budget=budget, share_prompts=True)
+    micros = [micro for rank in cut for micro in rank if len(micro)]
+    for micro in micros:
+        groups = STEP.group_ids[micro].tolist()
+        columns = 4 * len(set(groups)) + int(STEP.mask[micro].sum())
+        assert columns <= budget or len(micro) == 1, "only a single row may be longer"
+    # The long reply is alone: 4 columns of prompt and 30.
+    if budget < 34:
+        assert [30] in replies_by_rank(STEP, [[micro] for micro in micros])
 
 
 def test_work_is_dealt_evenly_over_ranks():

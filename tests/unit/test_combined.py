@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from rl.config import Config
-from rl.loop.evaluate import evaluate, figures
+from rl.data import Eval
+from rl.loop.estimates import estimates
+from rl.loop.evaluate import by_problem, evaluate, held_out
 from rl.rewards.combined import OverGroup, Weighted, judges_groups
 from rl.rewards.result import NOT_APPLICABLE, NotApplicable, Scored
 from rl.rewards.score import RewardError, score, score_all, score_in_time
@@ -223,13 +225,18 @@ def test_a_task_is_shown_only_in_an_error():
 
 
 def test_problems_to_which_the_reward_does_not_apply_are_counted_and_left_out():
-    found = figures("held", 2, [[1.0, 0.0], [None, 0.5], [None, None], [1.0, 1.0]])
-    assert found["eval/held/not_applicable_frac"] == 3 / 8
-    assert found["eval/held/avg@2"] == pytest.approx((0.5 + 0.5 + 1.0) / 3)
-    assert found["eval/held/pass@2"] == pytest.approx(2 / 3)
-    # The variance of 1, 0, 1 is 1/3, over 3 problems.
-    assert found["eval/held/pass@2_se"] == pytest.approx(0.3333333)
-    assert figures("held", 1, [[None]]) == {"eval/held/not_applicable_frac": 1.0}
+    rewards = enumerate([[1.0, 0.0], [None, 0.5], [None, None], [1.0, 1.0]])
+    problems, missing = by_problem({i: (each, None) for i, each in rewards}, 2)
+    assert missing == 3 / 8
+    assert problems.keys() == {0, 1, 3}
+    found = estimates(problems.values())
+    assert found["avg@2"] == pytest.approx((0.5 + 0.5 + 1.0) / 3)
+    # Half of the first problem's samples pass, none of the second's, all of the last one's.
+    assert found["pass@1"] == pytest.approx((0.5 + 0.0 + 1.0) / 3)
+    # The variance of 1/2, 0, 1 is 1/4, over 3 problems.
+    assert found["pass@1_se"] == pytest.approx((0.25 / 3) ** 0.5)
+    assert found["pass@2"] == 1.0, "one sample is no estimate of pass@2, so the second problem is not in it"
+    assert by_problem({0: ([None], None)}, 1) == ({}, 1.0)
 
 
 def test_a_judge_of_the_group_judges_the_samples_of_each_problem():
@@ -246,5 +253,6 @@ def test_a_judge_of_the_group_judges_the_samples_of_each_problem():
         name="t", model="m", data=Data(train=[]), reward=right, eval_reward=OverGroup(ranks), eval_samples=3
     )
     prompts = [Prompt(ordinal=i, token_ids=[i], task={}) for i in range(2)]
-    metrics = asyncio.run(evaluate(config, Engines(), lambda ids, **_: "", {"held": prompts}))
-    assert metrics["eval/held/avg@3"] == -1.0
+    sets = {"held": held_out(config, Eval(examples=[]), prompts)}
+    found = asyncio.run(evaluate(config, Engines(), lambda ids, **_: "", sets))
+    assert found.metrics["eval/held/avg@3"] == -1.0

@@ -14,8 +14,9 @@ from episodes import Calculator, Chat, Engine, InlineHost, prompt, solves, text
 from log import Log
 from orders import run_seeded
 from rl.config import Config, RolloutConfig
+from rl.data import Eval
 from rl.environments.types import EnvError, Limits
-from rl.loop.evaluate import evaluate
+from rl.loop.evaluate import evaluate, held_out
 from rl.loop.loop import Loop
 from rl.loop.players import Episodes, stage_of
 from rl.loop.progress import Progress
@@ -148,9 +149,6 @@ class World(Log):
         return Episodes(config=self.config, stage=stage_of(self.config, self, text, Chat(), host))
 
     def loop(self, host=None):
-        async def nothing():
-            return {}
-
         return Loop(
             config=self.config,
             rollouts=self,
@@ -158,7 +156,6 @@ class World(Log):
             prompts=stream(PROMPTS, 0),
             decode=text,
             tracker=self,
-            evaluate=nothing,
             player=self.player(host),
             progress=self.progress,
             save=self.save,
@@ -297,7 +294,8 @@ def test_an_evaluation_plays_episodes_and_leaves_out_problems_that_fail():
         found = []
 
         async def main():
-            found.append(await evaluate(world.config, world, text, sets, world.player()))
+            held = {n: held_out(world.config, Eval(examples=[]), p, world.player()) for n, p in sets.items()}
+            found.append((await evaluate(world.config, world, text, held)).metrics)
 
         run_seeded(main(), 0)
         return found[0], world

@@ -9,6 +9,7 @@ import pytest
 from models import make_model
 from rl.config import Config, RolloutConfig, TrainerConfig
 from rl.types import Data
+from trainer import evaluations
 from trainer.cluster.fleet import Fleet
 from trainer.cluster.placement import engines_alone, place
 from trainer.commands import evaluate
@@ -44,12 +45,15 @@ def test_the_figures_are_written_with_the_settings_and_shown_as_a_table(model, t
 
     async def measured(plan):
         plans.append(plan)
-        return {"eval/held/avg@4": 0.25, "eval/held/avg@4_se": 0.125, "eval/held/pass@4": 0.5}, {"held": 12}
+        metrics = {"eval/held/avg@4": 0.25, "eval/held/avg@4_se": 0.125, "eval/held/pass@4": 0.5}
+        problems = {0: {"avg@4": 0.5, "pass@4": 1.0}, 3: {"avg@4": 0.0, "pass@4": float(len(plans) > 1)}}
+        return metrics, {"held": problems}, {"held": {"problems": 12, "samples": 4, "temperature": 0.5}}
 
     monkeypatch.setattr(evaluate, "measured", measured)
     asked = [str(tmp_path / "sums.py"), "--eval-samples", "4", "--eval-temperature", "0.5", "--seed", "3"]
     assert evaluate.evaluate_model(asked) == 0
-    assert evaluate.evaluate_model([*asked, "--out", str(tmp_path / "mine")]) == 0
+    against = ["--against", str(tmp_path / "sums-evaluation")]
+    assert evaluate.evaluate_model([*asked, "--out", str(tmp_path / "mine"), *against]) == 0
     first, second = (json.loads((tmp_path / f / "evaluation.json").read_text()) for f in ("sums-evaluation", "mine"))
     assert (
         first["metrics"]
@@ -60,18 +64,24 @@ def test_the_figures_are_written_with_the_settings_and_shown_as_a_table(model, t
             "eval/held/pass@4": 0.5,
         }
     )
-    assert (first["problems"], first["samples_per_problem"]) == ({"held": 12}, 4)
-    assert (first["model"], first["temperature"], first["seed"]) == (model, 0.5, 3)
+    assert first["sets"] == {"held": {"problems": 12, "samples": 4, "temperature": 0.5}}
+    assert (first["model"], first["seed"]) == (model, 3)
+    # The same two problems: one passes now that did not before.
+    change = {"eval/held/avg@4": 0.0, "eval/held/avg@4_se": 0.0, "eval/held/pass@4": 0.5, "eval/held/pass@4_se": 0.5}
+    assert "change" not in first
+    assert second["change"] == change
     assert json.loads((tmp_path / "mine" / "config.json").read_text())["eval_samples"] == 4
     assert [plan.placement.learners for plan in plans] == [0, 0]
     shown = capsys.readouterr().out
     assert "0.2500 ± 0.1250" in shown
-    assert "0.5000 " in shown
+    assert "0.5000 ± 0.5000" in shown
+    with pytest.raises(FileNotFoundError, match=r"no evaluation in .*nothing"):
+        evaluate.evaluate_model([*asked, "--against", str(tmp_path / "nothing")])
 
 
 def test_a_recipe_without_held_out_sets_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"no held-out set: return Data\(train=\[\.\.\.\], evals="):
-        evaluate.check_sets({})
+        evaluations.check_sets({})
 
 
 def test_engines_alone_need_no_gpu_and_no_memory_of_a_learner(model):
@@ -111,7 +121,7 @@ def test_a_lost_engine_comes_back_without_a_learner():
 
     async def main():
         fleet = Fleet(Cluster())
-        fleet.recover = lambda: evaluate.restarted(fleet)
+        fleet.recover = lambda: evaluations.restarted(fleet)
         fleet.mark_lost(1, 0, "killed")
         assert await fleet.serving() == [0]
         await fleet._recovering

@@ -84,7 +84,8 @@ async def at_once(reward, asked, ordinal, deadline_s):
     return score(reward, asked, ordinal)
 
 
-def loop_of(engines, trainer, *, reward=lambda _: 1.0, score=at_once, set_aside=None, evaluate=None, **settings):
+def loop_of(engines, trainer, *, reward=lambda _: 1.0, score=at_once, set_aside=None, **settings):
+    hooks = {name: settings.pop(name) for name in ("evaluate", "keep") if name in settings}
     config = Config(
         **({"name": "t", "model": "m", "data": lambda: Data(train=[]), "reward": reward, "steps": 6} | settings),
         prompts_per_step=2,
@@ -95,9 +96,6 @@ def loop_of(engines, trainer, *, reward=lambda _: 1.0, score=at_once, set_aside=
         if step < 0 and set_aside is not None:
             set_aside.extend(trajectories)
 
-    async def nothing():
-        return {}
-
     return Loop(
         config=config,
         rollouts=engines,
@@ -105,9 +103,9 @@ def loop_of(engines, trainer, *, reward=lambda _: 1.0, score=at_once, set_aside=
         prompts=stream(PROMPTS, 0),
         decode=lambda ids: " ".join(map(str, ids)),
         tracker=Log(),
-        evaluate=evaluate or nothing,
         score=score,
         on_samples=on_samples,
+        **hooks,
     )
 
 
@@ -350,13 +348,20 @@ def test_a_dying_engine_ends_the_run_with_its_own_exception():
 
 
 def test_evaluation_happens_between_steps_and_is_logged_with_its_step():
-    async def evaluate():
+    kept = []
+
+    async def measured():
         return {"eval/held/avg@1": float(engines.version)}
 
+    async def keep(step, metrics):
+        kept.append((step, metrics, engines.version))
+
     engines = Engines()
-    loop = run(loop_of(engines, Trainer(engines), evaluate=evaluate, eval_every=2))
+    due = lambda step: measured() if step in (2, 3, 6) else None  # noqa: E731
+    loop = run(loop_of(engines, Trainer(engines), evaluate=due, keep=keep))
     logged = {row["step"]: row["eval/held/avg@1"] for row in loop.tracker.rows if "eval/held/avg@1" in row}
-    assert logged == {2: 2.0, 4: 4.0, 6: 6.0}
+    assert logged == {2: 2.0, 3: 3.0, 6: 6.0}
+    assert kept == [(step, {"eval/held/avg@1": float(step)}, step) for step in (2, 3, 6)], "of the model that has them"
 
 
 class OneSlow(Engines):

@@ -119,9 +119,6 @@ def run(engines, **settings):
     """Six steps of two groups of two; the loop after them."""
     given = {"name": "t", "model": "m", "data": Data(train=[]), "reward": lambda reply: 1.0} | settings
 
-    async def nothing():
-        return {}
-
     prompts = [Prompt(ordinal=i, token_ids=[i], task={"index": i}) for i in range(5)]
     loop = Loop(
         config=Config(steps=6, prompts_per_step=2, group_size=2, **given),
@@ -130,7 +127,6 @@ def run(engines, **settings):
         prompts=stream(prompts, 0),
         decode=lambda ids: " ".join(map(str, ids)),
         tracker=Log(),
-        evaluate=nothing,
     )
     asyncio.run(asyncio.wait_for(loop.run(), 20))
     return loop

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from mmap import mmap
 
 import pytest
@@ -10,13 +11,14 @@ import torch
 import trainer.plan.memory
 from models import SIZES, make_model
 from rl.config import Config, Lora, RolloutConfig, TrainerConfig
+from rl.environments import Limits
 from rl.objectives import GRPO
 from rl.types import Data
 from trainer.cluster.placement import place
 from trainer.learner.memory_meter import PeakMemory
 from trainer.model.files import model_config, without_weights
 from trainer.model.policy import load
-from trainer.plan.memory import DRIVER, Memory, Shape, available_memory, required_memory, shape_of
+from trainer.plan.memory import DRIVER, Memory, Shape, available_memory, remedies, required_memory, shape_of
 
 BILLION = Shape(parameters=2**30, layers=16, hidden=1024, inner=4096, vocabulary=2**15, adapted=2**20)
 
@@ -94,9 +96,43 @@ def test_activations_and_the_head_grow_with_the_tokens_of_a_pass():
 
 def test_a_pass_takes_512_tokens_on_cpu_and_4096_on_gpus_unless_the_config_sets_them():
     per_token = 16 * 2 * (12 * 1024 + 4 * 4096) / 2**30
+    short = RolloutConfig(max_tokens=64, max_model_len=256)
     for settings, cpu, cuda in (({}, 512, 4096), ({"micro_batch_tokens": 300}, 300, 300)):
+        settings |= {"rollout": short}
         assert found(cuda=False, **settings)[1]["learner rank"]["activations"] == cpu * per_token
         assert found(cuda=True, **settings)[1]["learner rank"]["activations"] == cuda * per_token
+
+
+class Waits:
+    """An environment."""
+
+    def __init__(self, task):
+        self.task = task
+
+    def reward(self, episode):
+        return 0.0
+
+
+@pytest.mark.parametrize("env", [None, Waits])
+def test_the_longest_row_is_a_pass_of_its_own_where_it_exceeds_the_budget(env):
+    per_token = 16 * 2 * (12 * 1024 + 4 * 4096) / 2**30
+    rollout = RolloutConfig(max_tokens=64, max_model_len=2048)
+    reward = None if env else (lambda reply: 0.0)
+    config = Config(name="t", model="m", data=Data(train=[]), reward=reward, env=env, rollout=rollout, device="cpu")
+    rank = required_memory(config, place(config, cuda=False), BILLION)["learner rank"]
+    assert rank["activations"] == 2048 * per_token
+    assert "rollout.max_model_len below 2048, the longest row" in remedies(config, "learner rank")
+    few = replace(config, rollout=replace(rollout, max_model_len=256))
+    assert not any("max_model_len" in remedy for remedy in remedies(few, "learner rank"))
+
+
+def test_an_episode_has_as_many_sampled_tokens_as_its_limits_allow():
+    settings = {"prompts_per_step": 1, "group_size": 2, "rollout": RolloutConfig(max_tokens=8, max_model_len=1024)}
+    for limits, tokens in ((Limits(), 256), (Limits(tokens=20), 40)):
+        given = {"name": "t", "model": "m", "data": Data(train=[]), "env": Waits, "limits": limits, "device": "cpu"}
+        config = Config(**given, **settings)
+        rank = required_memory(config, place(config, cuda=False), BILLION)["learner rank"]
+        assert rank["head"] == 4 * 2**15 * (2 * tokens + 2 * 1024) / 2**30
 
 
 def test_on_cpu_the_host_holds_every_process_and_the_weights_on_their_way():
@@ -115,7 +151,8 @@ def test_what_cannot_fit_is_refused_with_the_parts_and_only_with_remedies_that_a
     with pytest.raises(ValueError, match=message):
         check(config, places, tight)
     small = {"zero_stage": 3, "gradient_checkpointing": True, "micro_batch_tokens": 256, "offload": "optimizer"}
-    config, places = found(ranks=4, sequence_parallel=4, lora=Lora(rank=8), **small)
+    short = RolloutConfig(tensor_parallel=2, max_tokens=64, max_model_len=128)
+    config, places = found(ranks=4, sequence_parallel=4, lora=Lora(rank=8), rollout=short, **small)
     with pytest.raises(ValueError, match=re.escape("What would help: a smaller model. ")):
         check(config, places, tight | {"learner rank": 1})
     monkeypatch.setenv("UNISON_IGNORE_MEMORY", "1")

@@ -104,7 +104,11 @@ class World(Tracker):
     def log(self, step, metrics):
         assert metrics["staleness/max"] == self.ages[-1]
 
-    async def evaluate(self):
+    def evaluate(self, step):
+        every, steps = self.config.eval_every, self.config.steps
+        return self.evaluated() if step == steps or (every and step % every == 0) else None
+
+    async def evaluated(self):
         await self.delay()
         return {}
 

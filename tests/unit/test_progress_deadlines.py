@@ -120,9 +120,6 @@ async def trained(seconds):
     async def score(*_):
         return 1.0, {}
 
-    async def evaluate():
-        return {}
-
     loop = Loop(
         config=CONFIG,
         rollouts=Rollouts(seconds),
@@ -130,7 +127,6 @@ async def trained(seconds):
         prompts=iter(Prompt(ordinal=i, token_ids=[1], task={}) for i in range(1000)),
         decode=lambda ids: "",
         tracker=Nowhere(),
-        evaluate=evaluate,
         score=score,
     )
     await loop.run()

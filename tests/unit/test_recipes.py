@@ -55,6 +55,7 @@ def test_every_recipe_is_a_run_that_passes_the_checks(path, monkeypatch):
         ("gsm8k_ppo", 8, "nccl"),
         ("gsm8k_7b", 8, "nccl"),
         ("gsm8k_one_gpu", 1, "ipc"),
+        ("lookup_qwen", 1, "ipc"),
     ],
 )
 def test_a_gpu_recipe_asks_for_the_gpus_that_its_docstring_names(recipe, gpus, backend, monkeypatch):

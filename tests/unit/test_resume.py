@@ -181,7 +181,7 @@ def test_an_evaluation_that_was_given_up_is_made_when_the_run_goes_on():
         def log(self, step, metrics):
             self.rows.append((step, metrics))
 
-        async def evaluate(self):
+        async def evaluated(self):
             return {"eval/held/avg@1": 0.5}
 
     world = Rows(0, 0, [], faults=False, max_staleness=0)

@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from rl import checkout
-from rl.environments.host import Work, close, offered
+from rl.environments.host import Work, abandoned, close, offered
 from rl.environments.threads import Threads
 from rl.environments.types import EnvError, EnvLate, ToolError
 from rl.typed import shortened
@@ -26,12 +26,19 @@ class EnvProcess:
     def __init__(self, env: Callable[..., Any]) -> None:
         self.env, self.threads = env, Threads()
         self.environments: dict[int, Any] = {}
+        self.making: set[int] = set()
 
     async def make(self, number: int, task: Mapping[str, Any], seconds: float) -> Answer:
         """Make an environment; returns which optional methods it has."""
-        kind, made = await self._answer(lambda: self.env(task), seconds)
+        self.making.add(number)
+        kind, made = await self._answer(lambda: self.env(task), seconds, abandoned)
+        wanted = number in self.making
+        self.making.discard(number)
         if kind != "result":
             return kind, made
+        if not wanted:  # it was closed before it was made
+            abandoned(made)
+            return kind, frozenset()
         self.environments[number] = made
         return kind, offered(made)
 
@@ -42,14 +49,17 @@ class EnvProcess:
 
     async def close(self, number: int, seconds: float) -> Answer:
         """Close an environment, and forget it."""
+        self.making.discard(number)
         environment = self.environments.pop(number, None)
         if environment is None or "close" not in offered(environment):
             return "result", None
         return await self._answer(lambda: close(environment), seconds)
 
-    async def _answer(self, work: Callable[[], Any], seconds: float) -> Answer:
+    async def _answer(
+        self, work: Callable[[], Any], seconds: float, unwanted: Callable[[Any], None] | None = None
+    ) -> Answer:
         try:
-            return "result", await self.threads.run(work, seconds)
+            return "result", await self.threads.run(work, seconds, unwanted)
         except ToolError as error:
             return "tool", str(error)
         except EnvLate as error:

@@ -6,15 +6,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rl.config import Config
-from rl.data import Train, sized
+from rl.data import Eval, Train, sized
 from rl.types import Prompt
-from trainer.model.digest import model_digest
+from trainer.data.model_digest import model_digest
 from trainer.runs.own_code import code_digests
 from trainer.runs.settings import plain
 
 
 def fingerprint(
-    config: Config, train: list[Prompt], evals: Mapping[str, list[Prompt]], source: Train | None
+    config: Config,
+    train: list[Prompt],
+    evals: Mapping[str, list[Prompt]],
+    source: Train | None,
+    sets: Mapping[str, Eval],
 ) -> dict[str, Any]:
     """Digests of training data, held-out sets, code and model files.
 
@@ -26,7 +30,7 @@ def fingerprint(
         "texts": digest_of(prompt.given for prompt in train),
         "answers": digest_of(prompt.task for prompt in train),
         "evals": {name: digest_of([p.token_ids, p.task] for p in prompts) for name, prompts in evals.items()},
-        "code": code_digests(config),
+        "code": code_digests(config, sets),
         "model": model_digest(config.model),
     }
 

@@ -89,7 +89,7 @@ def required_memory(config: Config, placement: Placement, shape: Shape) -> Needs
     """GiB by place and component; on CPU those of the host are the sum over all processes.
 
     Activations: size * tokens * layers * (12 hidden + 4 inner), or with gradient checkpointing size * tokens * hidden
-    for each layer and one layer in full; tokens are `micro_batch_tokens`, over the ranks that share a row. Head: two
+    for each layer and one layer in full; tokens are `longest_pass`, over the ranks that share a row. Head: two
     [chunk, vocabulary] in fp32, the head's weight in fp32 and its gradient; in bf16 on a GPU no copy of the weight, but
     the chunk's gradient as two bf16 tensors.
     """
@@ -103,10 +103,9 @@ def required_memory(config: Config, placement: Placement, shape: Shape) -> Needs
     copies = 8 if t.zero_stage == 3 else 4 + size + (4 if size == 4 and t.zero_stage == 2 else 0)
     layer = 12 * s.hidden + 4 * s.inner
     kept = s.layers * s.hidden + layer if t.gradient_checkpointing else s.layers * layer
-    tokens = -(-t.tokens_per_pass(placement.device) // t.sequence_parallel)
-    chunk = min(
-        chunk_of(placement.device), tokens, config.prompts_per_step * config.group_size * config.rollout.max_tokens
-    )
+    tokens = -(-longest_pass(config, placement.device) // t.sequence_parallel)
+    sampled = config.prompts_per_step * config.group_size * config.horizon
+    chunk = min(chunk_of(placement.device), tokens, sampled)
     tensor_cores = placement.device == "cuda" and size == 2
     learner = {
         "weights": size * (s.parameters + adapters) / weights,
@@ -136,6 +135,14 @@ def required_memory(config: Config, placement: Placement, shape: Shape) -> Needs
         own = found[place] if placement.device == "cpu" else {"process": process[place]}
         found["host"][f"{count} x {place}"] = count * sum(own.values())
     return found
+
+
+def longest_pass(config: Config, device: str) -> int:
+    """Most tokens of one forward pass: a row or an episode that is longer than `micro_batch_tokens` is not cut.
+
+    An episode is one row as long as its history only grows; one whose history is edited has several, and needs more.
+    """
+    return max(config.trainer.tokens_per_pass(device), config.rollout.max_model_len)
 
 
 def engines_memory(config: Config, placement: Placement, shape: Shape) -> Needs:
@@ -168,11 +175,13 @@ def available_memory(config: Config, placement: Placement) -> dict[str, float]:
 def remedies(config: Config, place: str) -> list[str]:
     """Settings that lower the memory of a place and are not set yet."""
     t, r = config.trainer, config.rollout
+    rows = r.max_model_len >= t.tokens_per_pass("cpu" if config.device == "cpu" else "cuda")
     learner = {
         f"trainer.zero_stage={t.zero_stage + 1} or more": t.zero_stage < 3 and t.ranks > 1,
         f"trainer.sequence_parallel={2 * t.sequence_parallel}": t.ranks % (2 * t.sequence_parallel) == 0,
         "trainer.gradient_checkpointing": not t.gradient_checkpointing,
         "trainer.micro_batch_tokens=256": t.micro_batch_tokens is None or t.micro_batch_tokens > 256,
+        f"rollout.max_model_len below {r.max_model_len}, the longest row": rows,
         "trainer.lora.rank, e.g. 16": not t.lora.rank,
         "trainer.offload=optimizer": place == "learner rank" and t.offload == "none" and t.zero_stage > 0,
         "dtype=bfloat16": config.dtype == "float32",

@@ -63,11 +63,11 @@ def commit(folder: Path, step: int, state: dict[str, Any], *, keep_last: int) ->
         _sync_folder(path)
     final = folder.with_name(f"step-{step:06d}")
     if final.exists():
-        _discard(final)
+        discard(final)
     os.rename(folder, final)
     _sync_folder(final.parent)
     for old in finished(final.parent)[:-keep_last]:
-        _discard(old)
+        discard(old)
     return final
 
 
@@ -162,7 +162,8 @@ def finished(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def _discard(folder: Path) -> None:
+def discard(folder: Path) -> None:
+    """Delete a folder that others rely on."""
     # Renamed first: an interrupted deletion must not leave half a checkpoint that looks complete.
     hidden = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
     os.rename(folder, hidden)

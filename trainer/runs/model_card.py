@@ -21,7 +21,8 @@ def write_card(folder: Path, config: Config, summary: dict[str, Any], settings: 
         tags=["reinforcement-learning", objective.lower(), "unison-rl"],
     )
     evaluations = "\n".join(
-        f"| {name.removeprefix('eval/')} | {_of(summary['eval_before'], name)} | {_of(summary['eval_after'], name)} |"
+        f"| {name.removeprefix('eval/')} | {_of(summary['eval_before'], name)} | {_of(summary['eval_after'], name)} "
+        f"| {_of(summary.get('eval_change', {}), name, '+')} |"
         for name in summary["eval_after"]
         if not name.endswith("_se")
     )
@@ -32,13 +33,13 @@ def write_card(folder: Path, config: Config, summary: dict[str, Any], settings: 
 
 # {config.name}
 
-{config.model} after {config.steps} steps of {objective} with unison-rl, in {config.dtype}
+{config.model} after {summary.get("steps", config.steps)} steps of {objective} with unison-rl, in {config.dtype}
 (config digest {summary["config_digest"]}).
 
-| evaluation | before | after |
-|---|---|---|
+| evaluation | before | after | paired difference |
+|---|---|---|---|
 {evaluations}
-
+{_best(summary.get("best"))}
 Made with {stack}.
 
 ```json
@@ -47,7 +48,15 @@ Made with {stack}.
 """).save(folder / "README.md")
 
 
-def _of(evaluation: dict[str, float], name: str) -> str:
+def _best(best: dict[str, Any] | None) -> str:
+    if not best:
+        return ""
+    name = f"eval/{best['figure']}"
+    again = f"; with other seeds: {_of(best['again'], name)}" if "again" in best else ""
+    return f"\nThe highest {best['figure']} was {best['value']:.3f}, at step {best['step']}{again}.\n"
+
+
+def _of(evaluation: dict[str, float], name: str, sign: str = "") -> str:
     value, error = evaluation.get(name), evaluation.get(f"{name}_se")
     known = error is not None and math.isfinite(error)
-    return "" if value is None else f"{value:.3f}" + (f" ± {error:.3f}" if known else "")
+    return "" if value is None else f"{value:{sign}.3f}" + (f" ± {error:.3f}" if known else "")

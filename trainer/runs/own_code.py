@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 from rl import checkout
 from rl.config import Config
+from rl.data import Eval
 from trainer.runs.settings import name_of, plain
 
 INSTALLED = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
@@ -27,11 +28,13 @@ CONSTANTS = (bool, int, float, complex, str, bytes, tuple, frozenset, list, dict
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-def code_digests(config: Config) -> dict[str, str]:
+def code_digests(config: Config, sets: Mapping[str, Eval] | None = None) -> dict[str, str]:
     """Digest of the user's own code by what it is for and its name."""
     parts = {"reward": config.reward, "env": config.env, "eval_reward": config.eval_reward}
     parts |= {"objective": config.objective}
     parts |= {"correction": config.correction} | {f"filters[{i}]": each for i, each in enumerate(config.filters)}
+    for name, each in (sets or {}).items():
+        parts |= {f"evals[{name!r}].{part}": getattr(each, part) for part in ("reward", "env", "answer")}
     found: dict[str, str] = {}
     for role, value in parts.items():
         seen: dict[int, Any] = {}

@@ -11,7 +11,7 @@ from typing import Any
 from rl.loop.progress import Progress
 from rl.typed import show
 from rl.types import Prompt
-from trainer.runs import checkpoint
+from trainer.runs import best, checkpoint
 from trainer.runs.checkpoint import Checkpoint, CheckpointError
 from trainer.runs.files import without_nan
 
@@ -120,7 +120,8 @@ class Resumed:
         checkpoint.sweep(self.run)
         rows = "".join(json.dumps(without_nan(row)) + "\n" for row in self.history)
         _replace(self.run / "metrics.jsonl", rows)
-        for name in ("samples.jsonl", "alerts.jsonl"):
+        best.rewind(self.run, self.progress.version)
+        for name in ("samples.jsonl", "alerts.jsonl", "evaluations.jsonl"):
             path = self.run / name
             if path.exists():
                 kept = [line for line in path.read_text().splitlines() if _step(line) <= self.progress.version]

@@ -124,10 +124,15 @@ def with_error(value: float, error: float | None, digits: int = 3) -> str:
 def closing_table(summary: dict[str, Any], folder: Path) -> None:
     """Print the run's results in a dozen lines, and its files."""
     table = Table(title=f"{summary['name']}: {summary['status']}", show_header=False, title_justify="left")
-    for key in ("eval_before", "eval_after"):
+    for key in ("eval_before", "eval_after", "eval_change"):
         for name, value in summary.get(key, {}).items():
             if not name.endswith("_se"):
                 table.add_row(f"{key} {name}", with_error(value, summary[key].get(f"{name}_se")))
+    if best := summary.get("best"):
+        figure = f"eval/{best['figure']}"
+        table.add_row(f"best {figure}", f"{best['value']:.3f} at step {best['step']}: {best['model']}")
+        if figure in best.get("again", {}):
+            table.add_row("with other seeds", with_error(best["again"][figure], best["again"].get(f"{figure}_se")))
     for key in ("steps", "tokens", "train_seconds", "reward_first", "reward_last", "worst_logprob_gap", "alerts"):
         if summary.get(key) is not None:
             value = summary[key]

@@ -1,18 +1,20 @@
 """Where do a run's numbers go? Files in its folder, the terminal, and trackers such as Weights & Biases."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rl.config import TrackingConfig
+from rl.loop.estimates import Problems
 from rl.parity.watch import Alert
 from rl.protocols import Tracker
 from rl.typed import shortened
 from rl.types import Trajectory
 from trainer.runs.files import Rows
+from trainer.runs.problems import rows_of
 from trainer.tracking.terminal import alert_line
 from trainer.tracking.wandb_run import open_wandb
 
@@ -105,6 +107,11 @@ class RunTracker:
                 row |= {"token_ids": sampled, "logprobs": [repr(x) for x in t.logprobs]}
             self._write("samples", row, step)
         self._tell(step, lambda tracker: tracker.samples(step, trajectories, decode))
+
+    def problems(self, step: int, measured: Mapping[str, Problems]) -> None:
+        """Keep the figures of every held-out problem, for comparisons."""
+        for row in rows_of(step, measured):
+            self._write("evaluations", row, step)
 
     def write_waiting(self) -> None:
         """Write the rows that waited for space, before anything larger takes it."""

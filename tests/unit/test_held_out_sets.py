@@ -1,0 +1,144 @@
+"""Held-out sets with settings of their own: what is refused before anything starts, and what each set is shown."""
+
+from types import SimpleNamespace
+
+import jaxtyping
+import pytest
+
+from episodes import Calculator
+from rl.config import Config, RolloutConfig
+from rl.environments.types import EnvError
+from rl.loop.players import Episodes
+from rl.rewards.score import RewardError
+from rl.types import Data, Eval, Example
+from tiny_tokenizer import CHAT, make_tokenizer
+from trainer import prompts
+from trainer.episodes import episodes_of, held_out_sets
+from trainer.prompts import prepare, read
+from trainer.runs.own_code import code_digests
+
+
+@pytest.fixture(autouse=True)
+def unchecked_types():
+    """The types that users get wrong are checked by `Config` itself."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("model"), chat_template=CHAT)
+
+
+ONE = Example(prompt=[{"role": "user", "content": "2*3+4"}], task={"answer": "10"})
+
+
+def config(model="m", evals=None, **settings):
+    rollout = RolloutConfig(max_tokens=8, max_model_len=200)
+    reward = {} if "env" in settings else {"reward": lambda reply: 0.0}
+    return Config(
+        name="t", model=model, data=Data(train=[ONE], evals=evals or {}), rollout=rollout, **reward, **settings
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"samples": 0}, r"samples=0 must be at least 1 \(in Eval\)"),
+        ({"every": -1}, "every=-1 must be at least 0"),
+        ({"temperature": -0.5}, "temperature=-0.5 must be at least 0"),
+        ({"samples": "4"}, r"samples='4' must be an integer or None \(in Eval\)"),
+        ({"env": Calculator, "reward": len}, "Eval: reward scores single replies, and env=Calculator plays"),
+        ({"env": Calculator, "answer": len}, "Eval: answer reads single replies, and env=Calculator plays"),
+        ({"examples": ["2+3="]}, "must be a list of Example: write Eval"),
+    ],
+)
+def test_a_wrong_set_is_refused_when_it_is_made(settings, says):
+    with pytest.raises(ValueError, match=says):
+        Eval(**{"examples": [ONE]} | settings)
+
+
+class Broken(Calculator):
+    def reward(self, episode):
+        raise KeyError("judge")
+
+
+@pytest.mark.parametrize(
+    ("evals", "settings", "error", "says"),
+    [
+        ({"hard": Eval(examples=[])}, {}, ValueError, "the evaluation set 'hard' is empty"),
+        ({"hard": Eval(examples=[ONE], reward=lambda reply: "right")}, {}, RewardError, "the reward of prompt 0"),
+        ({"hard": Eval(examples=[ONE], answer=lambda reply: [])}, {}, RewardError, "as answer"),
+        (
+            {"hard": Eval(examples=[ONE], answer=len)},
+            {"env": Calculator},
+            ValueError,
+            "give the set a reward of its own",
+        ),
+        ({"hard": Eval(examples=[ONE], env=Broken)}, {}, EnvError, "judge"),
+        ({"hard": Eval(examples=[ONE], env=SimpleNamespace)}, {}, ValueError, "SimpleNamespace has no reward"),
+        (
+            {"hard": Eval(examples=[Example(prompt="2+3=")], env=Calculator)},
+            {},
+            ValueError,
+            r"data.evals\['hard'\]\[0\] is '2\+3='",
+        ),
+    ],
+)
+def test_a_set_that_cannot_be_scored_is_found_before_anything_starts(model, evals, settings, error, says):
+    with pytest.raises(error, match=says):
+        prepare(config(model, evals, **settings))
+
+
+def planned(model, monkeypatch, *, learners=1, **settings):
+    sets = {"easy": [ONE], "hard": Eval(examples=[ONE], samples=4, every=0, answer=lambda reply: reply.text)}
+    monkeypatch.setattr(prompts.Plan, "check_model", lambda self: None)
+    placement = SimpleNamespace(learners=learners)
+    return read(prompts.Plan(config=config(model, sets, **settings), placement=placement, gpus=0))
+
+
+def test_the_best_model_is_chosen_by_a_figure_that_is_measured_again_and_again(model, monkeypatch):
+    known = r"easy/avg@2, easy/pass@1, easy/pass@2, hard/avg@4, hard/pass@1, hard/pass@2, hard/pass@4, hard/maj@4"
+    both = {"eval_every": 5, "eval_samples": 2}
+    planned(model, monkeypatch, keep_best="easy/pass@2", **both)
+    for figure in ("easy/avg@4", "easy", "hard/avg@2"):
+        with pytest.raises(ValueError, match=f"keep_best='{figure}' is no figure of a held-out set: {known}"):
+            planned(model, monkeypatch, keep_best=figure, **both)
+    with pytest.raises(ValueError, match="evaluated at the start and the end only: set eval_every"):
+        planned(model, monkeypatch, keep_best="hard/avg@4", **both)
+    planned(model, monkeypatch, keep_best="easy/avg@4", learners=0, **both)  # `unison evaluate --eval-samples 2`
+
+
+def test_prompts_show_the_tools_of_the_environment_that_plays_them(model):
+    class Other(Calculator):
+        def subtract(self, a: int, b: int) -> int:
+            """Subtract."""
+            return a - b
+
+    evals = {
+        "plain": [ONE],
+        "own": Eval(examples=[ONE], env=Other),
+        "replies": Eval(examples=[ONE], reward=lambda r: 0.0),
+    }
+    prepared = prepare(config(model, evals, env=Calculator))
+    player = episodes_of(config(model, evals, env=Calculator), None, prepared)
+    sets = held_out_sets(config(model, evals, env=Calculator), None, prepared, player)
+    assert sets["plain"].player is player
+    assert sets["replies"].player is None
+    assert sets["replies"].reward is not None
+    own = sets["own"].player
+    assert isinstance(own, Episodes)
+    names = [tool["function"]["name"] for tool in own.stage.chat.tools]
+    assert (names, own.stage.host.env) == (["multiply", "add", "subtract"], Other)
+    assert [tool["function"]["name"] for tool in player.stage.chat.tools] == ["multiply", "add"]
+
+
+def test_other_code_of_a_set_is_noticed_when_a_run_resumes():
+    def digests(**settings):
+        return code_digests(config(), {"hard": Eval(examples=[ONE], **settings)})
+
+    before, after = digests(reward=lambda reply: 1.0), digests(reward=lambda reply: 0.5)
+    (name,) = before.keys() - code_digests(config()).keys()
+    assert name.startswith("evals['hard'].reward ")
+    assert before[name] != after[name]

@@ -1,0 +1,155 @@
+"""How is a run evaluated? Its held-out sets when they are due, the best model, and what training has changed."""
+
+import asyncio
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rl.loop.estimates import paired
+from rl.loop.evaluate import AGAIN, EVALUATION, Evaluation, HeldOut, evaluate
+from rl.protocols import Rollouts
+from trainer.cluster.cluster import Cluster
+from trainer.cluster.fleet import Fleet
+from trainer.cluster.remote import RemoteRollouts
+from trainer.episodes import episodes_of, held_out_sets
+from trainer.outcome import write_model
+from trainer.plan.plan import Plan, make_plan
+from trainer.prompts import Prepared, read
+from trainer.runs import best
+from trainer.runs.model_card import write_card
+from trainer.runs.problems import problems_at
+from trainer.tracking.terminal import status
+from trainer.tracking.tracker import RunTracker
+
+
+@dataclass(kw_only=True)
+class Evaluations:
+    """Those of one run."""
+
+    cluster: Cluster
+    rollouts: Rollouts
+    prepared: Prepared
+    sets: Mapping[str, HeldOut]
+    tracker: RunTracker
+    summary: dict[str, Any]
+    settings: dict[str, Any]
+
+    def due(self, step: int) -> Awaitable[dict[str, float]] | None:
+        """Evaluates the sets that are due after a step; None where there are none."""
+        steps = self.cluster.config.steps
+        due = {name: each for name, each in self.sets.items() if each.due(step, steps)}
+        return self._measured(step, due) if due else None
+
+    async def _measured(self, step: int, due: Mapping[str, HeldOut]) -> dict[str, float]:
+        found = await evaluate(self.cluster.config, self.rollouts, self.prepared.decode, due)
+        self.tracker.problems(step, found.problems)
+        return found.metrics
+
+    @property
+    def _metric(self) -> str:
+        return f"eval/{self.cluster.config.keep_best}"
+
+    async def keep(self, step: int, metrics: dict[str, float]) -> None:
+        """Keep the learner's model if its evaluation is the highest so far. One that cannot be written is an alert."""
+        run, history = self.tracker.folder, [*self.tracker.history, {"step": step, **metrics}]
+        if self._metric not in metrics or (found := best.best(history, self._metric, {*best.kept(run), step})) is None:
+            return
+        if found[0] != step:
+            return
+        config, summary = self.cluster.config, self.summary | best_of(step, metrics)
+        folder, tokenizer = best.folder_of(run, step), self.prepared.tokenizer
+        try:
+            await write_model(self.cluster, tokenizer, folder, config, summary, self.settings)
+            best.prune(run, history, self._metric)
+        except OSError as error:
+            self.tracker.alert(step, "the best model could not be kept", f"{error}. The one before it is kept.")
+
+    def outcome(self) -> dict[str, Any]:
+        """Fields of the summary: the evaluation after training, its paired difference from the one before, and the best
+        evaluation."""
+        history, run = self.tracker.history, self.tracker.folder
+        before, after = (problems_at(run, int(row["step"])) for row in (history[0], history[-1]))
+        changes = {name: paired(before[name], after[name]) for name in before.keys() & after.keys()}
+        fields: dict[str, Any] = {
+            "eval_after": evaluation_in(history[-1]),
+            "eval_change": {f"eval/{name}/{key}": v for name, each in changes.items() for key, v in each.items()},
+        }
+        models = best.kept(run)
+        if found := best.best(history, self._metric, models):
+            model = str(models[found[0]].relative_to(run)) if found[0] else self.cluster.config.model
+            figure = self.cluster.config.keep_best
+            fields["best"] = {"figure": figure, "step": found[0], "value": found[1], "model": model}
+        return fields
+
+    async def again(self) -> None:
+        """Sample the set of the best evaluation once more on its model, from disk and with other seeds: the highest of
+        several figures is biased upward. It ends the run's actors first."""
+        if not (found := self.summary.get("best")):
+            return
+        config, run = self.cluster.config, self.tracker.folder
+        model, name = str(run / found["model"]) if found["step"] else config.model, found["figure"].rpartition("/")[0]
+        await self.cluster.close()
+        plan = make_plan(replace(config, model=model), learners=False)
+        with status(f"sampling {name!r} again, with other seeds, from {model}"):
+            measured, _ = await evaluated_alone(plan, self.prepared, only=name, seeds=AGAIN)
+        found["again"] = measured.metrics
+        cards = {run / "model": self.summary}
+        if found["step"]:
+            row = next(row for row in self.tracker.history if row["step"] == found["step"])
+            cards[Path(model)] = self.summary | best_of(found["step"], row)
+        for folder, summary in cards.items():
+            if folder.exists():
+                write_card(folder, config, summary, self.settings)
+
+
+async def evaluated_alone(
+    plan: Plan, prepared: Prepared | None = None, *, only: str = "", seeds: int = EVALUATION
+) -> tuple[Evaluation, dict[str, HeldOut]]:
+    """The evaluation of a model by engines alone, and the sets; `only` names one of them. Raises ValueError when there
+    is none."""
+    config = plan.config
+    cluster = Cluster(config, plan.placement)
+    try:
+        # The engines import vLLM, which takes longest, while the data is read and checked here.
+        reading = None if prepared else asyncio.create_task(asyncio.to_thread(read, plan))
+        cluster.boot()
+        prepared = await reading if reading else prepared
+        assert prepared is not None
+        check_sets(prepared.evals)
+        with status(f"starting {config.rollout.engines} engine(s) with {config.model}"):
+            await cluster.start()
+        fleet = Fleet(cluster)
+        fleet.recover = lambda: restarted(fleet)
+        rollouts = RemoteRollouts(cluster, fleet)
+        sets = held_out_sets(config, rollouts, prepared, episodes_of(config, rollouts, prepared))
+        sets = {name: each for name, each in sets.items() if only in ("", name)}
+        with status(f"sampling {sum(len(each.prompts) for each in sets.values())} problems"):
+            return await evaluate(config, rollouts, prepared.decode, sets, seeds=seeds), sets
+    finally:
+        await asyncio.shield(cluster.close())
+
+
+async def restarted(fleet: Any) -> None:
+    """Bring back lost engines. They read the model themselves, so they serve as soon as they have started."""
+    while fleet.lost:
+        await fleet.revive()
+        await fleet.mark_serving()
+
+
+def check_sets(sets: Mapping[str, Any]) -> None:
+    """Raise ValueError, with the remedy, where there is nothing to evaluate on."""
+    if not sets:
+        raise ValueError(
+            "the recipe's data has no held-out set: return Data(train=[...], evals={'held_out': [Example(...)]})"
+        )
+
+
+def best_of(step: int, row: Mapping[str, float]) -> dict[str, Any]:
+    """What the summary of a run would be if it had ended at this step, for the model's card."""
+    return {"steps": step, "eval_after": evaluation_in(row), "eval_change": {}}
+
+
+def evaluation_in(row: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of an evaluation in a row of metrics."""
+    return {name: value for name, value in row.items() if name.startswith("eval/")}
