@@ -7,6 +7,7 @@ import torch
 
 from rl.batch import collate, micro_batches, take, trajectory
 from rl.types import Batch, Completion, Prompt, Trajectory
+from trainer.model.packing import pack
 
 TWO_TURNS = Trajectory(
     group=5,
@@ -211,8 +212,8 @@ def test_a_group_above_the_budget_is_cut_between_its_rows_and_each_part_has_the_
     cut = micro_batches(STEP, torch.arange(18), ranks=ranks, budget=budget, share_prompts=True)
     micros = [micro for rank in cut for micro in rank if len(micro)]
     for micro in micros:
-        groups = STEP.group_ids[micro].tolist()
-        columns = 4 * len(set(groups)) + int(STEP.mask[micro].sum())
+        part = take(STEP, micro)
+        columns = pack(part.input_ids, part.mask, share_prompts=True).input_ids.numel()
         assert columns <= budget or len(micro) == 1, "only a single row may be longer"
     # The long reply is alone: 4 columns of prompt and 30.
     if budget < 34:
