@@ -53,7 +53,7 @@ config = Config(
     steps=8,
     dtype="float32",
     rollout=RolloutConfig(max_tokens=16, max_model_len=256, max_num_seqs=64, kv_cache_gib=0.25),
-    trainer=TrainerConfig(lr=3e-5, zero_stage=0, micro_batch_tokens=512),
+    trainer=TrainerConfig(lr=3e-5, zero_stage=0, micro_batch_tokens=1024),
 )
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from trainer.doctor.comparisons import Comparison, Comparisons
 from trainer.doctor.episodes.run import examine_episodes
 from trainer.doctor.examine import Examiner
 from trainer.doctor.finding import Finding
+from trainer.doctor.remedies import EPISODES
 from trainer.plan.plan import make_plan
 from trainer.prompts import Prepared
 from trainer.runs.settings import stack_versions
@@ -51,9 +52,10 @@ class DoctorReport:
 
     def message(self) -> str:
         """The text of the ParityError that ends the run."""
-        return "the engines' log-probabilities are not what the loss expects, so nothing was trained:\n" + "\n".join(
-            f"- {finding}" for finding in self.faults
-        )
+        what = "the engines' log-probabilities are not what the loss expects"
+        if all(finding.cause in EPISODES for finding in self.faults):
+            what = "the chat template or the environment does not do what many turns need"
+        return f"{what}, so nothing was trained:\n" + "\n".join(f"- {finding}" for finding in self.faults)
 
     def coverage(self) -> list[tuple[str, str, str]]:
         """Each check, what it covers, and what it showed. Statistics in bf16 never certify an update."""

@@ -1,5 +1,40 @@
 """What should the user do about each cause that the doctor can name?"""
 
+EPISODES = {
+    "template_refuses": "Use a chat template that knows this role, or let the environment speak as the user: a `parse` "
+    "method reads calls from the text, and results come back as the user's words",
+    "words_not_shown": "Use a chat template that writes the content of a message as it is; some want a list of parts",
+    "tools_not_shown": "Use a chat template that writes `tools`, or show the tools in the prompt and read calls from "
+    "the text with a `parse` method",
+    "calls_not_shown": "What the policy samples stays in its context, so nothing is lost over turns; only calls that a "
+    "prompt of the data set has are not written",
+    "results_not_shown": "Use a chat template that writes messages of the role tool, or give the environment a `parse` "
+    "method: its results are then the user's words",
+    "one_call_a_turn": "Tell the policy to make one call a turn: several results at once are an error of the template",
+    "delta_differs": "The template writes new messages in another way later in a conversation, which no policy should "
+    "learn from: use a template that writes a message by itself",
+    "prefilled": "The generation prompt holds words that a finished turn has not. They are in the context and are not "
+    "trained; the parser for reasoning must know that the reply begins behind them",
+    "close_token": "Give the run the token that closes the template's turns: rollout.stop_token_ids, or eos_token_id "
+    "in generation_config.json",
+    "no_close_token": "The policy ends a reply with a token that the template never writes. It stays in the context",
+    "close_differs": "The policy's own stop token stays in the context where the template writes another one",
+    "bos_twice": "Let either the template or the tokenizer write the begin-of-text token: remove it from one of them",
+    "dated": "The date is that of the run's start in the whole run; give the engines that serve the model the same one",
+    "tools_move": "The template writes the tools again in front of each user's message. Prefer tool messages, or a "
+    "shorter list of tools",
+    "calls_not_parsed": "Set rollout.tool_parser to the parser of this model's chat template",
+    "broken_call_taken": "Set rollout.tool_parser to a parser that sees a call without its end as malformed",
+    "turn_seeds": "Derive the seed of a turn from ordinal, episode and turn: equal seeds draw equal noise",
+    "tool_types": "Give each argument of a tool a type that JSON has, and call methods that are no tools _name",
+    "start_differs": "Draw what `start` draws from random.Random(seed) with a seed of the task: the episodes of a "
+    "group must have one prompt",
+    "global_random": "Use a generator of the instance, such as random.Random(seed): threads share the global one, and "
+    "a run that is resumed cannot repeat it",
+    "task_changed": "Copy the task before changing it: all episodes of a group share it",
+    "environment_fails": "Repair the environment, or raise ToolError for what the policy did wrong",
+}
+"""Of what the chat template and the environment do over many turns."""
 REMEDIES = {
     "raw_logprobs": 'Set logprobs_mode="processed_logprobs" in the engine\'s arguments (rollout/settings.py)',
     "temperature": "Set the temperature once, as Config.temperature; engine and loss both read it there",
@@ -103,39 +138,6 @@ REMEDIES = {
     "and check early exit, layer skipping and pipeline stages",
     "activation": "The engine's layers agree, but not what it computes between two of them: compare hidden_act in both "
     "configs, and check fused activation kernels",
-    # What the chat template and the environment do over many turns.
-    "template_refuses": "Use a chat template that knows this role, or let the environment speak as the user: a `parse` "
-    "method reads calls from the text, and results come back as the user's words",
-    "words_not_shown": "Use a chat template that writes the content of a message as it is; some want a list of parts",
-    "tools_not_shown": "Use a chat template that writes `tools`, or show the tools in the prompt and read calls from "
-    "the text with a `parse` method",
-    "calls_not_shown": "What the policy samples stays in its context, so nothing is lost over turns; only calls that a "
-    "prompt of the data set has are not written",
-    "results_not_shown": "Use a chat template that writes messages of the role tool, or give the environment a `parse` "
-    "method: its results are then the user's words",
-    "one_call_a_turn": "Tell the policy to make one call a turn: several results at once are an error of the template",
-    "delta_differs": "The template writes new messages in another way later in a conversation, which no policy should "
-    "learn from: use a template that writes a message by itself",
-    "prefilled": "The generation prompt holds words that a finished turn has not. They are in the context and are not "
-    "trained; the parser for reasoning must know that the reply begins behind them",
-    "close_token": "Give the run the token that closes the template's turns: rollout.stop_token_ids, or eos_token_id "
-    "in generation_config.json",
-    "no_close_token": "The policy ends a reply with a token that the template never writes. It stays in the context",
-    "close_differs": "The policy's own stop token stays in the context where the template writes another one",
-    "bos_twice": "Let either the template or the tokenizer write the begin-of-text token: remove it from one of them",
-    "dated": "The date is that of the run's start in the whole run; give the engines that serve the model the same one",
-    "tools_move": "The template writes the tools again in front of each user's message. Prefer tool messages, or a "
-    "shorter list of tools",
-    "calls_not_parsed": "Set rollout.tool_parser to the parser of this model's chat template",
-    "broken_call_taken": "Set rollout.tool_parser to a parser that sees a call without its end as malformed",
-    "turn_seeds": "Derive the seed of a turn from ordinal, episode and turn: equal seeds draw equal noise",
-    "tool_types": "Give each argument of a tool a type that JSON has, and call methods that are no tools _name",
-    "start_differs": "Draw what `start` draws from random.Random(seed) with a seed of the task: the episodes of a "
-    "group must have one prompt",
-    "global_random": "Use a generator of the instance, such as random.Random(seed): threads share the global one, and "
-    "a run that is resumed cannot repeat it",
-    "task_changed": "Copy the task before changing it: all episodes of a group share it",
-    "environment_fails": "Repair the environment, or raise ToolError for what the policy did wrong",
     "unexplained": "No known cause fits. The report (doctor.json) has all measurements; restart the engine,"
     " and if it comes back, please report it with that file",
-}
+} | EPISODES

@@ -12,7 +12,7 @@ from trainer.cluster.ray_session import LEAST_STORE, cluster_gpus, object_store_
 from trainer.machine import shared_memory
 from trainer.model.files import check_model_folder, model_config, without_weights
 from trainer.plan.memory import GIB, Memory, available_memory, engines_memory, required_memory, shape_of
-from trainer.plan.rules import check_rows, check_truncation
+from trainer.plan.rules import check_build, check_rows, check_truncation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +28,9 @@ class Plan:
     """GPUs that the machine or the cluster has."""
 
     def check_gpus(self) -> None:
-        """Raise ValueError, naming both numbers, when there are too few GPUs. Takes no time."""
+        """Raise ValueError, with the remedy, when there are too few GPUs or none that this environment can use."""
+        if not os.environ.get("RAY_ADDRESS"):
+            check_build(self.placement.device)
         check_fits(self.placement, gpus=self.gpus)
 
     @cached_property

@@ -1,5 +1,7 @@
 """Settings that the device or the model forbids; what no machine allows is in `rl.validate`."""
 
+import torch
+
 from rl.config import Config
 from trainer.cluster.placement import Device
 from trainer.model.files import model_config
@@ -46,4 +48,25 @@ def check_rows(config: Config) -> None:
         raise ValueError(
             f"trainer.share_prompts=True needs packed rows, and rows of {model.get_text_config().model_type} stay "
             "padded: leave it unset"
+        )
+
+
+def check_build(device: str) -> None:
+    """Raise ValueError, with the remedy, where this environment's torch cannot use a device ("cpu" or "cuda")."""
+    build = torch.version.cuda
+    if device == "cpu" and build is not None:
+        raise ValueError(
+            f"device=cpu, but this environment has the CUDA {build} build of vLLM, which has no CPU: install the other "
+            "one with `rm -rf .venv && scripts/setup cpu`"
+        )
+    if device == "cuda" and build is None:
+        raise ValueError(
+            "device=cuda, but this environment has the CPU build of vLLM: install the other one with `rm -rf .venv && "
+            "scripts/setup cuda`"
+        )
+    # The count comes from the driver's own library, which answers also where the driver is too old for this CUDA.
+    if device == "cuda" and torch.cuda.device_count() and not torch.cuda.is_available():
+        raise ValueError(
+            f"torch finds {torch.cuda.device_count()} GPUs and cannot use them: the driver is older than CUDA {build} "
+            "needs (CUDA 13 needs 580 or newer). See `nvidia-smi`, and update the driver"
         )

@@ -1,0 +1,34 @@
+"""A run on a device that this environment's torch cannot use is refused with the remedy, before anything starts."""
+
+import pytest
+import torch
+
+from trainer.plan.rules import check_build
+
+
+def build(monkeypatch: pytest.MonkeyPatch, *, cuda: str | None, gpus: int = 0, usable: bool = False) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+
+
+def test_each_build_runs_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    build(monkeypatch, cuda=None)
+    check_build("cpu")
+    build(monkeypatch, cuda="13.0", gpus=1, usable=True)
+    check_build("cuda")
+
+
+def test_the_other_build_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    build(monkeypatch, cuda=None)
+    with pytest.raises(ValueError, match="CPU build of vLLM.*scripts/setup cuda"):
+        check_build("cuda")
+    build(monkeypatch, cuda="13.0", gpus=1, usable=True)
+    with pytest.raises(ValueError, match=r"CUDA 13.0 build of vLLM.*scripts/setup cpu"):
+        check_build("cpu")
+
+
+def test_an_old_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    build(monkeypatch, cuda="13.0", gpus=8, usable=False)
+    with pytest.raises(ValueError, match="8 GPUs and cannot use them: the driver is older than CUDA 13.0"):
+        check_build("cuda")
