@@ -21,7 +21,7 @@ def test_each_build_runs_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_other_build_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     build(monkeypatch, cuda=None)
-    with pytest.raises(ValueError, match="CPU build of vLLM.*scripts/setup cuda"):
+    with pytest.raises(ValueError, match=r"CPU build of vLLM.*scripts/setup cuda"):
         check_build("cuda")
     build(monkeypatch, cuda="13.0", gpus=1, usable=True)
     with pytest.raises(ValueError, match=r"CUDA 13.0 build of vLLM.*scripts/setup cpu"):
@@ -30,5 +30,5 @@ def test_the_other_build_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_old_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     build(monkeypatch, cuda="13.0", gpus=8, usable=False)
-    with pytest.raises(ValueError, match="8 GPUs and cannot use them: the driver is older than CUDA 13.0"):
+    with pytest.raises(ValueError, match=r"8 GPUs and cannot use them: the driver is older than CUDA 13\.0"):
         check_build("cuda")

@@ -38,7 +38,7 @@ def gradients(model, *, warming_up):
     """The largest gradient of the body, and of the value head, after one PPO loss with an entropy bonus."""
     objective = PPO(entropy_coef=0.1)
     step, advantages = prepare(objective, batch())
-    said = model(step.input_ids, step.mask, 1.0, head_alone=warming_up)
+    said = model(step.input_ids, step.mask, 1.0, head_alone=warming_up).output()
     said = critic_alone(said) if warming_up else said
     loss, _ = full_loss(objective, Uncorrected(), said, step, advantages)
     torch.where(step.mask, loss, 0.0).sum().backward()

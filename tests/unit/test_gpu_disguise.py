@@ -227,7 +227,7 @@ def test_on_tensor_cores_the_head_has_the_values_and_gradients_of_fp32(tensor_co
 
 
 def test_two_halves_hold_sixteen_bits_of_a_gradient():
-    x = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(100, 100, generator=torch.Generator().manual_seed(0))
     high, low = product.halves(x)
     assert high.dtype == low.dtype == torch.bfloat16
     assert ((high.double() + low.double() - x.double()).abs() <= 2.0**-16 * x.abs()).all()

@@ -78,11 +78,8 @@ class _TokenLogprob(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad_hidden[s] = _products(grad, w, hidden[s], grad_weight, ctx.dtype)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        if grad_bias is not None:
-            grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None
+        sums = (g if g is None else g.to(of.dtype) for g, of in ((grad_weight, weight), (grad_bias, bias)))
+        return grad_hidden, *sums, *[None] * 7
 
 
 def _products(

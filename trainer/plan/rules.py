@@ -10,16 +10,10 @@ from trainer.model.files import model_config
 def check_truncation(config: Config, device: Device) -> None:
     """Raise ValueError, with the remedy, where the trainer could not know which tokens truncated sampling kept."""
     r = config.rollout
-    if r.truncation is None:
+    # A GPU's engine reports them.
+    if r.truncation is None or device == "cuda":
         return
     wanted = f"truncated sampling (rollout.top_p={r.top_p:g}, top_k={r.top_k}, min_p={r.min_p:g}) on {device}"
-    if device == "cuda":
-        if not r.top_k:
-            raise ValueError(
-                f"{wanted}: the trainer replays the tokens that the engine kept, and vLLM reports them only where "
-                "top_k bounds their number; set rollout.top_k (e.g. 200, which top_p and min_p then narrow)"
-            )
-        return
     # The CPU engine reports no support, so the learner finds it from its own logits.
     reason = "the trainer finds the tokens that the engine kept from its own logits, which must be the engine's"
     if config.dtype != "float32" or not config.fp32_head:
