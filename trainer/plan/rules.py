@@ -48,15 +48,10 @@ def check_rows(config: Config) -> None:
 def check_build(device: str) -> None:
     """Raise ValueError, with the remedy, where this environment's torch cannot use a device ("cpu" or "cuda")."""
     build = torch.version.cuda
-    if device == "cpu" and build is not None:
+    if (device == "cuda") is (build is None):
         raise ValueError(
-            f"device=cpu, but this environment has the CUDA {build} build of vLLM, which has no CPU: install the other "
-            "one with `rm -rf .venv && scripts/setup cpu`"
-        )
-    if device == "cuda" and build is None:
-        raise ValueError(
-            "device=cuda, but this environment has the CPU build of vLLM: install the other one with `rm -rf .venv && "
-            "scripts/setup cuda`"
+            f"device={device}, but this environment has vLLM's build for {f'CUDA {build}' if build else 'CPU'}, which "
+            f"knows no other: install the other one with `rm -rf .venv && scripts/setup {device}`"
         )
     # The count comes from the driver's own library, which answers also where the driver is too old for this CUDA.
     if device == "cuda" and torch.cuda.device_count() and not torch.cuda.is_available():
