@@ -84,7 +84,8 @@ config = Config(
     eval_temperature=0.0,
     rollout=RolloutConfig(engines=4, max_tokens=1024, max_model_len=1536, max_num_seqs=256),
     # Four optimizer steps per batch: with one alone no ratio leaves 1, and GSPO's clipping has nothing to do.
-    trainer=TrainerConfig(ranks=4, zero_stage=2, lr=1e-6, warmup_steps=20, minibatches=4, micro_batch_tokens=8192),
+    # ZeRO 1 sums gradients over ranks once per step, ZeRO 2 after every micro-batch.
+    trainer=TrainerConfig(ranks=4, zero_stage=1, lr=1e-6, warmup_steps=20, minibatches=4, micro_batch_tokens=8192),
 )
 
 if __name__ == "__main__":
