@@ -1,8 +1,11 @@
 """A run on a device that this environment's torch cannot use is refused with the remedy, before anything starts."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from trainer.plan import rules
 from trainer.plan.rules import check_build
 
 
@@ -19,8 +22,11 @@ def test_each_build_runs_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> N
     check_build("cuda")
 
 
-def test_the_other_build_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_build_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     build(monkeypatch, cuda=None)
+    monkeypatch.setattr(rules, "DRIVER", tmp_path / "none")
+    check_build("cuda")  # without a GPU another build is no remedy: the number of GPUs is said elsewhere
+    monkeypatch.setattr(rules, "DRIVER", tmp_path)
     with pytest.raises(ValueError, match=r"build for CPU,.*scripts/setup cuda"):
         check_build("cuda")
     build(monkeypatch, cuda="13.0", gpus=1, usable=True)

@@ -1,10 +1,15 @@
 """Settings that the device or the model forbids; what no machine allows is in `rl.validate`."""
 
+from pathlib import Path
+
 import torch
 
 from rl.config import Config
 from trainer.cluster.placement import Device
 from trainer.model.files import model_config
+
+DRIVER = Path("/proc/driver/nvidia/version")
+"""Exists where a GPU's driver is loaded."""
 
 
 def check_truncation(config: Config, device: Device) -> None:
@@ -48,7 +53,8 @@ def check_rows(config: Config) -> None:
 def check_build(device: str) -> None:
     """Raise ValueError, with the remedy, where this environment's torch cannot use a device ("cpu" or "cuda")."""
     build = torch.version.cuda
-    if (device == "cuda") is (build is None):
+    wrong = DRIVER.exists() and build is None if device == "cuda" else build is not None
+    if wrong:
         raise ValueError(
             f"device={device}, but this environment has vLLM's build for {f'CUDA {build}' if build else 'CPU'}, which "
             f"knows no other: install the other one with `rm -rf .venv && scripts/setup {device}`"
