@@ -29,7 +29,7 @@ class Guess:
         guess = int(text[:9])
         if guess == self.number:
             return Step(reward=1.0, done=True)
-        # A guess that the hints rule out costs something in its own turn.
+        # A guess outside the range that the hints left costs 0.25, paid in its own turn.
         reward = 0.0 if self.low <= guess <= self.high else -0.25
         if guess < self.number:
             self.low = max(self.low, guess + 1)

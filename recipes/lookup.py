@@ -1,4 +1,5 @@
-"""Episodes: SmolLM2-135M-Instruct finds a colour by two look-ups, the second for what the first returned, on a laptop.
+"""Episodes: SmolLM2-135M-Instruct finds the colour of an order with two look-ups. The second looks up what the first
+returned. For a laptop.
 
 python recipes/lookup.py --seed 1
 """
@@ -16,7 +17,7 @@ ORDERS, SHELVES, COLOURS = range(10, 100), range(100, 1000), ["red", "blue", "gr
 SHELF_OF = dict(zip(ORDERS, random.Random(0).sample(SHELVES, len(ORDERS)), strict=True))
 COLOUR_OF = {shelf: random.Random(shelf).choice(COLOURS) for shelf in SHELF_OF.values()}
 """The table: each order lies on a shelf, and each shelf has a colour."""
-# This model follows examples, and no description. None of them is in the table.
+# This model follows examples, not descriptions. No number of these examples is in the table.
 WORKED = ["Find 1", "FIND(1)", "Find 2071", "FIND(2071)", "Answer red", "red"]
 WORKED += ["Find 4", "FIND(4)", "Find 3906", "FIND(3906)", "Answer green", "green"]
 
