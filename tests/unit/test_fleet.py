@@ -304,3 +304,20 @@ def test_an_update_that_fails_while_all_engines_live_fails_with_its_own_error():
 
     with pytest.raises(ValueError, match="no gradient"):
         run(main())
+
+
+def test_a_death_that_two_calls_find_at_the_same_time_is_one_death():
+    cluster = Cluster(2)
+
+    async def main():
+        a = actors(cluster)
+        await a.learner.publish(0)
+        a.fleet.recover = None  # it would have replaced the process by then
+        cluster.dead.add(0)
+        looking = asyncio.create_task(a.fleet.look_for_lost())
+        await asyncio.sleep(0)  # it has asked, and has no answer yet
+        a.fleet.mark_lost(0, 0, "found by a sample")
+        assert await looking
+        assert a.fleet.causes == ["engine 0 was lost: found by a sample"]
+
+    run(main())

@@ -100,10 +100,9 @@ class Cluster:
                 if p.backend != "gloo":
                     # This side of the channel imports vLLM; while the engines start there is time for it.
                     for learner in self.learners:
-                        learner.preload("rollout.weights.vllm_sender")
+                        for module in (LEARNER.split(":")[0], "rollout.weights.vllm_sender"):
+                            learner.preload(module)
                 if p.backend == "ipc":
-                    for learner in self.learners:
-                        learner.preload(LEARNER.split(":")[0])
                     # vLLM measures how much of the GPU is free, so nothing else may allocate meanwhile.
                     await asyncio.wait(engines)
                 for i, learner in enumerate(self.learners):

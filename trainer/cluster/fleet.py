@@ -43,16 +43,18 @@ class Fleet:
 
     def mark_lost(self, engine: int, restarts: int, cause: str) -> None:
         """A call to this engine failed because its process is gone: begin its recovery."""
-        if restarts != self.restarts_of[engine] or engine in self.gone:
-            return
-        self._mark_lost(engine, cause)
-        if self.recover and (self._recovering is None or self._recovering.done()):
+        idle = self._recovering is None or self._recovering.done()
+        if self._mark_lost(engine, restarts, cause) and self.recover and idle:
             self._recovering = asyncio.create_task(self._recover(), name="recover lost engines")
 
-    def _mark_lost(self, engine: int, cause: str) -> None:
+    def _mark_lost(self, engine: int, restarts: int, cause: str) -> bool:
+        """Whether this is news: another call may have found the same process gone, or it was replaced meanwhile."""
+        if restarts != self.restarts_of[engine] or engine in self.gone:
+            return False
         self.gone.add(engine)
         self.lost.add(engine)
         self.causes.append(f"engine {engine} was lost: {cause}")
+        return True
 
     async def _recover(self) -> None:
         assert self.recover is not None
@@ -84,10 +86,11 @@ class Fleet:
     async def look_for_lost(self) -> bool:
         """After a failed update, check that every engine lives and holds complete weights; True when one does not."""
         for engine in set(range(len(self.restarts_of))) - self.gone:
+            restarts = self.restarts_of[engine]
             try:
                 await self.cluster.ask_engine(engine, lambda e: e.alive(), deadline_s=ALIVE_S)
             except (EngineLost, StallError) as error:
-                self._mark_lost(engine, f"{error}, in a weight update")
+                self._mark_lost(engine, restarts, f"{error}, in a weight update")
         return bool(self.gone)
 
     async def mark_serving(self) -> None:
@@ -100,10 +103,11 @@ class Fleet:
         """Counters of the serving engines."""
         found = []
         for engine in await self.serving():
+            restarts = self.restarts_of[engine]
             try:
                 found.append(await self.cluster.ask_engine(engine, lambda e: e.counters(), deadline_s=ALIVE_S))
             except EngineLost as error:
-                self._mark_lost(engine, str(error))
+                self._mark_lost(engine, restarts, str(error))
         return found
 
     async def _notify(self) -> None:
