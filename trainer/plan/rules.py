@@ -53,8 +53,7 @@ def check_rows(config: Config) -> None:
 def check_build(device: str) -> None:
     """Raise ValueError, with the remedy, where this environment's torch cannot use a device ("cpu" or "cuda")."""
     build = torch.version.cuda
-    wrong = DRIVER.exists() and build is None if device == "cuda" else build is not None
-    if wrong:
+    if (build is None and DRIVER.exists()) if device == "cuda" else build:
         raise ValueError(
             f"device={device}, but this environment has vLLM's build for {f'CUDA {build}' if build else 'CPU'}, which "
             f"knows no other: install the other one with `rm -rf .venv && scripts/setup {device}`"
