@@ -3,8 +3,10 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 
@@ -47,3 +49,11 @@ def pytest_configure(config: pytest.Config) -> None:
     mode = config.getoption("--record-seconds")
     if mode and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Seconds(mode))
+
+
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """No types are checked, as in a user's process: the suite's own check would answer before the product does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -53,14 +53,12 @@ class Evaluations:
     async def keep(self, step: int, metrics: dict[str, float]) -> None:
         """Keep the learner's model if its evaluation is the highest so far. One that cannot be written is an alert."""
         run, history = self.tracker.folder, [*self.tracker.history, {"step": step, **metrics}]
-        if self._metric not in metrics or (found := best.best(history, self._metric, {*best.kept(run), step})) is None:
+        found = best.best(history, self._metric, {*best.kept(run), step})
+        if self._metric not in metrics or found is None or found[0] != step:
             return
-        if found[0] != step:
-            return
-        config, summary = self.cluster.config, self.summary | best_of(step, metrics)
-        folder, tokenizer = best.folder_of(run, step), self.prepared.tokenizer
+        config, tokenizer, summary = self.cluster.config, self.prepared.tokenizer, self.summary | best_of(step, metrics)
         try:
-            await write_model(self.cluster, tokenizer, folder, config, summary, self.settings)
+            await write_model(self.cluster, tokenizer, best.folder_of(run, step), config, summary, self.settings)
             best.prune(run, history, self._metric)
         except OSError as error:
             self.tracker.alert(step, "the best model could not be kept", f"{error}. The one before it is kept.")

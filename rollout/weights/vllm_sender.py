@@ -33,6 +33,7 @@ class Source(WeightSource):
         """Start the next update from its first tensor."""
         self.remaining = iter(self.weights)
         self.home = torch.cuda.current_stream() if torch.cuda.is_available() else None
+        """The learner's CUDA stream; None without CUDA."""
 
     def metadata(self) -> list[ParamMeta]:
         metas = self.weights.metadata()

@@ -153,9 +153,7 @@ def block_tables_mixed_up(worker: Any) -> Iterator[None]:
         with patch.object(metadata, "block_table", table):
             return one(layer, q, k, v, cache, metadata, *args, **more)
 
-    with ExitStack() as stack:
-        for layer in attentions(worker):
-            stack.enter_context(wrapped(layer.impl, "forward", attend))
+    with every([layer.impl for layer in attentions(worker)], "forward", attend):
         yield
 
 

@@ -58,9 +58,7 @@ def not_causal(worker: Any) -> Iterator[None]:
         with patch.object(metadata, "causal", False):
             return one(layer, q, k, v, cache, metadata, *args, **more)
 
-    with ExitStack() as stack:
-        for layer in attentions(worker):
-            stack.enter_context(wrapped(layer.impl, "forward", attend))
+    with every([layer.impl for layer in attentions(worker)], "forward", attend):
         yield
 
 

@@ -14,8 +14,6 @@ from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
-from torch import nn
-
 from live import Live
 from rollout.head import forget_heads
 from rollout.worker import WorkerExtension
@@ -80,7 +78,7 @@ def wrapped(module: Any, method: str, change: Callable[..., Any]) -> Iterator[No
 
 
 @contextmanager
-def every(modules: list[nn.Module], method: str, change: Callable[..., Any]) -> Iterator[None]:
+def every(modules: list[Any], method: str, change: Callable[..., Any]) -> Iterator[None]:
     """The same for all of these modules."""
     with ExitStack() as stack:
         for module in modules:

@@ -5,7 +5,6 @@ import re
 from dataclasses import replace
 from itertools import islice
 
-import jaxtyping
 import pytest
 from datasets import Dataset
 
@@ -24,12 +23,8 @@ def model(tmp_path_factory):
     return make_tokenizer(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(autouse=True)
-def as_users_run_it():
-    """The suite checks arguments with beartype, which would answer before the product does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+# The suite checks arguments with beartype, which would answer before the product does.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
 
 
 def config_of(model, train, **changes):

@@ -6,7 +6,6 @@ import random
 from collections import Counter
 from statistics import fmean
 
-import jaxtyping
 import pytest
 
 from cases import nightly_unless
@@ -27,12 +26,8 @@ from rl.types import Data
 PROMPTS = [prompt(f"{a}*{a + 1}+{a}", ordinal=a, answer=str(a * (a + 1) + a)) for a in range(2, 9)]
 
 
-@pytest.fixture(autouse=True)
-def unchecked_types():
-    """To check the types of every call takes half of the time."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+# To check the types of every call takes half of the time.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
 
 
 def sometimes(before, r):

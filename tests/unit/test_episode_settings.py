@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import jaxtyping
 import pytest
 
 from episodes import Calculator
@@ -18,13 +17,8 @@ from trainer.flags import override
 from trainer.prompts import prepare
 from trainer.runs.own_code import code_digests
 
-
-@pytest.fixture(autouse=True)
-def unchecked_types():
-    """The types that users get wrong are checked by `Config` itself."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+# The types that users get wrong are checked by `Config` itself.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
 
 
 ASKED = [{"role": "user", "content": "2*3+4"}]

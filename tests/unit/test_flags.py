@@ -9,7 +9,6 @@ import threading
 import time
 from dataclasses import dataclass, replace
 
-import jaxtyping
 import pytest
 
 from rl.config import Config, TrainerConfig
@@ -25,13 +24,8 @@ from trainer.launch import configure, launch, run_in_thread
 from trainer.runs.files import write_json
 from trainer.runs.settings import resolved
 
-
-@pytest.fixture(autouse=True)
-def as_users_run_it():
-    """The suite checks arguments with beartype, which would answer before the product does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+# The suite checks arguments with beartype, which would answer before the product does.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
 
 
 def questions() -> Data:

@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass, replace
 
-import jaxtyping
 import pytest
 from datasets import Dataset
 
@@ -18,13 +17,8 @@ from trainer.cluster.process_env import without_functions
 from trainer.prompts import load_data
 from trainer.runs.settings import resolved
 
-
-@pytest.fixture(autouse=True)
-def as_users_run_it():
-    """The suite checks arguments with beartype, which would answer before the product does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+# The suite checks arguments with beartype, which would answer before the product does.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
 
 
 ONE = Example(prompt="2 + 3 =", task={"answer": "5"})

@@ -193,8 +193,7 @@ def test_an_engine_that_reports_kept_tokens_always_bounds_them(reports, top_k, s
 @pytest.fixture
 def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head takes the path of tensor cores; their products are computed in fp32, exactly as they do."""
-    for module in (head, product):
-        monkeypatch.setattr(module, "on_tensor_cores", lambda *xs: all(x.dtype == torch.bfloat16 for x in xs))
+    monkeypatch.setattr(product, "on_tensor_cores", lambda *xs: all(x.dtype == torch.bfloat16 for x in xs))
     mm, addmm = torch.mm, torch.addmm
 
     def exact_mm(a, b, out_dtype=None, out=None):

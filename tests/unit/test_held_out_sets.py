@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import jaxtyping
 import pytest
 
 from episodes import Calculator
@@ -17,13 +16,8 @@ from trainer.episodes import episodes_of, held_out_sets
 from trainer.prompts import prepare, read
 from trainer.runs.own_code import code_digests
 
-
-@pytest.fixture(autouse=True)
-def unchecked_types():
-    """The types that users get wrong are checked by `Config` itself."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+# The types that users get wrong are checked by `Config` itself.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import sys
 from dataclasses import dataclass, replace
 
-import jaxtyping
 import pytest
 
 from rl.config import Config, RolloutConfig
@@ -23,13 +22,8 @@ from trainer.runs.own_code import code_digests
 from trainer.runs.resume import data_digest, resume, state_of, write_history
 from trainer.runs.settings import config_digest, plain, resolved
 
-
-@pytest.fixture(autouse=True)
-def as_users_run_it():
-    """The suite checks arguments with beartype, which would answer before the product does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+# The suite checks arguments with beartype, which would answer before the product does.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
 
 
 @pytest.fixture

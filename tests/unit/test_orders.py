@@ -7,7 +7,6 @@ import random
 from collections import Counter
 from dataclasses import fields
 
-import jaxtyping
 import pytest
 
 from cases import nightly_unless
@@ -24,12 +23,8 @@ SEEDS = 5400
 PROMPTS = [Prompt(ordinal=i, token_ids=[i], task={}) for i in range(7)]
 
 
-@pytest.fixture(autouse=True)
-def unchecked_types():
-    """Orders are what is explored here; to check the types of every call as well takes half of the time."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+# Orders are what is explored here; to check the types of every call as well takes half of the time.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
 
 
 class World(Tracker):

@@ -7,7 +7,6 @@ import threading
 import time
 from functools import partial
 
-import jaxtyping
 import pytest
 
 from episodes import Calculator, Chat, Engine, InlineHost, prompt, solves, stage, text
@@ -26,12 +25,8 @@ SEEDS = partial(turn_seed, 0, 0, 0)
 PROMPT = "[user]2*3+4[assistant]"
 
 
-@pytest.fixture(autouse=True)
-def unchecked_types():
-    """To check the types of every call takes half of the time."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+# To check the types of every call takes half of the time.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
 
 
 def played(says=solves, env=Calculator, *, on=None, **settings):

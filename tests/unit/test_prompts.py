@@ -5,7 +5,6 @@ import re
 from dataclasses import replace
 from datetime import datetime
 
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -24,12 +23,8 @@ TODAY = Rendering(now=datetime(2026, 3, 1, 23, 59))
 DATED = "{{ strftime_now('%d %b %Y') }};" + CHAT
 
 
-@pytest.fixture(autouse=True)
-def as_users_run_it():
-    """The suite checks arguments with beartype, which would answer before the product does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+# The suite checks arguments with beartype, which would answer before the product does.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ class Cluster:
                 engines = [started(f"engine {i}", ref, deadline) for i, ref in enumerate(self.building)]
                 engines = [building.create_task(engine) for engine in engines]
                 if p.backend != "gloo":
-                    # This side of the channel imports vLLM; while the engines start there is time for it.
+                    # While the engines start there is time to import DeepSpeed, and vLLM for this side of the channel.
                     for learner in self.learners:
                         for module in (LEARNER.split(":")[0], "rollout.weights.vllm_sender"):
                             learner.preload(module)

@@ -160,7 +160,10 @@ def attend_segments(
 
 @lru_cache(maxsize=4)
 def sequence_ends(lengths: tuple[int, ...], device: torch.device) -> Int[Tensor, " N"]:
-    """0 and the column after each sequence. All layers of a row share it: a copy to the device waits for the device."""
+    """Columns where sequences of `lengths` tokens begin, and the end of the last: int32 [sequences + 1] on `device`.
+
+    All layers of a row share it, because a copy to a GPU waits for the GPU.
+    """
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 

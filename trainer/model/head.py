@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rl.sampling.forbidden import named
 from rl.sampling.truncation import Truncation, keep
 from trainer.model.logits import PLAIN, LogitsMap
-from trainer.model.product import halves, on_tensor_cores, operand, write_product
+from trainer.model.product import gradients, operand, write_product
 
 CHUNK, CHUNK_ON_GPU = 256, 2048
 """Tokens whose logits exist at a time: as many as a CPU's cache takes, or as keep a GPU busy."""
@@ -77,29 +77,9 @@ class _TokenLogprob(torch.autograd.Function):
             mapped.backward_(grad, capped)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-            grad_hidden[s] = _products(grad, w, hidden[s], grad_weight, ctx.dtype)
+            grad_hidden[s] = gradients(grad, w, hidden[s], ctx.dtype, add_to=grad_weight)
         sums = (g if g is None else g.to(of.dtype) for g, of in ((grad_weight, weight), (grad_bias, bias)))
         return grad_hidden, *sums, *[None] * 7
-
-
-def _products(
-    grad: Float[Tensor, "C V"],
-    w: Float[Tensor, "V H"],
-    hidden: Float[Tensor, "C H"],
-    grad_weight: Float[Tensor, "V H"] | None,
-    dtype: torch.dtype,
-) -> Float[Tensor, "C H"]:
-    """The gradient of a chunk's hidden states; adds the chunk's part to `grad_weight` (fp32)."""
-    if dtype == torch.float32 and on_tensor_cores(w, hidden):
-        parts = halves(grad)
-        if grad_weight is not None:
-            for part in parts:
-                torch.addmm(grad_weight, part.t(), hidden, out_dtype=torch.float32, out=grad_weight)
-        high, low = (torch.mm(part, w, out_dtype=torch.float32) for part in parts)
-        return high.add_(low).to(hidden.dtype)
-    if grad_weight is not None:
-        grad_weight.addmm_(grad.t(), hidden.to(dtype).float())
-    return grad.to(dtype).matmul(w).to(hidden.dtype)
 
 
 def _spaces(hidden: Float[Tensor, "N H"], w: Float[Tensor, "V H"]) -> tuple[Float[Tensor, "C V"], Float[Tensor, "C V"]]:

@@ -37,3 +37,24 @@ def halves(x: Float[Tensor, "M N"]) -> tuple[Float[Tensor, "M N"], Float[Tensor,
     """Two bf16 tensors that add up to an fp32 one, up to 2^-17 of each value."""
     high = x.bfloat16()
     return high, (x - high).bfloat16()
+
+
+def gradients(
+    grad: Float[Tensor, "C V"],
+    w: Float[Tensor, "V H"],
+    hidden: Float[Tensor, "C H"],
+    dtype: torch.dtype,
+    *,
+    add_to: Float[Tensor, "V H"] | None,
+) -> Float[Tensor, "C H"]:
+    """The gradient of hidden states, in their dtype, from that of the logits. Adds the weight's to `add_to` (fp32)."""
+    if dtype == torch.float32 and on_tensor_cores(w, hidden):
+        parts = halves(grad)
+        if add_to is not None:
+            for part in parts:
+                torch.addmm(add_to, part.t(), hidden, out_dtype=torch.float32, out=add_to)
+        high, low = (torch.mm(part, w, out_dtype=torch.float32) for part in parts)
+        return high.add_(low).to(hidden.dtype)
+    if add_to is not None:
+        add_to.addmm_(grad.t(), hidden.to(dtype).float())
+    return grad.to(dtype).matmul(w).to(hidden.dtype)

@@ -53,7 +53,7 @@ def check_rows(config: Config) -> None:
 def check_build(device: str) -> None:
     """Raise ValueError, with the remedy, where this environment's torch cannot use a device ("cpu" or "cuda")."""
     build = torch.version.cuda
-    if (build is None and DRIVER.exists()) if device == "cuda" else build:
+    if build is not None if device == "cpu" else build is None and DRIVER.exists():
         raise ValueError(
             f"device={device}, but this environment has vLLM's build for {f'CUDA {build}' if build else 'CPU'}, which "
             f"knows no other: install the other one with `rm -rf .venv && scripts/setup {device}`"

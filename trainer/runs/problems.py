@@ -18,15 +18,18 @@ def rows_of(step: int, measured: Mapping[str, Problems]) -> Iterator[dict[str, A
 
 def problems_at(folder: Path, step: int) -> dict[str, Problems]:
     """The figures of the problems by set, as they were after a step; no set that was not evaluated then."""
-    path = folder / PROBLEMS
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {row["set"]: {int(i): each for i, each in row["problems"].items()} for row in rows if row["step"] == step}
+    rows = [row for row in _rows(folder) if row["step"] == step]
+    return {row["set"]: {int(i): each for i, each in row["problems"].items()} for row in rows}
 
 
 def last_problems(folder: Path) -> dict[str, Problems]:
     """Those of the last evaluation in a folder. Raises FileNotFoundError, with the remedy, when there is none."""
-    path = folder / PROBLEMS
-    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.is_file() else []
-    if not steps:
+    path, rows = folder / PROBLEMS, _rows(folder)
+    if not rows:
         raise FileNotFoundError(f"there is no evaluation in {path}: give the folder of a run or of an evaluation")
-    return problems_at(folder, max(steps))
+    return problems_at(folder, max(row["step"] for row in rows))
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    path = folder / PROBLEMS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
