@@ -63,11 +63,21 @@ class Layout:
         return placed
 
 
-def join(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> ProcessGroupGloo:
-    """A gloo group in addition to the process's default group. The ranks meet at rank 0; every wait is bounded."""
+def meeting_place(address: str, world_size: int, timeout_s: float) -> TCPStore:
+    """Where the ranks of a new group meet: on a free port of this process, which must be rank 0. Returns at once."""
     timeout = timedelta(seconds=timeout_s)
-    store = TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
-    return ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, timeout)
+    return TCPStore(address, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+
+
+def join(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> ProcessGroupGloo:
+    """Join rank 0 at its meeting place. Waits for at most `timeout_s`."""
+    store = TCPStore(address, port, world_size, is_master=False, timeout=timedelta(seconds=timeout_s))
+    return group_of(store, rank, world_size, timeout_s)
+
+
+def group_of(store: TCPStore, rank: int, world_size: int, timeout_s: float) -> ProcessGroupGloo:
+    """A gloo group in addition to the process's default group. Every wait is bounded."""
+    return ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, timedelta(seconds=timeout_s))
 
 
 def broadcast(group: ProcessGroupGloo, tensor: Tensor) -> Tensor:

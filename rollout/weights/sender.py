@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from rl.weights import check_complete
-from rollout.weights.channel import Layout, join, reserve, this_host
+from rollout.weights.channel import Layout, group_of, meeting_place, reserve, this_host
 from rollout.weights.outbox import Outbox
 from rollout.weights.protocols import Sender, Weights
 
@@ -26,15 +26,14 @@ class GlooSender:
         client: Any,
         rank: int,
         address: str,
-        port: int,
         world_size: int,
         timeout_s: float,
     ) -> None:
         """Connects to the engines. Raises TimeoutError when some engine does not connect in time.
 
         `expected`: the names that every update must contain. `client`: makes the control calls to all engines, and has
-        the version of the next update. Rank 0 sends; the engines connect to it at `address` and `port`. `world_size`
-        counts rank 0 and every engine worker. `timeout_s` bounds each wait, in seconds.
+        the version of the next update. Rank 0 sends; the engines connect to it at `address`, on a free
+        port. `world_size` counts rank 0 and every engine worker. `timeout_s` bounds each wait, in seconds.
         """
         self.weights, self.expected, self.client, self.timeout_s = weights, expected, client, timeout_s
         self.outbox: Outbox | None = None
@@ -42,12 +41,13 @@ class GlooSender:
         """Duration of the last update's phases: `begin` until the engines were ready to receive, `transfer` until they
         could read every byte, `stage` until all had built the new weights, `commit` until all sampled with them."""
         if rank == 0:
-            self.outbox = self._connect(address, port, world_size)
+            self.outbox = self._connect(address, world_size)
 
-    def _connect(self, address: str, port: int, world_size: int) -> Outbox:
+    def _connect(self, address: str, world_size: int) -> Outbox:
         layout = Layout.of(self.weights.metadata())
         layout = replace(layout, segment=reserve(sum(b[1] for b, _ in layout.buckets())), host=this_host())
-        info = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": world_size}
+        store = meeting_place(address, world_size, self.timeout_s)
+        info = {"master_address": address, "master_port": store.port, "rank_offset": 1, "world_size": world_size}
         info |= {"timeout_s": self.timeout_s, "layout": asdict(layout)}
         failed: list[Exception] = []
 
@@ -61,7 +61,7 @@ class GlooSender:
         connecting = Thread(target=call, daemon=True, name="connect the engines")
         connecting.start()
         try:
-            outbox = Outbox(join(address, port, 0, world_size, self.timeout_s), layout)
+            outbox = Outbox(group_of(store, 0, world_size, self.timeout_s), layout)
             connecting.join(self.timeout_s)
         except RuntimeError:
             if failed:
@@ -69,7 +69,7 @@ class GlooSender:
                 raise failed[0] from None
             raise TimeoutError(
                 f"the weight channel did not open within {self.timeout_s:g} s: not every engine connected to "
-                f"{address}:{port}"
+                f"{address}:{store.port}"
             ) from None
         finally:
             # Mapped memory remains valid, and no file is left behind, however this run ends.

@@ -9,6 +9,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta, TrainerWeightTransf
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+from vllm.utils.network_utils import get_open_port
 
 from rl.weights import check_complete
 from rollout.weights.group import check_usable
@@ -81,7 +82,8 @@ def open_vllm_sender(
     del timeout_s
     source = Source(weights, expected)
     if backend == "nccl":
-        info = NCCLTrainerInitInfo(where["address"], where["port"], where["world_size"], rank=rank)
+        # vLLM binds the port itself, a moment from now.
+        info = NCCLTrainerInitInfo(where["address"], get_open_port(), where["world_size"], rank=rank)
     else:
         largest = max(m.nbytes for m in weights.metadata())
         info = IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=max(SMALLEST_BUFFER, largest))

@@ -11,7 +11,6 @@ rates, but all have the same one here. So the result shows that each objective l
 import argparse
 import json
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -62,13 +61,10 @@ def learn(name: str, seed: int, steps: int, lr: float, folder: str) -> dict[str,
             lr=lr, value_lr=10 * lr if objective.uses_values else None, minibatches=2, micro_batch_tokens=4096
         ),
     )
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     if torch.distributed.is_initialized():
         # The learners of one process, in sequence, share one process group.
         trainer.learner.learner.join_group = lambda *_: None
-    learner = Learner(config, rank=0, device="cpu", address="127.0.0.1", port=port, model=model)
+    learner = Learner(config, rank=0, device="cpu", address="127.0.0.1", port=0, model=model)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     targets = dict(plain.named_parameters())
     generator, rewards, metrics = torch.Generator().manual_seed(1000 + seed), [], {}

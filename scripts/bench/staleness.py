@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -80,13 +79,10 @@ def learn(setting: str, lag: int, seed: int, steps: int, lr: float, folder: str)
         trainer=TrainerConfig(lr=lr, micro_batch_tokens=4096),
         **SETTINGS[setting],
     )
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     if torch.distributed.is_initialized():
         # The learners of one process, in sequence, share one process group.
         trainer.learner.learner.join_group = lambda *_: None
-    learner = Learner(config, rank=0, device="cpu", address="127.0.0.1", port=port, model=model)
+    learner = Learner(config, rank=0, device="cpu", address="127.0.0.1", port=0, model=model)
     versions: deque[dict[str, torch.Tensor]] = deque(maxlen=lag + 1)
     generator, rewards, ess = torch.Generator().manual_seed(1000 + seed), [], []
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

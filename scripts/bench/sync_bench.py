@@ -13,7 +13,6 @@ between the phases of a synchronous run, then it samples without end."""
 import argparse
 import asyncio
 import json
-import socket
 import statistics
 import sys
 import tempfile
@@ -104,12 +103,6 @@ class Engine:
         return self.begin(ask)()
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def memcpy_seconds(training: Training, place: Tensor) -> float:
     """Seconds to copy all tensors, one by one, into allocated memory: the lower bound of any transfer."""
     began, at = time.perf_counter(), 0
@@ -125,10 +118,10 @@ def open_channel(kind: str, training: Training, engine: Engine) -> Any:
     import rollout.weights.outbox
     import rollout.weights.sender
 
-    port = free_port()
     if kind == "tensor by tensor":
-        joined = engine.begin(lambda e: e.rpc("join_per_tensor", port))
-        group = rollout.weights.channel.join("127.0.0.1", port, 0, 2, 120)
+        store = rollout.weights.channel.meeting_place("127.0.0.1", 2, 120)
+        joined = engine.begin(lambda e: e.rpc("join_per_tensor", store.port))
+        group = rollout.weights.channel.group_of(store, 0, 2, 120)
         joined()
         return group
     reserve = rollout.weights.sender.reserve
@@ -136,7 +129,7 @@ def open_channel(kind: str, training: Training, engine: Engine) -> Any:
     rollout.weights.outbox.ANCHOR_EVERY = 1 if kind == "gloo, whole" else 10**9
     ends = {"weights": training, "expected": engine.expected, "client": engine.client, "rank": 0, "timeout_s": 120.0}
     try:
-        return rollout.weights.sender.open_sender("gloo", **ends, address="127.0.0.1", port=port, world_size=2)
+        return rollout.weights.sender.open_sender("gloo", **ends, address="127.0.0.1", world_size=2)
     finally:
         rollout.weights.sender.reserve = reserve
 

@@ -4,7 +4,6 @@ import asyncio
 import importlib
 import json
 import math
-import socket
 import time
 from collections.abc import Coroutine
 from dataclasses import replace
@@ -76,9 +75,6 @@ async def open_channel(engine: Any, policy: Any) -> Any:
     from rollout.weights.sender import open_sender
     from trainer.learner.weights import LearnerWeights
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     return await asyncio.to_thread(
         open_sender,
         "gloo",
@@ -87,7 +83,6 @@ async def open_channel(engine: Any, policy: Any) -> Any:
         client=Channel(engine),
         rank=0,
         address="127.0.0.1",
-        port=port,
         world_size=2,
         timeout_s=120,
     )

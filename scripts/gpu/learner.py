@@ -2,7 +2,6 @@
 
 import argparse
 import multiprocessing
-import socket
 import time
 import traceback
 from dataclasses import replace
@@ -83,10 +82,7 @@ def steps(args: argparse.Namespace, name: str, model: str) -> dict[str, Any]:
     dtype = "bfloat16" if args.device == "cuda" else "float32"
     objective = GSPO(clip_low=0.03, clip_high=0.04, kl_coef=0.01, entropy_coef=0.01)
     config = replace(config, trainer=VARIANTS[name], objective=objective, old_logprobs="recompute", dtype=dtype)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    rank = Learner(config, rank=0, device=args.device, address="127.0.0.1", port=port, model=model)
+    rank = Learner(config, rank=0, device=args.device, address="127.0.0.1", port=0, model=model)
     vocabulary = rank.parts.policy.hf.config.vocab_size
     history, seconds = [], []
     for step in range(STEPS):

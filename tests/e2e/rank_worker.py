@@ -110,7 +110,7 @@ def answer(rank: int, request: dict) -> dict:
 
 
 if __name__ == "__main__":
-    rank, ranks, port = map(int, sys.argv[1:])
-    join_group(rank, ranks, "cpu", "127.0.0.1", port, 300.0)
+    rank, ranks, port, listener = map(int, sys.argv[1:])
+    join_group(rank, ranks, "cpu", "127.0.0.1", port, 300.0, listener if rank == 0 else None)
     for line in sys.stdin:
         print("ANSWER " + json.dumps(answer(rank, {"ranks": ranks, **json.loads(line)})), flush=True)

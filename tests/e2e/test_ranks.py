@@ -39,21 +39,23 @@ class Group:
     """Processes that stay in one process group, and build a learner for every request: most of a start is imports."""
 
     def __init__(self, ranks: int, log: IO[str]) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
         self.log = log
+        # Rank 0 goes on with this socket; a port that is closed meanwhile can be another process's by then.
+        listener = socket.create_server(("127.0.0.1", 0))
+        port, descriptor = listener.getsockname()[1], listener.fileno()
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-W", "ignore", str(WORKER), *map(str, (rank, ranks, port))],
+                [sys.executable, "-W", "ignore", str(WORKER), *map(str, (rank, ranks, port, descriptor))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
                 env=os.environ | learner_env(1, "cpu"),
+                pass_fds=() if rank else [descriptor],
             )
             for rank in range(ranks)
         ]
+        listener.close()
 
     def ask(self, request: dict) -> History:
         """Rank 0's metrics by step; raises with the error of every rank that has one."""

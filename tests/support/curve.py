@@ -10,7 +10,6 @@ delete the other kinds: their numbers are no longer true.
 import json
 import os
 import platform
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -60,7 +59,7 @@ def batch_of(step: int) -> Batch:
     return collate(rows)
 
 
-def curve(objective: Objective, model: str, port: int) -> dict[str, list[float]]:
+def curve(objective: Objective, model: str) -> dict[str, list[float]]:
     """Each of `METRICS` by step, from one learner rank that shares the process's group."""
     config = Config(
         name="curve",
@@ -76,7 +75,7 @@ def curve(objective: Objective, model: str, port: int) -> dict[str, list[float]]
             lr=1e-3, value_lr=1e-2 if objective.uses_values else None, minibatches=2, micro_batch_tokens=128
         ),
     )
-    learner = Learner(config, rank=0, device="cpu", address="127.0.0.1", port=port, model=model)
+    learner = Learner(config, rank=0, device="cpu", address="127.0.0.1", port=0, model=model)
     history = [learner.step(batch_of(step)) for step in range(STEPS)]
     return {name: [metrics[name] for metrics in history] for name in METRICS}
 
@@ -85,14 +84,11 @@ def curves() -> dict[str, Any]:
     """The curves of `OBJECTIVES`. For a fresh process: it joins a process group and sets environment variables."""
     import trainer.learner.learner as module
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         model = str(make_model(Path(folder), tied=True, peak=1.0))
         for name, objective in OBJECTIVES.items():
-            found[name] = curve(objective, model, port)
+            found[name] = curve(objective, model)
             module.join_group = lambda *_: None  # the learners of one process share its group
     return found
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -67,9 +66,6 @@ class Live:
     def open_sender(self, weights: Any, timeout_s: float = 60) -> Any:
         from rollout.weights.sender import open_sender
 
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
         return open_sender(
             "gloo",
             weights=weights,
@@ -77,7 +73,6 @@ class Live:
             client=self,
             rank=0,
             address="127.0.0.1",
-            port=port,
             world_size=2,
             timeout_s=timeout_s,
         )

@@ -1,7 +1,6 @@
 """One real engine and one real learner rank in this process, answering as `trainer.cluster.cluster.Cluster` does."""
 
 import asyncio
-import socket
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -22,10 +21,7 @@ def make_learner(config: Config) -> Learner:
     if dist.is_initialized():
         with patch("trainer.learner.learner.join_group"):
             return Learner(config, rank=0, device="cpu", address="", port=0, model=config.model)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    return Learner(config, rank=0, device="cpu", address="127.0.0.1", port=port, model=config.model)
+    return Learner(config, rank=0, device="cpu", address="127.0.0.1", port=0, model=config.model)
 
 
 class Pair:

@@ -1,6 +1,5 @@
 """Both ends of a weight channel in one process, and what can go wrong on the way between them."""
 
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from rl.protocols import UpdateFailed
 from rl.weights import TensorMeta
-from rollout.weights.channel import Layout, join, reserve, this_host
+from rollout.weights.channel import Layout, group_of, join, meeting_place, reserve, this_host
 from rollout.weights.inbox import Inbox
 from rollout.weights.outbox import Outbox
 
@@ -42,19 +41,18 @@ class Wire:
         layout = Layout.of(metas)
         if shared:
             layout = replace(layout, segment=reserve(sum(b[1] for b, _ in layout.buckets())), host=this_host())
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
         self.receivers = receivers
 
-        def meet(rank: int) -> None:
-            receivers[rank - 1].inbox = Inbox(join("127.0.0.1", port, rank, size, timeout_s), layout)
-
         size = 1 + len(receivers)
+        store = meeting_place("127.0.0.1", size, timeout_s)
+
+        def meet(rank: int) -> None:
+            receivers[rank - 1].inbox = Inbox(join("127.0.0.1", store.port, rank, size, timeout_s), layout)
+
         meeting = [Thread(target=meet, args=(rank,)) for rank in range(1, size)]
         for thread in meeting:
             thread.start()
-        self.outbox = Outbox(join("127.0.0.1", port, 0, size, timeout_s), layout)
+        self.outbox = Outbox(group_of(store, 0, size, timeout_s), layout)
         for thread in meeting:
             thread.join()
 

@@ -22,12 +22,6 @@ class ActorShell:
         self.calls: set[Any] = set()
         """Coroutines that are running."""
 
-    def address(self) -> tuple[str, int]:
-        """This node's address and a free port on it."""
-        with socket.socket() as s:
-            s.bind(("", 0))
-            return ray.util.get_node_ip_address(), s.getsockname()[1]
-
     def build(self, target: str, sources: str, kwargs: dict[str, Any]) -> None:
         """Make the hosted object: `target` is "module:Class". Raises ImportError when this node has other sources."""
         if checkout.digest() != sources:
@@ -50,6 +44,19 @@ class ActorShell:
 
 class LearnerActor(ActorShell):
     """The process of one learner rank."""
+
+    listener: socket.socket | None = None
+
+    def listen(self) -> tuple[str, int]:
+        """This node's address, and a port on which this rank listens already: no other process can take it."""
+        address = ray.util.get_node_ip_address()
+        self.listener = socket.create_server(("", 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        return address, self.listener.getsockname()[1]
+
+    def build(self, target: str, sources: str, kwargs: dict[str, Any]) -> None:
+        """Make the rank. The ranks meet at the one that listens."""
+        listener = self.listener.detach() if self.listener else None
+        super().build(target, sources, kwargs | {"listener": listener})
 
     def preload(self, module: str) -> None:
         """Import what will be needed, while there is time."""

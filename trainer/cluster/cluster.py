@@ -38,6 +38,8 @@ class Cluster:
         self.engines: list[EngineProcess] = []
         self.building: list[Any] = []
         self.learners: list[LearnerProcess] = []
+        self.address = ""
+        """Where learner rank 0 is found, by the other ranks and by the engines."""
         self.group: Any = None
         """The GPUs that are reserved for the actors."""
         self.started_ray = False
@@ -91,8 +93,12 @@ class Cluster:
         if self.group is not None:
             late = f"the driver waited {{s}} s for {p.gpus:g} free GPUs, see `ray status`"
             await answer(self.group.ready(), late, deadline)
-        address, ports = await self._addresses() if self.learners else ("", [0])
-        rank = self._common() | {"address": address, "port": ports[0], "threads": self.learner_threads}
+        port = 0
+        if self.learners:
+            late = "the driver waited {s} s for the process of learner rank 0 to start"
+            address, port = await answer(self.learners[0].listen(), late, deadline)
+            self.address = "127.0.0.1" if self.started_ray else address
+        rank = self._common() | {"address": self.address, "port": port, "threads": self.learner_threads}
         try:
             async with asyncio.TaskGroup() as building:
                 engines = [started(f"engine {i}", ref, deadline) for i, ref in enumerate(self.building)]
@@ -128,12 +134,6 @@ class Cluster:
             for n, i in zip(gpus, index, strict=True)
         ]
 
-    async def _addresses(self) -> tuple[str, list[int]]:
-        """Where learner rank 0 is found: its address, and two free ports."""
-        late = "the driver waited {s} s for the process of learner rank 0 to start"
-        found = [await answer(self.learners[0].address(), late, 300) for _ in range(2)]
-        return ("127.0.0.1" if self.started_ray else found[0][0]), [port for _, port in found]
-
     async def open_channel(self) -> None:
         """Open the weight channel from the ranks to all engines; a second one replaces the first.
 
@@ -142,7 +142,6 @@ class Cluster:
         if not self.learners:
             return
         c, p = self.config, self.placement
-        address, (port, _) = await self._addresses()
         names = (await self.ask_learners(lambda rank: rank.names()))[0]
         for index, expected in enumerate(await self.ask_engines(lambda e: e.expected_weights(names))):
             check_complete(names, expected, f"engine {index}")
@@ -150,8 +149,7 @@ class Cluster:
         channel = {
             "backend": p.backend,
             "expected": names,
-            "address": address,
-            "port": port,
+            "address": self.address,
             "world_size": 1 + p.engines * c.rollout.tensor_parallel,
             "timeout_s": c.deadlines.sync_s,
         }

@@ -60,10 +60,6 @@ class Process:
         """Make the hosted object: `target` is "module:Class"."""
         return self.actor.build.remote(target, sources, kwargs)
 
-    def address(self) -> ObjectRef[tuple[str, int]]:
-        """The node's address and a free port on it."""
-        return self.actor.address.remote()
-
     def stacks(self) -> ObjectRef[str]:
         """Where the process is now."""
         return self.actor.stacks.remote()
@@ -87,6 +83,10 @@ class LearnerProcess(Process):
     def ask(self, ask: AskLearner[R]) -> ObjectRef[R]:
         """Call a method of the learner."""
         return self.actor.call.remote(recorded(ask))
+
+    def listen(self) -> ObjectRef[tuple[str, int]]:
+        """The node's address, and a port on which the process listens from now on."""
+        return self.actor.listen.remote()
 
     def preload(self, module: str) -> None:
         """Import a module while there is time. Returns at once."""

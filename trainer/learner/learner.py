@@ -43,12 +43,23 @@ class Learner:
     """One rank. Every method is called on all ranks at once."""
 
     def __init__(
-        self, config: Config, *, rank: int, device: str, address: str, port: int, model: str, threads: int = 1
+        self,
+        config: Config,
+        *,
+        rank: int,
+        device: str,
+        address: str,
+        port: int,
+        model: str,
+        threads: int = 1,
+        listener: int | None = None,
     ) -> None:
+        """The ranks meet at rank 0's `address` and `port`, where its socket `listener` (a file descriptor, which the
+        learner takes over) listens already. Without a listener rank 0 binds `port`; 0 means a free one."""
         torch.set_num_threads(threads)
         memory = PeakMemory(torch.device(device))
         torch.manual_seed(config.seed)
-        join_group(rank, config.trainer.ranks, device, address, port, config.deadlines.start_s)
+        join_group(rank, config.trainer.ranks, device, address, port, config.deadlines.start_s, listener)
         engine = deepspeed_engine(config, model, device, share_prompts=shares_prompts(config, device))
         self.parts = make_rank(config, rank=rank, engine=engine, memory=memory)
         check_own_forward(self.parts.policy, engine, name=config.model, dtype=config.dtype, device=self.parts.device)
@@ -162,22 +173,26 @@ class Learner:
         self.stepper.objective = replace(self.stepper.objective, **restored)
 
 
-def join_group(rank: int, ranks: int, device: str, address: str, port: int, timeout_s: float) -> None:
+def join_group(
+    rank: int, ranks: int, device: str, address: str, port: int, timeout_s: float, listener: int | None = None
+) -> None:
     """Set up torch.distributed ourselves: without `device_id`, which can hang next to a second group."""
+    timeout = timedelta(seconds=timeout_s)
+    store = dist.TCPStore(address, port, ranks, is_master=rank == 0, timeout=timeout, master_listen_fd=listener)
     os.environ |= {
         "DS_ACCELERATOR": device,
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "LOCAL_RANK": "0",
         "MASTER_ADDR": address,
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(store.port),
     }
     if device == "cuda":
         torch.cuda.set_device(0)
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
-        init_method=f"tcp://{address}:{port}",
+        store=store,
         rank=rank,
         world_size=ranks,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timeout,
     )
