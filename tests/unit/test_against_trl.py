@@ -111,6 +111,7 @@ def of_ours(objective):
     return float(total.detach()), now.grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("objective", "trl"),

@@ -156,6 +156,7 @@ def test_a_bucket_of_another_version_than_the_announced_one_is_refused():
     assert holds(receiver, old, 0)
 
 
+@pytest.mark.slow
 def test_the_wait_for_a_lost_or_late_receiver_ends_at_the_deadline():
     receiver, (old, new) = Receiver(), islice(steps(0), 2)
     wire = Wire(old, [receiver], shared=True, timeout_s=5)
@@ -187,6 +188,7 @@ def test_receivers_wait_for_a_slow_sender():
     assert holds(receiver, new, 1)
 
 
+@pytest.mark.slow
 def test_three_hundred_real_updates_with_faults_between_are_bit_exact_and_near_their_entropy():
     receiver, wire, refused, version = Receiver(), None, 0, 0
     faults, payload, bound = [FAULTS[name] for name in (*REFUSED, "corrupt")], 0, 0.0

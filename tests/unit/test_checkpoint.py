@@ -46,6 +46,7 @@ def killed_at(moment: int, run: Path) -> bool:
     return ended == writer.KILLED
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_killed_before_any_of_its_file_operations_leaves_a_whole_checkpoint(tmp_path):
     ends, moment = [], 0
     while True:

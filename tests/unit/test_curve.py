@@ -19,6 +19,7 @@ def measured():
     return json.loads(next(x for x in done.stdout.splitlines() if x.startswith("CURVES ")).removeprefix("CURVES "))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["GSPO", "PPO"])
 @pytest.mark.parametrize("metric", ["actor/loss", "actor/grad_norm"])
 def test_five_steps_give_the_stored_numbers(measured, objective, metric):

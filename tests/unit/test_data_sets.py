@@ -103,6 +103,7 @@ def test_a_resumed_run_reads_the_prompts_that_the_first_one_would_have_read(mode
     assert again == [p for p in whole if p.ordinal not in ended]
 
 
+@pytest.mark.slow
 def test_a_large_set_is_read_as_the_run_needs_it(model):
     rows = Counted(1_000_000)
     prepared = prepare(config_of(model, Rows(rows, example)))

@@ -120,6 +120,7 @@ def decode(ids: list[int]) -> str:
 # -- doctor.json -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("findings", [(), (FAULT, WARNING)])
 def test_doctor_json_comes_back_as_it_was_with_null_for_every_nan(tmp_path, findings):
     report = make_report(*findings, comparisons=True)

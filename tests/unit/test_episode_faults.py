@@ -312,6 +312,7 @@ class KilledError(Exception):
     """SIGKILL, between two events."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", nightly_unless(lambda block: block < 1, range(4)))
 def test_however_often_a_run_of_episodes_is_killed_no_prompt_is_lost_or_trained_twice(block):
     kills = resumed = 0

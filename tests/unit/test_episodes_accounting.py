@@ -194,6 +194,7 @@ def test_the_episodes_are_not_trivial():
 # -- the law: in however many rows, the same ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average_over", ["tokens", "sequences", "constant"])
 @pytest.mark.parametrize("make", FAMILY, ids=lambda m: m.__name__)
 def test_no_cut_of_an_episode_into_rows_changes_what_is_learned(make, average_over):

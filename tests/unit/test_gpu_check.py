@@ -54,6 +54,7 @@ def test_a_made_model_has_about_the_requested_entropy_and_a_tied_head(echo_task,
     assert tokenizer.decode(tokenizer.encode("7=")) == "7="
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "status"), nightly_unless(lambda device, _: device == "cuda", [("cuda", 1), ("cpu", 0)])
 )

@@ -132,6 +132,7 @@ def test_without_staleness_every_sample_is_from_the_policy_that_learns():
     assert trainer.published == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", [1, 3])
 @pytest.mark.parametrize("tokens", [1, 4, 30])
 def test_sampling_overlaps_learning_within_the_staleness_bound(bound, tokens):

@@ -149,6 +149,7 @@ def check(world, loop):
     assert not loop.groups.in_flight.tasks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", nightly_unless(lambda block: block < 2, range(6)))
 def test_no_order_of_events_loses_a_group_trains_it_twice_or_makes_it_too_old(block):
     ends = Counter()

@@ -456,6 +456,7 @@ def test_an_aborted_completion_is_no_turn():
         played(Aborts(solves))
 
 
+@pytest.mark.slow
 def test_a_thousand_waiting_episodes_cost_no_thread():
     before = threading.active_count()
     arrived, release = [], threading.Event()

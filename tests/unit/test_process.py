@@ -24,6 +24,7 @@ def gone(pid: int, within_s: float = 120) -> bool:
     return not parent_of(pid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generations", [1, 2])
 def test_killing_the_actor_ends_its_children_and_grandchildren(generations: int) -> None:
     code = WORKER.format(n=generations)
@@ -46,6 +47,7 @@ def test_killing_the_actor_ends_its_children_and_grandchildren(generations: int)
                     os.kill(pid, 9)
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_in_its_exit_is_killed_with_its_parent() -> None:
     code = "from rollout.process import kill_with_parent; import os, signal; kill_with_parent(); " + (
         "signal.pthread_sigmask(signal.SIG_BLOCK, {15}); print(os.getpid(), flush=True); signal.pause()"

@@ -30,6 +30,7 @@ def test_another_name_is_an_attribute_error():
         from rl import GPSO  # noqa: F401
 
 
+@pytest.mark.slow
 def test_the_package_alone_loads_no_torch_and_a_run_boots_its_actors_without_transformers():
     loads = (
         "import sys, rl; assert 'torch' not in sys.modules; from rl import GSPO; assert 'torch' in sys.modules; "

@@ -171,6 +171,7 @@ def test_help_explains_the_fields_and_needs_no_network():
     assert "(default: 512)" in shown.stdout  # the recipe's own value
 
 
+@pytest.mark.slow
 def test_dry_run_prints_placement_and_memory_and_starts_nothing(tmp_path):
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
@@ -193,6 +194,7 @@ def test_deepspeed_is_told_to_keep_adam_in_the_hosts_memory(monkeypatch):
     assert gspo["zero_optimization"] == {"stage": 1}
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_fit_is_refused_with_what_would_help(tmp_path):
     make_model(tmp_path)
     flags = ("--dry-run", "--device", "cpu", "--model", str(tmp_path), "--rollout.kv-cache-gib", "5000")

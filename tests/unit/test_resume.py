@@ -112,6 +112,7 @@ def lives(seed, **settings):
     raise AssertionError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", range(4))
 def test_however_often_a_run_is_killed_no_prompt_is_lost_or_trained_twice(block):
     kills, resumed, ends = 0, 0, Counter()
@@ -142,6 +143,7 @@ def test_a_run_ends_with_a_checkpoint_of_its_last_step_made_once():
     assert last_steps > {0}, "some ended between two checkpoints"
 
 
+@pytest.mark.slow
 def test_without_staleness_a_killed_run_ends_as_the_run_that_was_not():
     resumptions = 0
     for seed in range(60):
@@ -154,6 +156,7 @@ def test_without_staleness_a_killed_run_ends_as_the_run_that_was_not():
     assert resumptions > 15
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_stop_saves_what_it_has_and_goes_on_to_the_same_end():
     stopped, owed = 0, 0
     for seed in range(80):

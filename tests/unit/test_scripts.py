@@ -39,6 +39,7 @@ def test_all_scripts_are_found():
     assert {"scripts/bench/seeds.py", "scripts/four_fixes/four_fixes.py", "scripts/parity.py"} < set(SCRIPTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_begins_with_usage_and_has_an_example_line(answer, script):
     shown = answer["helps"][script]

@@ -16,6 +16,7 @@ def _speaks_again():
     console.quiet = False
 
 
+@pytest.mark.slow
 def test_output_that_is_piped_to_head_ends_with_status_0():
     program = (
         "from trainer.tracking.terminal import console, flush_output\n"

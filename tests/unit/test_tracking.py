@@ -76,6 +76,7 @@ def broken_netrc(path, kind):
         path.symlink_to(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "not text", "no netrc", "circle"])
 def test_a_file_of_logins_that_cannot_be_read_is_an_alert_and_no_key(tmp_path, kind):
     broken_netrc(tmp_path / "home" / ".netrc", kind)
@@ -332,6 +333,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.glob("summary*")] == ["summary.json"]
 
 
+@pytest.mark.slow
 def test_the_curves_of_a_run_become_a_png(tmp_path):
     history = [{"step": 0.0, "eval/held/avg@1": 0.2, "eval/held/avg@1_se": 0.05}]
     history += [{"step": float(s), "reward/mean": 0.1 * s, "actor/entropy": math.nan} for s in (1, 2, 3)]

@@ -148,6 +148,7 @@ def check(engine, tree):
     assert sum(amount for row in paid for _, amount in row) == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", nightly_unless(lambda block: block < 2, range(10)))
 def test_every_sampled_token_is_trained_once_and_every_row_is_what_the_engine_was_asked(block):
     branched = 0

@@ -93,6 +93,7 @@ def test_dropout_a_scale_and_a_head_in_bf16_are_told_apart(model: Path, batch: B
     assert fault(policy, model, batch)[0] in ("head_dtype", "rounded", "trainer_body")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_engine_that_had_another_prompt_or_other_positions_is_recognised(model: Path, batch: Batch) -> None:
     policy = policy_of(model)
