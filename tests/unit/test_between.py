@@ -98,6 +98,7 @@ INDEX = torch.arange(SIZE).float()
 UNEVEN = torch.tensor([1, 1, 1, 0.7, 0.4, 0.2, 0.1, 0.1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("halves", [True, False], ids=["halves", "neighbours"])
 @pytest.mark.parametrize(
     ("positions", "speed", "cause", "text"),

@@ -56,6 +56,7 @@ def test_what_is_unusual_and_right_is_accepted(make):
     assert not [str(f) for f in check_objective(make())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", gate([(c.name, c) for c in CASES], lambda c: c.check))
 def test_a_planted_mistake_is_named_alone_with_its_line(case):
     found = check_objective(case.make())

@@ -273,6 +273,7 @@ def test_text_of_tokens_and_names_is_shown_and_never_becomes_markup(tmp_path):
     assert walk.text.count("<i>one</i> | $x$") == 2
 
 
+@pytest.mark.slow
 def test_a_plot_by_weight_version_appears_once_there_are_two(tmp_path):
     one = make_report(engines=2)
     batches = [make_batch(0), make_batch(1)]
@@ -281,6 +282,7 @@ def test_a_plot_by_weight_version_appears_once_there_are_two(tmp_path):
     assert "d by the weight version" in page_of(two, tmp_path)[0].text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "unit"), [(GSPO(), "Mean log-ratio of each sequence"), (GRPO(), "Log-ratio of each token")]
 )

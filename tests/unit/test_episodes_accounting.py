@@ -207,6 +207,7 @@ def test_no_cut_of_an_episode_into_rows_changes_what_is_learned(make, average_ov
             assert_same(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "correction"),
     [

@@ -56,6 +56,7 @@ def test_no_more_is_requested_at_a_time_than_the_engines_decode(samples, most):
     assert engines.most == most
 
 
+@pytest.mark.slow
 def test_no_more_replies_are_judged_at_a_time_than_in_training():
     judging, most, lock, full = 0, 0, threading.Lock(), threading.Event()
 
@@ -132,6 +133,7 @@ def test_a_set_has_the_runs_settings_where_it_has_none_of_its_own():
     assert (found["eval/plain/avg@2"], found["eval/own/avg@4"]) == (1.0, 0.25)
 
 
+@pytest.mark.slow
 def test_votes_are_of_the_answers_that_the_sets_function_reads():
     zero = lambda reply: float(reply.token_ids == [0])  # noqa: E731
     sets = {"held": Eval(examples=[], samples=5, reward=zero, answer=lambda reply: reply.token_ids[0])}
@@ -148,6 +150,7 @@ def test_an_answer_that_cannot_be_counted_ends_the_evaluation(answer):
         evaluation(2, {"held": Eval(examples=[], answer=answer)})
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_figures_and_others_independent_ones():
     config = Config(name="t", model="m", data=Data(train=[]), reward=lambda reply: float(reply.token_ids == [0]))
     prompts = [Prompt(ordinal=i, token_ids=[1], task={}) for i in range(60)]

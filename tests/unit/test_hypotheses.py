@@ -116,6 +116,7 @@ NUMBERS: dict[str, tuple[Callable[[Told], torch.Tensor], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_get_the_name_of_what_was_done_to_them(name: str) -> None:
     change, cause = NUMBERS[name]

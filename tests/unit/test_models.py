@@ -34,6 +34,7 @@ def policy_of(model: Path):
     return load(str(model), dtype="float32", fp32_head=True, share_prompts=True).eval()
 
 
+@pytest.mark.slow
 def test_each_family_has_the_log_probabilities_and_gradients_of_its_own_forward_pass(family: Path) -> None:
     policy = policy_of(family)
     gap = check_own_forward(policy, policy, name="tiny", dtype="float32", device=CPU)

@@ -112,6 +112,7 @@ def test_a_long_completion_that_needs_no_mask_sees_its_prompt_as_well(monkeypatc
     assert apart(causal[1], masked[1]) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["packed", "shared"])
 @pytest.mark.parametrize("family", sorted(PLAIN))
 def test_in_every_family_that_is_packed_nothing_leaks_between_sequences(family, layout):

@@ -45,6 +45,7 @@ def step_of(rows, columns, seed):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average_over", ["tokens", "sequences", "constant"])
 @pytest.mark.parametrize("share_prompts", [False, True])
 def test_no_split_into_micro_batches_and_ranks_changes_the_loss(average_over, share_prompts):

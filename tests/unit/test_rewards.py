@@ -155,6 +155,7 @@ def compute(cpu_s):
     return 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_rewards_that_compute_at_the_same_time_do_not_run_each_others_clocks(kind):
     shown = []

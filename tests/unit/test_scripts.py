@@ -48,5 +48,6 @@ def test_help_begins_with_usage_and_has_an_example_line(answer, script):
     assert f"{command} " in shown
 
 
+@pytest.mark.slow
 def test_help_loads_no_engine(answer):
     assert answer["vllm"] is False

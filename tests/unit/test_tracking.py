@@ -268,6 +268,7 @@ def test_a_tracker_without_a_watch_raises_no_alert(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_wandb_takes_an_alert_offline(tmp_path):
     tracker = RunTracker(folder=tmp_path, config=TrackingConfig(wandb="offline"), name="t", settings={})
     tracker.alert(1, "rollout_corr/kl left its range", "It is nan, in no range.")

@@ -215,6 +215,7 @@ def said(support):
     )
 
 
+@pytest.mark.slow
 def test_what_the_engine_kept_arrives_with_its_tokens():
     from rollout.engine import completion
 

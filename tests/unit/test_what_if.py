@@ -167,6 +167,7 @@ def test_after_a_resume_records_keep_the_numbers_of_their_steps(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step-6.safetensors"]
 
 
+@pytest.mark.slow
 def test_the_command_compares_and_leaves_a_table_a_plot_and_json(tmp_path, capsys):
     path = tmp_path / "step-7.safetensors"
     save(record_of([[1.5, 1.1], [1.0, 0.9]]), path)
@@ -265,6 +266,7 @@ def test_an_objective_is_made_again_from_its_record(tmp_path):
         assert vars(again) == vars(made)
 
 
+@pytest.mark.slow
 def test_no_comparison_is_overwritten(tmp_path):
     path = recorded(tmp_path, 1)
     for _ in range(2):
@@ -275,6 +277,7 @@ def test_no_comparison_is_overwritten(tmp_path):
     assert (tmp_path / "what-if-step-1-3.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_folder_stands_for_all_of_its_steps(tmp_path):
     (tmp_path / "run" / "batches").mkdir(parents=True)
     recorded(tmp_path / "run" / "batches", 2, 10)
