@@ -43,6 +43,7 @@ def best(found: list[Hypothesis], error: float) -> Hypothesis:
     return fits.best(found, error)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "cause", "text"),
     [

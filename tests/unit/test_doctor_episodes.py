@@ -67,6 +67,7 @@ SHOWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_a_familys_template_drops_or_refuses_is_named(name):
     assert examined(tokenizer_of(name), name) == SHOWN.get(name, [])

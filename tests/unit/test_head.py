@@ -188,6 +188,7 @@ def over_the_kept(way, truncation, temperature, of):
     return learned(answer, upstream, hidden, lm_head.weight, of)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("truncation", CUTS, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("of", [("logprob",), ("entropy",), ("logprob", "entropy")], ids="+".join)

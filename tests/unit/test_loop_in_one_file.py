@@ -39,6 +39,7 @@ def test_two_steps_change_the_weights_and_sampler_and_learner_agree(recipe, sett
     assert first["actor/entropy"] != second["actor/entropy"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(recipe, settings):
     assert list(recipe.train(settings)) == list(recipe.train(settings))
 

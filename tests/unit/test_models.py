@@ -52,6 +52,7 @@ def test_each_family_has_the_log_probabilities_and_gradients_of_its_own_forward_
         torch.testing.assert_close(ours, gradients[1][name], atol=2e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 def test_what_is_sent_has_the_names_and_values_of_the_familys_checkpoint(family: Path) -> None:
     hf = AutoModelForCausalLM.from_pretrained(family)
     weights = LearnerWeights(hf, sharded=False)

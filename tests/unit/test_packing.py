@@ -84,6 +84,7 @@ def apart(one, other):
     return float((flat - want).norm() / want.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["padded", "alone"])
 @pytest.mark.parametrize("layout", ["packed", "shared"])
 @pytest.mark.parametrize(

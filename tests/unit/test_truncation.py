@@ -176,6 +176,7 @@ def config_of(**rollout):
     return Config(name="t", model="m", data=lambda: Data(train=[]), reward=lambda r: 0.0, rollout=rollout)
 
 
+@pytest.mark.slow
 def test_engines_on_gpus_report_what_they_kept_when_something_is_cut_off():
     from rollout.settings import engine_args
 
@@ -188,6 +189,7 @@ def test_engines_on_gpus_report_what_they_kept_when_something_is_cut_off():
     assert not asked("cpu", top_k=20)
 
 
+@pytest.mark.slow
 def test_an_engine_of_several_gpus_has_workers_of_its_own_not_rays():
     from rollout.settings import engine_args
 
@@ -227,6 +229,7 @@ def test_what_the_engine_kept_arrives_with_its_tokens():
         completion(said([[4, 7]]), 0)
 
 
+@pytest.mark.slow
 def test_a_mask_that_the_engine_owes_and_does_not_give_ends_the_run_with_the_remedy():
     import asyncio
     from types import SimpleNamespace

@@ -132,6 +132,7 @@ def test_a_bucket_keeps_its_limit_and_a_larger_tensor_gets_its_own():
     assert len(cut) < len(tensors()), "small tensors share a bucket"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refused_after", [0, 2, None])
 def test_a_sender_gathers_every_tensor_even_when_an_engine_refuses(refused_after):
     from rollout.weights.vllm_sender import DrainingSender, Source
