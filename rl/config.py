@@ -134,14 +134,18 @@ class Config(Checked):
     """Function that returns `Data(train=[Example(...)])`, or a `Data`. Called once, on the driver."""
     reward: Reward | None = None
     """Function that takes a `Reply` and returns its reward. It may be `async`. Several rewards: `Weighted({...})`; one
-    that sees the whole group: `OverGroup(judge)`. Give this, or `env`."""
+    that sees the whole group: `OverGroup(judge)`. Give this, `env` or `agent`."""
     env: type | Callable[..., Any] | None = None
     """Environment class, for episodes of many turns with tools: one object per episode, `env(task)`. Its public methods
-    are tools, and its `reward(episode)` scores it. Give this, or `reward`."""
+    are tools, and its `reward(episode)` scores it. Give this, `agent` or `reward`."""
+    agent: Callable[..., Any] | list[str] | None = None
+    """Agent with a loop of its own, for episodes: `async def agent(ctx)` returns the reward, and reaches the policy
+    with a stock client of OpenAI or Anthropic at `ctx.base_url`. A list of words is a command, which prints its reward
+    as its last line. Give this, `env` or `reward`."""
     limits: Limits = field(default_factory=Limits)
-    """When an episode of `env` ends."""
+    """When an episode of `env` or `agent` ends."""
     env_workers: int = 0
-    """Processes for environments that compute much. 0: they live in the driver's process, in threads."""
+    """Processes for environments and agents that compute much. 0: they live in the driver's process, in threads."""
     max_failed: float = 0.1
     """Largest share of the last 50 groups that may fail because of their environment. Above it the run ends with the
     first error. An episode that fails is first played again (`rollout.retries`)."""
@@ -230,20 +234,26 @@ class Config(Checked):
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        if (self.env is None) == (self.reward is None):
-            given = "both" if self.env else "neither"
+        given = [name for name in ("reward", "env", "agent") if getattr(self, name) is not None]
+        if len(given) != 1:
             raise ValueError(
-                f"a run needs a reward or an env, and this one has {given}: write reward=a_function for one reply to "
-                "each prompt, or env=AnEnvironment for episodes, which have a reward of their own"
+                f"a run needs one of reward, env and agent, and this one has {' and '.join(given) or 'none'}: write "
+                "reward=a_function for one reply to each prompt, or env=AnEnvironment or agent=an_agent for episodes, "
+                "which have a reward of their own"
             )
-        if self.env is not None and self.eval_reward is not None:
-            raise ValueError("eval_reward scores single replies, and episodes are scored by `env`: remove it")
+        if self.episodic and self.eval_reward is not None:
+            raise ValueError(f"eval_reward scores single replies, and episodes are scored by `{given[0]}`: remove it")
+
+    @property
+    def episodic(self) -> bool:
+        """Whether it learns from episodes of many turns, and not from single replies."""
+        return self.env is not None or self.agent is not None
 
     @property
     def horizon(self) -> int:
         """Most tokens that are sampled for one reply, or for one episode."""
         r = self.rollout
-        return r.max_tokens if self.env is None else self.limits.tokens or r.max_model_len
+        return self.limits.tokens or r.max_model_len if self.episodic else r.max_tokens
 
     @classmethod
     def right_form(cls, field: str, value: Any) -> str | None:
@@ -256,6 +266,7 @@ class Config(Checked):
             "data": "must be a function that returns Data(train=[Example(...)]), or such a Data",
             "reward": "must be a function that takes a Reply and returns a float, or a dict of floats",
             "env": "must be the class of an environment: write env=Calculator, without brackets",
+            "agent": "must be a function of a context, or a command: write agent=my_agent, or agent=['python', 'a.py']",
             "eval_reward": "must be a function that takes a Reply and returns a float, or None",
             "objective": "must be an objective: write objective=GSPO(), with `from rl.objectives import GSPO`",
         }

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rl.agents.context import check_agent
 from rl.config import Config
 from rl.environments.check import check_environment, class_of
 from rl.objectives.rules import check_objective
@@ -93,15 +94,20 @@ def _check_counts(config: Config) -> None:
 def _check_episodes(config: Config) -> None:
     if not 0 <= config.max_failed < 1:
         raise ValueError(f"max_failed={config.max_failed:g} must be a share from 0 to below 1, such as 0.1")
-    if config.env is None:
+    if not config.episodic:
         if config.env_workers:
-            raise ValueError(f"env_workers={config.env_workers} has no environment to host: set env, or remove it")
+            raise ValueError(
+                f"env_workers={config.env_workers} has no environment to host: set env or agent, or remove it"
+            )
         return
-    check_environment(class_of(config.env))
+    if config.env is None:
+        check_agent(config.agent)
+    else:
+        check_environment(class_of(config.env))
     if config.rollout.min_tokens:
         raise ValueError(
-            f"rollout.min_tokens={config.rollout.min_tokens} with env: the engine counts the tokens of each turn, and "
-            "the trainer those of a whole episode; use min_tokens=0"
+            f"rollout.min_tokens={config.rollout.min_tokens} with episodes: the engine counts the tokens of each "
+            "turn, and the trainer those of a whole episode; use min_tokens=0"
         )
 
 

@@ -9,19 +9,22 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from transformers import PretrainedConfig
 from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
-from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from rl.agents.record import Opening, Record
 from rl.config import Config
 from rl.data import Given
 from rl.protocols import EngineLost, UpdateFailed
 from rl.tokens import Rendering, stop_ids
 from rl.types import Completion, FinishReason, Parsed
 from rollout import examine
+from rollout.endpoint.server import Endpoint
 from rollout.parse import parser_of
 from rollout.process import fork_from_server
+from rollout.sampled import completion
 from rollout.settings import engine_args
 from rollout.worker import WorkerExtension
 
@@ -55,6 +58,7 @@ class Engine:
         self.stop_ids = stop_ids(self.llm.get_tokenizer(), self.llm.model_config.try_get_generation_config(), files)
         """Token ids that end a reply."""
         self.parser = parser_of(config, self.llm.get_tokenizer(), self.stop_ids)
+        self.endpoint: Endpoint | None = None
         self.version = version
         self.requests = 0
         self.aborted = 0
@@ -227,6 +231,24 @@ class Engine:
         """Seconds that sampling stopped for the last update."""
         return self.pause_seconds
 
+    async def open_episode(self, opening: Opening, rendering: Rendering) -> str:
+        """Serve an agent's episode over HTTP; returns its address, without /v1."""
+        if self.endpoint is None:
+            self.endpoint = Endpoint(
+                self.config,
+                rendering,
+                sample=self.sample,
+                tokenizer=self.llm.get_tokenizer(),
+                stop_ids=self.stop_ids,
+            )
+            await self.endpoint.start()
+        return self.endpoint.open(opening)
+
+    async def end_episode(self, secret: str) -> Record:
+        """Refuse further requests of an episode; returns what was sampled for it."""
+        assert self.endpoint is not None, "an episode is opened first"
+        return await self.endpoint.end(secret)
+
     async def alive(self) -> None:
         """Raise EngineLost when vLLM's processes have ended, or an update stopped half way, which cannot be undone."""
         await self._await_vllm(self.llm.check_health())
@@ -239,6 +261,8 @@ class Engine:
 
     async def close(self) -> None:
         """End vLLM's processes. They hold no state to save, so they get 1 s; vLLM's own shutdown takes several."""
+        if self.endpoint is not None:
+            await self.endpoint.close()
         self.llm.shutdown(timeout=1.0)
         del self.llm
 
@@ -271,30 +295,3 @@ class Engine:
     async def trace_sampler(self, token_ids: list[int], seed: int, tokens: int) -> examine.SampledAndTraced:
         """One reply as a rollout samples it, and what each worker's sampler did for it (`rollout.sampler_trace`)."""
         return await examine.trace_sampler(lambda: self.sample(token_ids, 1, seed, None, tokens), self.call_workers)
-
-
-def completion(done: CompletionOutput, cached_prompt_tokens: int) -> Completion:
-    """vLLM's output as a `Completion`. A missing log-probability becomes NaN, which the loop quarantines."""
-    token_ids = list(done.token_ids)
-    steps = done.logprobs or [{}] * len(token_ids)
-    spans = done.weight_versions or []
-    version_at = {position: int(span.version) for span in spans for position in range(span.start, span.end)}
-    whole = version_at.keys() == set(range(len(token_ids)))
-    assert whole, f"vLLM's weight versions do not cover all {len(token_ids)} tokens: {spans}"
-    reason = done.finish_reason
-    assert reason == "stop" or reason == "length" or reason == "abort", f"vLLM ended a request with {reason!r}"
-    support = done.sampling_mask.token_ids if done.sampling_mask else None
-    if support is not None:
-        kept = all(token in ids for token, ids in zip(token_ids, support, strict=True))
-        assert kept, "vLLM sampled a token outside of the set that it reports as kept"
-    return Completion(
-        token_ids=token_ids,
-        logprobs=[
-            step[token].logprob if step and token in step else float("nan")
-            for step, token in zip(steps, token_ids, strict=True)
-        ],
-        versions=[version_at[position] for position in range(len(token_ids))],
-        finish_reason=reason,
-        cached_prompt_tokens=cached_prompt_tokens,
-        support=support,
-    )

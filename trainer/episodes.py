@@ -1,26 +1,42 @@
-"""How does a run play episodes? Its environment in threads or processes, with the run's chat template."""
+"""How does a run play episodes? Its environment or its agent, in threads or processes, with the run's chat template."""
 
+from functools import partial
+
+from rl.agents import play as agents
 from rl.config import Config
 from rl.environments.host import ThreadHost
 from rl.loop.evaluate import HeldOut, held_out
-from rl.loop.players import Episodes, stage_of
-from rl.protocols import Rollouts
+from rl.loop.players import Episodes, in_environment, stage_of
+from trainer.cluster.endpoints import RemoteEndpoints
 from trainer.cluster.env_workers import EnvWorkers
+from trainer.cluster.remote import RemoteRollouts
 from trainer.data.sets import config_of
 from trainer.prompts import Prepared
 
 
-def episodes_of(config: Config, rollouts: Rollouts, prepared: Prepared) -> Episodes | None:
+def episodes_of(config: Config, rollouts: RemoteRollouts, prepared: Prepared) -> Episodes | None:
     """What plays the episodes of a run; None where it learns from single replies."""
-    if config.env is None:
+    make = config.env if config.env is not None else partial(agents.Hosted, config.agent)
+    if not config.episodic:
         return None
-    host = EnvWorkers(config.env, config.env_workers) if config.env_workers else ThreadHost(env=config.env)
-    stage = stage_of(config, rollouts, prepared.decode, prepared.chat(config.env), host)
-    return Episodes(config=config, stage=stage)
+    host = EnvWorkers(make, config.env_workers) if config.env_workers else ThreadHost(env=make)
+    if config.env is not None:
+        stage = stage_of(config, rollouts, prepared.decode, prepared.chat(config.env), host)
+        return Episodes(config=config, play_one=in_environment(config, stage))
+    counts: dict[str, float] = {}
+    stage = agents.Stage(
+        host=host,
+        endpoints=RemoteEndpoints(rollouts, prepared.rendering),
+        limits=config.limits,
+        model=config.model,
+        mask_truncated=config.mask_truncated,
+        counts=counts,
+    )
+    return Episodes(config=config, play_one=partial(agents.play_agent, stage), counts=counts)
 
 
 def held_out_sets(
-    config: Config, rollouts: Rollouts, prepared: Prepared, player: Episodes | None
+    config: Config, rollouts: RemoteRollouts, prepared: Prepared, player: Episodes | None
 ) -> dict[str, HeldOut]:
     """The held-out sets of a run; `player` plays the episodes of those without an environment of their own."""
     found: dict[str, HeldOut] = {}

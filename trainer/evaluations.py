@@ -8,7 +8,6 @@ from typing import Any
 
 from rl.loop.estimates import paired
 from rl.loop.evaluate import AGAIN, EVALUATION, Evaluation, HeldOut, evaluate
-from rl.protocols import Rollouts
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.fleet import Fleet
 from trainer.cluster.remote import RemoteRollouts
@@ -28,7 +27,7 @@ class Evaluations:
     """Those of one run."""
 
     cluster: Cluster
-    rollouts: Rollouts
+    rollouts: RemoteRollouts
     prepared: Prepared
     sets: Mapping[str, HeldOut]
     tracker: RunTracker

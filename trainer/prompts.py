@@ -203,9 +203,9 @@ def try_scoring(
     config: Config, prepared: Prepared, first: Prompt, where: str, answer: Callable[[Reply], Any] | None = None
 ) -> None:
     """Score the first prompt of a set, without an engine."""
-    if config.env is None:
+    if not config.episodic:
         try_rewards(config, prepared, first, answer)
-    else:
+    elif config.env is not None:
         try_environment(config, prepared, first, where)
 
 

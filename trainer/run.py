@@ -166,7 +166,7 @@ class Run:
             rollouts=rollouts,
             learner=self._recorded(learner),
             prompts=self.prepared.stream(config.seed, self.progress.ends),
-            data_metrics=self.prepared.metrics,
+            data_metrics=lambda: self.prepared.metrics() | (player.metrics() if player else {}),
             decode=self.prepared.decode,
             tracker=self.tracker,
             evaluate=evaluations.due,

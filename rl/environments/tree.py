@@ -32,8 +32,11 @@ class Node:
 
     def path(self) -> list["Node"]:
         """From the root down to here."""
-        above = [] if self.parent is None else self.parent.path()
-        return [*above, self]
+        path, node = list["Node"](), self
+        while node is not None:
+            path.append(node)
+            node = node.parent
+        return path[::-1]
 
 
 @dataclass
@@ -51,11 +54,21 @@ class Tree:
         """
         assert completion.token_ids, "an engine samples at least one token"
         parent = after or self.continued(context)
-        delta = context[0 if parent is None else parent.length :]
-        node = Node(parent, delta, completion, turn, len(context) + len(completion.token_ids))
+        return self.put(parent, context[0 if parent is None else parent.length :], completion, turn)
+
+    def put(self, parent: Node | None, delta: list[int], completion: Completion, turn: int) -> Node:
+        """A turn behind another one, with the tokens between them; None: at the beginning."""
+        begin = 0 if parent is None else parent.length
+        node = Node(parent, delta, completion, turn, begin + len(delta) + len(completion.token_ids))
         (self._roots if parent is None else parent.children).append(node)
         self.nodes.append(node)
         return node
+
+    def drop(self, node: Node) -> None:
+        """Take out a turn that no other one continues."""
+        assert not node.children, "other turns continue it"
+        (self._roots if node.parent is None else node.parent.children).remove(node)
+        self.nodes.remove(node)
 
     def continued(self, context: list[int]) -> Node | None:
         """The turn with the longest path that a context begins with; None where it begins a new history."""

@@ -14,7 +14,7 @@ from rl.environments.play import Chat, Stage, play
 from rl.loop.stream import sample_seed, turn_seed
 from rl.protocols import EngineLost, Rollouts
 from rl.rewards.score import Asked, Reward, reply_to, score_all
-from rl.types import Completion, Prompt
+from rl.types import Completion, Prompt, Trajectory
 
 Score = Callable[[Reward, Asked, int, float], Awaitable[Any]]
 """`rl.rewards.score.score_in_time`, or a replacement with the same arguments."""
@@ -82,12 +82,18 @@ class Replies:
         return []
 
 
+PlayOne = Callable[[Prompt, int, int, float | None], Awaitable[list[Trajectory]]]
+"""One episode of a prompt, given which of its group's it is, the run's seed, and a temperature (None: the run's)."""
+
+
 @dataclass(kw_only=True)
 class Episodes:
-    """An episode for each sample, with an environment of its own."""
+    """An episode for each sample."""
 
     config: Config
-    stage: Stage
+    play_one: PlayOne
+    counts: dict[str, float] = field(default_factory=dict[str, float])
+    """What its episodes counted since `metrics`."""
 
     async def group(self, prompt: Prompt, move: Move) -> Group:
         """Play one group. It stays at `sampling` until all of its episodes are scored."""
@@ -99,13 +105,28 @@ class Episodes:
 
     async def play(self, prompt: Prompt, n: int, *, seed: int, temperature: float | None = None) -> Group:
         """n episodes of one prompt, with the seeds of a run's seed; `temperature` defaults to the run's."""
-        r, stage = self.config.rollout, replace(self.stage, temperature=temperature)
 
-        async def member(index: int) -> Any:
-            seeds = partial(turn_seed, seed, prompt.ordinal, index)
-            return await play(stage, prompt, index, seeds if r.seeded else lambda turn: None)
+        async def member(index: int) -> list[Trajectory]:
+            return await self.play_one(prompt, index, seed, temperature)
 
-        return await play_group(n, member, r.retries)
+        return await play_group(n, member, self.config.rollout.retries)
+
+    def metrics(self) -> dict[str, float]:
+        """What was counted since the last call."""
+        found = dict(self.counts)
+        self.counts.clear()
+        return found
+
+
+def in_environment(config: Config, stage: Stage) -> PlayOne:
+    """Plays episodes with an environment of their own."""
+
+    async def one(prompt: Prompt, member: int, seed: int, temperature: float | None) -> list[Trajectory]:
+        seeds = partial(turn_seed, seed, prompt.ordinal, member)
+        at = replace(stage, temperature=temperature)
+        return await play(at, prompt, member, seeds if config.rollout.seeded else lambda turn: None)
+
+    return one
 
 
 def stage_of(config: Config, rollouts: Rollouts, decode: Callable[..., str], chat: Chat, host: Host) -> Stage:

@@ -17,7 +17,7 @@ from rl.data import Eval
 from rl.environments.types import EnvError, Limits
 from rl.loop.evaluate import evaluate, held_out
 from rl.loop.loop import Loop
-from rl.loop.players import Episodes, stage_of
+from rl.loop.players import Episodes, in_environment, stage_of
 from rl.loop.progress import Progress
 from rl.loop.stream import stream
 from rl.protocols import EngineLost, SyncReport
@@ -141,7 +141,7 @@ class World(Log):
 
     def player(self, host=None):
         host = host or InlineHost(self.config.env)
-        return Episodes(config=self.config, stage=stage_of(self.config, self, text, Chat(), host))
+        return Episodes(config=self.config, play_one=in_environment(self.config, stage_of(self.config, self, text, Chat(), host)))
 
     def loop(self, host=None):
         return Loop(

@@ -30,9 +30,9 @@ def config(env=Calculator, prompt=ASKED, **settings):
 
 
 def test_a_run_has_either_a_reward_or_an_environment():
-    with pytest.raises(ValueError, match="this one has neither: write reward=a_function"):
+    with pytest.raises(ValueError, match="this one has none: write reward=a_function"):
         config(env=None)
-    with pytest.raises(ValueError, match="this one has both"):
+    with pytest.raises(ValueError, match="this one has reward and env"):
         config(reward=lambda reply: 1.0)
     with pytest.raises(ValueError, match="eval_reward scores single replies"):
         config(eval_reward=lambda reply: 1.0)
@@ -78,7 +78,7 @@ def test_what_is_no_environment_is_refused_with_the_line_to_write(env, says):
     [
         ({"max_failed": 1.5}, "max_failed=1.5 must be a share"),
         ({"env_workers": -1}, "env_workers=-1 must be at least 0"),
-        ({"rollout": RolloutConfig(min_tokens=3)}, "rollout.min_tokens=3 with env"),
+        ({"rollout": RolloutConfig(min_tokens=3)}, "rollout.min_tokens=3 with episodes"),
         ({"env": None, "reward": lambda reply: 1.0, "env_workers": 2}, "env_workers=2 has no environment to host"),
     ],
 )

@@ -16,10 +16,10 @@ def config_of(config: Config, name: str, given: Eval) -> Config:
     """The run's config, with the reward or the environment that a held-out set has of its own. Raises ValueError."""
     if given.env is not None:
         check_environment(class_of(given.env))
-        return replace(config, env=given.env, reward=None, eval_reward=None)
+        return replace(config, env=given.env, agent=None, reward=None, eval_reward=None)
     if given.reward is not None:
-        return replace(config, reward=given.reward, env=None, eval_reward=None, env_workers=0)
-    if given.answer is not None and config.env is not None:
+        return replace(config, reward=given.reward, env=None, agent=None, eval_reward=None, env_workers=0)
+    if given.answer is not None and config.episodic:
         raise ValueError(
             f"data.evals[{name!r}]: answer reads single replies, and the run plays episodes: give the set a reward of "
             "its own, or remove answer"

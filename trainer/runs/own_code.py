@@ -30,7 +30,7 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 def code_digests(config: Config, sets: Mapping[str, Eval] | None = None) -> dict[str, str]:
     """Digest of the user's own code by what it is for and its name."""
-    parts = {"reward": config.reward, "env": config.env, "eval_reward": config.eval_reward}
+    parts = {"reward": config.reward, "env": config.env, "agent": config.agent, "eval_reward": config.eval_reward}
     parts |= {"objective": config.objective}
     parts |= {"correction": config.correction} | {f"filters[{i}]": each for i, each in enumerate(config.filters)}
     for name, each in (sets or {}).items():

@@ -1,0 +1,197 @@
+"""Who answers a client? An HTTP server in an engine's process, for the episodes that are open on this engine.
+
+The address of an episode holds a secret, and only loopback is served. Sampling goes to the engine directly: vLLM's own
+chat server reports a reply that was cut off as a tool call, and reports no weight versions.
+"""
+
+import json
+import secrets
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from aiohttp import web
+
+from rl.agents.record import Opening, Record
+from rl.config import Config
+from rl.environments.template import Chat, chat_of
+from rl.tokens import Rendering
+from rl.types import Completion, Parsed
+from rollout.endpoint import anthropic, chat, responses
+from rollout.endpoint.asked import SAME, Asked, Refused, check_settings
+from rollout.endpoint.episode import OpenEpisode, Reply
+from rollout.parse import Parser
+
+MOST_BYTES = 16 * 2**20
+"""Bytes of a request's body."""
+MOST_TOOLS = 64
+"""Sets of tools for which the template and the parser are kept."""
+DIALECTS: Mapping[str, ModuleType] = {"chat/completions": chat, "responses": responses, "messages": anthropic}
+"""By the end of the address."""
+Sample = Callable[..., Any]
+"""`Engine.sample`."""
+
+
+class Endpoint:
+    """The server of one engine. `sample`, `tokenizer` and `stop_ids` are the engine's."""
+
+    def __init__(
+        self, config: Config, rendering: Rendering, *, sample: Sample, tokenizer: Any, stop_ids: Sequence[int]
+    ) -> None:
+        r = config.rollout
+        self.config, self.rendering, self.tokenizer, self.stop_ids = config, rendering, tokenizer, list(stop_ids)
+        self._sample = sample
+        self.max_tokens, self.max_model_len = r.max_tokens, r.max_model_len
+        self.model = config.model
+        self.episodes: dict[str, OpenEpisode] = {}
+        self._speech: dict[str, tuple[Chat, Parser | None]] = {}
+        self._runner: web.AppRunner | None = None
+        self.address = ""
+
+    async def start(self) -> None:
+        """Listen on a free port of loopback."""
+        app = web.Application(client_max_size=MOST_BYTES)
+        for dialect in DIALECTS:
+            # Clients of Anthropic add /v1 themselves, so the address with /v1 must do for them too.
+            app.router.add_post(f"/e/{{secret}}/v1/{dialect}", self._serve)
+            app.router.add_post(f"/e/{{secret}}/v1/v1/{dialect}", self._serve)
+        app.router.add_get("/e/{secret}/v1/models", self._models)
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        await web.SockSite(self._runner, listener).start()
+        self.address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    async def close(self) -> None:
+        """End the server and every episode."""
+        for secret in list(self.episodes):
+            await self.end(secret)
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    def open(self, opening: Opening) -> str:
+        """Serve an episode; returns its address, without /v1."""
+        self.episodes[opening.secret] = OpenEpisode(opening, self)
+        return f"{self.address}/e/{opening.secret}"
+
+    async def end(self, secret: str) -> Record:
+        """Refuse further requests of an episode; returns what was sampled for it."""
+        return await self.episodes.pop(secret).close()
+
+    # -- what an episode needs (`rollout.endpoint.episode.Policy`) ---------------------------------------------------
+
+    def chat(self, tools: Sequence[Mapping[str, Any]]) -> Chat:
+        """The run's chat template with these tools."""
+        return self._speech_of(tools)[0]
+
+    async def sample(self, token_ids: list[int], seed: int, temperature: float | None, most: int) -> Completion:
+        """One completion of the engine."""
+        seeded = seed if self.config.rollout.seeded else None
+        (done,) = await self._sample(token_ids, 1, seeded, temperature, most)
+        return done
+
+    def read(self, context: list[int], done: Completion, tools: Sequence[Mapping[str, Any]]) -> Parsed:
+        """What the policy said, by vLLM's parsers where the run has them."""
+        parser = self._speech_of(tools)[1]
+        if parser is None:
+            return Parsed(text=self.tokenizer.decode(done.token_ids, skip_special_tokens=True))
+        return parser(context, done)
+
+    def _speech_of(self, tools: Sequence[Mapping[str, Any]]) -> tuple[Chat, Parser | None]:
+        r, key = self.config.rollout, json.dumps(list(tools))
+        if tools and not r.tool_parser:
+            raise Refused(
+                'this run reads no tool calls: set rollout.tool_parser, such as "hermes", or describe the tools in the '
+                "messages",
+                setting="tools",
+            )
+        if key not in self._speech:
+            if len(self._speech) >= MOST_TOOLS:
+                self._speech.clear()
+            parsers = {"tool_parser": r.tool_parser if tools else "", "reasoning_parser": r.reasoning_parser}
+            stops = [*self.stop_ids, *r.stop_token_ids]
+            rendering = Rendering(template=self.rendering.template, now=self.rendering.now, tools=list(tools))
+            parser = Parser(self.tokenizer, stops, tools=tools, **parsers) if any(parsers.values()) else None
+            self._speech[key] = chat_of(self.tokenizer, rendering, stops), parser
+        return self._speech[key]
+
+    # -- HTTP --------------------------------------------------------------------------------------------------------
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        dialect = DIALECTS[request.path.rpartition("/v1/")[2]]
+        episode: OpenEpisode | None = None
+        try:
+            episode = self._episode(request)
+            body = await _body(request)
+            check_settings(body, self._run)
+            asked = self._asked(dialect, body, episode)
+            reply = await episode.ask(asked)
+        except Refused as refused:
+            if episode is not None:
+                episode.counts["refused"][refused.setting or refused.code] += 1
+            return web.json_response(dialect.error(refused), status=refused.status)
+        return await self._send(request, dialect, body, asked, reply)
+
+    async def _send(
+        self, request: web.Request, dialect: ModuleType, body: Mapping[str, Any], asked: Asked, reply: Reply
+    ) -> web.StreamResponse:
+        answer, model = reply.answering.result(), str(body.get("model") or self.model)
+        if request.transport is None or request.transport.is_closing():
+            return web.Response()  # nobody reads it; a client that asks again gets the same reply
+        if not asked.stream:
+            reply.got = True
+            return web.json_response(dialect.write(answer, model))
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        await response.prepare(request)
+        for name, data in dialect.events(answer, model, body):
+            text = data if isinstance(data, str) else json.dumps(data)
+            head = f"event: {name}\n" if name else ""
+            await response.write(f"{head}data: {text}\n\n".encode(errors="replace"))
+        reply.got = True
+        await response.write_eof()
+        return response
+
+    async def _models(self, request: web.Request) -> web.Response:
+        try:
+            self._episode(request)
+        except Refused as refused:
+            return web.json_response(chat.error(refused), status=refused.status)
+        own = {"id": self.model, "object": "model", "created": 0, "owned_by": "unison-rl"}
+        return web.json_response({"object": "list", "data": [own]})
+
+    def _episode(self, request: web.Request) -> OpenEpisode:
+        given = request.match_info["secret"]
+        # Compared in constant time: the answer's delay must not tell how much of a guess is right.
+        for secret, episode in self.episodes.items():
+            if secrets.compare_digest(secret.encode(), given.encode(errors="replace")):
+                return episode
+        raise Refused("no open episode has this address", status=404, code="no_episode")
+
+    @property
+    def _run(self) -> dict[str, Any]:
+        c = self.config
+        return {name: c.temperature if name == "temperature" else getattr(c.rollout, name) for name in SAME}
+
+    def _asked(self, dialect: ModuleType, body: Mapping[str, Any], episode: OpenEpisode) -> Asked:
+        if dialect is not responses:
+            return dialect.read(body)
+        earlier = str(body.get("previous_response_id") or "").removeprefix("resp_")
+        known = {r.answering.result().id: r for r in episode.replies.values() if r.node is not None} if earlier else {}
+        if earlier and earlier not in known:
+            raise Refused(f"no response has the id {earlier}", setting="previous_response_id", code="not_found")
+        return responses.read(body, known[earlier].answering.result().messages if earlier else [])
+
+
+async def _body(request: web.Request) -> dict[str, Any]:
+    """The request's JSON object. Raises Refused for anything else, and for one that is too long."""
+    try:
+        body = json.loads(await request.read())
+    except web.HTTPRequestEntityTooLarge:
+        too_long = f"the request has more than {MOST_BYTES // 2**20} MiB"
+        raise Refused(too_long, status=413, code="request_too_large") from None
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"the request is no JSON: {error}", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise Refused("the request is no JSON object", code="invalid_json")
+    return body
