@@ -21,6 +21,7 @@ from rl.protocols import EngineLost, UpdateFailed
 from rl.tokens import Rendering, stop_ids
 from rl.types import Completion, FinishReason, Parsed
 from rollout import examine
+from rollout.endpoint.public import PublicEndpoint
 from rollout.endpoint.server import Endpoint
 from rollout.parse import parser_of
 from rollout.process import fork_from_server
@@ -54,10 +55,10 @@ class Engine:
             fork_from_server()
         args = engine_args(config, device=device, backend=backend, model=model) | (overrides or {})
         self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
-        files = PretrainedConfig.get_config_dict(model)[0]
-        self.stop_ids = stop_ids(self.llm.get_tokenizer(), self.llm.model_config.try_get_generation_config(), files)
+        files, self.tokenizer = PretrainedConfig.get_config_dict(model)[0], self.llm.get_tokenizer()
+        self.stop_ids = stop_ids(self.tokenizer, self.llm.model_config.try_get_generation_config(), files)
         """Token ids that end a reply."""
-        self.parser = parser_of(config, self.llm.get_tokenizer(), self.stop_ids)
+        self.parser = parser_of(config, self.tokenizer, self.stop_ids)
         self.endpoint: Endpoint | None = None
         self.version = version
         self.requests = 0
@@ -83,13 +84,14 @@ class Engine:
         temperature: float | None = None,
         max_tokens: int | None = None,
         fresh: bool = False,
+        **more: Any,
     ) -> list[Completion]:
         """n completions of one prompt, with the log-probabilities (nats) under which they were sampled.
 
         `temperature` and `max_tokens` default to the run's. Sample i has the seed `seed + i`. `fresh` ignores cached
-        prefixes.
+        prefixes. `more` are settings of vLLM, and what is sampled with them must not be trained on.
         """
-        sampling = self._sampling(temperature, max_tokens) | {"skip_reading_prefix_cache": fresh}
+        sampling = self._sampling(temperature, max_tokens) | {"skip_reading_prefix_cache": fresh} | more
         seeds = [None if seed is None else seed + i for i in range(n)]
         return list(await asyncio.gather(*(self._complete(token_ids, seed=s, **sampling) for s in seeds)))
 
@@ -234,15 +236,14 @@ class Engine:
     async def open_episode(self, opening: Opening, rendering: Rendering) -> str:
         """Serve an agent's episode over HTTP; returns its address, without /v1."""
         if self.endpoint is None:
-            self.endpoint = Endpoint(
-                self.config,
-                rendering,
-                sample=self.sample,
-                tokenizer=self.llm.get_tokenizer(),
-                stop_ids=self.stop_ids,
-            )
+            self.endpoint = Endpoint(self, rendering)
             await self.endpoint.start()
         return self.endpoint.open(opening)
+
+    async def serve(self, rendering: Rendering, host: str, port: int, key: str) -> str:
+        """Answer whoever has the address and the key; returns the address, without /v1."""
+        self.endpoint = public = PublicEndpoint(self, rendering)
+        return await public.serve(host, port, key)
 
     async def end_episode(self, secret: str) -> Record:
         """Refuse further requests of an episode; returns what was sampled for it."""

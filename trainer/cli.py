@@ -18,6 +18,10 @@ COMMANDS = {
         "trainer.commands.evaluate:evaluate_model",
         "Evaluate the model of a recipe, or an exported one, on the recipe's held-out sets. Trains nothing.",
     ),
+    "serve": (
+        "trainer.commands.serve:serve",
+        "Serve a model behind the APIs of OpenAI and Anthropic, for chats and external benchmarks.",
+    ),
     "what-if": ("trainer.commands.what_if:what_if", "Compare objectives on one recorded step of a run."),
 }
 """Where each command is, and what it does. It takes the arguments after its name and returns the exit status."""

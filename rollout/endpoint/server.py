@@ -7,9 +7,9 @@ chat server reports a reply that was cut off as a tool call, and reports no weig
 import json
 import secrets
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import web
 
@@ -29,21 +29,26 @@ MOST_TOOLS = 64
 """Sets of tools for which the template and the parser are kept."""
 DIALECTS: Mapping[str, ModuleType] = {"chat/completions": chat, "responses": responses, "messages": anthropic}
 """By the end of the address."""
-Sample = Callable[..., Any]
-"""`Engine.sample`."""
+
+
+class Served(Protocol):
+    """What the server needs of its engine."""
+
+    config: Config
+    tokenizer: Any
+    stop_ids: list[int]
+    sample: Callable[..., Awaitable[list[Completion]]]
 
 
 class Endpoint:
-    """The server of one engine. `sample`, `tokenizer` and `stop_ids` are the engine's."""
+    """The server of one engine."""
 
-    def __init__(
-        self, config: Config, rendering: Rendering, *, sample: Sample, tokenizer: Any, stop_ids: Sequence[int]
-    ) -> None:
-        r = config.rollout
-        self.config, self.rendering, self.tokenizer, self.stop_ids = config, rendering, tokenizer, list(stop_ids)
-        self._sample = sample
-        self.max_tokens, self.max_model_len = r.max_tokens, r.max_model_len
-        self.model = config.model
+    def __init__(self, engine: Served, rendering: Rendering) -> None:
+        self.config = c = engine.config
+        self.rendering, self.tokenizer, self.stop_ids = rendering, engine.tokenizer, engine.stop_ids
+        self._sample = engine.sample
+        self.max_tokens, self.max_model_len = c.rollout.max_tokens, c.rollout.max_model_len
+        self.model = c.model
         self.episodes: dict[str, OpenEpisode] = {}
         self._speech: dict[str, tuple[Chat, Parser | None]] = {}
         self._runner: web.AppRunner | None = None
@@ -51,17 +56,21 @@ class Endpoint:
 
     async def start(self) -> None:
         """Listen on a free port of loopback."""
+        await self._listen("/e/{secret}", "127.0.0.1", 0)
+
+    async def _listen(self, root: str, host: str, port: int) -> None:
         app = web.Application(client_max_size=MOST_BYTES)
         for dialect in DIALECTS:
             # Clients of Anthropic add /v1 themselves, so the address with /v1 must do for them too.
-            app.router.add_post(f"/e/{{secret}}/v1/{dialect}", self._serve)
-            app.router.add_post(f"/e/{{secret}}/v1/v1/{dialect}", self._serve)
-        app.router.add_get("/e/{secret}/v1/models", self._models)
+            app.router.add_post(f"{root}/v1/{dialect}", self._serve)
+            app.router.add_post(f"{root}/v1/v1/{dialect}", self._serve)
+        app.router.add_get(f"{root}/v1/models", self._models)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
-        listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=1024)
         await web.SockSite(self._runner, listener).start()
-        self.address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.address = f"http://{host}:{listener.getsockname()[1]}"
 
     async def close(self) -> None:
         """End the server and every episode."""
@@ -85,10 +94,12 @@ class Endpoint:
         """The run's chat template with these tools."""
         return self._speech_of(tools)[0]
 
-    async def sample(self, token_ids: list[int], seed: int, temperature: float | None, most: int) -> Completion:
-        """One completion of the engine."""
+    async def sample(
+        self, token_ids: list[int], seed: int, temperature: float | None, most: int, **more: Any
+    ) -> Completion:
+        """One completion of the engine; `more` are settings that a run has not."""
         seeded = seed if self.config.rollout.seeded else None
-        (done,) = await self._sample(token_ids, 1, seeded, temperature, most)
+        (done,) = await self._sample(token_ids, 1, seeded, temperature, most, **more)
         return done
 
     def read(self, context: list[int], done: Completion, tools: Sequence[Mapping[str, Any]]) -> Parsed:
@@ -123,8 +134,8 @@ class Endpoint:
         episode: OpenEpisode | None = None
         try:
             episode = self._episode(request)
-            body = await _body(request)
-            check_settings(body, self._run)
+            body = await body_of(request)
+            self._check(episode, body)
             asked = self._asked(dialect, body, episode)
             reply = await episode.ask(asked)
         except Refused as refused:
@@ -168,10 +179,12 @@ class Endpoint:
                 return episode
         raise Refused("no open episode has this address", status=404, code="no_episode")
 
-    @property
-    def _run(self) -> dict[str, Any]:
+    def _check(self, episode: OpenEpisode, body: Mapping[str, Any]) -> None:
+        """Raise Refused for settings that are not the run's."""
         c = self.config
-        return {name: c.temperature if name == "temperature" else getattr(c.rollout, name) for name in SAME}
+        temperature = episode.opening.temperature
+        own = {"temperature": c.temperature if temperature is None else temperature}
+        check_settings(body, {name: own.get(name, getattr(c.rollout, name, None)) for name in SAME})
 
     def _asked(self, dialect: ModuleType, body: Mapping[str, Any], episode: OpenEpisode) -> Asked:
         if dialect is not responses:
@@ -183,7 +196,7 @@ class Endpoint:
         return responses.read(body, known[earlier].answering.result().messages if earlier else [])
 
 
-async def _body(request: web.Request) -> dict[str, Any]:
+async def body_of(request: web.Request) -> dict[str, Any]:
     """The request's JSON object. Raises Refused for anything else, and for one that is too long."""
     try:
         body = json.loads(await request.read())

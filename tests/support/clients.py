@@ -36,7 +36,8 @@ class Engine:
     """Draws replies, or says the texts that it is given, one after the other."""
 
     def __init__(self, tokenizer: Any, seed: int = 0, says: Sequence[str] = ()) -> None:
-        self.tokenizer, self.says = tokenizer, list(says)
+        self.tokenizer, self.says, self.stop_ids = tokenizer, list(says), [END]
+        self.config: Any = None
         self.asked: list[tuple[list[int], Completion]] = []
         """Every context and what was sampled for it."""
         self.seeds: list[int | None] = []
@@ -47,9 +48,10 @@ class Engine:
         self.running = 0
 
     async def sample(
-        self, token_ids: list[int], n: int, seed: int | None, temperature: float | None, max_tokens: int
+        self, token_ids: list[int], n: int, seed: int | None, temperature: float | None, max_tokens: int, **more: Any
     ) -> list[Completion]:
         assert n == 1
+        self.more = more
         self.seeds.append(seed)
         self.temperatures.append(temperature)
         self.running += 1
@@ -109,10 +111,8 @@ def endpoint(folder: Path, *, says: Sequence[str] = (), seed: int = 0, **rollout
     """An endpoint that has not started, and its engine."""
     tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(folder, eos="<end>", chat_template=TEMPLATE))
     engine = Engine(tokenizer, seed, says)
-    made = Served(settings(**rollout), Rendering(), sample=engine.sample, tokenizer=tokenizer, stop_ids=[END])
-    # The parser of the tests stands in, so none of vLLM's is made.
-    made._speech = {}
-    return made, engine
+    engine.config = settings(**rollout)
+    return Served(engine, Rendering()), engine
 
 
 def opening(secret: str = "s" * 24, *, turns: int = 1000, tokens: int | None = None, member: int = 0) -> Opening:

@@ -79,8 +79,7 @@ def test_calls_and_their_results_travel_through_the_chat_api(tmp_path, stream):
             message, reason = reply.choices[0].message, reply.choices[0].finish_reason
         (call,) = message.tool_calls
         assert (call.function.name, json.loads(call.function.arguments), reason) == ("add", {"a": 2}, "tool_calls")
-        sent = message.to_dict()
-        sent = {"role": "assistant", "content": sent.get("content"), "tool_calls": [c.to_dict() for c in message.tool_calls]}
+        sent = {"role": "assistant", "content": message.content, "tool_calls": [call.to_dict()]}
         for each in sent["tool_calls"]:
             for extra in ("parsed_arguments", "index"):
                 each.pop(extra, None)
@@ -108,7 +107,8 @@ def test_the_responses_api_goes_on_by_items_and_by_the_id_of_a_response(tmp_path
         second = await api.responses.create(model="any", input=items, tools=[tool])
         assert second.output_text == "it is 5"
         third = await api.responses.create(model="any", input="sure?", previous_response_id=second.id, tools=[tool])
-        async with api.responses.stream(model="any", input="sure?", previous_response_id=second.id, tools=[tool]) as events:
+        same = {"model": "any", "input": "sure?", "previous_response_id": second.id, "tools": [tool]}
+        async with api.responses.stream(**same) as events:
             again = await events.get_final_response()
         assert third.output_text == again.output_text == "yes"
         return await served.end(SECRET), engine

@@ -141,7 +141,8 @@ class World(Log):
 
     def player(self, host=None):
         host = host or InlineHost(self.config.env)
-        return Episodes(config=self.config, play_one=in_environment(self.config, stage_of(self.config, self, text, Chat(), host)))
+        stage = stage_of(self.config, self, text, Chat(), host)
+        return Episodes(config=self.config, play_one=in_environment(self.config, stage))
 
     def loop(self, host=None):
         return Loop(
