@@ -51,6 +51,7 @@ config = Config(
     limits=Limits(turns=4),
     objective=GSPO(),
     steps=6,
+    prompts_per_step=6,
     dtype="float32",
     rollout=RolloutConfig(max_tokens=16, max_model_len=256, max_num_seqs=64, kv_cache_gib=0.25),
     trainer=TrainerConfig(lr=3e-5, zero_stage=0, micro_batch_tokens=1024),
