@@ -10,6 +10,7 @@ import pytest
 from cases import nightly_unless
 from processes import assert_gone, kill_one
 from runs import (
+    AN_AGENT,
     RECIPE,
     TWO_TURNS,
     every_prompt_was_trained_once,
@@ -25,9 +26,11 @@ from runs import (
 @pytest.mark.parametrize(
     ("doctor", "killed", "resumes", "recipe"),
     nightly_unless(
-        lambda doctor, killed, resumes, recipe: recipe == TWO_TURNS,
+        lambda doctor, killed, resumes, recipe: recipe == AN_AGENT,
         # The process that vLLM runs the model in, and the actor that hosts an engine.
         [
+            # An agent in training, and an environment in its evaluation.
+            ("short", "VLLM::EngineCore", False, AN_AGENT),
             ("short", "VLLM::EngineCore", False, TWO_TURNS),
             ("short", "VLLM::EngineCore", False, RECIPE),
             ("short", "VLLM::EngineCore", True, RECIPE),
@@ -42,7 +45,7 @@ def test_an_asynchronous_run_of_two_engines_and_two_ranks_survives_ctrl_c_and_a_
     flags = "--steps 16 --prompts-per-step 4 --group-size 4 --max-staleness 1 --tracking.wandb off --no-save-final"
     more = "--rollout.engines 2 --verify-every 2 --save-every 2 --tracking.samples-per-step 16"
     ranks = f"--trainer.ranks 2 --trainer.zero-stage 3 --doctor {doctor}"
-    turns = 2 if recipe == TWO_TURNS else 1
+    turns = 1 if recipe == RECIPE else 2
     model, tokens = (echo_model, 200) if turns == 1 else (chat_model, 100)
     all_flags = f"{flags} {more} {ranks} --rollout.max-tokens {tokens}"
     process, mark = start(model, tmp_path, *all_flags.split(), recipe=recipe)
@@ -71,7 +74,7 @@ def test_an_asynchronous_run_of_two_engines_and_two_ranks_survives_ctrl_c_and_a_
     assert (report["verdict"], len(report["evidence"]["samples"])) == ("well", 2)
     assert rows[0]["rollout_corr/logprob_abs_diff_mean"] <= 1e-5
     if turns == 2:
-        # An environment's message stands between the turns; the engine and the trainer agree on each turn.
+        # A message stands between the turns; the engine and the trainer agree on each turn.
         assert all(row["episode/turns_max"] == 2 for row in rows)
         assert all(0 < rows[0][f"rollout_corr/logprob_abs_diff_turn/{turn}"] <= 1e-5 for turn in (0, 1))
         assert all(row["actor/grad_norm"] > 0 for row in rows)

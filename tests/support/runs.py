@@ -15,6 +15,7 @@ STARTED: list[str] = []
 """The marks of all runs so far: tests/e2e/conftest.py ends what a failed test left of them."""
 RECIPE = Path(__file__).parents[1] / "e2e" / "recipes" / "echo.py"
 TWO_TURNS = RECIPE.with_name("two_turns.py")
+AN_AGENT = RECIPE.with_name("an_agent.py")
 """The same as an environment; its model needs a chat template."""
 HANGS_S = 560
 """No wait of a run is meant to take a tenth of this: it only keeps a run that hangs from hanging the tests."""
