@@ -112,9 +112,9 @@ class Parser:
 
 
 def parser_of(config: Config, tokenizer: Any, stop_ids: Sequence[int]) -> Parser | None:
-    """The parser of a run; None where nobody reads its replies in the engine, or where its endpoint does."""
+    """The parser of a run; None where its replies are read by nobody in the engine."""
     r = config.rollout
-    if config.agent is not None or not (r.tool_parser or r.reasoning_parser):
+    if not (r.tool_parser or r.reasoning_parser):
         return None
     tools = [] if config.env is None else schemas(class_of(config.env))
     return Parser(

@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
@@ -48,6 +49,9 @@ class PublicEndpoint(Endpoint):
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
                 raise Refused(f"{name}={show(value)} must be from {least:g} to {most:g}", setting=name)
             policy.chosen[name] = value
+        if rest.get("seed") is not None:
+            # The same request has the same reply then.
+            episode.opening = replace(episode.opening, seed=(0, 0, 0))
         stop = rest.pop("stop", None) or rest.pop("stop_sequences", None) or []
         policy.stop = [stop] if isinstance(stop, str) else list(stop)
         if not all(isinstance(text, str) and text for text in policy.stop):

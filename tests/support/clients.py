@@ -15,6 +15,7 @@ from rl.config import Config, RolloutConfig
 from rl.protocols import EngineLost
 from rl.tokens import Rendering
 from rl.types import Call, Completion, Data, Parsed
+from rollout.endpoint.public import PublicEndpoint
 from rollout.endpoint.server import Endpoint
 from tiny_tokenizer import make_tokenizer
 
@@ -95,8 +96,14 @@ class Served(Endpoint):
     """An endpoint with the parser of these tests."""
 
     def _speech_of(self, tools: Sequence[Any]) -> Any:
-        chat, _ = super()._speech_of(tools)
+        chat, _ = Endpoint._speech_of(self, tools)
         return chat, TextCalls(self.tokenizer)
+
+
+class Public(PublicEndpoint):
+    """The same, for anybody."""
+
+    _speech_of = Served._speech_of
 
 
 def settings(**rollout: Any) -> Config:
@@ -113,6 +120,12 @@ def endpoint(folder: Path, *, says: Sequence[str] = (), seed: int = 0, **rollout
     engine = Engine(tokenizer, seed, says)
     engine.config = settings(**rollout)
     return Served(engine, Rendering()), engine
+
+
+def public(folder: Path, *, says: Sequence[str] = (), **rollout: Any) -> tuple["Public", Engine]:
+    """The server of a model for anybody, which has not started, and its engine."""
+    _, engine = endpoint(folder, says=says, **rollout)
+    return Public(engine, Rendering()), engine
 
 
 def opening(secret: str = "s" * 24, *, turns: int = 1000, tokens: int | None = None, member: int = 0) -> Opening:

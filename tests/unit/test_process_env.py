@@ -42,3 +42,11 @@ def test_a_setting_that_cannot_be_sent_is_named_with_the_reason():
     config = replace(CONFIG, objective=Locked(guard=LOCK))
     with pytest.raises(ValueError, match=r"objective=Locked\(.*cannot be sent .*cannot pickle '_thread.lock' object"):
         without_functions(config)
+
+
+def test_a_rank_counts_the_tokens_of_an_episode_as_the_driver_does():
+    class Env:
+        pass
+
+    given = replace(CONFIG, reward=None, eval_reward=None, env=Env)
+    assert without_functions(given).horizon == given.horizon != CONFIG.horizon

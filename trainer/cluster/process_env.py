@@ -41,8 +41,10 @@ def without_functions(config: Config) -> Config:
 
     Raises ValueError for a setting that cannot be sent.
     """
-    config = replace(config, data=_stays_on_driver, reward=_stays_on_driver, env=None, eval_reward=None)
-    config = replace(config, filters=())
+    kinds = {"reward": _stays_on_driver, "env": _Elsewhere, "agent": _stays_on_driver}
+    # Whether it learns from episodes decides how long a sample can be, also for a rank.
+    kept = {name: None if getattr(config, name) is None else stand_in for name, stand_in in kinds.items()}
+    config = replace(config, data=_stays_on_driver, eval_reward=None, filters=(), **kept)
     for field in fields(config):
         value = getattr(config, field.name)
         try:
@@ -54,6 +56,10 @@ def without_functions(config: Config) -> Config:
                 "or make them where they are used"
             ) from error
     return config
+
+
+class _Elsewhere:
+    """Stands for the driver's environment, and has no tools."""
 
 
 def _stays_on_driver(*_: Any) -> Any:
