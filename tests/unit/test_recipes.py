@@ -17,7 +17,7 @@ from trainer.learner.deepspeed_engine import deepspeed_settings
 from trainer.runs.settings import resolved
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.py") if p.stem != "loop_in_one_file")
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.py") if p.stem != "loop_in_one_file")
 """Every file that is a run. The loop in one file has a test of its own, tests/unit/test_loop_in_one_file.py."""
 
 
@@ -43,18 +43,18 @@ def test_every_recipe_is_a_run_that_passes_the_checks(path, monkeypatch):
     assert config.name == path.stem
     assert isinstance(config.objective, Objective)
     assert callable(config.data)
-    assert callable(config.env or config.reward)
+    assert callable(config.env or config.reward or config.agent)
     assert json.loads(json.dumps(resolved(config)))["name"] == path.stem
 
 
 @pytest.mark.parametrize(
     ("recipe", "gpus", "backend"),
     [
-        ("gsm8k_gspo", 8, "nccl"),
-        ("gsm8k_grpo", 8, "nccl"),
-        ("gsm8k_ppo", 8, "nccl"),
-        ("gsm8k_7b", 8, "nccl"),
-        ("gsm8k_one_gpu", 1, "ipc"),
+        ("gsm8k/gsm8k_gspo", 8, "nccl"),
+        ("gsm8k/gsm8k_grpo", 8, "nccl"),
+        ("gsm8k/gsm8k_ppo", 8, "nccl"),
+        ("gsm8k/gsm8k_7b", 8, "nccl"),
+        ("gsm8k/gsm8k_one_gpu", 1, "ipc"),
         ("lookup_qwen", 1, "ipc"),
     ],
 )
@@ -70,9 +70,9 @@ def test_no_recipe_is_named_like_a_package():
     assert not {p.stem for p in RECIPES} & {"rl", "rollout", "trainer"}
 
 
-@pytest.mark.parametrize("recipe", ["gsm8k_grpo", "gsm8k_ppo", "gsm8k_7b", "gsm8k_one_gpu"])
+@pytest.mark.parametrize("recipe", ["grpo", "ppo", "7b", "one_gpu"])
 def test_the_gsm8k_recipes_share_one_data_set_and_one_reward(recipe, monkeypatch):
-    config = load(ROOT / "recipes" / f"{recipe}.py", monkeypatch).config
+    config = load(ROOT / "recipes" / "gsm8k" / f"gsm8k_{recipe}.py", monkeypatch).config
     assert (config.data.__name__, config.reward.__name__) == ("gsm8k", "boxed_answer_is_right")
     assert config.data.__module__ == config.reward.__module__ == "gsm8k_gspo"
 
@@ -80,7 +80,7 @@ def test_the_gsm8k_recipes_share_one_data_set_and_one_reward(recipe, monkeypatch
 @pytest.fixture
 def judged(monkeypatch):
     """The reward of a reply to a problem whose solution ends in `#### 1,234`."""
-    recipe = load(ROOT / "recipes" / "gsm8k_gspo.py", monkeypatch)
+    recipe = load(ROOT / "recipes" / "gsm8k" / "gsm8k_gspo.py", monkeypatch)
 
     def reward(text, solution="So she has 1,200 + 34 = <<1200+34=1234>>1,234 shells.\n#### 1,234"):
         task = {"question": "How many shells has Ada?", "answer": solution}
@@ -142,7 +142,7 @@ def test_a_solution_without_a_number_is_an_error_that_names_the_question(judged,
 
 
 def test_loading_gsm8k_keeps_the_splits_apart_and_refuses_a_bad_solution(monkeypatch):
-    recipe = load(ROOT / "recipes" / "gsm8k_gspo.py", monkeypatch)
+    recipe = load(ROOT / "recipes" / "gsm8k" / "gsm8k_gspo.py", monkeypatch)
     rows = {
         "train": [{"question": "What is 1 + 1?", "answer": "2 it is.\n#### 2"}],
         "test": [{"question": "What is 2 + 2?", "answer": "#### 4"}],
@@ -164,7 +164,7 @@ def test_loading_gsm8k_keeps_the_splits_apart_and_refuses_a_bad_solution(monkeyp
 
 @pytest.mark.nightly  # a process of 10 s; test_flags and test_docs read the same text
 def test_help_explains_the_fields_and_needs_no_network():
-    shown = run_recipe("gsm8k_ppo.py", "--help")
+    shown = run_recipe("gsm8k/gsm8k_ppo.py", "--help")
     assert shown.returncode == 0, shown.stderr
     assert "--prompts-per-step" in shown.stdout
     assert "Optimizer steps per pass" in shown.stdout  # a field's docstring
@@ -186,11 +186,11 @@ def test_dry_run_prints_placement_and_memory_and_starts_nothing(tmp_path):
 
 
 def test_deepspeed_is_told_to_keep_adam_in_the_hosts_memory(monkeypatch):
-    settings = deepspeed_settings(load(ROOT / "recipes" / "gsm8k_7b.py", monkeypatch).config)
+    settings = deepspeed_settings(load(ROOT / "recipes" / "gsm8k" / "gsm8k_7b.py", monkeypatch).config)
     assert settings["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
     # Else DeepSpeed insists on an optimizer of its own, which it would have to compile.
     assert settings["zero_force_ds_cpu_optimizer"] is False
-    gspo = deepspeed_settings(load(ROOT / "recipes" / "gsm8k_gspo.py", monkeypatch).config)
+    gspo = deepspeed_settings(load(ROOT / "recipes" / "gsm8k" / "gsm8k_gspo.py", monkeypatch).config)
     assert gspo["zero_optimization"] == {"stage": 1}
 
 
@@ -206,14 +206,14 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help(tmp_path):
 
 @pytest.mark.nightly  # a process of 10 s; test_memory has the message
 def test_where_the_model_cannot_be_read_a_dry_run_shows_the_placement_and_ends_with_the_reason():
-    shown = run_recipe("gsm8k_gspo.py", "--dry-run", "--device", "cuda", "--model", "nobody/nothing")
+    shown = run_recipe("gsm8k/gsm8k_gspo.py", "--dry-run", "--device", "cuda", "--model", "nobody/nothing")
     assert shown.returncode == 2, shown.stderr
     assert "nccl" in shown.stdout
     assert "the model 'nobody/nothing' is not in the hub's cache" in " ".join(shown.stdout.split())
 
 
 def test_a_recipe_is_a_value_that_another_can_start_from(monkeypatch):
-    gspo = load(ROOT / "recipes" / "gsm8k_gspo.py", monkeypatch).config
-    ppo = load(ROOT / "recipes" / "gsm8k_ppo.py", monkeypatch).config
+    gspo = load(ROOT / "recipes" / "gsm8k" / "gsm8k_gspo.py", monkeypatch).config
+    ppo = load(ROOT / "recipes" / "gsm8k" / "gsm8k_ppo.py", monkeypatch).config
     assert replace(ppo.trainer, epochs=1, value_lr=None) == gspo.trainer
     assert ppo.rollout == gspo.rollout

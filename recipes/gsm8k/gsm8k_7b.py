@@ -1,7 +1,7 @@
 """GSM8K with GSPO for Qwen2.5-7B-Instruct: sharded gradients, Adam in the host's memory, layers computed twice.
 
-    python recipes/gsm8k_7b.py --dry-run                                     # what it needs of each GPU and the host
-    python recipes/gsm8k_7b.py --trainer.lora.rank 32 --trainer.offload none --trainer.lr 2e-5   # adapters alone
+    python recipes/gsm8k/gsm8k_7b.py --dry-run                         # what it needs of each GPU and the host
+    python recipes/gsm8k/gsm8k_7b.py --trainer.lora.rank 32 --trainer.offload none --trainer.lr 2e-5   # adapters alone
 
 Hardware: 8 GPUs of 80 GB (4 engines, 4 learner ranks), 160 GB of host memory, and the hub or its local cache for model
 and data. Not yet run on GPUs.

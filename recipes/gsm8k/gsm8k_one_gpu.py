@@ -1,6 +1,6 @@
 """GSM8K with GSPO on one GPU: Qwen2.5-0.5B-Instruct, engine and learner side by side, weights by CUDA IPC.
 
-    python recipes/gsm8k_one_gpu.py
+    python recipes/gsm8k/gsm8k_one_gpu.py
 
 Hardware: one GPU of 40 GB or more, and the hub or its local cache for model and data. Not yet run on GPUs.
 """

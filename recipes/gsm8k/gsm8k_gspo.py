@@ -1,6 +1,6 @@
 """GSM8K with GSPO: Qwen2.5-1.5B-Instruct learns grade-school word problems, judged by math-verify.
 
-    python recipes/gsm8k_gspo.py
+    python recipes/gsm8k/gsm8k_gspo.py
 
 Hardware: 8 GPUs of 80 GB (4 engines, 4 learner ranks), and the hub or its local cache for model and data.
 Not yet run on GPUs.

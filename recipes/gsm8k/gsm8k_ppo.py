@@ -1,6 +1,6 @@
 """GSM8K with PPO: the run of gsm8k_gspo.py with a critic as the baseline, so that one sample per problem is enough.
 
-    python recipes/gsm8k_ppo.py
+    python recipes/gsm8k/gsm8k_ppo.py
 
 Hardware: 8 GPUs of 80 GB (4 engines, 4 learner ranks), and the hub or its local cache for model and data.
 Not yet run on GPUs.

@@ -1,6 +1,6 @@
 """GSM8K with GRPO: the run of gsm8k_gspo.py with a ratio, a clip range and a correction weight for every token.
 
-    python recipes/gsm8k_grpo.py
+    python recipes/gsm8k/gsm8k_grpo.py
 
 Hardware: 8 GPUs of 80 GB (4 engines, 4 learner ranks), and the hub or its local cache for model and data.
 Not yet run on GPUs.
