@@ -54,6 +54,9 @@ class RolloutConfig(Checked):
     reasoning_parser: str = ""
     """The parser of vLLM that separates reasoning from the answer, such as "qwen3" or "deepseek_r1". Empty: it stays in
     the answer."""
+    endpoint_host: str = "127.0.0.1"
+    """Address of a node on which its engines serve agents. The default is reached from the same machine alone; 0.0.0.0
+    from others too, such as containers and other nodes. Each episode's address holds a secret."""
     prefix_cache: bool = True
     """Compute the prompt of a group once. Entries are keyed by weight version, so none is used after an update."""
     recompute_kv: bool = False

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import getproxies, proxy_bypass
 
 import psutil
 
@@ -85,3 +86,12 @@ def _text(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
+
+
+def check_proxy(host: str) -> None:
+    """Raise ValueError where the clients of agents would ask a proxy for the engines of this machine."""
+    if "http" in getproxies() and not proxy_bypass(host):
+        raise ValueError(
+            f"HTTP_PROXY is set, so an agent's client would ask the proxy for the engines at {host}: set "
+            f"NO_PROXY={host} too"
+        )

@@ -29,6 +29,7 @@ from trainer.data.encode import Encoder, peek
 from trainer.data.fingerprint import fingerprint
 from trainer.data.first_prompt import FirstPrompt, first_prompt
 from trainer.data.sets import check_best, config_of, with_tools
+from trainer.machine import check_proxy
 from trainer.model.files import listed_stop_ids, remote_code
 from trainer.model.forbidden import forbidden
 from trainer.plan.plan import Plan
@@ -207,6 +208,8 @@ def try_scoring(
         try_rewards(config, prepared, first, answer)
     elif config.env is not None:
         try_environment(config, prepared, first, where)
+    else:
+        check_proxy(config.rollout.endpoint_host)
 
 
 def try_rewards(config: Config, prepared: Prepared, first: Prompt, answer: Callable[[Reply], Any] | None) -> None:

@@ -1,7 +1,7 @@
 """Who answers a client? An HTTP server in an engine's process, for the episodes that are open on this engine.
 
-The address of an episode holds a secret, and only loopback is served. Sampling goes to the engine directly: vLLM's own
-chat server reports a reply that was cut off as a tool call, and reports no weight versions.
+The address of an episode holds a secret, and loopback alone is served unless the run asks for more. Sampling goes to
+the engine directly: vLLM's own chat server reports a reply that was cut off as a tool call, and no weight versions.
 """
 
 import json
@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from aiohttp import web
+from vllm.utils.network_utils import get_ip
 
 from rl.agents.record import Opening, Record
 from rl.config import Config
@@ -55,8 +56,8 @@ class Endpoint:
         self.address = ""
 
     async def start(self) -> None:
-        """Listen on a free port of loopback."""
-        await self._listen("/e/{secret}", "127.0.0.1", 0)
+        """Listen on a free port."""
+        await self._listen("/e/{secret}", self.config.rollout.endpoint_host, 0)
 
     async def _listen(self, root: str, host: str, port: int) -> None:
         app = web.Application(client_max_size=MOST_BYTES)
@@ -70,7 +71,9 @@ class Endpoint:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=1024)
         await web.SockSite(self._runner, listener).start()
-        self.address = f"http://{host}:{listener.getsockname()[1]}"
+        # On all of them, it is known to others by this node's own address.
+        shown = get_ip() if host in ("0.0.0.0", "::") else host
+        self.address = f"http://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}"
 
     async def close(self) -> None:
         """End the server and every episode."""
