@@ -150,10 +150,11 @@ class OpenEpisode:
         for length, digest in reversed(list(enumerate(_history(asked.tools, asked.messages), start=1))):
             if digest in self.histories:
                 return self.histories[digest][0], length
-        if self.histories:
-            kept = list(self.histories.values())
+        if kept := list(self.histories.values()):
             match = find(asked.messages, [m for _, m, _ in kept], asked.tools, [list(tools) for *_, tools in kept])
-            self.counts["branches"][match.reason or "new"] += 1
+            known = {_digest(message) for _, messages, _ in kept for message in messages}
+            related = any(_digest(message) in known for message in asked.messages)
+            self.counts["branches"][match.reason or "tools" if related else "new"] += 1
         return None, 0
 
     def _room(self, context: list[int], asked: Asked) -> int:
