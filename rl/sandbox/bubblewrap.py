@@ -3,22 +3,27 @@
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from rl.environments.types import EnvError, ToolError
-from rl.sandbox import names, probe, seccomp
+from rl.sandbox import files as held
+from rl.sandbox import probe, seccomp
 from rl.sandbox.capture import Output, capture
-from rl.sandbox.types import Content, Ran
-from rl.typed import Checked
+from rl.sandbox.types import Content, Files, Ran
 
 NOBODY = 65534
 STATUS_BYTES = 4096
 PYTHONS = ("/usr/bin/python3", "/usr/local/bin/python3", os.path.realpath(sys.executable))
 """Interpreters of the system come first, because one below a home is readable to its owner alone."""
 TRIAL = "import os; child = os.fork(); child or os._exit(0); os.waitpid(child, 0); print('works')"
+SPACES = (
+    "--unshare-all --unshare-user --disable-userns --die-with-parent --new-session --as-pid-1 --hostname box".split()
+)
+VARIABLES = "--setenv PATH /usr/local/bin:/usr/bin:/bin --setenv HOME /work --setenv LANG C.UTF-8".split()
+CLOSED = "--remount-ro /dev --remount-ro / --chdir /work".split()
 # Runs inside the box, and writes the files that the program left.
 KEEP = """
 import os, sys
@@ -32,27 +37,24 @@ if not child:
         os._exit(127)
 code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 with open(int(sys.argv[1]), "wb") as out:
-    for folder, _, names in os.walk("."):
-        for path in (os.path.join(folder, name)[2:] for name in names):
-            if os.path.isfile(path) and not os.path.islink(path):
-                with open(path, "rb") as file:
-                    content = file.read()
-                out.write(b"%d %d " % (len(os.fsencode(path)), len(content)) + os.fsencode(path) + content)
+    for path in (os.path.join(folder, name)[2:] for folder, _, names in os.walk(".") for name in names):
+        if os.path.isfile(path) and not os.path.islink(path):
+            with open(path, "rb") as file:
+                content = file.read()
+            out.write(b"%d %d " % (len(os.fsencode(path)), len(content)) + os.fsencode(path) + content)
 os._exit(code if code >= 0 else 128 - code)
 """
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bubblewrap(Checked):
+class Bubblewrap(held.Held):
     """A new box for each run: no network, no process and no file of the machine but /usr, and limits.
 
-    Without `keep` one object may serve many threads, because runs share nothing.
+    Without `keep` and `write` one object may serve many threads, because runs share nothing.
     """
 
     memory_mib: int = 512
     """Most memory of a program: in each process, and in all together."""
-    disk_mib: int = 64
-    """Most room in each of /work (its folder), /tmp and /dev/shm. It is memory too."""
     processes: int = 32
     """Most processes and threads at the same time."""
     output_kib: int = 256
@@ -64,110 +66,73 @@ class Bubblewrap(Checked):
     """The interpreter. Default: the first that works of /usr/bin/python3, /usr/local/bin/python3 and our own."""
     readable: tuple[str, ...] = ()
     """Other folders of the machine that programs may read, such as that of a compiler."""
-    files: dict[str, bytes] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def start(self) -> None:
         """Look once whether a box can be made here. Raises ValueError that names what is missing."""
         found(self)
         self.files.clear()
 
-    def stop(self) -> None:
-        """Forget its files."""
-        self.files.clear()
-
-    def read(self, path: str) -> bytes:
-        """A file that was written or kept."""
-        if (content := self.files.get(names.name(path))) is None:
-            raise ToolError(f"there is no file {path[:80]!r}")
-        return content
-
-    def write(self, path: str, content: Content) -> None:
-        """Put a file into the boxes of the runs that follow."""
-        self.files.update(names.placed({**self.files, path: content}, self.disk_mib << 20))
-
     def run(
-        self,
-        argv: Sequence[str],
-        *,
-        stdin: Content = "",
-        files: Mapping[str, Content] | None = None,
-        timeout: float = 10.0,
+        self, argv: Sequence[str], *, stdin: Content = "", files: Files | None = None, timeout: float = 10.0
     ) -> Ran:
         """Run a program in a new box."""
         tools, python = found(self)
-        placed = names.placed({**self.files, **(files or {})}, self.disk_mib << 20)
-        output = self.boxed(tools, python, names.command(argv, python), names.data(stdin), placed, timeout)
-        out, err, status, *left = map(bytes, output.outlets)
-        code, note = exit_code(status), ""
+        placed = self.placed({**self.files, **(files or {})})
+        output = self.boxed(tools, python, held.command(argv, python), held.data(stdin), placed, timeout)
+        code, note = exit_code(output), ""
         if code is None and not output.ended:
-            raise EnvError(f"a box did not start: {probe.cause(err)}")
+            raise EnvError(f"a box did not start: {probe.cause(output.outlets[1])}")
         if output.ended == "memory":
             note = f"\nended: it held more than {self.memory_mib} MiB of memory"
-        elif left and not output.ended:
+        elif self.keep and not output.ended:
             try:
-                kept = names.placed(listed(left[0]), self.disk_mib << 20)
+                kept = self.placed(listed(bytes(output.outlets[3])))
                 self.files.clear()
                 self.files.update(kept)
             except ToolError as error:
                 note = f"\nits files are lost: {error}"
-        return Ran(
-            stdout=out.decode(errors="replace"),
-            stderr=err.decode(errors="replace") + note,
-            code=137 if output.ended or code is None else code,
-            timed_out=output.ended == "time",
-            truncated=output.ended == "output",
-        )
+        return output.ran(code or 0, note)
 
     def boxed(
-        self, tools: probe.Tools, python: str, command: list[str], stdin: bytes, files: Mapping[str, bytes], seconds: float
+        self, tools: probe.Tools, python: str, command: list[str], stdin: bytes, files: dict[str, bytes], seconds: float
     ) -> Output:
         """Run a command in a box; the third outlet has what bwrap reports, the fourth, with `keep`, the files left."""
-        disk, output = self.disk_mib << 20, self.output_kib << 10
-        limits = {"nproc": self.processes, "as": self.memory_mib << 20, "fsize": disk, "nofile": 64, "core": 0}
-        limits["cpu"] = int(seconds) + 1
+        memory, disk, output = self.memory_mib << 20, self.disk_mib << 20, self.output_kib << 10
+        limits = {
+            "nproc": self.processes,
+            "as": memory,
+            "fsize": disk,
+            "nofile": 64,
+            "core": 0,
+            "cpu": int(seconds) + 1,
+        }
 
         def line(reads: list[int], writes: list[int]) -> list[str]:
-            box = [*outside(tools), *mounts(python, self.readable)]
-            box += [word for path in ("/dev/shm", "/tmp", "/work") for word in ("--size", str(disk), "--tmpfs", path)]
+            box = [*tools.outside(NOBODY), *SPACES, *VARIABLES, *mounts(python, self.readable)]
+            for path in ("/dev/shm", "/tmp", "/work"):
+                box += ["--size", str(disk), "--tmpfs", path]
             for path, fd in zip(files, reads[1:], strict=True):
                 box += ["--perms", "0644", "--file", str(fd), f"/work/{path}"]
-            box += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/work"]
-            box += ["--seccomp", str(reads[0]), "--json-status-fd", str(writes[0]), "--"]
+            box += [*CLOSED, "--seccomp", str(reads[0]), "--json-status-fd", str(writes[0]), "--"]
             box += [tools.prlimit, *(f"--{name}={value}" for name, value in limits.items()), "--"]
             return [*box, *([python, "-I", "-S", "-c", KEEP, str(writes[1])] if self.keep else []), *command]
 
-        return capture(
-            line,
-            inlets=[stdin, seccomp.deny(), *files.values()],
-            most=[output, output, STATUS_BYTES, *([disk + names.MOST_FILES * names.PAGE] if self.keep else [])],
-            seconds=seconds,
-            memory=self.memory_mib << 20,
-            env={},
-            cwd="/",  # the folder of the run may be closed to nobody
-        )
+        inlets, most = [stdin, seccomp.deny(), *files.values()], [output, output, STATUS_BYTES]
+        most += [disk + held.MOST_FILES * held.PAGE] if self.keep else []
+        # The folder of the run may be closed to nobody, so it is not that of bwrap.
+        return capture(line, inlets, most, seconds, memory, env={}, cwd="/")
 
 
 @cache
 def found(box: Bubblewrap) -> tuple[probe.Tools, str]:
     """The programs that make a box, and the interpreter in it, after a trial. Raises ValueError if it does not work."""
-    tools, failed = probe.tools(), ""
+    tools, why = probe.tools(), ""
     for python in (box.python,) if box.python else PYTHONS:
         output = box.boxed(tools, python, [python, "-I", "-S", "-c", TRIAL], b"", {}, 60.0)
         if output.outlets[0].strip() == b"works":
             return tools, python
-        failed = failed or (probe.cause(bytes(output.outlets[1])) if exit_code(output.outlets[2]) is None else "")
-    raise ValueError(probe.refusal(failed or probe.NO_PYTHON))
-
-
-def outside(tools: probe.Tools) -> list[str]:
-    """The command that makes the namespaces; as root it becomes another user first, because no limit binds root."""
-    who = ["--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups", "--no-new-privs"]
-    return [
-        *([tools.setpriv, *who, "--"] if tools.setpriv else []),
-        *(tools.bwrap, "--unshare-all", "--unshare-user", "--disable-userns"),
-        *("--die-with-parent", "--new-session", "--as-pid-1", "--hostname", "box"),
-        *("--setenv", "PATH", "/usr/local/bin:/usr/bin:/bin", "--setenv", "HOME", "/work", "--setenv", "LANG", "C.UTF-8"),
-    ]
+        why = why or (probe.cause(output.outlets[1]) if exit_code(output) is None else "")
+    raise ValueError(probe.refusal(why or probe.NO_PYTHON))
 
 
 def mounts(python: str, readable: Sequence[str]) -> list[str]:
@@ -178,27 +143,26 @@ def mounts(python: str, readable: Sequence[str]) -> list[str]:
             line += ["--symlink", os.readlink(path), path]
         elif os.path.isdir(path):
             line += ["--ro-bind", path, path]
-    own = () if python.startswith("/usr/") else (str(Path(python).parents[1]),)
     for path in ("/etc/ld.so.cache", "/etc/alternatives"):
         line += ["--ro-bind-try", path, path]
-    for path in (*own, *readable):
+    for path in (*readable, *(() if python.startswith("/usr/") else (str(Path(python).parents[1]),))):
         line += ["--ro-bind", path, path]
     return line
 
 
-def exit_code(status: bytes | bytearray) -> int | None:
-    """The exit status of the program, from bwrap's reports; None: bwrap did not get so far."""
-    reports = [json.loads(line) for line in bytes(status).splitlines()]
+def exit_code(output: Output) -> int | None:
+    """The exit status of the program, from bwrap's own reports; None: bwrap did not get so far."""
+    reports = [json.loads(line) for line in output.outlets[2].splitlines()]
     return next((report["exit-code"] for report in reports if "exit-code" in report), None)
 
 
-def listed(left: bytes) -> dict[str, Content]:
-    """The files that a program left. It may have written the list itself, so it is read as what it is: its own words."""
-    files: dict[str, Content] = {}
+def listed(left: bytes) -> dict[str, bytes]:
+    """The files that a program left. It may have written this list itself, so nothing in it is taken for granted."""
+    files: dict[str, bytes] = {}
     try:
         while left:
-            name, size, left = left.split(b" ", 2)
-            cut, end = int(name), int(name) + int(size)
+            path, size, left = left.split(b" ", 2)
+            cut, end = int(path), int(path) + int(size)
             if not 0 < cut <= end <= len(left):
                 raise ValueError(size)
             files[left[:cut].decode(errors="replace")], left = left[cut:end], left[end:]

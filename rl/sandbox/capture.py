@@ -6,12 +6,14 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rl.environments.types import EnvError
+from rl.sandbox.types import Ran
 
 TICK_S = 0.05
 """Seconds between two looks at the memory of a program."""
@@ -26,20 +28,24 @@ class Output:
     outlets: list[bytearray]
     """What it wrote to standard output, to standard error, and to the descriptors that it was given."""
     code: int = 0
-    """As Popen has it: negative if a signal ended it."""
+    """Its exit status, as a shell has it."""
     ended: str = ""
     """The limit that ended it: "time", "output" or "memory"; empty: none."""
+
+    def ran(self, code: int, note: str = "") -> Ran:
+        """What a sandbox returns of it."""
+        out, err = (outlet.decode(errors="replace") for outlet in self.outlets[:2])
+        late, cut = self.ended == "time", self.ended == "output"
+        return Ran(stdout=out, stderr=err + note, code=137 if self.ended else code, timed_out=late, truncated=cut)
 
 
 def capture(
     command: Command,
-    *,
     inlets: Sequence[bytes],
     most: Sequence[int],
     seconds: float,
     memory: int | None = None,
-    env: Mapping[str, str],
-    cwd: str | None = None,
+    **popen: Any,
 ) -> Output:
     """Run a command. `inlets[0]` is its standard input; `most` has the cap of each outlet, in bytes.
 
@@ -49,17 +55,9 @@ def capture(
         with ExitStack() as theirs:
             try:
                 reads = [_sealed(content, theirs) for content in inlets]
-                ends, writes = zip(*(_pipe(ours, theirs) for _ in most), strict=True)
-                process = subprocess.Popen(
-                    command(reads[1:], list(writes[2:])),
-                    stdin=reads[0],
-                    stdout=writes[0],
-                    stderr=writes[1],
-                    pass_fds=[*reads[1:], *writes[2:]],
-                    start_new_session=True,
-                    env=env,
-                    cwd=cwd,
-                )
+                ends, (out, err, *writes) = zip(*(_pipe(ours, theirs) for _ in most), strict=True)
+                popen |= {"stdin": reads[0], "stdout": out, "stderr": err, "pass_fds": [*reads[1:], *writes]}
+                process = subprocess.Popen(command(reads[1:], writes), start_new_session=True, **popen)
             except OSError as error:
                 raise EnvError(f"a sandbox cannot be started: {error}") from error
         try:
@@ -68,7 +66,7 @@ def capture(
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    output.code = process.returncode
+    output.code = process.returncode if process.returncode >= 0 else 128 - process.returncode
     return output
 
 

@@ -8,62 +8,37 @@ import shlex
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rl.environments.types import EnvError, ToolError
-from rl.sandbox import names
-from rl.sandbox.types import Content, Ran
-from rl.typed import Checked
+from rl.environments.types import EnvError
+from rl.sandbox import files as held
+from rl.sandbox.types import Content, Files, Ran
 
-ROOM, ANSWER = 64 << 20, 16 << 20
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
-_JITTER = random.Random()  # the global one is the run's
+ANSWER, FIRST_PAUSE_S, LONGEST_PAUSE_S = 16 << 20, 0.25, 8.0
+JITTER = random.Random()
+"""Its own, because the global random numbers are the run's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SandboxFusion(Checked):
+class SandboxFusion(held.Held):
     """A server with `POST /run_code`, such as github.com/bytedance/SandboxFusion. It keeps nothing between two runs."""
 
     url: str
     """Such as http://sandbox:8080."""
     patience_s: float = 120.0
     """Seconds of one run, with all tries, beyond the program's own. After that it is an EnvError."""
-    files: dict[str, bytes] = field(default_factory=dict, init=False, compare=False, repr=False)
-
-    def start(self) -> None:
-        """Begin without files."""
-        self.files.clear()
-
-    def stop(self) -> None:
-        """Forget the files."""
-        self.files.clear()
-
-    def read(self, path: str) -> bytes:
-        """A file that was written."""
-        if (content := self.files.get(names.name(path))) is None:
-            raise ToolError(f"there is no file {path[:80]!r}")
-        return content
-
-    def write(self, path: str, content: Content) -> None:
-        """Send a file with the runs that follow."""
-        self.files.update(names.placed({**self.files, path: content}, ROOM))
 
     def run(
-        self,
-        argv: Sequence[str],
-        *,
-        stdin: Content = "",
-        files: Mapping[str, Content] | None = None,
-        timeout: float = 10.0,
+        self, argv: Sequence[str], *, stdin: Content = "", files: Files | None = None, timeout: float = 10.0
     ) -> Ran:
         """Run a program there. A busy or failing server (429, 5xx, no connection) is asked again."""
-        sent = names.placed({**self.files, **(files or {})}, ROOM)
+        sent = self.placed({**self.files, **(files or {})})
         body = {
             "language": "bash",
-            "code": shlex.join(names.command(argv, "python")),
-            "stdin": names.data(stdin).decode(errors="replace"),
+            "code": shlex.join(held.command(argv, "python")),
+            "stdin": held.data(stdin).decode(errors="replace"),
             "run_timeout": timeout,
             "files": {path: base64.b64encode(content).decode() for path, content in sent.items()},
         }
@@ -74,7 +49,7 @@ class SandboxFusion(Checked):
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if isinstance(error, urllib.error.HTTPError) and error.code != 429 and error.code < 500:
                     raise EnvError(f"the sandbox at {self.url} refuses the request: {error}") from error
-                wait = pause * _JITTER.uniform(0.5, 1.5)
+                wait = pause * JITTER.uniform(0.5, 1.5)
                 if time.monotonic() + wait >= until:
                     raise EnvError(f"the sandbox at {self.url} failed for {self.patience_s:g} s: {error}") from error
                 time.sleep(wait)
@@ -90,9 +65,5 @@ class SandboxFusion(Checked):
         late = bool(ran) and ran.get("status") == "TimeLimitExceeded"
         if not ran or answer.get("status") == "SandboxError" or (ran.get("return_code") is None and not late):
             raise ValueError(f"the server reports {str(answer)[:200]}")
-        return Ran(
-            stdout=ran.get("stdout") or "",
-            stderr=ran.get("stderr") or "",
-            code=137 if late else ran["return_code"],
-            timed_out=late,
-        )
+        code, out, err = 137 if late else ran["return_code"], ran.get("stdout") or "", ran.get("stderr") or ""
+        return Ran(stdout=out, stderr=err, code=code, timed_out=late)

@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 UNPROTECTED = "To run the policy's code without protection, write Unprotected() in place of Bubblewrap()"
-NO_PYTHON = (
-    "no Python works in it: apt-get install python3, because one below a home is readable to its owner alone, or name one, "
-    "Bubblewrap(python='/opt/python/bin/python3')"
-)
+NO_PYTHON = "no Python works in it, and one below a home is readable to its owner alone: apt-get install python3"
 SETTINGS = {
     "kernel/unprivileged_userns_clone": ("0", "sysctl -w kernel.unprivileged_userns_clone=1"),
     "user/max_user_namespaces": ("0", "sysctl -w user.max_user_namespaces=10000"),
@@ -29,6 +26,11 @@ class Tools:
     setpriv: str
     """Empty if the user is not root."""
 
+    def outside(self, user: int) -> list[str]:
+        """The command that makes a box. Root becomes another user first, because no limit of processes binds root."""
+        who = ["--reuid", str(user), "--regid", str(user), "--clear-groups", "--no-new-privs", "--"]
+        return [*([self.setpriv, *who] if self.setpriv else []), self.bwrap]
+
 
 def tools() -> Tools:
     """The programs of this machine. Raises ValueError that names what is missing."""
@@ -44,7 +46,7 @@ def tools() -> Tools:
     return Tools(found["bwrap"], found["prlimit"], found.get("setpriv", ""))
 
 
-def cause(written: bytes, proc: Path = Path("/proc")) -> str:
+def cause(written: bytes | bytearray, proc: Path = Path("/proc")) -> str:
     """Why a box did not start, given what bwrap wrote."""
     shown = [*written.decode(errors="replace").strip().splitlines(), "no message"][0][:300]
     for file, (value, remedy) in SETTINGS.items():
@@ -54,7 +56,9 @@ def cause(written: bytes, proc: Path = Path("/proc")) -> str:
     if "proc" in shown and "mount" in shown:
         return f"this container hides parts of /proc ({shown}): start it with --security-opt systempaths=unconfined"
     if re.search(r"^Seccomp:\s*2", (proc / "self/status").read_text(), re.M):
-        return f"a seccomp filter, such as Docker's, forbids it ({shown}): start the container with --security-opt seccomp=unconfined"
+        return (
+            f"a seccomp filter, such as Docker's, forbids it ({shown}): start it with --security-opt seccomp=unconfined"
+        )
     return shown
 
 

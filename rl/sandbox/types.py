@@ -6,6 +6,8 @@ from typing import Protocol, runtime_checkable
 
 Content = str | bytes
 """Text is written as UTF-8."""
+Files = Mapping[str, Content]
+"""Contents by path, relative to the folder in which programs run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,30 +39,22 @@ class Sandbox(Protocol):
 
     def start(self) -> None:
         """Make it ready."""
-        ...
 
     def run(
-        self,
-        argv: Sequence[str],
-        *,
-        stdin: Content = "",
-        files: Mapping[str, Content] | None = None,
-        timeout: float = 10.0,
+        self, argv: Sequence[str], *, stdin: Content = "", files: Files | None = None, timeout: float = 10.0
     ) -> Ran:
-        """Run a program, for at most `timeout` seconds, in a folder with the files that were written and `files`.
+        """Run a program, for at most `timeout` seconds, in a folder with `files` and those that were written.
 
         `argv[0]` may be "python": the sandbox's own interpreter.
         """
         ...
 
     def read(self, path: str) -> bytes:
-        """A file, by its path in that folder."""
+        """A file of that folder."""
         ...
 
     def write(self, path: str, content: Content) -> None:
         """Put a file there for the runs that follow."""
-        ...
 
     def stop(self) -> None:
         """End it; its files are lost."""
-        ...

@@ -11,7 +11,18 @@ import pytest
 
 from boxes import missing
 from rl.environments import EnvError, ToolError
-from rl.sandbox import Bubblewrap, Ran, Sandbox, SandboxFusion, Unprotected, bubblewrap, names, probe, seccomp, share_passed
+from rl.sandbox import (
+    Bubblewrap,
+    Ran,
+    Sandbox,
+    SandboxFusion,
+    Unprotected,
+    bubblewrap,
+    names,
+    probe,
+    seccomp,
+    share_passed,
+)
 
 boxed = pytest.mark.skipif(bool(missing()), reason=missing() or "there is a sandbox")
 PYTHON = ["python", "-I", "-S", "-c"]
@@ -73,18 +84,23 @@ def test_files_that_a_program_leaves_are_kept_if_asked_for_and_lost_at_a_limit()
 @pytest.mark.parametrize("path", ["", "/etc/passwd", "../x", "a/../../x", "a\0b", "x" * 256, "a/" * 600 + "x"])
 def test_a_path_that_no_box_can_hold_is_an_error_of_the_policy(path):
     with pytest.raises(ToolError, match="relative path"):
-        names.name(path)
+        name(path)
 
 
 @pytest.mark.parametrize(
     "files",
-    [{"a": "x", "a/b": "y"}, {str(i): "" for i in range(600)}, {"big": bytes(5 << 20)}, {str(i): "x" for i in range(300)}],
+    [
+        {"a": "x", "a/b": "y"},
+        {str(i): "" for i in range(600)},
+        {"big": bytes(5 << 20)},
+        {str(i): "x" for i in range(300)},
+    ],
     ids=["a file that is a folder", "too many", "too large", "too many pages"],
 )
 def test_files_that_no_box_can_hold_are_an_error_of_the_policy(files):
-    room = 1 << 20 if len(files) == 300 else 4 << 20
+    room = 1 if len(files) == 300 else 4
     with pytest.raises(ToolError):
-        names.placed(files, room)
+        Held(disk_mib=room).placed(files)
 
 
 @pytest.mark.parametrize("argv", [[], ["a\0b"], ["x" * 200_000]], ids=["none", "NUL", "long"])
@@ -97,7 +113,7 @@ def test_a_command_that_no_system_takes_is_an_error_of_the_policy(argv, sandbox)
 @pytest.mark.parametrize("room", [1, 4])
 def test_what_fits_by_the_count_fits_into_the_box(room):
     """Else a full folder would be an error of the sandbox, and the policy could cause it."""
-    files = {f"{i}/{'y' * 200}": b"x" * 5000 for i in range(room * (1 << 20) // names.PAGE // 3 - 1)}
+    files = {f"{i}/{'y' * 200}": b"x" * 5000 for i in range(room * (1 << 20) // PAGE // 4 - 1)}
     ran = Bubblewrap(disk_mib=room).run(["sh", "-c", "ls | wc -l"], files=files)
     assert int(ran.stdout) == len(files)
 
@@ -218,7 +234,7 @@ def test_a_command_that_cannot_be_started_is_an_error_of_the_environment(monkeyp
 def test_a_machine_without_a_list_of_system_calls_is_refused():
     with pytest.raises(ValueError, match="x86_64 and aarch64, not riscv64"):
         seccomp.deny("riscv64")
-    assert len(seccomp.deny("aarch64")) == len(seccomp.deny("x86_64")) == 8 * (len(seccomp.CALLS) + 7)
+    assert len(seccomp.deny("aarch64")) == len(seccomp.deny("x86_64")) == 8 * (len(seccomp.CALLS) // 3 + 7)
 
 
 # -- the judge ---------------------------------------------------------------------------------------------------------
@@ -235,7 +251,7 @@ HACKS = {
     "the test runner": "import sys, types; sys.modules['pytest'] = types.ModuleType('pytest'); sys.exit(0)",
     "the right output and a crash": "print(2 * int(input())); raise SystemExit(1)",
     "the right output and no end": "print(2 * int(input()), flush=True)\nwhile True: pass",
-    "a copy of the process that judges": "import os\nfor pid in os.listdir('/proc'):\n try: print(open(f'/proc/{pid}/cmdline').read())\n except OSError: pass",
+    "a copy of the process that judges": "import glob\nfor path in glob.glob('/proc/*/cmdline'): print(open(path).read())",
     "nothing": "",
     "no Python": "I think the answer is 2",
     "a NUL": "print(2)\0",
