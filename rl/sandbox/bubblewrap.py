@@ -19,11 +19,9 @@ STATUS_BYTES = 4096
 PYTHONS = ("/usr/bin/python3", "/usr/local/bin/python3", os.path.realpath(sys.executable))
 """Interpreters of the system come first, because one below a home is readable to its owner alone."""
 TRIAL = "import os; child = os.fork(); child or os._exit(0); os.waitpid(child, 0); print('works')"
-SPACES = (
-    "--unshare-all --unshare-user --disable-userns --die-with-parent --new-session --as-pid-1 --hostname box".split()
-)
-VARIABLES = "--setenv PATH /usr/local/bin:/usr/bin:/bin --setenv HOME /work --setenv LANG C.UTF-8".split()
-CLOSED = "--remount-ro /dev --remount-ro / --chdir /work".split()
+SPACES = "--unshare-all --unshare-user --disable-userns --die-with-parent --new-session --as-pid-1 --hostname box"
+VARIABLES = "--setenv PATH /usr/local/bin:/usr/bin:/bin --setenv HOME /work --setenv LANG C.UTF-8"
+CLOSED = "--remount-ro /dev --remount-ro / --chdir /work"
 # Runs inside the box, and writes the files that the program left.
 KEEP = """
 import os, sys
@@ -108,12 +106,12 @@ class Bubblewrap(held.Held):
         }
 
         def line(reads: list[int], writes: list[int]) -> list[str]:
-            box = [*tools.outside(NOBODY), *SPACES, *VARIABLES, *mounts(python, self.readable)]
+            box = [*tools.outside(NOBODY), *SPACES.split(), *VARIABLES.split(), *mounts(python, self.readable)]
             for path in ("/dev/shm", "/tmp", "/work"):
                 box += ["--size", str(disk), "--tmpfs", path]
             for path, fd in zip(files, reads[1:], strict=True):
                 box += ["--perms", "0644", "--file", str(fd), f"/work/{path}"]
-            box += [*CLOSED, "--seccomp", str(reads[0]), "--json-status-fd", str(writes[0]), "--"]
+            box += [*CLOSED.split(), "--seccomp", str(reads[0]), "--json-status-fd", str(writes[0]), "--"]
             box += [tools.prlimit, *(f"--{name}={value}" for name, value in limits.items()), "--"]
             return [*box, *([python, "-I", "-S", "-c", KEEP, str(writes[1])] if self.keep else []), *command]
 

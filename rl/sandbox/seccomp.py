@@ -7,12 +7,12 @@ no small program needs. They fail with EPERM.
 import platform
 import struct
 
-# Name, its number on x86_64, its number on aarch64.
 CALLS = """
 memfd_create 319 279   memfd_secret 447 447   shmget 29 194   msgget 68 186   semget 64 190   io_uring_setup 425 425
 ptrace 101 117   process_vm_readv 310 270   process_vm_writev 311 271   unshare 272 97   setns 308 268   mount 165 40
 add_key 248 217   request_key 249 218   keyctl 250 219   bpf 321 280   perf_event_open 298 241   userfaultfd 323 282
-""".split()
+"""
+"""Name, its number on x86_64, its number on aarch64."""
 MACHINES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}
 """The column of CALLS, and the kernel's number of the architecture (linux/audit.h)."""
 LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
@@ -27,7 +27,7 @@ def deny(machine: str | None = None) -> bytes:
     if machine not in MACHINES:
         raise ValueError(f"the filter of system calls knows {' and '.join(MACHINES)}, not {machine}")
     column, architecture = MACHINES[machine]
-    tests = [(AT_LEAST, X32), *((EQUAL, int(number)) for number in CALLS[column::3])]
+    tests = [(AT_LEAST, X32), *((EQUAL, int(number)) for number in CALLS.split()[column::3])]
     lines = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
     # A jump skips the tests that are left, and the line that allows.
     lines += [(code, len(tests) - i, 0, value) for i, (code, value) in enumerate(tests)]

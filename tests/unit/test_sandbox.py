@@ -18,7 +18,6 @@ from rl.sandbox import (
     SandboxFusion,
     Unprotected,
     bubblewrap,
-    names,
     probe,
     seccomp,
     share_passed,
@@ -234,7 +233,7 @@ def test_a_command_that_cannot_be_started_is_an_error_of_the_environment(monkeyp
 def test_a_machine_without_a_list_of_system_calls_is_refused():
     with pytest.raises(ValueError, match="x86_64 and aarch64, not riscv64"):
         seccomp.deny("riscv64")
-    assert len(seccomp.deny("aarch64")) == len(seccomp.deny("x86_64")) == 8 * (len(seccomp.CALLS) // 3 + 7)
+    assert len(seccomp.deny("aarch64")) == len(seccomp.deny("x86_64")) == 8 * (len(seccomp.CALLS.split()) // 3 + 7)
 
 
 # -- the judge ---------------------------------------------------------------------------------------------------------
@@ -251,7 +250,7 @@ HACKS = {
     "the test runner": "import sys, types; sys.modules['pytest'] = types.ModuleType('pytest'); sys.exit(0)",
     "the right output and a crash": "print(2 * int(input())); raise SystemExit(1)",
     "the right output and no end": "print(2 * int(input()), flush=True)\nwhile True: pass",
-    "a copy of the process that judges": "import glob\nfor path in glob.glob('/proc/*/cmdline'): print(open(path).read())",
+    "what other processes were given": "import glob\nfor path in glob.glob('/proc/*/cmdline'): print(open(path).read())",
     "nothing": "",
     "no Python": "I think the answer is 2",
     "a NUL": "print(2)\0",
