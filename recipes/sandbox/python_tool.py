@@ -1,4 +1,4 @@
-"""A Python tool between turns: SmolLM2-135M-Instruct writes a program, reads what it printed, and answers. For a laptop.
+"""A Python tool between turns: SmolLM2-135M-Instruct writes a program, reads its output, and answers. For a laptop.
 
 python recipes/sandbox/python_tool.py --seed 1
 """

@@ -65,6 +65,11 @@ class Bubblewrap(held.Held):
     readable: tuple[str, ...] = ()
     """Other folders of the machine that programs may read, such as that of a compiler."""
 
+    def __post_init__(self) -> None:
+        for name in ("disk_mib", "memory_mib", "processes", "output_kib"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Bubblewrap: {name}={getattr(self, name)} must be at least 1")
+
     def start(self) -> None:
         """Look once whether a box can be made here. Raises ValueError that names what is missing."""
         found(self)

@@ -108,6 +108,12 @@ def test_a_command_that_no_system_takes_is_an_error_of_the_policy(argv, sandbox)
         sandbox.run(argv)
 
 
+@pytest.mark.parametrize("name", ["disk_mib", "memory_mib", "processes", "output_kib"])
+def test_a_limit_of_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+        Bubblewrap(**{name: 0})
+
+
 @boxed
 @pytest.mark.parametrize("room", [1, 4])
 def test_what_fits_by_the_count_fits_into_the_box(room):
@@ -250,7 +256,7 @@ HACKS = {
     "the test runner": "import sys, types; sys.modules['pytest'] = types.ModuleType('pytest'); sys.exit(0)",
     "the right output and a crash": "print(2 * int(input())); raise SystemExit(1)",
     "the right output and no end": "print(2 * int(input()), flush=True)\nwhile True: pass",
-    "what other processes were given": "import glob\nfor path in glob.glob('/proc/*/cmdline'): print(open(path).read())",
+    "what other processes got": "import glob\nfor path in glob.glob('/proc/*/cmdline'): print(open(path).read())",
     "nothing": "",
     "no Python": "I think the answer is 2",
     "a NUL": "print(2)\0",

@@ -305,6 +305,22 @@ def test_a_daemon_of_an_unprotected_program_survives(unprotected):
     subprocess.run(["pkill", "-f", f"^sleep {word}$"], check=True)
 
 
+def test_no_box_outlives_a_driver_that_is_killed():
+    if why := missing():
+        pytest.skip(why)
+    word = f"{os.getpid()}7.25"
+    driver = os.fork()
+    if not driver:
+        Here().run(["sleep", word], timeout=60)
+        os._exit(0)
+    until = time.monotonic() + 30
+    while not alive(word):
+        assert time.monotonic() < until
+    os.kill(driver, 9)
+    os.waitpid(driver, 0)
+    assert gone(word)
+
+
 KILL = """
 import os, sys
 for pid in (int(sys.argv[1]), int(sys.argv[2]), -1, 1, os.getppid()):
