@@ -69,6 +69,8 @@ class Bubblewrap(held.Held):
         for name in ("disk_mib", "memory_mib", "processes", "output_kib"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Bubblewrap: {name}={getattr(self, name)} must be at least 1")
+        if self.python and not os.path.isabs(self.python):
+            raise ValueError(f"Bubblewrap: python={self.python!r} must be a whole path, such as '/usr/bin/python3'")
 
     def start(self) -> None:
         """Look once whether a box can be made here. Raises ValueError that names what is missing."""

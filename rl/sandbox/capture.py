@@ -63,6 +63,10 @@ def capture(
         try:
             output = _followed(process.pid, ends, most, time.monotonic() + seconds, memory)
         finally:
+            # Its descendants first: a box whose maker dies while it is made would live on.
+            for each in reversed(descendants(process.pid)):
+                with suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGKILL)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -131,17 +135,23 @@ def _more(fd: int, into: bytearray) -> bool:
     return bool(chunk)
 
 
+def descendants(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    found = [pid]
+    for each in found:  # it grows
+        with suppress(OSError):
+            for children in Path(f"/proc/{each}/task").glob("*/children"):
+                found += map(int, children.read_text().split())
+    return found
+
+
 def holds_more(pid: int, limit: int) -> bool:
     """Whether a process and all that descend from it hold more memory than `limit` bytes.
 
     Resident pages are counted first, because this is quick; only if they are more, a page that several processes share
     is counted once.
     """
-    found = [pid]
-    for each in found:  # it grows
-        with suppress(OSError):
-            for children in Path(f"/proc/{each}/task").glob("*/children"):
-                found += map(int, children.read_text().split())
+    found = descendants(pid)
     return all(sum(map(size, found)) > limit for size in (_resident, _proportional))
 
 

@@ -11,17 +11,8 @@ import pytest
 
 from boxes import missing
 from rl.environments import EnvError, ToolError
-from rl.sandbox import (
-    Bubblewrap,
-    Ran,
-    Sandbox,
-    SandboxFusion,
-    Unprotected,
-    bubblewrap,
-    probe,
-    seccomp,
-    share_passed,
-)
+from rl.sandbox import Bubblewrap, Ran, Sandbox, SandboxFusion, Unprotected, bubblewrap, probe, seccomp, share_passed
+from rl.sandbox.files import PAGE, Held, name
 
 boxed = pytest.mark.skipif(bool(missing()), reason=missing() or "there is a sandbox")
 PYTHON = ["python", "-I", "-S", "-c"]
@@ -114,6 +105,11 @@ def test_a_limit_of_nothing_is_refused(name):
         Bubblewrap(**{name: 0})
 
 
+def test_an_interpreter_without_a_folder_is_refused():
+    with pytest.raises(ValueError, match="python='python3' must be a whole path"):
+        Bubblewrap(python="python3")
+
+
 @boxed
 @pytest.mark.parametrize("room", [1, 4])
 def test_what_fits_by_the_count_fits_into_the_box(room):
@@ -131,16 +127,19 @@ def test_lone_surrogates_are_replaced_and_no_error_of_the_sandbox():
 
 @boxed
 @pytest.mark.serial
-def test_a_run_takes_no_longer_than_25_ms_in_the_median(capsys):
-    box, took = Bubblewrap(), []
+def test_a_box_costs_no_more_than_25_ms_in_the_median(capsys):
+    """The interpreter's own start is not ours: what a run takes longer than that is bounded."""
+    box, alone, program = Bubblewrap(), Unprotected(), [*PYTHON, "print(1)"]
     box.start()
-    for _ in range(21):
+    took: dict[object, list[float]] = {box: [], alone: []}
+    for sandbox in (box, alone) * 21:
         began = time.perf_counter()
-        assert box.run([*PYTHON, "print(1)"]).stdout == "1\n"
-        took.append(1000 * (time.perf_counter() - began))
+        assert sandbox.run(program).stdout == "1\n"
+        took[sandbox].append(1000 * (time.perf_counter() - began))
+    boxed, bare = (statistics.median(took[each]) for each in (box, alone))
     with capsys.disabled():
-        print(f"\na run in a box: median {statistics.median(took):.1f} ms, most {max(took):.1f} ms")
-    assert statistics.median(took) <= 25
+        print(f"\na run: {boxed:.1f} ms in a box, {bare:.1f} ms without one (medians of 21)")
+    assert boxed - bare <= 25
 
 
 # -- what a machine lacks ----------------------------------------------------------------------------------------------
@@ -203,9 +202,9 @@ MACHINES = {
 @pytest.mark.parametrize("machine", MACHINES)
 def test_what_forbids_user_namespaces_is_named(machine, tmp_path):
     files, written, remedy = MACHINES[machine]
-    for name, text in ({"self/status": "Seccomp:\t0\n"} | files).items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    for file, text in ({"self/status": "Seccomp:\t0\n"} | files).items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
     cause = probe.cause(written.encode(), tmp_path)
     assert remedy in cause
     assert written.split()[-1] in cause
@@ -226,12 +225,14 @@ def test_an_interpreter_that_the_box_cannot_read_is_named(tmp_path):
     tmp_path.chmod(0o700)
     with pytest.raises(ValueError, match=r"no sandbox on this machine"):
         Bubblewrap(python=str(tmp_path / "bin" / "python3")).start()
-    with pytest.raises(ValueError, match=r"no Python works in it: apt-get install python3"):
+    with pytest.raises(ValueError, match=r"no Python works in it.*apt-get install python3"):
         Bubblewrap(python="/usr/bin/no-python").start()
 
 
 def test_a_command_that_cannot_be_started_is_an_error_of_the_environment(monkeypatch):
-    monkeypatch.setattr(bubblewrap, "found", lambda box: (probe.Tools("/no/bwrap", "/no/prlimit", ""), "python"))
+    monkeypatch.setattr(
+        bubblewrap, "found", lambda box: (probe.Tools("/no/bwrap", "/no/prlimit", ""), "/usr/bin/python3")
+    )
     with pytest.raises(EnvError, match="a sandbox cannot be started"):
         Bubblewrap().run(["true"])
 
@@ -259,7 +260,7 @@ HACKS = {
     "what other processes got": "import glob\nfor path in glob.glob('/proc/*/cmdline'): print(open(path).read())",
     "nothing": "",
     "no Python": "I think the answer is 2",
-    "a NUL": "print(2)\0",
+    "a NUL": "print(3)\0",
 }
 
 
