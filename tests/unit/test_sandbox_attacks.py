@@ -201,6 +201,19 @@ def test_pages_that_processes_share_count_once(box):
     ended_well(box(SHARED, settings={"memory_mib": 100}))
 
 
+CROWD = """
+import os
+for index in range(10_000_000):
+    os.close(os.open(f"/tmp/{index}", os.O_CREAT | os.O_WRONLY))
+"""
+
+
+def test_empty_files_are_memory_too(box):
+    ran = box(CROWD, settings={"memory_mib": 40}, timeout=60)
+    assert (ran.code, ran.timed_out) == (137, False)
+    assert "more than 40 MiB" in ran.stderr
+
+
 UNCOUNTED = """
 import ctypes, os
 libc, x86 = ctypes.CDLL(None, use_errno=True), os.uname().machine == "x86_64"
