@@ -18,7 +18,7 @@ FIRST = {
     "Square n": lambda n: n * n,
 }
 HIDDEN = (3, 10, 47)
-"""The numbers that a program reads in its tests. No prompt shows one."""
+"""The numbers that a program reads in its tests. It sees them one at a time, and never the answers."""
 # This model follows examples, and no description.
 WORKED = ["Triple n, then add 7", "print(int(input()) * 3 + 7)"]
 
