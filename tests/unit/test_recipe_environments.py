@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from boxes import missing
 from rl.environments import Episode, ToolError, Turn
 from rl.environments.check import check_environment
-from rl.types import Call
+from rl.types import Call, Reply
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -103,3 +104,45 @@ def test_the_worked_games_follow_their_own_hints(monkeypatch):
         steps = guesses(guess, {"low": low, "number": number}, said[::2])
         assert [step.observation for step in steps] == [*said[1::2], ""]
         assert sum(step.reward for step in steps) == 1.0
+
+
+# -- with a sandbox ----------------------------------------------------------------------------------------------------
+
+boxed = pytest.mark.skipif(bool(missing()), reason=missing() or "there is a sandbox")
+
+
+@boxed
+def test_a_right_program_passes_the_hidden_tests_and_another_one_does_not(monkeypatch):
+    small = recipe("sandbox/small_programs", monkeypatch)
+    data = small.tasks()
+    asked = {example.prompt[-1]["content"] for example in data.train}
+    assert not asked & {example.prompt[-1]["content"] for example in data.evals["held_out"]}
+    programs = {"Double n": "n * 2", "Triple n": "n * 3", "Halve n": "n // 2", "Square n": "n ** 2"}
+    for example in data.evals["held_out"][:6]:
+        first, number = re.fullmatch(r"(\w+ n), then \w+ (\d+)", example.prompt[-1]["content"]).groups()
+        sign = "+" if "add" in example.prompt[-1]["content"] else "-"
+        program = f"n = int(input()); print({programs[first]} {sign} {number})"
+
+        def paid(text, finished=True, task=example.task):
+            return small.reward(Reply(text=text, finished=finished, task=task, token_ids=[]))
+
+        assert paid(program) == 1.0
+        assert paid(program, finished=False) == 0.0
+        assert paid(program.replace(number, f"{number}0")) == 0.0
+    assert paid("def f(") == 0.0
+
+
+@boxed
+def test_the_python_tool_shows_output_and_errors_and_pays_for_the_answer(monkeypatch):
+    tool = recipe("sandbox/python_tool", monkeypatch)
+    data = tool.sums()
+    assert (len(data.train), len(data.evals["held_out"])) == (320, 64)
+    env = tool.PythonTool({"answer": "352"})
+    (call,) = env.parse(tool.WORKED[1])
+    assert env.python(**call.arguments) == tool.WORKED[2]
+    assert env.python("print(1/0)") == "Output: ZeroDivisionError: division by zero"
+    assert env.python("while True: pass") == "Output: too slow"
+    assert env.parse(tool.WORKED[3]) == []
+    assert env.reward(played(env.task, " 352\n")) == 1.0
+    assert env.reward(played(env.task, "352", ended="turns")) == 0.0
+    check_environment(tool.config.env)
