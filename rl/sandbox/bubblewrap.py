@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import rl.sandbox.files as held
+import rl.sandbox.probe as probe
+import rl.sandbox.seccomp as seccomp
 from rl.environments.types import EnvError, ToolError
-from rl.sandbox import files as held
-from rl.sandbox import probe, seccomp
 from rl.sandbox.capture import Output, capture
 from rl.sandbox.types import Content, Files, Ran
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import rl.sandbox.files as held
 from rl.environments.types import EnvError
-from rl.sandbox import files as held
 from rl.sandbox.types import Content, Files, Ran
 
 ANSWER, FIRST_PAUSE_S, LONGEST_PAUSE_S = 16 << 20, 0.25, 8.0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rl.sandbox import files as held
+import rl.sandbox.files as held
 from rl.sandbox.capture import capture
 from rl.sandbox.types import Content, Files, Ran
 
