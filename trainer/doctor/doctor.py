@@ -3,11 +3,12 @@
 import asyncio
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from rl.config import Config
-from rl.parity.gap import Gap
+from rl.parity.gap import Gap, NoiseClip
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.remote import RemoteLearner
 from trainer.data.first_prompt import FirstPrompt
@@ -21,6 +22,8 @@ from trainer.plan.plan import make_plan
 from trainer.prompts import Prepared
 from trainer.runs.settings import stack_versions
 from trainer.tracking.terminal import status
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +149,11 @@ def _result(
 
 def configured_comparison(check: ParityCheck, name: str = "rollout | trainer, as configured") -> Comparison:
     """The gap with the run's own settings."""
-    gap: Gap = check.evidence.samples[0].gap
-    clip = check.evidence.clip
+    return noise_comparison(name, check.evidence.samples[0].gap, check.evidence.clip)
+
+
+def noise_comparison(name: str, gap: Gap, clip: NoiseClip | None) -> Comparison:
+    """A gap, with what its noise would clip."""
     return Comparison(name=name, gap=gap, note=f"noise would clip {clip.sequences:.0%} of sequences" if clip else "")
 
 
@@ -158,24 +164,28 @@ Reading = asyncio.Task[Prepared]
 async def examine_short(config: Config, reading: Reading) -> DoctorReport:
     """The check that every run begins with, on engines that live only for it."""
     with status("starting the recipe's engines and learner"):
-        return await check_on_own_engines(replace(config, doctor="short"), reading)
+        return await on_own_engines(replace(config, doctor="short"), reading, examine_engines)
 
 
 async def examine_full(config: Config, reading: Reading) -> DoctorReport:
     """All comparisons; those in other precisions and modes start engines of their own, one after the other."""
     began = time.perf_counter()
     with status("starting the recipe's engines and learner"):
-        main = await check_on_own_engines(replace(config, doctor="full"), reading)
+        main = await on_own_engines(replace(config, doctor="full"), reading, examine_engines)
     comparisons, findings = list(main.comparisons), list(main.findings)
     for name, other in variations(config):
         if isinstance(other, str):
             comparisons.append(Comparison(name=name, gap=None, note=other))
             continue
         with status(f"starting other engines: {name}"):
-            report = await check_on_own_engines(other, reading)
+            if other.dtype != "float32":
+                # It shows its own noise, which is measured and not judged.
+                comparisons.append(noise_comparison(name, *await on_own_engines(other, reading, compared)))
+                continue
+            report = await on_own_engines(other, reading, examine_engines)
         comparisons.append(configured_comparison(report.check, name))
-        # A fault in fp32 is hidden, not absent, in the run's own precision; other precisions show their own noise.
-        findings += [replace(f, where=f"{f.where}, {name}") for f in report.findings if other.dtype == "float32"]
+        # A fault in fp32 is hidden, not absent, in the run's own precision.
+        findings += [replace(f, where=f"{f.where}, {name}") for f in report.findings]
     return replace(main, comparisons=comparisons, findings=findings, seconds=time.perf_counter() - began)
 
 
@@ -207,7 +217,10 @@ def _possible(config: Config) -> Config | str:
     return config
 
 
-async def check_on_own_engines(config: Config, reading: Reading) -> DoctorReport:
+Examine = Callable[[Cluster, RemoteLearner, Prepared], Awaitable[R]]
+
+
+async def on_own_engines(config: Config, reading: Reading, examine: Examine[R]) -> R:
     """Start engines and a learner, examine them, and stop them."""
     cluster = Cluster(config, make_plan(config).placement)
     try:
@@ -215,7 +228,12 @@ async def check_on_own_engines(config: Config, reading: Reading) -> DoctorReport
         prepared = await reading
         await cluster.start()
         learner = RemoteLearner(cluster, probe=prepared.train[0].token_ids)
-        return await examine_engines(cluster, learner, prepared)
+        return await examine(cluster, learner, prepared)
     finally:
         # It never suspends, so no signal can interrupt it and leave processes behind.
         await cluster.close()
+
+
+async def compared(cluster: Cluster, learner: RemoteLearner, prepared: Prepared) -> tuple[Gap, NoiseClip | None]:
+    """The gap alone."""
+    return await Examiner(cluster, learner, prepared, cluster.config.seed).compare(0)

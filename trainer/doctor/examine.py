@@ -13,10 +13,10 @@ from rl.parity.architecture import architecture
 from rl.parity.body.fits import LAYER_ERROR
 from rl.parity.body.repeat import first_change
 from rl.parity.evidence import Evidence, SampleEvidence, SamplerEvidence, WeightEvidence
-from rl.parity.gap import clipped_by_noise, gap, surprise
+from rl.parity.gap import Gap, NoiseClip, clipped_by_noise, gap, surprise
 from rl.sampling.forbidden import Forbidden
 from rl.tokens import encode
-from rl.types import Batch, Completion
+from rl.types import Batch, Completion, Trajectory
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.remote import RemoteLearner
 from trainer.doctor.body import size
@@ -98,6 +98,15 @@ class Examiner:
             trainer=trainer,
             seconds=time.perf_counter() - began,
         )
+
+    async def compare(self, version: int) -> tuple[Gap, NoiseClip | None]:
+        """Publish the learner's weights as `version`; then measure the gap alone, and what its noise would clip."""
+        await self.learner.send(version, digesting=False)
+        batch = collate(self._rows(await self._sample(0)))
+        trainer, _ = await self._trainer(batch)
+        clean = finite_part(batch, trainer)
+        clip = clipped_by_noise(self.config.objective, clean, trainer)
+        return gap(trainer, clean.rollout_logprobs, clean.mask), clip
 
     async def _facts(self) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
         prepared = self.prepared
@@ -229,19 +238,17 @@ class Examiner:
     async def _samples(
         self, engine: int, version: int, groups: list[list[Completion]], sampler: SamplerEvidence | None, served: int
     ) -> tuple[SampleEvidence, Batch, torch.Tensor]:
-        cluster, prompts = self.cluster, self.prompts
-        rows = [trajectory(p, c, 0.0, {}) for p, group in zip(prompts, groups, strict=True) for c in group]
+        cluster, rows = self.cluster, self._rows(groups)
         batch = collate(rows)
-        trainer, entropy = (await cluster.ask_learners(lambda rank: rank.logprobs_and_entropy(batch)))[0]
-        finite = batch.mask & batch.rollout_logprobs.isfinite() & trainer.isfinite()
+        trainer, entropy = await self._trainer(batch)
+        clean = finite_part(batch, trainer)
+        finite = clean.mask
         banned = batch.mask & batch.rollout_logprobs.isfinite() & trainer.isneginf()
         nonfinite = int(batch.mask.sum() - finite.sum() - banned.sum())
         if not finite.any():
             raise ParityError(
                 f"none of {int(batch.mask.sum())} tokens that engine {engine} sampled has a finite log-probability"
             )
-        # Tokens without a finite number are counted, then left out of the averages: one NaN would hide all others.
-        clean = replace(batch, mask=finite, rollout_logprobs=batch.rollout_logprobs.nan_to_num(0.0, 0.0, 0.0))
         g = gap(trainer, clean.rollout_logprobs, clean.mask)
         config, cut, stops = self.config, self.config.rollout.truncation, list(self.prepared.stop_ids)
         drawn = (await cluster.ask_learners(lambda rank: rank.draws(clean, stops, cut)))[0]
@@ -270,6 +277,13 @@ class Examiner:
         )
         return evidence, clean, trainer
 
+    def _rows(self, groups: list[list[Completion]]) -> list[Trajectory]:
+        return [trajectory(p, c, 0.0, {}) for p, group in zip(self.prompts, groups, strict=True) for c in group]
+
+    async def _trainer(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The trainer's log-probabilities and entropy, [B, T] in nats each."""
+        return (await self.cluster.ask_learners(lambda rank: rank.logprobs_and_entropy(batch)))[0]
+
     def _shows_its_end(self, mask: torch.Tensor, token_ids: list[int]) -> bool:
         """Whether a row trains on what ended its reply: a stop token at the end, or a text of `rollout.stop`."""
         trained = [token_ids[column + 1] for column in integers(mask.nonzero()[:, 0])]
@@ -278,3 +292,9 @@ class Examiner:
         wanted = self.config.rollout.stop
         text = self.prepared.decode(trained, skip_special_tokens=False) if wanted else ""
         return any(stop in text for stop in wanted)
+
+
+def finite_part(batch: Batch, trainer: torch.Tensor) -> Batch:
+    """The tokens with a finite number on both sides. One NaN would hide all others in an average."""
+    finite = batch.mask & batch.rollout_logprobs.isfinite() & trainer.isfinite()
+    return replace(batch, mask=finite, rollout_logprobs=batch.rollout_logprobs.nan_to_num(0.0, 0.0, 0.0))
