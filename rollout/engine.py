@@ -237,7 +237,7 @@ class Engine:
         """Serve an agent's episode over HTTP; returns its address, without /v1."""
         if self.endpoint is None:
             self.endpoint = Endpoint(self, rendering)
-            await self.endpoint.start()
+        await self.endpoint.start()
         return self.endpoint.open(opening)
 
     async def serve(self, rendering: Rendering, host: str, port: int, key: str) -> str:

@@ -4,6 +4,7 @@ The address of an episode holds a secret, and loopback alone is served unless th
 the engine directly: vLLM's own chat server reports a reply that was cut off as a tool call, and no weight versions.
 """
 
+import asyncio
 import json
 import secrets
 import socket
@@ -53,11 +54,14 @@ class Endpoint:
         self.episodes: dict[str, OpenEpisode] = {}
         self._speech: dict[str, tuple[Chat, Parser | None]] = {}
         self._runner: web.AppRunner | None = None
+        self._starting = asyncio.Lock()
         self.address = ""
 
     async def start(self) -> None:
-        """Listen on a free port."""
-        await self._listen("/e/{secret}", self.config.rollout.endpoint_host, 0)
+        """Listen on a free port; once, however many ask."""
+        async with self._starting:
+            if not self.address:
+                await self._listen("/e/{secret}", self.config.rollout.endpoint_host, 0)
 
     async def _listen(self, root: str, host: str, port: int) -> None:
         app = web.Application(client_max_size=MOST_BYTES)

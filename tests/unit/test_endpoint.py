@@ -358,3 +358,16 @@ def test_the_model_is_listed_and_only_loopback_is_served(tmp_path):
     assert models == ["tiny"]
     assert address.startswith("http://127.0.0.1:")
     assert END == 3
+
+
+def test_episodes_that_open_at_the_same_time_share_one_server(tmp_path):
+    async def main():
+        served, _ = endpoint(tmp_path)
+        await asyncio.gather(*(served.start() for _ in range(5)))
+        address = served.address
+        assert address
+        await served.start()
+        assert served.address == address
+        await served.close()
+
+    asyncio.run(main())
