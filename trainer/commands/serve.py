@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,9 @@ def settings_of(target: str) -> Config:
             )
         saved, target = json.loads((run / "config.json").read_text()), str(run / "model")
     kept = ("max_model_len", "top_p", "top_k", "min_p", "tool_parser", "reasoning_parser", "kv_cache_gib")
-    rollout = RolloutConfig(**{name: saved["rollout"][name] for name in kept}) if saved else RolloutConfig()
+    given = {name: saved["rollout"][name] for name in kept} if saved else {}
+    # The length of a reply is each request's own.
+    rollout = RolloutConfig(max_tokens=1, **given)
     own = ("dtype", "fp32_head", "temperature", "chat_template_kwargs")
     whole = {name: saved[name] for name in own if name in saved}
     return Config(name="serve", model=target, data=Data(train=[]), reward=_nothing, rollout=rollout, **whole)
@@ -74,8 +75,8 @@ async def _serve(plan: Plan, host: str, port: int, key: str) -> None:
     # Imported late: Ray takes a second that `--help` does not need.
     from trainer.cluster.cluster import Cluster
 
-    config = replace(plan.config, rollout=replace(plan.config.rollout, max_tokens=plan.config.rollout.max_model_len))
-    cluster = Cluster(plan.config, plan.placement)
+    config = plan.config
+    cluster = Cluster(config, plan.placement)
     try:
         cluster.boot()
         with status(f"starting an engine with {config.model}"):
