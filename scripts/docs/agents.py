@@ -1,6 +1,6 @@
 """Train the calculator as an agent of stock clients, and print what each learns next to the environment's class.
 
-    python scripts/docs/agents.py                                  # every client with seeds 0 and 1: an hour on two cores
+    python scripts/docs/agents.py                                  # every client, seeds 0 and 1: an hour on two cores
     python scripts/docs/agents.py --clients openai-async --seeds 0
 
 A run that has a summary in runs/agents/ already is not run again. All figures: docs/data/agents.json.
