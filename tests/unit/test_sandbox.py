@@ -297,7 +297,11 @@ class Recorded:
     def stop(self):
         self.story.append("stop")
 
-    read = write = None
+    def read(self, path):
+        return b""
+
+    def write(self, path, content):
+        pass
 
 
 def test_no_answer_enters_a_sandbox_and_each_case_has_a_new_one():
@@ -367,12 +371,12 @@ def test_a_run_on_a_server_is_one_request(fusion):
     sandbox = SandboxFusion(url=server.url)
     sandbox.start()
     sandbox.write("b", "data")
-    ran = sandbox.run(["python", "main.py", "a b"], stdin="in", files={"main.py": "print()"}, timeout=7)
+    ran = sandbox.run(["python", "main.py", "a b"], stdin="in", files={"main.py": "print()"}, timeout=7.0)
     assert ran == Ran(stdout="out", stderr="err", code=3)
     ((path, body),) = server.asked
     assert path == "/run_code"
     assert body["code"] == "python main.py 'a b'"
-    assert (body["language"], body["stdin"], body["run_timeout"]) == ("bash", "in", 7)
+    assert (body["language"], body["stdin"], body["run_timeout"]) == ("bash", "in", 7.0)
     assert body["files"] == {"b": "ZGF0YQ==", "main.py": "cHJpbnQoKQ=="}
     assert sandbox.read("b") == b"data"
 
@@ -401,7 +405,7 @@ def test_a_busy_or_failing_server_is_asked_again_and_never_scored(busy, fusion):
     assert SandboxFusion(url=server.url).run(["true"]).code == 0
     assert len(server.asked) == 3
     with pytest.raises(EnvError, match=r"failed for 0\.05 s"):
-        SandboxFusion(url=fusion(busy).url, patience_s=0.05).run(["true"], timeout=0)
+        SandboxFusion(url=fusion(busy).url, patience_s=0.05).run(["true"], timeout=0.0)
 
 
 def test_a_request_that_the_server_refuses_is_not_repeated(fusion):
@@ -415,4 +419,4 @@ def test_a_server_that_is_not_there_is_an_error_of_the_environment(fusion):
     server = fusion((200, finished()))
     server.http.server_close()
     with pytest.raises(EnvError, match="failed for"):
-        SandboxFusion(url=server.url, patience_s=0.05).run(["true"], timeout=0)
+        SandboxFusion(url=server.url, patience_s=0.05).run(["true"], timeout=0.0)
