@@ -171,22 +171,22 @@ def path(tmp_path, monkeypatch):
     ],
 )
 def test_a_program_that_is_not_installed_is_named(name, remedy, path):
-    assert probe.tools().bwrap == str(path / "bwrap")
+    assert probe.tools_here().bwrap == str(path / "bwrap")
     (path / name).unlink()
     with pytest.raises(ValueError, match=rf"no sandbox on this machine: {remedy}.*Unprotected\(\)"):
-        probe.tools()
+        probe.tools_here()
 
 
 def test_only_root_needs_setpriv(path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     (path / "setpriv").unlink()
-    assert probe.tools().setpriv == ""
+    assert probe.tools_here().setpriv == ""
 
 
 def test_an_old_bubblewrap_is_named(path):
     program(path, "bwrap", "echo bubblewrap 0.6.2")
     with pytest.raises(ValueError, match=r"bubblewrap 0\.6\.2 has no --disable-userns: install version 0\.8"):
-        probe.tools()
+        probe.tools_here()
 
 
 MACHINES = {
@@ -215,7 +215,7 @@ def test_a_box_that_does_not_start_is_a_refusal_at_start_and_later_an_error_of_t
     box = Bubblewrap(readable=("/no/such/folder",))
     with pytest.raises(ValueError, match=r"no sandbox on this machine: .*no/such/folder.*Unprotected"):
         box.start()
-    monkeypatch.setattr(bubblewrap, "found", lambda box: (probe.tools(), "/usr/bin/python3"))
+    monkeypatch.setattr(bubblewrap, "found", lambda box: (probe.tools_here(), "/usr/bin/python3"))
     with pytest.raises(EnvError, match=r"a box did not start: .*no/such/folder"):
         box.run(["true"])
 
