@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import rl.sandbox.files as held
-import rl.sandbox.probe as probe
-import rl.sandbox.seccomp as seccomp
 from rl.environments.types import EnvError, ToolError
 from rl.sandbox.capture import Output, capture
+from rl.sandbox.files import MOST_FILES, PAGE, Held, encoded, words
+from rl.sandbox.probe import NO_PYTHON, Tools, cause, refusal, tools_here
+from rl.sandbox.seccomp import deny
 from rl.sandbox.types import Content, Files, Ran
 
 NOBODY = 65534
@@ -46,7 +46,7 @@ os._exit(code if code >= 0 else 128 - code)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bubblewrap(held.Held):
+class Bubblewrap(Held):
     """A new box for each run: no network, no process and no file of the machine but /usr, and limits.
 
     Without `keep` and `write` one object may serve many threads, because runs share nothing.
@@ -84,10 +84,10 @@ class Bubblewrap(held.Held):
         """Run a program in a new box."""
         tools, python = found(self)
         placed = self.placed({**self.files, **(files or {})})
-        output = self.boxed(tools, python, held.command(argv, python), held.data(stdin), placed, timeout)
+        output = self.boxed(tools, python, words(argv, python), encoded(stdin), placed, timeout)
         code, note = exit_code(output), ""
         if code is None and not output.ended:
-            raise EnvError(f"a box did not start: {probe.cause(output.outlets[1])}")
+            raise EnvError(f"a box did not start: {cause(output.outlets[1])}")
         if output.ended == "memory":
             note = f"\nended: it held more than {self.memory_mib} MiB of memory"
         elif self.keep and not output.ended:
@@ -100,7 +100,7 @@ class Bubblewrap(held.Held):
         return output.ran(code or 0, note)
 
     def boxed(
-        self, tools: probe.Tools, python: str, command: list[str], stdin: bytes, files: dict[str, bytes], seconds: float
+        self, tools: Tools, python: str, command: list[str], stdin: bytes, files: dict[str, bytes], seconds: float
     ) -> Output:
         """Run a command in a box; the third outlet has what bwrap reports, the fourth, with `keep`, the files left."""
         memory, disk, output = self.memory_mib << 20, self.disk_mib << 20, self.output_kib << 10
@@ -123,22 +123,22 @@ class Bubblewrap(held.Held):
             box += [tools.prlimit, *(f"--{name}={value}" for name, value in limits.items()), "--"]
             return [*box, *([python, "-I", "-S", "-c", KEEP, str(writes[1])] if self.keep else []), *command]
 
-        inlets, most = [stdin, seccomp.deny(), *files.values()], [output, output, STATUS_BYTES]
-        most += [disk + held.MOST_FILES * held.PAGE] if self.keep else []
+        inlets, most = [stdin, deny(), *files.values()], [output, output, STATUS_BYTES]
+        most += [disk + MOST_FILES * PAGE] if self.keep else []
         # The folder of the run may be closed to nobody, so it is not that of bwrap.
         return capture(line, inlets, most, seconds, memory, env={}, cwd="/")
 
 
 @cache
-def found(box: Bubblewrap) -> tuple[probe.Tools, str]:
+def found(box: Bubblewrap) -> tuple[Tools, str]:
     """The programs that make a box, and the interpreter in it, after a trial. Raises ValueError if it does not work."""
-    tools, why = probe.tools(), ""
+    tools, why = tools_here(), ""
     for python in (box.python,) if box.python else PYTHONS:
         output = box.boxed(tools, python, [python, "-I", "-S", "-c", TRIAL], b"", {}, 60.0)
-        if output.outlets[0].strip() == b"works":
+        if bytes(output.outlets[0]).strip() == b"works":
             return tools, python
-        why = why or (probe.cause(output.outlets[1]) if exit_code(output) is None else "")
-    raise ValueError(probe.refusal(why or probe.NO_PYTHON))
+        why = why or (cause(output.outlets[1]) if exit_code(output) is None else "")
+    raise ValueError(refusal(why or NO_PYTHON))
 
 
 def mounts(python: str, readable: Sequence[str]) -> list[str]:

@@ -78,17 +78,18 @@ def _followed(pid: int, ends: Sequence[int], most: Sequence[int], until: float, 
     """Reads until the process ends or reaches a limit."""
     output = Output(outlets=[bytearray() for _ in ends])
     with selectors.DefaultSelector() as selector, open(os.pidfd_open(pid)) as process:
-        selector.register(process, selectors.EVENT_READ)
+        selector.register(process, selectors.EVENT_READ, -1)
         for index, end in enumerate(ends):
             selector.register(end, selectors.EVENT_READ, index)
         look, running = time.monotonic() + TICK_S, True
         while running and not output.ended:
             for key, _ in selector.select(max(0.0, min(until - time.monotonic(), TICK_S))):
-                if key.fileobj is process:
+                index: int = key.data
+                if index < 0:
                     running = False
-                elif not _more(key.fd, output.outlets[key.data]):
+                elif not _more(key.fd, output.outlets[index]):
                     selector.unregister(key.fd)
-                elif len(output.outlets[key.data]) > most[key.data]:
+                elif len(output.outlets[index]) > most[index]:
                     output.ended = "output"
             now = time.monotonic()
             if running and now >= until:

@@ -17,7 +17,7 @@ class Held(Checked):
 
     disk_mib: int = 64
     """Most room for files. In a box it is memory too: as much for each of /work (its folder), /tmp and /dev/shm."""
-    files: dict[str, bytes] = field(default_factory=dict, init=False, compare=False, repr=False)
+    files: dict[str, bytes] = field(default_factory=dict[str, bytes], init=False, compare=False, repr=False)
 
     def start(self) -> None:
         """Begin without files."""
@@ -39,7 +39,7 @@ class Held(Checked):
 
     def placed(self, files: Files) -> dict[str, bytes]:
         """Files as bytes. Raises ToolError if they do not fit, or if a file is also a folder."""
-        found = {name(path): data(content) for path, content in files.items()}
+        found = {name(path): encoded(content) for path, content in files.items()}
         folders = {str(folder) for path in found for folder in PurePosixPath(path).parents}
         if both := folders & found.keys():
             raise ToolError(f"{min(both)[:80]!r} cannot be both a file and a folder")
@@ -49,23 +49,23 @@ class Held(Checked):
         return found
 
 
-def data(content: Content) -> bytes:
+def encoded(content: Content) -> bytes:
     """The bytes of a content."""
     return content.encode(errors="replace") if isinstance(content, str) else bytes(content)
 
 
-def command(argv: Sequence[str], python: str) -> list[str]:
+def words(argv: Sequence[str], python: str) -> list[str]:
     """The arguments, with the path of the interpreter for "python". Raises ToolError if no system would take them."""
-    if not argv or any("\0" in each for each in argv) or len(data("".join(argv))) > MOST_ARGUMENTS:
+    if not argv or any("\0" in each for each in argv) or len(encoded("".join(argv))) > MOST_ARGUMENTS:
         raise ToolError(f"a command needs 1 word or more, without NUL, and at most {MOST_ARGUMENTS:,} bytes")
-    words = [data(each).decode() for each in argv]
-    return [python if words[0] == "python" else words[0], *words[1:]]
+    found = [encoded(each).decode() for each in argv]
+    return [python if found[0] == "python" else found[0], *found[1:]]
 
 
 def name(path: str) -> str:
     """A path in the folder of a sandbox. Raises ToolError for any other."""
     parts = PurePosixPath(path).parts
-    long = len(data(path)) > MOST_PATH or any(len(data(part)) > MOST_PART for part in parts)
+    long = len(encoded(path)) > MOST_PATH or any(len(encoded(part)) > MOST_PART for part in parts)
     if not parts or path.startswith("/") or ".." in parts or "\0" in path or long:
         raise ToolError(f"{path[:80]!r} must be a relative path without '..', and not longer than a file's name may be")
-    return data("/".join(parts)).decode()
+    return encoded("/".join(parts)).decode()

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import rl.sandbox.files as held
 from rl.environments.types import EnvError
+from rl.sandbox.files import Held, encoded, words
 from rl.sandbox.types import Content, Files, Ran
 
 ANSWER, FIRST_PAUSE_S, LONGEST_PAUSE_S = 16 << 20, 0.25, 8.0
@@ -22,7 +22,7 @@ JITTER = random.Random()
 
 
 @dataclass(frozen=True, kw_only=True)
-class SandboxFusion(held.Held):
+class SandboxFusion(Held):
     """A server with `POST /run_code`, such as github.com/bytedance/SandboxFusion. It keeps nothing between two runs."""
 
     url: str
@@ -37,8 +37,8 @@ class SandboxFusion(held.Held):
         sent = self.placed({**self.files, **(files or {})})
         body = {
             "language": "bash",
-            "code": shlex.join(held.command(argv, "python")),
-            "stdin": held.data(stdin).decode(errors="replace"),
+            "code": shlex.join(words(argv, "python")),
+            "stdin": encoded(stdin).decode(errors="replace"),
             "run_timeout": timeout,
             "files": {path: base64.b64encode(content).decode() for path, content in sent.items()},
         }
@@ -60,10 +60,13 @@ class SandboxFusion(held.Held):
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url.rstrip('/')}/run_code", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=max(seconds, 0.1)) as response:
-            answer = json.loads(response.read(ANSWER))
-        ran = answer.get("run_result") if isinstance(answer, dict) else None
-        late = bool(ran) and ran.get("status") == "TimeLimitExceeded"
-        if not ran or answer.get("status") == "SandboxError" or (ran.get("return_code") is None and not late):
-            raise ValueError(f"the server reports {str(answer)[:200]}")
-        code, out, err = 137 if late else ran["return_code"], ran.get("stdout") or "", ran.get("stderr") or ""
-        return Ran(stdout=out, stderr=err, code=code, timed_out=late)
+            answer: Any = json.loads(response.read(ANSWER))
+        try:
+            ran: dict[str, Any] = answer["run_result"]
+            late = ran["status"] == "TimeLimitExceeded"
+            if answer["status"] == "SandboxError" or (ran["return_code"] is None and not late):
+                raise KeyError("status")
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the server reports {str(answer)[:200]}") from error
+        code: Any = 137 if late else ran["return_code"]
+        return Ran(stdout=ran.get("stdout") or "", stderr=ran.get("stderr") or "", code=code, timed_out=late)

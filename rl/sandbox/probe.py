@@ -32,7 +32,7 @@ class Tools:
         return [*([self.setpriv, *who] if self.setpriv else []), self.bwrap]
 
 
-def tools() -> Tools:
+def tools_here() -> Tools:
     """The programs of this machine. Raises ValueError that names what is missing."""
     root = os.geteuid() == 0
     names = {"bwrap": "bubblewrap", "prlimit": "util-linux", **({"setpriv": "util-linux"} if root else {})}

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import rl.sandbox.files as held
 from rl.sandbox.capture import capture
+from rl.sandbox.files import Held, encoded, words
 from rl.sandbox.types import Content, Files, Ran
 
 OUTPUT = 256 << 10
@@ -17,7 +17,7 @@ START = ["/bin/sh", "-c", 'exec "$@"', "sh"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unprotected(held.Held):
+class Unprotected(Held):
     """No sandbox: a program of the policy can read, change and send whatever the user of the run can.
 
     For machines that hold nothing else, or for programs that you have read.
@@ -27,12 +27,12 @@ class Unprotected(held.Held):
         self, argv: Sequence[str], *, stdin: Content = "", files: Files | None = None, timeout: float = 10.0
     ) -> Ran:
         """Run a program in a new folder."""
-        command = [*START, *held.command(argv, sys.executable)]
+        command = [*START, *words(argv, sys.executable)]
         with tempfile.TemporaryDirectory(prefix="unprotected-", ignore_cleanup_errors=True) as folder:
             for path, content in self.placed({**self.files, **(files or {})}).items():
                 (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
                 (Path(folder) / path).write_bytes(content)
             env = {"PATH": os.defpath, "LANG": "C.UTF-8"}
-            given, most = [held.data(stdin)], [OUTPUT, OUTPUT]
+            given, most = [encoded(stdin)], [OUTPUT, OUTPUT]
             output = capture(lambda _, __: command, given, most, timeout, env=env, cwd=folder)
         return output.ran(output.code)

@@ -9,6 +9,7 @@ import pytest
 from boxes import missing
 from rl.environments import Episode, ToolError, Turn
 from rl.environments.check import check_environment
+from rl.sandbox import Ran
 from rl.types import Call, Reply
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -132,6 +133,13 @@ def test_a_right_program_passes_the_hidden_tests_and_another_one_does_not(monkey
     assert paid("def f(") == 0.0
 
 
+class Late:
+    """A sandbox in which every program takes too long."""
+
+    def run(self, argv, **_):
+        return Ran(stdout="", stderr="", code=137, timed_out=True)
+
+
 @boxed
 def test_the_python_tool_shows_output_and_errors_and_pays_for_the_answer(monkeypatch):
     tool = recipe("sandbox/python_tool", monkeypatch)
@@ -141,8 +149,9 @@ def test_the_python_tool_shows_output_and_errors_and_pays_for_the_answer(monkeyp
     (call,) = env.parse(tool.WORKED[1])
     assert env.python(**call.arguments) == tool.WORKED[2]
     assert env.python("print(1/0)") == "Output: ZeroDivisionError: division by zero"
-    assert env.python("while True: pass") == "Output: too slow"
     assert env.parse(tool.WORKED[3]) == []
     assert env.reward(played(env.task, " 352\n")) == 1.0
     assert env.reward(played(env.task, "352", ended="turns")) == 0.0
     check_environment(tool.config.env)
+    monkeypatch.setattr(tool, "BOX", Late())
+    assert env.python("while True: pass") == "Output: too slow"

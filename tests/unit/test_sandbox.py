@@ -127,8 +127,8 @@ def test_lone_surrogates_are_replaced_and_no_error_of_the_sandbox():
 
 @boxed
 @pytest.mark.serial
-def test_a_box_costs_no_more_than_25_ms_in_the_median(capsys):
-    """The interpreter's own start is not ours: what a run takes longer than that is bounded."""
+def test_a_box_costs_no_more_than_25_ms(capsys):
+    """What a run takes longer than the interpreter alone. The least of 21, because other processes only add to it."""
     box, alone, program = Bubblewrap(), Unprotected(), [*PYTHON, "print(1)"]
     box.start()
     took: dict[object, list[float]] = {box: [], alone: []}
@@ -136,10 +136,10 @@ def test_a_box_costs_no_more_than_25_ms_in_the_median(capsys):
         began = time.perf_counter()
         assert sandbox.run(program).stdout == "1\n"
         took[sandbox].append(1000 * (time.perf_counter() - began))
-    boxed, bare = (statistics.median(took[each]) for each in (box, alone))
+    boxed, bare = (round(statistics.median(took[each]), 1) for each in (box, alone))
     with capsys.disabled():
-        print(f"\na run: {boxed:.1f} ms in a box, {bare:.1f} ms without one (medians of 21)")
-    assert boxed - bare <= 25
+        print(f"\na run: {boxed} ms in a box, {bare} ms without one (medians of 21)")
+    assert min(took[box]) - min(took[alone]) <= 25
 
 
 # -- what a machine lacks ----------------------------------------------------------------------------------------------
@@ -171,22 +171,22 @@ def path(tmp_path, monkeypatch):
     ],
 )
 def test_a_program_that_is_not_installed_is_named(name, remedy, path):
-    assert probe.tools().bwrap == str(path / "bwrap")
+    assert probe.tools_here().bwrap == str(path / "bwrap")
     (path / name).unlink()
     with pytest.raises(ValueError, match=rf"no sandbox on this machine: {remedy}.*Unprotected\(\)"):
-        probe.tools()
+        probe.tools_here()
 
 
 def test_only_root_needs_setpriv(path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     (path / "setpriv").unlink()
-    assert probe.tools().setpriv == ""
+    assert probe.tools_here().setpriv == ""
 
 
 def test_an_old_bubblewrap_is_named(path):
     program(path, "bwrap", "echo bubblewrap 0.6.2")
     with pytest.raises(ValueError, match=r"bubblewrap 0\.6\.2 has no --disable-userns: install version 0\.8"):
-        probe.tools()
+        probe.tools_here()
 
 
 MACHINES = {
@@ -215,7 +215,7 @@ def test_a_box_that_does_not_start_is_a_refusal_at_start_and_later_an_error_of_t
     box = Bubblewrap(readable=("/no/such/folder",))
     with pytest.raises(ValueError, match=r"no sandbox on this machine: .*no/such/folder.*Unprotected"):
         box.start()
-    monkeypatch.setattr(bubblewrap, "found", lambda box: (probe.tools(), "/usr/bin/python3"))
+    monkeypatch.setattr(bubblewrap, "found", lambda box: (probe.tools_here(), "/usr/bin/python3"))
     with pytest.raises(EnvError, match=r"a box did not start: .*no/such/folder"):
         box.run(["true"])
 
@@ -297,7 +297,11 @@ class Recorded:
     def stop(self):
         self.story.append("stop")
 
-    read = write = None
+    def read(self, path):
+        return b""
+
+    def write(self, path, content):
+        pass
 
 
 def test_no_answer_enters_a_sandbox_and_each_case_has_a_new_one():
@@ -367,12 +371,12 @@ def test_a_run_on_a_server_is_one_request(fusion):
     sandbox = SandboxFusion(url=server.url)
     sandbox.start()
     sandbox.write("b", "data")
-    ran = sandbox.run(["python", "main.py", "a b"], stdin="in", files={"main.py": "print()"}, timeout=7)
+    ran = sandbox.run(["python", "main.py", "a b"], stdin="in", files={"main.py": "print()"}, timeout=7.0)
     assert ran == Ran(stdout="out", stderr="err", code=3)
     ((path, body),) = server.asked
     assert path == "/run_code"
     assert body["code"] == "python main.py 'a b'"
-    assert (body["language"], body["stdin"], body["run_timeout"]) == ("bash", "in", 7)
+    assert (body["language"], body["stdin"], body["run_timeout"]) == ("bash", "in", 7.0)
     assert body["files"] == {"b": "ZGF0YQ==", "main.py": "cHJpbnQoKQ=="}
     assert sandbox.read("b") == b"data"
 
@@ -401,7 +405,7 @@ def test_a_busy_or_failing_server_is_asked_again_and_never_scored(busy, fusion):
     assert SandboxFusion(url=server.url).run(["true"]).code == 0
     assert len(server.asked) == 3
     with pytest.raises(EnvError, match=r"failed for 0\.05 s"):
-        SandboxFusion(url=fusion(busy).url, patience_s=0.05).run(["true"], timeout=0)
+        SandboxFusion(url=fusion(busy).url, patience_s=0.05).run(["true"], timeout=0.0)
 
 
 def test_a_request_that_the_server_refuses_is_not_repeated(fusion):
@@ -415,4 +419,4 @@ def test_a_server_that_is_not_there_is_an_error_of_the_environment(fusion):
     server = fusion((200, finished()))
     server.http.server_close()
     with pytest.raises(EnvError, match="failed for"):
-        SandboxFusion(url=server.url, patience_s=0.05).run(["true"], timeout=0)
+        SandboxFusion(url=server.url, patience_s=0.05).run(["true"], timeout=0.0)

@@ -180,7 +180,7 @@ time.sleep(60)
 
 
 def test_memory_of_several_processes_has_a_limit_together(box):
-    ran = box(HOLD, settings={"memory_mib": 100}, timeout=30)
+    ran = box(HOLD, settings={"memory_mib": 100}, timeout=30.0)
     assert (ran.code, ran.timed_out) == (137, False)
     assert "more than 100 MiB" in ran.stderr
 
@@ -209,7 +209,7 @@ for index in range(10_000_000):
 
 
 def test_empty_files_are_memory_too(box):
-    ran = box(CROWD, settings={"memory_mib": 40}, timeout=60)
+    ran = box(CROWD, settings={"memory_mib": 40}, timeout=60.0)
     assert (ran.code, ran.timed_out) == (137, False)
     assert "more than 40 MiB" in ran.stderr
 
@@ -327,7 +327,7 @@ def test_no_box_outlives_a_driver_that_is_killed():
     word = f"{os.getpid()}7.25"
     driver = os.fork()
     if not driver:
-        Here().run(["sleep", word], timeout=60)
+        Here().run(["sleep", word], timeout=60.0)
         os._exit(0)
     until = time.monotonic() + 30
     while not alive(word):
@@ -398,7 +398,7 @@ def test_no_setuid_program_no_capability_and_no_open_file_gives_more_rights(box)
 
 
 def test_a_flood_of_output_is_cut_off_and_its_program_is_ended(box):
-    ran = box("while True: print('y' * 10_000)", timeout=60)
+    ran = box("while True: print('y' * 10_000)", timeout=60.0)
     assert (ran.truncated, ran.timed_out, ran.code) == (True, False, 137)
     assert len(ran.stdout) == 256 << 10
 
