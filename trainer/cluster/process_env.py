@@ -37,12 +37,12 @@ def learner_env(threads: int, device: Device) -> dict[str, str]:
 
 
 def without_functions(config: Config) -> Config:
-    """The config as actors get it: data, rewards, environment and filters stay on the driver.
+    """The config as actors get it: data, rewards, judges, environment and filters stay on the driver.
 
     Raises ValueError for a setting that cannot be sent.
     """
     config = replace(config, data=_stays_on_driver, reward=_stays_on_driver, env=None, eval_reward=None)
-    config = replace(config, filters=())
+    config = replace(config, filters=(), judges=())
     for field in fields(config):
         value = getattr(config, field.name)
         try:
