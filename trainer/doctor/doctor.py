@@ -209,6 +209,7 @@ def _possible(config: Config) -> Config | str:
 
 async def check_on_own_engines(config: Config, reading: Reading) -> DoctorReport:
     """Start engines and a learner, examine them, and stop them."""
+    config = replace(config, judges=())  # nothing is scored
     cluster = Cluster(config, make_plan(config).placement)
     try:
         cluster.boot()
