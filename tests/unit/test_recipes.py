@@ -17,7 +17,7 @@ from trainer.learner.deepspeed_engine import deepspeed_settings
 from trainer.runs.settings import resolved
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.py") if p.stem != "loop_in_one_file")
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.py") if p.stem != "loop_in_one_file")
 """Every file that is a run. The loop in one file has a test of its own, tests/unit/test_loop_in_one_file.py."""
 
 
