@@ -156,7 +156,7 @@ class OpenAIJudge(Checked):
         return repr(shortened(text.replace(self._key, "***") if self._key else text, 160))
 
 
-def number_after(words: str, low: float, high: float) -> Callable[[str], float | None]:
+def number_after(words: str, low: float | int, high: float | int) -> Callable[[str], float | None]:
     """A `parse` that takes the number behind the last `words`, such as "Score:"; none where it is outside of
     [low, high]."""
     return partial(_number_after, words=words, low=low, high=high)
