@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from rl.environments.types import Limits
 from rl.filters import GroupFilter
+from rl.judges import Judge
 from rl.objectives import GSPO, Objective
 from rl.objectives.corrections import Correction, Uncorrected
 from rl.rewards.score import Reward
@@ -149,9 +150,12 @@ class Config(Checked):
     """When an episode of `env` or `agent` ends."""
     env_workers: int = 0
     """Processes for environments and agents that compute much. 0: they live in the driver's process, in threads."""
+    judges: tuple[Judge, ...] = ()
+    """Models that rewards or environments await: `RewardModel(...)`, which gets an engine of its own, and
+    `OpenAIJudge(...)`, behind a URL."""
     max_failed: float = 0.1
-    """Largest share of the last 50 groups that may fail because of their environment. Above it the run ends with the
-    first error. An episode that fails is first played again (`rollout.retries`)."""
+    """Largest share of the last 50 groups that may fail because of their environment or a judge. Above it the run ends
+    with the first error. An episode or a reward that fails so is first tried again (`rollout.retries`)."""
     eval_reward: Reward | None = None
     """Reward for evaluations. pass@k counts a reward of at least 1. Default: the same as `reward`, or as `env`."""
     objective: Objective = field(default_factory=GSPO)
@@ -261,6 +265,8 @@ class Config(Checked):
     @classmethod
     def right_form(cls, field: str, value: Any) -> str | None:
         """How to write a setting whose value is code."""
+        if field == "judges" and isinstance(value, Judge):
+            return "is one judge: write a tuple, judges=(judge,)"
         if field == "filters" and callable(value):
             return f"is one filter: write a tuple, filters=({value!r},)"
         if field in ("reward", "eval_reward") and isinstance(value, Mapping | list | tuple):

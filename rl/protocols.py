@@ -24,6 +24,10 @@ class EngineLost(RuntimeError):
     """The engine that sampled a group was lost. Another engine, or this one restarted, may sample the group again."""
 
 
+class EnvError(RuntimeError):
+    """The environment failed, and the policy did not cause it. The episode is played again; it never gets a reward."""
+
+
 class UpdateFailed(RuntimeError):
     """A weight update failed, and every engine keeps its weights. The update may be sent again."""
 

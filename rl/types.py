@@ -98,6 +98,19 @@ class Reply:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a judge (`rl.judges`) said about a reply."""
+
+    judge: str
+    """Its name."""
+    reply: str
+    """The text that it judged."""
+    score: float
+    raw: str
+    """Its own words; of a reward model the score."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trajectory:
     """A scored sequence. All lists have the length of `token_ids`; entry i belongs to token i.
 
@@ -130,6 +143,8 @@ class Trajectory:
     paid: tuple[tuple[int, float], ...] | None = None
     """Where the reward was paid: (index of a sampled token, amount). Over all rows of an episode the amounts add up to
     `reward`. None: all of it at the last sampled token."""
+    verdicts: tuple[Verdict, ...] = ()
+    """What judges said about it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ def check(config: Config) -> None:
             "temperature above 0 (eval_temperature may be 0)"
         )
     _check_episodes(config)
+    _check_judges(config)
     check_objective(config)
     check_template(config.chat_template_kwargs)
     config.correction.check(config)
@@ -108,6 +109,17 @@ def _check_episodes(config: Config) -> None:
         raise ValueError(
             f"rollout.min_tokens={config.rollout.min_tokens} with episodes: the engine counts the tokens of each "
             "turn, and the trainer those of a whole episode; use min_tokens=0"
+        )
+
+
+def _check_judges(config: Config) -> None:
+    labels = [judge.label for judge in config.judges]
+    if twice := {label for label in labels if labels.count(label) > 1}:
+        raise ValueError(f"two judges have the name {min(twice)!r}, which their metrics need: write name='...' in each")
+    if config.env_workers and config.judges:
+        raise ValueError(
+            f"env_workers={config.env_workers} with judges: their bounds, and the engines of reward models, are the "
+            "driver's, where waiting for a judge holds up nobody; use env_workers=0"
         )
 
 

@@ -12,6 +12,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from contextlib import suppress
 from itertools import pairwise
@@ -49,6 +50,16 @@ def exit_when_orphaned(generations: int) -> None:
         with suppress(ProcessLookupError):
             os.kill(between, signal.SIGKILL)
     os._exit(1)
+
+
+class FrozenWorker:
+    """Methods that vLLM adds to the worker class of an engine whose weights never change."""
+
+    def end_with_parent(self, forked: bool) -> None:
+        """End this process when its parent has ended. `forked`: the parent is a fork server of one thread."""
+        if forked:
+            kill_with_parent()
+        threading.Thread(target=exit_when_orphaned, args=(1,), daemon=True, name="exit when orphaned").start()
 
 
 def kill_with_parent() -> None:

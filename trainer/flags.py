@@ -115,8 +115,9 @@ def _walk(owner: Any, prefix: str) -> Iterator[Flag]:
 
 
 def is_code(hint: Any) -> bool:
-    """Whether a field holds functions, which a command line or a file cannot name."""
-    return typing.get_origin(hint) is collections.abc.Callable or any(map(is_code, typing.get_args(hint)))
+    """Whether a field holds functions, or what holds functions, which a command line or a file cannot name."""
+    inside = hints_of(hint).values() if isinstance(hint, type) and is_dataclass(hint) else typing.get_args(hint)
+    return typing.get_origin(hint) is collections.abc.Callable or any(map(is_code, inside))
 
 
 @cache

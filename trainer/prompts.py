@@ -16,6 +16,7 @@ from rl.data import Data, Eval, Given, Train, sized
 from rl.environments.host import ThreadHost
 from rl.environments.play import Chat, play
 from rl.environments.template import chat_of
+from rl.judges.hearing import hear
 from rl.loop.evaluate import answers_of
 from rl.loop.players import stage_of
 from rl.loop.progress import numbers, runs
@@ -225,7 +226,8 @@ def try_rewards(config: Config, prepared: Prepared, first: Prompt, answer: Calla
     )
     for reward in filter(None, (config.reward, config.eval_reward)):
         asked = [empty] * config.group_size if judges_groups(reward) else empty
-        asyncio.run(score_in_time(reward, asked, 0, config.deadlines.reward_s))
+        with hear(rehearsal=True):
+            asyncio.run(score_in_time(reward, asked, 0, config.deadlines.reward_s))
     if answer is not None:
         answers_of(answer, [empty])
 
@@ -242,7 +244,8 @@ def try_environment(config: Config, prepared: Prepared, first: Prompt, where: st
 
     silent, chat = Silent(prepared.stop_ids[:1] or [0]), prepared.chat(config.env)
     stage = stage_of(config, silent, prepared.decode, chat, ThreadHost(env=config.env))
-    asyncio.run(play(stage, first, 0, lambda turn: 0))
+    with hear(rehearsal=True):
+        asyncio.run(play(stage, first, 0, lambda turn: 0))
 
 
 @dataclass

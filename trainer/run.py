@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import Config
+from rl.judges.agreement import agreements
 from rl.loop.loop import Loop
 from rl.loop.progress import Progress
 from rl.parity.watch import Watch
@@ -179,7 +180,8 @@ class Run:
         if not self.resumed:
             with status("evaluating the start model"):
                 due = evaluations.due(0)
-                self.tracker.log(0, await due if due else {})
+                metrics = await due if due else {}
+                self.tracker.log(0, metrics | await agreements(config.judges))
         summary["eval_before"] = evaluation_in(self.tracker.history[0])
         self.began = time.perf_counter() - (self.resumed.saved("train_seconds") if self.resumed else 0.0)
         self.stop.gently = self.loop.stop

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from rl.environments.types import EnvError, EnvLate
+from rl.judges.hearing import JudgeError
 from rl.protocols import EngineLost
 from rl.types import Trajectory
 
@@ -62,4 +63,6 @@ def reason(error: EnvError | EngineLost) -> str:
     """The ledger's word for a failure."""
     if isinstance(error, EnvLate):
         return "deadline"
+    if isinstance(error, JudgeError):
+        return "judge_error"
     return "env_error" if isinstance(error, EnvError) else "engine_lost"

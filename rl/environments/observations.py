@@ -4,6 +4,7 @@ from typing import Any
 
 from rl.environments import tools
 from rl.environments.types import EnvError, Messages, Turn
+from rl.judges.hearing import JudgeError
 from rl.typed import shortened, show
 from rl.types import Call
 
@@ -13,6 +14,8 @@ SHOWN = 180
 
 def fault(what: str, error: Exception) -> EnvError:
     """An error of the environment, which names the method."""
+    if isinstance(error, JudgeError):
+        return JudgeError(f"{what} got no verdict: {error}")
     if isinstance(error, EnvError):
         return type(error)(f"{what} {error}")
     return EnvError(f"{what} raised {type(error).__name__}: {shortened(str(error), SHOWN)}")

@@ -16,6 +16,7 @@ from rl.environments.host import Host, Instance, Work
 from rl.environments.observations import as_calls, as_messages, as_text, fault, spoken, user
 from rl.environments.tree import Node, Tree
 from rl.environments.types import Ended, EnvError, EnvLate, Episode, Limits, Messages, Step, ToolError, Turn
+from rl.judges.hearing import hear
 from rl.protocols import EngineLost, Rollouts
 from rl.rewards.result import NoScore, finite, points
 from rl.typed import show
@@ -72,9 +73,10 @@ async def play(stage: Stage, prompt: Prompt, member: int, seed: Callable[[int], 
         raise fault("the environment's constructor", error) from error
     one, failed = _Play(stage, prompt, instance), True
     try:
-        rows = await one.rows(member, seed)
+        with hear() as heard:
+            rows = await one.rows(member, seed)
         failed = False
-        return rows
+        return [replace(row, verdicts=tuple(heard.verdicts)) for row in rows] if heard.verdicts else rows
     finally:
         try:
             await instance.close(min(CLOSE_S, stage.limits.tool_s))

@@ -12,10 +12,12 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from functools import cache
+from contextvars import copy_context
+from functools import cache, partial
 from typing import Any
 
 from rl.environments.types import EnvError, EnvLate
+from rl.judges.hearing import hear
 
 MOST_THREADS = 64
 """Calls that run at the same time: many tools wait for a sandbox or for a server."""
@@ -36,13 +38,15 @@ class Threads:
 
     async def run(self, work: Callable[[], Any], seconds: float, unwanted: Callable[[Any], None] | None = None) -> Any:
         """What `work` returns, awaited if it is a coroutine. Raises EnvLate when that takes longer than `seconds`,
-        which count from when it begins, and EnvError when too many calls hang; else what it raises. A result that comes
-        when the caller is late or cancelled is given to `unwanted`, in any thread; it must return at once."""
-        job = _Job(work, unwanted or _ignore)
+        which count from when it begins and not while it waits for a judge, and EnvError when too many calls hang; else
+        what it raises. A result that comes when the caller is late or cancelled is given to `unwanted`, in any thread;
+        it must return at once."""
+        with hear() as heard:
+            job = _Job(work, unwanted or _ignore)
         self._put(job)
         try:
             while not job.done.done():
-                left = seconds - (time.monotonic() - job.began if job.began else 0.0)
+                left = seconds - (time.monotonic() - job.began if job.began else 0.0) + heard.waited()
                 if left <= 0:
                     raise EnvLate(f"took longer than {seconds:g} s")
                 # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
@@ -84,7 +88,7 @@ class Threads:
         while job := self._next():
             result, error = None, None
             try:
-                result = job.work()
+                result = job.context.run(job.work)
             except BaseException as raised:
                 error = raised
             with self._ready:
@@ -97,7 +101,8 @@ class Threads:
                         job.unwanted(result)
                     return
                 if inspect.isawaitable(result):
-                    job.waiting = asyncio.run_coroutine_threadsafe(_awaited(result), _event_loop())
+                    begin = partial(asyncio.run_coroutine_threadsafe, _awaited(result), _event_loop())
+                    job.waiting = job.context.run(begin)
                     job.waiting.add_done_callback(job.answered)
                     continue
             job.settle(result, error)
@@ -119,6 +124,8 @@ class _Job:
     def __init__(self, work: Callable[[], Any], unwanted: Callable[[Any], None]) -> None:
         self.work, self.unwanted = work, unwanted
         self.loop = asyncio.get_running_loop()
+        self.context = copy_context()
+        """Of who made it: so a judge knows whose call it answers."""
         self.done: asyncio.Future[Any] = self.loop.create_future()
         self.began = 0.0
         self.in_thread = self.left = False

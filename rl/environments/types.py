@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rl.protocols import EnvError as EnvError
 from rl.typed import Checked, show
 from rl.types import Call
 
@@ -15,10 +16,6 @@ Messages = list[dict[str, Any]]
 
 class ToolError(Exception):
     """What the policy asked for cannot be done. The policy reads the message as the result of its call."""
-
-
-class EnvError(RuntimeError):
-    """The environment failed, and the policy did not cause it. The episode is played again; it never gets a reward."""
 
 
 class EnvLate(EnvError):

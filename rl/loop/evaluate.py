@@ -3,14 +3,16 @@
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rl.config import Config
 from rl.data import Eval
 from rl.environments.types import EnvError
+from rl.judges.hearing import JudgeError
 from rl.loop.errors import first_error
 from rl.loop.estimates import Problems, estimates, names, of_problem
-from rl.loop.players import MAX_SCORING, Episodes, reject_aborted
+from rl.loop.players import MAX_SCORING, Episodes, judged, reject_aborted
 from rl.loop.stream import sample_seed
 from rl.protocols import EngineLost, Rollouts
 from rl.rewards.score import Asked, Reward, RewardError, reply_to, score_all, score_in_time
@@ -84,8 +86,8 @@ async def evaluate(
 ) -> Evaluation:
     """Sample and score every set, one after the other. Seeds do not change between calls with the same `seeds`.
 
-    A problem whose environment fails is left out and counted in failed_frac; above `config.max_failed` of them the set
-    has no score, and EnvError is raised when none is left.
+    A problem whose environment or judge fails is left out and counted in failed_frac; above `config.max_failed` of them
+    the set has no score, and EnvError is raised when none is left.
     """
     metrics: dict[str, float] = {}
     measured: dict[str, Problems] = {}
@@ -167,9 +169,13 @@ class _Sampling:
 
         async def scored(reward: Reward, asked: Asked) -> Any:
             async with self.scoring:
-                return await score_in_time(reward, asked, prompt.ordinal, c.deadlines.reward_s)
+                call = partial(score_in_time, reward, asked, prompt.ordinal, c.deadlines.reward_s)
+                return (await judged(call, c.rollout.retries))[0]
 
-        rewards = [points for points, _ in await score_all(each.reward, replies, scored)]
+        try:
+            rewards = [points for points, _ in await score_all(each.reward, replies, scored)]
+        except JudgeError as error:
+            return error
         return rewards, await asyncio.to_thread(answers_of, each.answer, replies) if each.answer else None
 
     async def episodes(self, player: Episodes, prompt: Prompt) -> tuple[Rewards, None] | EnvError:

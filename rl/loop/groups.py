@@ -12,6 +12,7 @@ from rl.config import Config
 from rl.environments.group import Group
 from rl.environments.types import EnvError
 from rl.filters import reason
+from rl.judges.hearing import JudgeError
 from rl.loop.admission import Admission
 from rl.loop.in_flight import InFlight
 from rl.loop.players import Player
@@ -20,7 +21,7 @@ from rl.typed import show
 from rl.types import Prompt, Trajectory
 
 RECENT = 50
-"""Groups among which those are counted that failed because of their environment."""
+"""Groups among which those are counted that failed because of their environment or their judge."""
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Groups:
     _settled: int = field(init=False, default=0)
     """Groups that were sampled and scored so far, whatever became of them."""
     _recent: deque[bool] = field(init=False, default_factory=lambda: deque[bool](maxlen=RECENT))
-    """Whether each of the last groups failed because of its environment."""
+    """Whether each of the last groups failed because of its environment or its judge."""
     _first: tuple[Prompt, EnvError] | None = field(init=False, default=None)
     """The first of those failures."""
 
@@ -190,8 +191,9 @@ class Groups:
         failed, most = sum(self._recent), self.config.max_failed * RECENT
         if self._first and failed > most:
             first, cause = self._first
+            whose = "a judge" if isinstance(cause, JudgeError) else "the environment"
             raise EnvError(
-                f"{failed} of the last {len(self._recent)} groups failed because of the environment (max_failed="
+                f"{failed} of the last {len(self._recent)} groups failed because of {whose} (max_failed="
                 f"{self.config.max_failed:g} of {RECENT} groups). The first was prompt {first.ordinal} (task "
                 f"{show(dict(first.task), 180)}): {cause}"
             ) from cause

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 NEXT = {
     "admitted": {"sampling", "filtered"},
     "sampling": {"scoring", "admitted", "filtered", "failed"},
-    "scoring": {"ready", "filtered"},
+    "scoring": {"ready", "filtered", "failed"},
     "ready": {"training", "filtered"},
     "training": {"trained"},
 }

@@ -9,6 +9,7 @@ from statistics import fmean
 from rl.batch import collate
 from rl.config import Config
 from rl.episodes.rows import first_rows
+from rl.judges.desk import judge_metrics
 from rl.loop.admission import Admission
 from rl.loop.errors import first_error
 from rl.loop.groups import Groups, Tally
@@ -155,7 +156,7 @@ class Loop:
             step=time.perf_counter() - began,
             in_flight=groups.in_flight.seconds() - busy,
         )
-        metrics |= self.data_metrics() | ledger_metrics(self.admission.ledger)
+        metrics |= self.data_metrics() | judge_metrics(c.judges) | ledger_metrics(self.admission.ledger)
         metrics |= sync_metrics(sync, self.admission.version)
         metrics |= timing_metrics(tokens, times)
         self.on_samples(step, trajectories)

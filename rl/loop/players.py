@@ -8,13 +8,14 @@ from typing import Any, Protocol, runtime_checkable
 
 from rl.batch import trajectory
 from rl.config import Config
-from rl.environments.group import Group, play_group
+from rl.environments.group import Group, play_group, reason
 from rl.environments.host import Host
 from rl.environments.play import Chat, Stage, play
+from rl.judges.hearing import JudgeError, about, hear
 from rl.loop.stream import sample_seed, turn_seed
 from rl.protocols import EngineLost, Rollouts
 from rl.rewards.score import Asked, Reward, reply_to, score_all
-from rl.types import Completion, Prompt, Trajectory
+from rl.types import Completion, Prompt, Trajectory, Verdict
 
 Score = Callable[[Reward, Asked, int, float], Awaitable[Any]]
 """`rl.rewards.score.score_in_time`, or a replacement with the same arguments."""
@@ -44,7 +45,7 @@ class Replies:
     _scoring: asyncio.Semaphore = field(init=False, default_factory=lambda: asyncio.Semaphore(MAX_SCORING))
 
     async def group(self, prompt: Prompt, move: Move) -> Group:
-        """Sample and score one group; it fails when too many engines were lost."""
+        """Sample and score one group; it fails when too many engines were lost, or a judge failed too often."""
         completions = await self._sample(prompt, move)
         n = self.config.group_size
         if not completions:
@@ -52,14 +53,29 @@ class Replies:
         c, reward = self.config, self.config.reward
         assert reward is not None, "a run with an environment has another player"
 
+        replies = [reply_to(prompt, completion, self.decode) for completion in completions]
+        said: dict[int, list[Verdict]] = {}
+
         async def scored(reward: Reward, asked: Asked) -> Any:
             async with self._scoring:
-                return await self.score(reward, asked, prompt.ordinal, c.deadlines.reward_s)
+                call = partial(self.score, reward, asked, prompt.ordinal, c.deadlines.reward_s)
+                points, verdicts = await judged(call, c.rollout.retries)
+            if isinstance(asked, list):
+                said.update({id(reply): about(reply, asked, verdicts) for reply in asked})
+            else:
+                said[id(asked)] = verdicts
+            return points
 
-        replies = [reply_to(prompt, completion, self.decode) for completion in completions]
-        scores = await score_all(reward, replies, scored)
+        try:
+            scores = await score_all(reward, replies, scored)
+        except JudgeError as error:
+            return Group(rows=[], samples=n, failed=reason(error), error=error)
         rows = [
-            replace(trajectory(prompt, completion, points, parts, mask_truncated=c.mask_truncated), episode=member)
+            replace(
+                trajectory(prompt, completion, points, parts, mask_truncated=c.mask_truncated),
+                episode=member,
+                verdicts=tuple(said[id(replies[member])]),
+            )
             for member, (completion, (points, parts)) in enumerate(zip(completions, scores, strict=True))
             if points is not None
         ]
@@ -84,6 +100,19 @@ class Replies:
 
 PlayOne = Callable[[Prompt, int, int, float | None], Awaitable[list[Trajectory]]]
 """One episode of a prompt, given which of its group's it is, the run's seed, and a temperature (None: the run's)."""
+
+
+async def judged(score: Callable[[], Awaitable[Any]], retries: int) -> tuple[Any, list[Verdict]]:
+    """The result of a reward, and what judges said for it. Where a judge failed it is asked again, `retries` times at
+    most. Raises the JudgeError of the last time."""
+    while True:
+        try:
+            with hear() as heard:
+                return await score(), heard.verdicts
+        except JudgeError:
+            if not retries:
+                raise
+            retries -= 1
 
 
 @dataclass(kw_only=True)

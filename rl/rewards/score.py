@@ -6,9 +6,11 @@ import inspect
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from contextvars import copy_context
 from functools import cache
 from typing import Any, overload
 
+from rl.judges.hearing import JudgeError, hear
 from rl.rewards.clock import RewardClock
 from rl.rewards.combined import OverGroup, Weighted, judges_groups
 from rl.rewards.result import RIGHT_FORM, NoScore, Points, Score, points, rows_of
@@ -60,8 +62,9 @@ def score(
 ) -> Points | list[Points]:
     """Reward and its parts of one reply, or of each reply of a group.
 
-    Raises RewardError, naming the prompt, when the function raises or returns no score. Blocks until an `async` reward
-    has its answer; `awaiting` gets the future of it, which can be cancelled. `clock` measures the call.
+    Raises RewardError, naming the prompt, when the function raises or returns no score, and the JudgeError of a judge.
+    Blocks until an `async` reward has its answer; `awaiting` gets the future of it, which can be cancelled. `clock`
+    measures the call.
     """
     clock = clock or RewardClock()
     try:
@@ -79,6 +82,8 @@ def score(
         raise RewardError(
             f"the reward of prompt {ordinal} {shown(asked)} {_with_notes(error)}; {RIGHT_FORM}"
         ) from error
+    except JudgeError:
+        raise
     except Exception as error:  # the user's function may raise anything
         raised = f"raised {type(error).__name__}: {_with_notes(error)}"
         raise RewardError(f"the reward of prompt {ordinal} {shown(asked)} {raised}") from error
@@ -113,14 +118,20 @@ async def score_all(
     """The points of every reply of a group: `score_one` is called with each reply, or once with all of them."""
     if judges_groups(reward):
         return await score_one(reward, replies)
-    return list(await asyncio.gather(*(score_one(reward, reply) for reply in replies)))
+    scoring = [asyncio.ensure_future(score_one(reward, reply)) for reply in replies]
+    try:
+        return list(await asyncio.gather(*scoring))
+    finally:
+        for task in scoring:
+            task.cancel()  # of a group that has failed, nobody needs the others
 
 
 async def score_in_time(reward: Reward, asked: Asked, ordinal: int, deadline_s: float) -> Any:
     """`score` in a thread. Raises RewardError after `deadline_s` seconds; an `async` reward is then cancelled.
 
-    The clock starts when the call runs, and stands still while other rewards compute. The thread is a daemon: at exit
-    Python would wait for any other kind, and a reward that hangs would hang the run.
+    The clock starts when the call runs, and stands still while other rewards compute and while the call waits for a
+    judge. The thread is a daemon: at exit Python would wait for any other kind, and a reward that hangs would hang the
+    run.
     """
     loop = asyncio.get_running_loop()
     scored: asyncio.Future[Points | list[Points]] = loop.create_future()
@@ -146,10 +157,12 @@ async def score_in_time(reward: Reward, asked: Asked, ordinal: int, deadline_s: 
         with suppress(RuntimeError):  # the run has ended, and its event loop is closed
             loop.call_soon_threadsafe(settle, result, error)
 
-    threading.Thread(target=work, daemon=True, name=f"reward of prompt {ordinal}").start()
+    with hear() as heard:
+        context = copy_context()
+    threading.Thread(target=context.run, args=(work,), daemon=True, name=f"reward of prompt {ordinal}").start()
     try:
         while not scored.done():
-            left = deadline_s - (clocks[0].seconds() if clocks else 0.0)
+            left = deadline_s - (clocks[0].seconds() if clocks else 0.0) + heard.waited()
             if left <= 0:
                 raise RewardError(
                     f"the reward of prompt {ordinal} took longer than {deadline_s:g} s {shown(asked)}; bound its "

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from written import ROOT, write_or_check
 
 SOURCES = ("rl/environments/types.py", "rl/trainer_config.py", "rl/config.py")
+JUDGES = {"OpenAIJudge": "rl/judges/chat.py", "RewardModel": "rl/judges/reward_model.py", "Calls": "rl/judges/desk.py"}
+"""Classes that are values of `judges` and of `calls`, and where they are."""
 PAGE = ROOT / "docs" / "reference" / "configuration.md"
 HEAD = """# Configuration
 
@@ -25,7 +27,7 @@ such as `--objective.clip-high`; the [objectives](../objectives.md) page explain
 
 The defaults below are those of the class. A recipe sets its own, and `python recipes/NAME.py --help` shows them.
 """
-CODE = ("Callable", "Reward", "GroupFilter", "Correction", "Objective")
+CODE = ("Callable", "Reward", "GroupFilter", "Correction", "Objective", "Judge")
 """Types that a command line cannot hold."""
 
 
@@ -77,7 +79,7 @@ def _default(value: ast.expr | None) -> str:
 
 def source() -> str:
     """The modules whose classes are settings, as one."""
-    return "\n".join((ROOT / name).read_text() for name in SOURCES)
+    return "\n".join((ROOT / name).read_text() for name in (*SOURCES, *JUDGES.values()))
 
 
 def page(source: str) -> str:
@@ -87,7 +89,7 @@ def page(source: str) -> str:
     for name in classes:
         _find_prefixes(name, classes, prefixes)
     parts = [HEAD]
-    for name, prefix in prefixes.items():
+    for name, prefix in (prefixes | {each: "" for each in JUDGES if each in classes}).items():
         doc, settings = classes[name]
         title = f"`{name}`" if not prefix else f"`{name}`: flags `--{prefix.replace('_', '-')}*`"
         parts.append(f"\n## {title}\n\n{doc}\n\n| field | type | default | meaning |\n|---|---|---|---|\n")

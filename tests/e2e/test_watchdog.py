@@ -54,7 +54,7 @@ class SleepingEngine(EngineActor):
 
 @pytest.fixture(scope="module")
 def stuck():
-    one = Cluster(replace(CONFIG, deadlines=Deadlines(step_s=2.0, sync_s=2.0)), SimpleNamespace(engines=1, learners=1))
+    one = Cluster(replace(CONFIG, deadlines=Deadlines(step_s=2.0, sync_s=2.0)), SimpleNamespace(actors=2))
     one.started_ray = start_ray(one.placement)
     one.learners = [LearnerProcess(actors.watched(SleepingLearner).remote())]
     one.engines = [EngineProcess(actors.watched(SleepingEngine).options(max_concurrency=8).remote())]

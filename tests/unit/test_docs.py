@@ -25,7 +25,9 @@ PAGES = sorted(DOCS.rglob("*.md")) + TOP
 GENERATED = {DOCS / "reference" / "configuration.md", DOCS / "reference" / "command-line.md"}
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
-FAMILIES = "actor critic episode eval filter ledger memory perf queue response_length reward rollout_corr staleness"
+FAMILIES = (
+    "actor critic episode eval filter judge ledger memory perf queue response_length reward rollout_corr staleness"
+)
 METRIC = re.compile(rf"^(?:{'|'.join(FAMILIES.split())}|timing_s|weight_sync)/[\w@*/]+$")
 
 

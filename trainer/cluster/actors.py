@@ -11,7 +11,7 @@ from rl import checkout
 from rollout.process import start_fork_server
 from trainer.cluster.engine_client import EngineClient
 from trainer.cluster.stacks import Heartbeat, stacks
-from trainer.cluster.stubs import Call, EngineProcess, LearnerProcess
+from trainer.cluster.stubs import Call, EngineProcess, LearnerProcess, ScorerProcess
 
 
 class ActorShell:
@@ -107,6 +107,11 @@ class EngineActor(ActorShell):
 def engine_process(options: dict[str, Any]) -> EngineProcess:
     """Start the process of an engine, with Ray's options for actors. Returns at once."""
     return EngineProcess(watched(EngineActor).options(**options).remote())
+
+
+def scorer_process(options: dict[str, Any]) -> ScorerProcess:
+    """Start the process of a reward model, with Ray's options for actors. Returns at once."""
+    return ScorerProcess(watched(EngineActor).options(**options).remote())
 
 
 def learner_process(options: dict[str, Any]) -> LearnerProcess:

@@ -23,6 +23,7 @@ from trainer.cluster.engine_client import EngineClient
 from trainer.cluster.placement import Placement, engine_threads, learner_threads
 from trainer.cluster.process_env import learner_env, without_functions
 from trainer.cluster.ray_session import log_folder, start_ray
+from trainer.cluster.reward_models import RewardModels
 from trainer.cluster.stubs import AskEngine, AskLearner, EngineProcess, LearnerProcess, recorded
 
 R = TypeVar("R")
@@ -38,6 +39,7 @@ class Cluster:
         self.engines: list[EngineProcess] = []
         self.building: list[Any] = []
         self.learners: list[LearnerProcess] = []
+        self.reward_models = RewardModels(config)
         self.address = ""
         """Where learner rank 0 is found, by the other ranks and by the engines."""
         self.group: Any = None
@@ -61,12 +63,15 @@ class Cluster:
         engine_vars = env | engine_env(device=p.device, backend=p.backend, threads=engine_threads(c, cores))
         self.learner_threads = learner_threads(c, cores)
         learner_vars = env | learner_env(self.learner_threads, p.device)
-        more = {"max_concurrency": 4096, "runtime_env": {"env_vars": engine_vars}}
+        more: dict[str, Any] = {"max_concurrency": 4096, "runtime_env": {"env_vars": engine_vars}}
         self.engine_options = [one | more for one in options[: p.engines]]
         booted = [self._boot_engine(index) for index in range(p.engines)]
         self.engines, self.building = [engine for engine, _ in booted], [building for _, building in booted]
-        for one in options[p.engines :]:
+        for one in options[p.engines : p.engines + p.learners]:
             self.learners.append(learner_process(one | {"runtime_env": {"env_vars": learner_vars}}))
+        # One thread: a reward model computes while engines and ranks do.
+        more["runtime_env"] = {"env_vars": env | engine_env(device=p.device, backend=p.backend, threads=1)}
+        self.reward_models.boot([one | more for one in options[p.engines + p.learners :]], self.sources, p.device)
 
     def _boot_engine(self, index: int) -> tuple[EngineProcess, Any]:
         engine = engine_process(self.engine_options[index])
@@ -103,6 +108,7 @@ class Cluster:
             async with asyncio.TaskGroup() as building:
                 engines = [started(f"engine {i}", ref, deadline) for i, ref in enumerate(self.building)]
                 engines = [building.create_task(engine) for engine in engines]
+                building.create_task(self.reward_models.start())
                 if p.backend != "gloo":
                     # While the engines start there is time to import DeepSpeed, and vLLM for this side of the channel.
                     for learner in self.learners:
@@ -122,10 +128,11 @@ class Cluster:
     def _actor_options(self) -> list[dict[str, Any]]:
         p = self.placement
         if p.device == "cpu":
-            return [{"num_cpus": 1}] * (p.engines + p.learners)
-        gpus = [p.gpus_per_engine] * p.engines + [p.gpus_per_learner] * p.learners
+            return [{"num_cpus": 1}] * p.actors
+        gpus = [p.gpus_per_engine] * p.engines + [p.gpus_per_learner] * p.learners + [1.0] * p.reward_models
         if p.backend == "ipc":
-            bundles, index = [{"GPU": 1.0, "CPU": 2.0}], [0, 0]
+            bundles = [{"GPU": 1.0, "CPU": 2.0}, *([{"GPU": 1.0, "CPU": 1.0}] * p.reward_models)]
+            index = [0, 0, *range(1, 1 + p.reward_models)]
         else:
             bundles, index = [{"GPU": n, "CPU": 1.0} for n in gpus], list(range(len(gpus)))
         self.group = group = placement_group(bundles, strategy="PACK")
@@ -162,9 +169,11 @@ class Cluster:
 
     async def close(self) -> None:
         """End every actor, and Ray if this run started it. Safe to call at any moment, also twice."""
-        if closing := [engine.ask(lambda e: e.close()) for engine in self.engines]:
+        scorers, self.reward_models.processes = self.reward_models.processes, []
+        closing: list[Any] = [engine.ask(lambda e: e.close()) for engine in self.engines]
+        if closing := closing + [scorer.ask(lambda s: s.close()) for scorer in scorers]:
             ray.wait(closing, num_returns=len(closing), timeout=15)
-        for process in [*self.engines, *self.learners]:
+        for process in [*self.engines, *self.learners, *scorers]:
             process.kill()
         self.engines, self.learners = [], []
         if self.group is not None:

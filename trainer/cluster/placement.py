@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rl.config import Config
+from rl.judges import RewardModel
 
 Device = Literal["cpu", "cuda"]
 Backend = Literal["gloo", "nccl", "ipc"]
@@ -20,11 +21,19 @@ class Placement:
     learners: int
     gpus_per_engine: float
     gpus_per_learner: float
+    reward_models: int = 0
+    """Each has one GPU, or one CPU process."""
 
     @property
     def gpus(self) -> float:
         """All GPUs of the run."""
-        return self.engines * self.gpus_per_engine + self.learners * self.gpus_per_learner
+        judges = self.reward_models if self.device == "cuda" else 0
+        return self.engines * self.gpus_per_engine + self.learners * self.gpus_per_learner + judges
+
+    @property
+    def actors(self) -> int:
+        """All actors of the run."""
+        return self.engines + self.learners + self.reward_models
 
     def table(self) -> list[tuple[str, str]]:
         """Rows for the terminal."""
@@ -36,6 +45,7 @@ class Placement:
         return [
             ("engines", f"{self.engines} x {engine}"),
             ("learner ranks", f"{self.learners} x {learner}"),
+            *([("reward models", f"{self.reward_models} x {devices(1)}")] if self.reward_models else []),
             (
                 "weight channel",
                 "shared memory, or gloo" if self.device == "cpu" else self.backend,
@@ -45,6 +55,11 @@ class Placement:
 
 def place(config: Config, *, cuda: bool, gpus: float = math.inf) -> Placement:
     """The placement of a run on a cluster with this many GPUs. Raises ValueError for impossible settings."""
+    reward_models = len(reward_models_of(config))
+    return replace(_engines_and_ranks(config, cuda=cuda, gpus=gpus - reward_models), reward_models=reward_models)
+
+
+def _engines_and_ranks(config: Config, *, cuda: bool, gpus: float) -> Placement:
     device: Device = ("cuda" if cuda else "cpu") if config.device == "auto" else config.device
     engines, tp, ranks = config.rollout.engines, config.rollout.tensor_parallel, config.trainer.ranks
     for name, value in (("rollout.engines", engines), ("rollout.tensor_parallel", tp), ("trainer.ranks", ranks)):
@@ -73,6 +88,11 @@ def place(config: Config, *, cuda: bool, gpus: float = math.inf) -> Placement:
     return Placement(
         device="cuda", backend="nccl", engines=engines, learners=ranks, gpus_per_engine=tp, gpus_per_learner=1
     )
+
+
+def reward_models_of(config: Config) -> list[RewardModel]:
+    """The judges of a run that need an engine."""
+    return [judge for judge in config.judges if isinstance(judge, RewardModel)]
 
 
 def engines_alone(placement: Placement, config: Config) -> Placement:
@@ -105,9 +125,10 @@ def learner_threads(config: Config, cores: int) -> int:
 def check_fits(placement: Placement, *, gpus: float) -> None:
     """Raise ValueError, naming both numbers, when a run asks for more GPUs than the cluster has."""
     if placement.gpus > gpus:
+        judges = f" + {placement.reward_models} reward models x 1" if placement.reward_models else ""
         raise ValueError(
             f"this run needs {placement.gpus:g} GPUs ({placement.engines} engines x {placement.gpus_per_engine:g} + "
-            f"{placement.learners} learner ranks x {placement.gpus_per_learner:g}), but the cluster has {gpus:g}. "
-            "Lower rollout.engines, rollout.tensor_parallel or trainer.ranks; on one GPU use --share-gpu; add nodes "
-            "with scripts/cluster"
+            f"{placement.learners} learner ranks x {placement.gpus_per_learner:g}{judges}), but the cluster has "
+            f"{gpus:g}. Lower rollout.engines, rollout.tensor_parallel or trainer.ranks; on one GPU use --share-gpu; "
+            "add nodes with scripts/cluster"
         )

@@ -37,14 +37,14 @@ def learner_env(threads: int, device: Device) -> dict[str, str]:
 
 
 def without_functions(config: Config) -> Config:
-    """The config as actors get it: data, rewards, environment and filters stay on the driver.
+    """The config as actors get it: data, rewards, judges, environment and filters stay on the driver.
 
     Raises ValueError for a setting that cannot be sent.
     """
     kinds = {"reward": _stays_on_driver, "env": _Elsewhere, "agent": _stays_on_driver}
     # Whether it learns from episodes decides how long a sample can be, also for a rank.
     kept = {name: None if getattr(config, name) is None else stand_in for name, stand_in in kinds.items()}
-    config = replace(config, data=_stays_on_driver, eval_reward=None, filters=(), **kept)
+    config = replace(config, data=_stays_on_driver, eval_reward=None, filters=(), judges=(), **kept)
     for field in fields(config):
         value = getattr(config, field.name)
         try:

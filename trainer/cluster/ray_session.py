@@ -29,7 +29,7 @@ def start_ray(placement: Placement) -> bool:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="error",
-            num_cpus=max(machine.cores(), placement.engines + placement.learners),
+            num_cpus=max(machine.cores(), placement.actors),
             object_store_memory=object_store_bytes(machine.shared_memory()),
             _node_ip_address="127.0.0.1",
         )

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
     from rollout.engine import Engine
+    from rollout.scorer import Scorer
     from trainer.learner.learner import Learner
 
 R = TypeVar("R")
 AskEngine = Callable[["Engine"], Awaitable[R]]
 """Calls one method of an engine."""
+AskScorer = Callable[["Scorer"], Awaitable[R]]
+"""Calls one method of the engine of a reward model."""
 AskLearner = Callable[["Learner"], R]
 """Calls one method of a learner rank."""
 
@@ -74,6 +77,14 @@ class EngineProcess(Process):
 
     def ask(self, ask: AskEngine[R]) -> ObjectRef[R]:
         """Call a method of the engine."""
+        return self.actor.call.remote(recorded(ask))
+
+
+class ScorerProcess(Process):
+    """The process of a reward model."""
+
+    def ask(self, ask: AskScorer[R]) -> ObjectRef[R]:
+        """Call a method of its engine."""
         return self.actor.call.remote(recorded(ask))
 
 

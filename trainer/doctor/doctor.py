@@ -222,6 +222,7 @@ Examine = Callable[[Cluster, RemoteLearner, Prepared], Awaitable[R]]
 
 async def on_own_engines(config: Config, reading: Reading, examine: Examine[R]) -> R:
     """Start engines and a learner, examine them, and stop them."""
+    config = replace(config, judges=())  # nothing is scored
     cluster = Cluster(config, make_plan(config).placement)
     try:
         cluster.boot()

@@ -85,6 +85,22 @@ def without_weights(config: PretrainedConfig, *, trust_remote_code: bool = False
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
+def scoring_parameters(model: str, *, trust_remote_code: bool = False) -> int:
+    """Parameters of a reward model. Raises ValueError for one that does not return a single number."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = model_config(model, trust_remote_code=trust_remote_code)
+    kinds, outputs = config.architectures or ["no architecture"], config.num_labels
+    if not kinds[0].endswith("ForSequenceClassification") or outputs != 1:
+        raise ValueError(
+            f"the reward model {model} is a {kinds[0]} with {outputs} outputs: give a ...ForSequenceClassification "
+            "with one output (num_labels=1 in its config.json)"
+        )
+    with torch.device("meta"):
+        scorer = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+    return sum(parameter.numel() for parameter in scorer.parameters())
+
+
 def listed_stop_ids(model: str, tokenizer: Any, *, trust_remote_code: bool = False) -> list[int]:
     """Every token id that ends a reply of this model: see `rl.tokens.stop_ids`."""
     from transformers import GenerationConfig, PretrainedConfig

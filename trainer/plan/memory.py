@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from rl.config import Config
 from trainer import machine
-from trainer.cluster.placement import Placement
+from trainer.cluster.placement import Placement, reward_models_of
 from trainer.model.head import chunk_of
 
 if TYPE_CHECKING:
@@ -83,6 +84,16 @@ def shape_of(model: "PreTrainedModel") -> Shape:
         vocabulary=text.vocab_size,
         adapted=sum(m.in_features + m.out_features for m in linear),
     )
+
+
+def add_reward_models(needs: Needs, config: Config, device: str, parameters: Mapping[str, int]) -> None:
+    """Add the GiB of each reward model, given its parameters by name; on CPU those of the host too."""
+    for judge in reward_models_of(config):
+        own = {"weights": {"bfloat16": 2, "float32": 4}[judge.dtype] * parameters[judge.label] / GIB}
+        own |= {"KV cache": judge.kv_cache_gib} if device == "cpu" else {}
+        own |= {"process": PROCESS[device]["engine"]}
+        needs[f"reward model {judge.label}"] = own
+        needs["host"][f"reward model {judge.label}"] = sum(own.values()) if device == "cpu" else own["process"]
 
 
 def required_memory(config: Config, placement: Placement, shape: Shape) -> Needs:
@@ -161,13 +172,15 @@ def engines_memory(config: Config, placement: Placement, shape: Shape) -> Needs:
 
 def available_memory(config: Config, placement: Placement) -> dict[str, float]:
     """GiB that each place may use; infinite where this machine cannot know, as for other nodes of a cluster."""
-    limits = {"learner rank": math.inf, "engine": math.inf, "host": math.inf}
+    judges = {f"reward model {judge.label}": judge for judge in reward_models_of(config)}
+    limits = {"learner rank": math.inf, "engine": math.inf, "host": math.inf} | dict.fromkeys(judges, math.inf)
     if os.environ.get("RAY_ADDRESS") or (placement.device == "cuda" and not torch.cuda.is_available()):
         return limits
     limits["host"] = machine.memory() / GIB
     if placement.device == "cuda":
         gpu = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / GIB
         share = config.rollout.gpu_memory_utilization
+        limits |= {place: judge.gpu_memory_utilization * gpu for place, judge in judges.items()}
         limits |= {"engine": share * gpu, "learner rank": gpu * (1 - share if placement.backend == "ipc" else 1)}
     return limits
 
@@ -192,5 +205,6 @@ def remedies(config: Config, place: str) -> list[str]:
         "rollout.tensor_parallel": place == "engine",
     }
     smaller = {"a smaller model": True}
-    options = {"learner rank": learner | smaller, "engine": engine | smaller, "host": engine | learner | smaller}[place]
+    places = {"learner rank": learner | smaller, "engine": engine | smaller, "host": engine | learner | smaller}
+    options = places.get(place, {"a smaller reward model, or one behind a URL": True})
     return [remedy for remedy, helps in options.items() if helps]

@@ -7,11 +7,19 @@ from typing import TYPE_CHECKING
 
 from rl.config import Config
 from rl.validate import check
-from trainer.cluster.placement import Placement, check_fits, engines_alone, place
+from trainer.cluster.placement import Placement, check_fits, engines_alone, place, reward_models_of
 from trainer.cluster.ray_session import LEAST_STORE, cluster_gpus, object_store_bytes
 from trainer.machine import shared_memory
-from trainer.model.files import check_model_folder, model_config, without_weights
-from trainer.plan.memory import GIB, Memory, available_memory, engines_memory, required_memory, shape_of
+from trainer.model.files import check_model_folder, model_config, scoring_parameters, without_weights
+from trainer.plan.memory import (
+    GIB,
+    Memory,
+    add_reward_models,
+    available_memory,
+    engines_memory,
+    required_memory,
+    shape_of,
+)
 from trainer.plan.rules import check_build, check_rows, check_truncation
 
 if TYPE_CHECKING:
@@ -41,11 +49,21 @@ class Plan:
         return without_weights(model_config(self.config.model, trust_remote_code=allowed), trust_remote_code=allowed)
 
     @cached_property
+    def reward_models(self) -> dict[str, int]:
+        """Parameters of each reward model. Raises OSError where it is missing, ValueError for another kind of model."""
+        allowed = self.config.trust_remote_code
+        return {
+            judge.label: scoring_parameters(judge.model, trust_remote_code=allowed)
+            for judge in reward_models_of(self.config)
+        }
+
+    @cached_property
     def memory(self) -> Memory:
         """GiB by place. Raises as `skeleton`."""
         shape = shape_of(self.skeleton)
         needs = required_memory if self.placement.learners else engines_memory
         required = needs(self.config, self.placement, shape)
+        add_reward_models(required, self.config, self.placement.device, self.reward_models)
         return Memory(shape=shape, required=required, available=available_memory(self.config, self.placement))
 
     def notes(self) -> list[str]:
@@ -81,7 +99,8 @@ def make_plan(config: Config, *, learners: bool = True) -> Plan:
     Without learners it is an evaluation: engines alone, which read the model themselves.
     """
     check(config)
-    check_model_folder(config.model)
+    for model in (config.model, *(judge.model for judge in reward_models_of(config))):
+        check_model_folder(model)
     gpus = cluster_gpus() if config.device != "cpu" else 0.0
     placement = place(config, cuda=gpus > 0, gpus=gpus)
     placement = placement if learners else engines_alone(placement, config)

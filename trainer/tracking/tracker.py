@@ -102,6 +102,8 @@ class RunTracker:
                 "finish_reason": t.finish_reason,
                 "versions": sorted({v for v, m in zip(t.versions, t.mask, strict=True) if m}),
             }
+            if t.verdicts:
+                row["verdicts"] = [{"judge": v.judge, "score": v.score, "raw": v.raw} for v in t.verdicts]
             if step < 0:
                 sampled = [i for i, m in zip(t.token_ids, t.mask, strict=True) if m]
                 row |= {"token_ids": sampled, "logprobs": [repr(x) for x in t.logprobs]}
