@@ -16,6 +16,7 @@ from rl.agents.record import Opening, Record
 from rl.environments.host import Host
 from rl.environments.observations import fault, user
 from rl.environments.types import Ended, EnvError, EnvLate, Limits, Messages
+from rl.judges.hearing import hear
 from rl.protocols import EngineLost
 from rl.rewards.result import NoScore, points
 from rl.types import Prompt, Trajectory
@@ -88,13 +89,14 @@ async def play_agent(
         seconds=limits.seconds,
     )
     result, error = None, None
-    try:
-        result = await _reward(stage, prompt, context)
-    except Exception as raised:  # the user's code may raise anything, and none of it may become a reward
-        error = raised
-    finally:
-        # Also where the episode is cancelled: its requests must not go on.
-        record = await stage.endpoints.end(engine, opening.secret)
+    with hear() as heard:
+        try:
+            result = await _reward(stage, prompt, context)
+        except Exception as raised:  # the user's code may raise anything, and none of it may become a reward
+            error = raised
+        finally:
+            # Also where the episode is cancelled: its requests must not go on.
+            record = await stage.endpoints.end(engine, opening.secret)
     if record.lost:
         raise EngineLost(record.lost)
     ended: Ended = record.limit or "done"
@@ -119,6 +121,7 @@ async def play_agent(
         reward_parts=parts,
         finish_reason="length" if cut else "stop",
         trained=not (stage.mask_truncated and cut),
+        verdicts=tuple(heard.verdicts),
     )
 
 
