@@ -7,9 +7,8 @@ from rl.config import Config
 from rl.environments.host import ThreadHost
 from rl.loop.evaluate import HeldOut, held_out
 from rl.loop.players import Episodes, in_environment, stage_of
-from trainer.cluster.endpoints import RemoteEndpoints
 from trainer.cluster.env_workers import EnvWorkers
-from trainer.cluster.remote import RemoteRollouts
+from trainer.cluster.remote import RemoteEndpoints, RemoteRollouts
 from trainer.data.sets import config_of
 from trainer.prompts import Prepared
 

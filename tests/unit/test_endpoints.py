@@ -10,7 +10,7 @@ import pytest
 from rl.agents.record import Opening, Record
 from rl.protocols import EngineLost
 from rl.tokens import Rendering
-from trainer.cluster.endpoints import RemoteEndpoints
+from trainer.cluster.remote import RemoteEndpoints
 from trainer.machine import check_proxy
 
 OPENING = Opening(secret="secret", seed=(0, 0, 0), turns=1, tokens=None)

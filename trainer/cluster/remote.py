@@ -1,13 +1,16 @@
-"""The loop's `Rollouts` and `Learner` over real processes: sampling spread over engines, weight updates verified."""
+"""What the loop sees, over real processes: sampling spread over engines, agents' endpoints, verified weight updates."""
 
 import asyncio
 import time
 from dataclasses import replace
+from urllib.request import ProxyHandler, build_opener
 
 from torch import Tensor
 
+from rl.agents.record import Opening, Record
 from rl.batch import collate, trajectory
 from rl.protocols import EngineLost, StallError, SyncReport, UpdateFailed
+from rl.tokens import Rendering
 from rl.types import Batch, Completion, PolicyOutput, Prompt
 from rl.weights import WeightManifest, check_digests
 from trainer.cluster.cluster import Cluster
@@ -17,6 +20,8 @@ from trainer.cluster.start_error import StartError
 PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
 """Mean |trainer - engine| in nats of the probe after a verified update; bf16 is noisy even against itself."""
 PROBE_TOKENS = 16
+REACH_S = 20.0
+"""Seconds in which an engine must answer from where the agents run."""
 UPDATE_RETRIES = 3
 """How often an update that every engine refused is sent again, over a new channel."""
 
@@ -55,6 +60,67 @@ class RemoteRollouts:
             raise
         finally:
             self.load[index] -= n
+
+
+class RemoteEndpoints:
+    """`rl.agents.play.Endpoints` over the engines. An episode stays with one: its cache holds the history."""
+
+    def __init__(self, rollouts: RemoteRollouts, rendering: Rendering) -> None:
+        self.rollouts, self.rendering = rollouts, rendering
+        self.restarts: dict[str, int] = {}
+        """How often the engine of each open episode had been restarted when it was opened."""
+        self.reached: set[str] = set()
+        """Addresses of engines that were reached from here."""
+
+    async def open(self, opening: Opening) -> tuple[int, str]:
+        """Serve an episode on the engine with the least work. Raises EngineLost."""
+        load, fleet = self.rollouts.load, self.rollouts.fleet
+        engine = min(await fleet.serving(), key=load.__getitem__)
+        load[engine] += 1
+        self.restarts[opening.secret] = fleet.restarts_of[engine]
+        try:
+            deadline = fleet.cluster.config.deadlines.sample_s
+            ask = fleet.cluster.ask_engine
+            address = await ask(engine, lambda e: e.open_episode(opening, self.rendering), deadline_s=deadline)
+            if address.rpartition("/e/")[0] not in self.reached:
+                await self._reach(engine, address)
+            return engine, address
+        except BaseException as error:
+            self._left(engine, opening.secret, error)
+            raise
+
+    async def end(self, engine: int, secret: str) -> Record:
+        """End it there. Raises EngineLost where that engine's process is gone, and with it what was sampled."""
+        fleet, error = self.rollouts.fleet, None
+        try:
+            if fleet.restarts_of[engine] != self.restarts[secret]:
+                raise EngineLost(f"engine {engine} was restarted while it served an episode")
+            deadline = fleet.cluster.config.deadlines.sample_s
+            return await fleet.cluster.ask_engine(engine, lambda e: e.end_episode(secret), deadline_s=deadline)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._left(engine, secret, error)
+
+    async def _reach(self, engine: int, address: str) -> None:
+        place = address.rpartition("/e/")[0]
+        try:
+            await asyncio.to_thread(reach, address)
+        except OSError as error:
+            # One that has just died is lost, and not out of reach.
+            await self.rollouts.cluster.ask_engine(engine, lambda e: e.alive(), deadline_s=REACH_S)
+            raise ValueError(
+                f"engine {engine} serves agents at {place}, which this machine cannot reach ({error}): if it is on "
+                'another node, set rollout.endpoint_host="0.0.0.0"'
+            ) from error
+        self.reached.add(place)
+
+    def _left(self, engine: int, secret: str, error: BaseException | None) -> None:
+        self.rollouts.load[engine] -= 1
+        restarts = self.restarts.pop(secret)
+        if isinstance(error, EngineLost):
+            self.rollouts.fleet.mark_lost(engine, restarts, str(error))
 
 
 class RemoteLearner:
@@ -178,3 +244,8 @@ class RemoteLearner:
                     f"average about the engine's own tokens (limit {limit:g}), although every tensor arrived: the "
                     "engine did not load what it received"
                 )
+
+
+def reach(address: str) -> None:
+    """Ask an episode's address for its models, without a proxy. Raises OSError."""
+    build_opener(ProxyHandler({})).open(f"{address}/v1/models", timeout=REACH_S).close()
