@@ -1,5 +1,7 @@
 """How does a run play episodes? Its environment in threads or processes, with the run's chat template."""
 
+from dataclasses import replace
+
 from rl.config import Config
 from rl.environments.host import ThreadHost
 from rl.loop.evaluate import HeldOut, held_out
@@ -25,6 +27,9 @@ def held_out_sets(
     """The held-out sets of a run; `player` plays the episodes of those without an environment of their own."""
     found: dict[str, HeldOut] = {}
     for name, each in prepared.sets.items():
-        own = episodes_of(config_of(config, name, each), rollouts, prepared) if each.env else player
+        mine = config_of(config, name, each)
+        own = episodes_of(mine, rollouts, prepared) if each.env else player
+        if own and each.limits:
+            own = replace(own, stage=replace(own.stage, limits=mine.limits))
         found[name] = held_out(config, each, prepared.evals[name], own)
     return found
