@@ -205,8 +205,9 @@ class Config(Checked):
     eval_temperature: float | None = None
     """Temperature of evaluations. Default: the same as `temperature`."""
     keep_best: str = ""
-    """A figure of a held-out set, such as held_out/avg@4: the model of its highest evaluation is kept in best/, next to
-    the newest, and at the end its set is sampled again with other seeds. Empty: no model is kept."""
+    """A figure of a held-out set, such as held_out/avg@4, or a mean of several (`Data.means`): the model of its highest
+    evaluation is kept in best/, next to the newest, and at the end its sets are sampled again with other seeds. Empty:
+    no model is kept."""
     verify_every: int = 0
     """Steps between digest checks of every tensor at every engine. The first update is always checked. 0: only that."""
     record_batches: int = 0

@@ -99,6 +99,8 @@ class Eval(Checked):
     """Scores single replies. Default: `Config.eval_reward`."""
     env: type | Callable[..., Any] | None = None
     """Environment class of its episodes. Default: `Config.env`, unless the set has a reward."""
+    limits: Mapping[str, int | float | None] = field(default_factory=dict)
+    """Limits of its episodes that differ from `Config.limits`, such as {"turns": 16}."""
     answer: Callable[..., Any] | None = None
     """Function that takes a `Reply` and returns its answer, None where it has none. Majority votes count equal answers
     (maj@n); no default."""
@@ -134,8 +136,16 @@ class Data(Checked):
 
     train: Train
     evals: Mapping[str, Eval | Iterable[Example]] = field(default_factory=dict)
+    means: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Weighted means of figures of several sets: {"all": {"easy/avg@4": 1, "hard/avg@4": 2}} is logged as
+    eval/all/mean, and can be `Config.keep_best` as all/mean. An evaluation without one of the figures has no mean."""
 
     def __post_init__(self) -> None:
+        for name, weights in self.means.items():
+            if not weights or not all(0 < weight < float("inf") for weight in weights.values()):
+                raise ValueError(f"data.means[{name!r}]={show(dict(weights))} must have weights above 0")
+            if name in self.evals:
+                raise ValueError(f"data.means[{name!r}] has the name of a held-out set: choose another")
         if isinstance(self.train, list | tuple | str | Mapping) or hasattr(self.train, "column_names"):
             object.__setattr__(self, "train", fit_field(self, "train", self.train, list[Example]))
         plain = {
@@ -175,4 +185,6 @@ class Data(Checked):
             )
         if field == "train":
             return "must be a list of Example: write train=[Example(prompt='2 + 3 =', task={'answer': '5'})]"
+        if field == "means":
+            return "must be weights of figures: write means={'all': {'easy/avg@4': 1, 'hard/avg@4': 2}}"
         return "must be a dict of lists of Example: write evals={'held_out': [Example(prompt='2 + 3 =')]}"

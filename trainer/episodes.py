@@ -4,7 +4,7 @@ from functools import partial
 
 from rl.agents import play as agents
 from rl.config import Config
-from rl.environments.host import ThreadHost
+from rl.environments.host import Host, ThreadHost
 from rl.loop.evaluate import HeldOut, held_out
 from rl.loop.players import Episodes, in_environment, stage_of
 from trainer.cluster.env_workers import EnvWorkers
@@ -13,15 +13,19 @@ from trainer.data.sets import config_of
 from trainer.prompts import Prepared
 
 
-def episodes_of(config: Config, rollouts: RemoteRollouts, prepared: Prepared) -> Episodes | None:
-    """What plays the episodes of a run; None where it learns from single replies."""
+def episodes_of(
+    config: Config, rollouts: RemoteRollouts, prepared: Prepared, host: Host | None = None
+) -> Episodes | None:
+    """What plays the episodes of a run; None where it learns from single replies. `host` is another player's, whose
+    environments are the same."""
     make = config.env if config.env is not None else partial(agents.Hosted, config.agent)
     if not config.episodic:
         return None
-    host = EnvWorkers(make, config.env_workers) if config.env_workers else ThreadHost(env=make)
+    if host is None:
+        host = EnvWorkers(make, config.env_workers) if config.env_workers else ThreadHost(env=make)
     if config.env is not None:
         stage = stage_of(config, rollouts, prepared.decode, prepared.chat(config.env), host)
-        return Episodes(config=config, play_one=in_environment(config, stage))
+        return Episodes(config=config, host=host, play_one=in_environment(config, stage))
     counts: dict[str, float] = {}
     stage = agents.Stage(
         host=host,
@@ -31,7 +35,7 @@ def episodes_of(config: Config, rollouts: RemoteRollouts, prepared: Prepared) ->
         mask_truncated=config.mask_truncated,
         counts=counts,
     )
-    return Episodes(config=config, play_one=partial(agents.play_agent, stage), counts=counts)
+    return Episodes(config=config, host=host, play_one=partial(agents.play_agent, stage), counts=counts)
 
 
 def held_out_sets(
@@ -40,6 +44,9 @@ def held_out_sets(
     """The held-out sets of a run; `player` plays the episodes of those without an environment of their own."""
     found: dict[str, HeldOut] = {}
     for name, each in prepared.sets.items():
-        own = episodes_of(config_of(config, name, each), rollouts, prepared) if each.env else player
+        mine = config_of(config, name, each)
+        own = episodes_of(mine, rollouts, prepared) if each.env else player
+        if player and each.limits and not each.env:
+            own = episodes_of(mine, rollouts, prepared, player.host)
         found[name] = held_out(config, each, prepared.evals[name], own)
     return found

@@ -1,13 +1,14 @@
 """How is a run evaluated? Its held-out sets when they are due, the best model, and what training has changed."""
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rl.loop.estimates import paired
 from rl.loop.evaluate import AGAIN, EVALUATION, Evaluation, HeldOut, evaluate
+from rl.typed import shortened
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.fleet import Fleet
 from trainer.cluster.remote import RemoteRollouts
@@ -41,7 +42,8 @@ class Evaluations:
         return self._measured(step, due) if due else None
 
     async def _measured(self, step: int, due: Mapping[str, HeldOut]) -> dict[str, float]:
-        found = await evaluate(self.cluster.config, self.rollouts, self.prepared.decode, due)
+        prepared = self.prepared
+        found = await evaluate(self.cluster.config, self.rollouts, prepared.decode, due, prepared.means)
         self.tracker.problems(step, found.problems)
         return found.metrics
 
@@ -80,16 +82,25 @@ class Evaluations:
         return fields
 
     async def again(self) -> None:
-        """Sample the set of the best evaluation once more on its model, from disk and with other seeds: the highest of
-        several figures is biased upward. It ends the run's actors first."""
+        """Sample the best evaluation's set, or those of its mean, once more on its model, from disk and with other
+        seeds: the highest of several figures is biased upward. It ends the run's actors first. If it fails, that is an
+        alert: what was trained is saved already."""
         if not (found := self.summary.get("best")):
             return
+        await self.cluster.close()
+        try:
+            await self._again(found)
+        except Exception as error:  # an engine that does not start, a reward that fails, a full disk
+            text = f"{type(error).__name__}: {shortened(str(error), 300)}. Its figure is still the chosen one, too high"
+            self.tracker.alert(self.cluster.config.steps, "the best model could not be sampled again", text)
+
+    async def _again(self, found: dict[str, Any]) -> None:
         config, run = self.cluster.config, self.tracker.folder
         model, name = str(run / found["model"]) if found["step"] else config.model, found["figure"].rpartition("/")[0]
-        await self.cluster.close()
         plan = make_plan(replace(config, model=model), learners=False)
+        only = {each.rpartition("/")[0] for each in self.prepared.means.get(name, ())} or {name}
         with status(f"sampling {name!r} again, with other seeds, from {model}"):
-            measured, _ = await evaluated_alone(plan, self.prepared, only=name, seeds=AGAIN)
+            measured, _ = await evaluated_alone(plan, self.prepared, only=only, seeds=AGAIN)
         found["again"] = measured.metrics
         cards = {run / "model": self.summary}
         if found["step"]:
@@ -101,9 +112,9 @@ class Evaluations:
 
 
 async def evaluated_alone(
-    plan: Plan, prepared: Prepared | None = None, *, only: str = "", seeds: int = EVALUATION
+    plan: Plan, prepared: Prepared | None = None, *, only: Container[str] = (), seeds: int = EVALUATION
 ) -> tuple[Evaluation, dict[str, HeldOut]]:
-    """The evaluation of a model by engines alone, and the sets; `only` names one of them. Raises ValueError when there
+    """The evaluation of a model by engines alone, and the sets; `only` names some of them. Raises ValueError when there
     is none."""
     config = plan.config
     cluster = Cluster(config, plan.placement)
@@ -120,9 +131,9 @@ async def evaluated_alone(
         fleet.recover = lambda: restarted(fleet)
         rollouts = RemoteRollouts(cluster, fleet)
         sets = held_out_sets(config, rollouts, prepared, episodes_of(config, rollouts, prepared))
-        sets = {name: each for name, each in sets.items() if only in ("", name)}
+        sets = {name: each for name, each in sets.items() if not only or name in only}
         with status(f"sampling {sum(len(each.prompts) for each in sets.values())} problems"):
-            return await evaluate(config, rollouts, prepared.decode, sets, seeds=seeds), sets
+            return await evaluate(config, rollouts, prepared.decode, sets, prepared.means, seeds=seeds), sets
     finally:
         await asyncio.shield(cluster.close())
 

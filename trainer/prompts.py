@@ -17,6 +17,7 @@ from rl.environments.host import ThreadHost
 from rl.environments.play import Chat, play
 from rl.environments.template import chat_of
 from rl.judges.hearing import hear
+from rl.loop.estimates import Means
 from rl.loop.evaluate import answers_of
 from rl.loop.players import stage_of
 from rl.loop.progress import numbers, runs
@@ -29,7 +30,7 @@ from rl.types import Completion, Prompt, Reply
 from trainer.data.encode import Encoder, peek
 from trainer.data.fingerprint import fingerprint
 from trainer.data.first_prompt import FirstPrompt, first_prompt
-from trainer.data.sets import check_best, config_of, with_tools
+from trainer.data.sets import check_figures, config_of, with_tools
 from trainer.machine import check_proxy
 from trainer.model.files import listed_stop_ids, remote_code
 from trainer.model.forbidden import forbidden
@@ -70,6 +71,8 @@ class Prepared:
     """The training set that is read as needed; None: `train` is all of it."""
     sets: Mapping[str, Eval] = field(default_factory=dict)
     """The settings of each held-out set."""
+    means: Means = field(default_factory=dict)
+    """Weights of figures by the name of their mean."""
     long_evals: Mapping[str, int] = field(default_factory=dict)
     """Prompts of each held-out set that were dropped or cut."""
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
@@ -124,7 +127,7 @@ def read(plan: Plan, saved: Mapping[str, Any] | None = None) -> Prepared:
     plan.check_model()
     prepared = prepare(plan.config, saved)
     if plan.placement.learners:
-        check_best(plan.config, prepared.sets)
+        check_figures(plan.config, prepared.sets, prepared.means)
     return prepared
 
 
@@ -191,8 +194,9 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Prepared:
         source=source,
         stop_ids=sorted({*listed, *config.rollout.stop_token_ids}),
         sets=data.sets,
+        means=data.means,
         long_evals={name: len(each.dropped) + len(each.cut) for name, each in evals.items()},
-        fingerprint=fingerprint(config, train, asked, source, data.sets),
+        fingerprint=fingerprint(config, train, asked, source, data.sets, data.means),
     )
     try_scoring(config, prepared, train[0], "data.train[0]")
     for name, own in configs.items():

@@ -11,6 +11,9 @@ from rl.filters import ROUNDING
 
 Problems = Mapping[int, Mapping[str, float]]
 """Figures of each problem, such as {"avg@4": 0.5, "pass@1": 0.5}, by its place in the set."""
+Means = Mapping[str, Mapping[str, float]]
+"""Weights of figures by the name of their mean, such as {"all": {"easy/avg@4": 1, "hard/avg@4": 2}}."""
+NO_MEANS: Means = {}
 
 
 def names(n: int, *, majority: bool) -> list[str]:
@@ -67,6 +70,25 @@ def paired(first: Problems, last: Problems) -> dict[str, float]:
     vary less than the two means where prompts and seeds are the same."""
     both = [(figures, last[i]) for i, figures in first.items() if i in last]
     return estimates({name: b[name] - a[name] for name in a if name in b} for a, b in both)
+
+
+def weighted(metrics: Mapping[str, float], means: Means) -> dict[str, float]:
+    """`eval/<name>/mean` of the means whose figures are all there, and its standard error: sets are independent."""
+    found: dict[str, float] = {}
+    for name, weights in means.items():
+        if any(f"eval/{figure}" not in metrics for figure in weights):
+            continue
+        total = sum(weights.values())
+        parts = [(w / total, f"eval/{figure}") for figure, w in weights.items()]
+        found[f"eval/{name}/mean"] = sum(w * metrics[figure] for w, figure in parts)
+        found[f"eval/{name}/mean_se"] = math.hypot(*(w * metrics[f"{figure}_se"] for w, figure in parts))
+    return found
+
+
+def headlines(metrics: Iterable[str]) -> list[str]:
+    """The metrics that a line or a plot of a run shows: the mean reward of each set, and the means of several sets."""
+    shown = (name for name in metrics if name.startswith("eval/") and ("/avg@" in name or name.endswith("/mean")))
+    return sorted(name for name in shown if not name.endswith("_se"))
 
 
 def standard_error(values: list[float]) -> float:

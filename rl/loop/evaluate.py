@@ -11,7 +11,7 @@ from rl.data import Eval
 from rl.environments.types import EnvError
 from rl.judges.hearing import JudgeError
 from rl.loop.errors import first_error
-from rl.loop.estimates import Problems, estimates, names, of_problem
+from rl.loop.estimates import NO_MEANS, Means, Problems, estimates, names, of_problem, weighted
 from rl.loop.players import MAX_SCORING, Episodes, judged, reject_aborted
 from rl.loop.stream import sample_seed
 from rl.protocols import EngineLost, Rollouts
@@ -71,7 +71,8 @@ class Evaluation:
     """What was measured."""
 
     metrics: dict[str, float]
-    """`eval/<set>/<figure>`, and `<figure>_se`, the standard error over problems: NaN for a single problem."""
+    """`eval/<set>/<figure>`, and `<figure>_se`, the standard error over problems: NaN for a single problem. Means of
+    several sets are `eval/<mean>/mean`."""
     problems: dict[str, Problems]
     """The figures of each problem by set, for comparisons; none of problems that failed."""
 
@@ -81,6 +82,7 @@ async def evaluate(
     rollouts: Rollouts,
     decode: Callable[..., str],
     sets: Mapping[str, HeldOut],
+    means: Means = NO_MEANS,
     *,
     seeds: int = EVALUATION,
 ) -> Evaluation:
@@ -105,7 +107,7 @@ async def evaluate(
         if missing:
             metrics[f"eval/{name}/not_applicable_frac"] = missing
         metrics |= {f"eval/{name}/{figure}": value for figure, value in estimates(measured[name].values()).items()}
-    return Evaluation(metrics=metrics, problems=measured)
+    return Evaluation(metrics=metrics | weighted(metrics, means), problems=measured)
 
 
 def by_problem(tried: Mapping[int, tuple[Rewards, Sequence[Any] | None]], n: int) -> tuple[Problems, float]:

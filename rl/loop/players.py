@@ -120,6 +120,8 @@ class Episodes:
     """An episode for each sample."""
 
     config: Config
+    host: Host
+    """Of the environments or agents."""
     play_one: PlayOne
     counts: dict[str, float] = field(default_factory=dict[str, float])
     """What its episodes counted since `metrics`."""

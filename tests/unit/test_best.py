@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from rl.config import Config
+from rl.loop.evaluate import AGAIN
+from rl.protocols import EngineLost
 from rl.types import Data
 from trainer import evaluations
 from trainer.evaluations import Evaluations
@@ -56,7 +58,7 @@ def keeper(folder, rows, monkeypatch, *, full=()):
     return Evaluations(
         cluster=SimpleNamespace(config=config),
         rollouts=None,
-        prepared=SimpleNamespace(tokenizer=None),
+        prepared=SimpleNamespace(tokenizer=None, means={"all": {"easy/avg@1": 1.0, "hard/avg@1": 1.0}}),
         sets={},
         tracker=tracker,
         summary={},
@@ -132,3 +134,50 @@ def test_the_change_is_paired_and_none_where_the_last_evaluation_has_no_score(tm
     one = keeper(tmp_path, history(0.5, 0.0, 1.0), monkeypatch)
     assert one.outcome()["eval_change"] == {METRIC: 0.5, f"{METRIC}_se": 0.5}
     assert problems_at(tmp_path, 1)["hard"] == {0: {"avg@1": 1.0}}
+
+
+class Closes:
+    """The part of a cluster that evaluating again needs."""
+
+    closed = False
+
+    def __init__(self, config):
+        self.config = config
+
+    async def close(self):
+        self.closed = True
+
+
+def again(folder, monkeypatch, evaluated, figure="held/avg@1"):
+    one = keeper(folder, history(0.1, 0.5), monkeypatch)
+    one.cluster = Closes(one.cluster.config)
+    one.summary |= {"best": {"figure": figure, "step": 1, "value": 0.5, "model": "best/step-000001"}}
+    monkeypatch.setattr(evaluations, "make_plan", lambda config, learners: config)
+    monkeypatch.setattr(evaluations, "evaluated_alone", evaluated)
+    asyncio.run(one.again())
+    assert one.cluster.closed
+    return one
+
+
+def test_the_sets_of_the_figure_are_sampled_again_on_the_best_model(tmp_path, monkeypatch):
+    asked = []
+
+    async def evaluated(plan, prepared, *, only, seeds):
+        asked.append((plan.model, only, seeds))
+        return SimpleNamespace(metrics={METRIC: 0.4}), {}
+
+    one = again(tmp_path, monkeypatch, evaluated)
+    assert one.summary["best"]["again"] == {METRIC: 0.4}
+    again(tmp_path, monkeypatch, evaluated, figure="all/mean")
+    assert asked == [(str(tmp_path / "best" / "step-000001"), sets, AGAIN) for sets in ({"held"}, {"easy", "hard"})]
+
+
+def test_a_second_evaluation_that_fails_is_an_alert_and_the_run_has_finished(tmp_path, monkeypatch):
+    async def evaluated(plan, prepared, **more):
+        raise EngineLost("engine 0 did not start")
+
+    one = again(tmp_path, monkeypatch, evaluated)
+    assert "again" not in one.summary["best"]
+    ((step, title, text),) = one.tracker.alerts
+    assert (step, title) == (one.cluster.config.steps, "the best model could not be sampled again")
+    assert text.startswith("EngineLost: engine 0 did not start. ")

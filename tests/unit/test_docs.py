@@ -132,6 +132,17 @@ def test_the_configuration_page_is_up_to_date(monkeypatch):
     assert module.PAGE.read_text() == module.page(module.source()), "run scripts/docs/config_reference.py"
 
 
+def test_the_table_of_what_episodes_learn_is_that_of_the_stored_figures(monkeypatch):
+    module = script("episodes", monkeypatch)
+    assert module.main(["--check"]) == 0
+    run = {"seed": 1, "train_seconds": 100.4, "tokens": 12345, "worst_gap_of_a_turn": 1.3e-6}
+    for when, value in (("eval_before", 0.5), ("eval_after", 0.9375)):
+        run[when] = {"eval/held_out/avg@1": value, "eval/held_out/avg@1_se": 0.031, "eval/held_out/pass@1": value}
+    row = "| `guess_the_number` | 1 | 0.500 ± 0.031 | 0.938 ± 0.031 | 100 | 12,345 | 1.3e-06 |"
+    assert f"|\n{row}\n\n{module.END}" in module.page({"guess_the_number-1": run})
+    assert row not in module.page({})
+
+
 def test_the_configuration_page_has_every_field_with_its_default_and_docstring(monkeypatch):
     module = script("config_reference", monkeypatch)
     source = '''

@@ -142,7 +142,7 @@ class World(Log):
     def player(self, host=None):
         host = host or InlineHost(self.config.env)
         stage = stage_of(self.config, self, text, Chat(), host)
-        return Episodes(config=self.config, play_one=in_environment(self.config, stage))
+        return Episodes(config=self.config, host=host, play_one=in_environment(self.config, stage))
 
     def loop(self, host=None):
         return Loop(

@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from rl.loop.estimates import estimates, names, of_problem, paired, pass_at_k, standard_error, voted
+from rl.loop.estimates import estimates, names, of_problem, paired, pass_at_k, standard_error, voted, weighted
 
 
 @pytest.mark.parametrize("n", range(1, 9))
@@ -54,6 +54,15 @@ def test_a_sample_without_an_answer_has_no_vote():
 
 def test_what_needs_more_samples_than_there_are_is_left_out():
     assert of_problem([1.0, 0.0], ["a", "b"], 4) == {"avg@4": 0.5, "pass@1": 0.5, "pass@2": 1.0}
+
+
+def test_a_mean_of_several_sets_has_their_weights_and_the_error_of_independent_sets():
+    metrics = {"eval/easy/avg@1": 1.0, "eval/easy/avg@1_se": 0.3, "eval/hard/avg@4": 0.25, "eval/hard/avg@4_se": 0.2}
+    means = {"all": {"easy/avg@1": 1.0, "hard/avg@4": 2.0}, "more": {"not_due/avg@1": 1.0}}
+    assert weighted(metrics, means) == pytest.approx(
+        {"eval/all/mean": (1.0 + 2 * 0.25) / 3, "eval/all/mean_se": math.sqrt(0.3**2 + 0.4**2) / 3}
+    )
+    assert weighted(metrics, {}) == {}
 
 
 def test_the_error_of_a_mean_is_that_over_problems():

@@ -6,7 +6,7 @@ import pytest
 
 from episodes import Calculator
 from rl.config import Config, RolloutConfig
-from rl.environments.types import EnvError
+from rl.environments.types import EnvError, Limits
 from rl.loop.players import Episodes
 from rl.rewards.score import RewardError
 from rl.types import Data, Eval, Example
@@ -28,12 +28,11 @@ def model(tmp_path_factory):
 ONE = Example(prompt=[{"role": "user", "content": "2*3+4"}], task={"answer": "10"})
 
 
-def config(model="m", evals=None, **settings):
+def config(model="m", evals=None, means=None, **settings):
     rollout = RolloutConfig(max_tokens=8, max_model_len=200)
     reward = {} if "env" in settings else {"reward": lambda reply: 0.0}
-    return Config(
-        name="t", model=model, data=Data(train=[ONE], evals=evals or {}), rollout=rollout, **reward, **settings
-    )
+    data = Data(train=[ONE], evals=evals or {}, means=means or {})
+    return Config(name="t", model=model, data=data, rollout=rollout, **reward, **settings)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +70,25 @@ class Broken(Calculator):
             "give the set a reward of its own",
         ),
         ({"hard": Eval(examples=[ONE], env=Broken)}, {}, EnvError, "judge"),
+        ({"hard": Eval(examples=[ONE], limits={"turns": 2})}, {}, ValueError, "the set has single replies: give it an"),
+        (
+            {"hard": Eval(examples=[ONE], limits={"turns": 2}, reward=len)},
+            {"env": Calculator},
+            ValueError,
+            "the set has single replies",
+        ),
+        (
+            {"hard": Eval(examples=[ONE], limits={"turns": 0})},
+            {"env": Calculator},
+            ValueError,
+            r"data.evals\['hard'\]: limits.turns=0 must be at least 1",
+        ),
+        (
+            {"hard": Eval(examples=[ONE], limits={"steps": 3})},
+            {"env": Calculator},
+            ValueError,
+            "limits has no 'steps', only turns, tokens, seconds, tool_s",
+        ),
         ({"hard": Eval(examples=[ONE], env=SimpleNamespace)}, {}, ValueError, "SimpleNamespace has no reward"),
         (
             {"hard": Eval(examples=[Example(prompt="2+3=")], env=Calculator)},
@@ -85,11 +103,12 @@ def test_a_set_that_cannot_be_scored_is_found_before_anything_starts(model, eval
         prepare(config(model, evals, **settings))
 
 
-def planned(model, monkeypatch, *, learners=1, **settings):
-    sets = {"easy": [ONE], "hard": Eval(examples=[ONE], samples=4, every=0, answer=lambda reply: reply.text)}
+def planned(model, monkeypatch, *, learners=1, hard_every=0, means=None, **settings):
+    hard = Eval(examples=[ONE], samples=4, every=hard_every, answer=lambda reply: reply.text)
     monkeypatch.setattr(prompts.Plan, "check_model", lambda self: None)
     placement = SimpleNamespace(learners=learners)
-    return read(prompts.Plan(config=config(model, sets, **settings), placement=placement, gpus=0))
+    given = config(model, {"easy": [ONE], "hard": hard}, means=means or {}, **settings)
+    return read(prompts.Plan(config=given, placement=placement, gpus=0))
 
 
 def test_the_best_model_is_chosen_by_a_figure_that_is_measured_again_and_again(model, monkeypatch):
@@ -102,6 +121,48 @@ def test_the_best_model_is_chosen_by_a_figure_that_is_measured_again_and_again(m
     with pytest.raises(ValueError, match="evaluated at the start and the end only: set eval_every"):
         planned(model, monkeypatch, keep_best="hard/avg@4", **both)
     planned(model, monkeypatch, keep_best="easy/avg@4", learners=0, **both)  # `unison evaluate --eval-samples 2`
+
+
+def test_a_mean_of_several_sets_can_choose_the_best_model(model, monkeypatch):
+    both = {"eval_every": 4, "eval_samples": 2, "means": {"all": {"easy/avg@2": 1, "hard/maj@4": 2.5}}}
+    assert planned(model, monkeypatch, hard_every=6, keep_best="all/mean", **both).means["all"]["hard/maj@4"] == 2.5
+    with pytest.raises(ValueError, match="'all/mean' chooses among evaluations, and its set is evaluated at the start"):
+        planned(model, monkeypatch, keep_best="all/mean", **both)
+    with pytest.raises(ValueError, match=r"keep_best='all' is no figure of a held-out set: .*hard/maj@4, all/mean"):
+        planned(model, monkeypatch, keep_best="all", **both)
+    wrong = both | {"means": {"all": {"easy/avg@4": 1.0}}}
+    with pytest.raises(
+        ValueError, match=r"data.means\['all'\]: 'easy/avg@4' is no figure of a held-out set: easy/avg@2"
+    ):
+        planned(model, monkeypatch, **wrong)
+    planned(model, monkeypatch, learners=0, **wrong)  # `unison evaluate --eval-samples 2`
+
+
+@pytest.mark.parametrize(
+    ("means", "says"),
+    [
+        ({"all": {}}, r"means\['all'\]=\{\} must have weights above 0"),
+        ({"all": {"easy/avg@1": 0.0}}, "must have weights above 0"),
+        ({"all": {"easy/avg@1": float("nan")}}, "must be weights of figures: write means="),
+        ({"easy": {"easy/avg@1": 1}}, r"means\['easy'\] has the name of a held-out set"),
+    ],
+)
+def test_a_mean_without_weights_or_with_the_name_of_a_set_is_refused(means, says):
+    with pytest.raises(ValueError, match=says):
+        Data(train=[ONE], evals={"easy": [ONE]}, means=means)
+
+
+def test_a_set_has_limits_of_its_own_and_else_those_of_the_run(model):
+    evals = {"long": Eval(examples=[ONE], limits={"turns": 16}), "plain": [ONE]}
+    evals["other"] = Eval(examples=[ONE], env=Calculator, limits={"tokens": 5, "seconds": 3})
+    given = config(model, evals, env=Calculator, limits=Limits(turns=4, tool_s=7.0))
+    prepared = prepare(given)
+    player = episodes_of(given, None, prepared)
+    sets = held_out_sets(given, None, prepared, player)
+    assert sets["plain"].player is player
+    assert sets["long"].player.stage.limits == Limits(turns=16, tool_s=7.0)
+    assert sets["long"].player.stage.host is player.stage.host, "no second pool of threads or processes"
+    assert sets["other"].player.stage.limits == Limits(turns=4, tokens=5, seconds=3.0, tool_s=7.0)
 
 
 def test_prompts_show_the_tools_of_the_environment_that_plays_them(model):

@@ -103,5 +103,5 @@ def table(
             continue
         held_out, _, figure = name.removeprefix("eval/").rpartition("/")
         shown = [with_error(each[name], each.get(f"{name}_se"), digits=4) for each in (metrics, change) if name in each]
-        out.add_row(held_out, str(sets[held_out]["problems"]), figure, *shown)
+        out.add_row(held_out, str(sets[held_out]["problems"]) if held_out in sets else "", figure, *shown)
     return out

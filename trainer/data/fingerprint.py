@@ -7,6 +7,7 @@ from typing import Any
 
 from rl.config import Config
 from rl.data import Eval, Train, sized
+from rl.loop.estimates import NO_MEANS, Means
 from rl.types import Prompt
 from trainer.data.model_digest import model_digest
 from trainer.runs.own_code import code_digests
@@ -19,6 +20,7 @@ def fingerprint(
     evals: Mapping[str, list[Prompt]],
     source: Train | None,
     sets: Mapping[str, Eval],
+    means: Means = NO_MEANS,
 ) -> dict[str, Any]:
     """Digests of training data, held-out sets, code and model files.
 
@@ -30,6 +32,7 @@ def fingerprint(
         "texts": digest_of(prompt.given for prompt in train),
         "answers": digest_of(prompt.task for prompt in train),
         "evals": {name: digest_of([p.token_ids, p.task] for p in prompts) for name, prompts in evals.items()},
+        "means": {name: dict(weights) for name, weights in means.items()},
         "code": code_digests(config, sets),
         "model": model_digest(config.model),
     }

@@ -1,19 +1,29 @@
 """What of a run holds for a held-out set that has settings of its own, and can its best model be chosen by one?"""
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from rl.config import Config
 from rl.data import Eval
 from rl.environments.check import check_environment, class_of
 from rl.environments.tools import schemas
+from rl.environments.types import Limits
+from rl.loop.estimates import Means
 from rl.loop.evaluate import held_out
 from rl.tokens import Rendering
 
 
 def config_of(config: Config, name: str, given: Eval) -> Config:
     """The run's config, with the reward or the environment that a held-out set has of its own. Raises ValueError."""
+    if given.limits and (given.reward is not None or (given.env is None and config.env is None)):
+        raise ValueError(
+            f"data.evals[{name!r}]: limits are for episodes, and the set has single replies: give it an env, or remove "
+            "limits"
+        )
+    if given.limits:
+        config = replace(config, limits=limits_of(config.limits, name, given.limits))
     if given.env is not None:
         check_environment(class_of(given.env))
         return replace(config, env=given.env, agent=None, reward=None, eval_reward=None)
@@ -27,22 +37,39 @@ def config_of(config: Config, name: str, given: Eval) -> Config:
     return config
 
 
+def limits_of(limits: Limits, name: str, own: Mapping[str, Any]) -> Limits:
+    """The run's limits with those that a held-out set has of its own. Raises ValueError."""
+    known = [each.name for each in fields(Limits)]
+    if unknown := [each for each in own if each not in known]:
+        raise ValueError(f"data.evals[{name!r}]: limits has no {unknown[0]!r}, only {', '.join(known)}")
+    try:
+        return replace(limits, **own)
+    except ValueError as error:
+        raise ValueError(f"data.evals[{name!r}]: {error}") from None
+
+
 def with_tools(rendering: Rendering, env: type | Callable[..., Any] | None) -> Rendering:
     """The rendering of prompts that show the tools of an environment, if there is one."""
     return rendering if env is None else replace(rendering, tools=schemas(class_of(env)))
 
 
-def check_best(config: Config, given: Mapping[str, Eval]) -> None:
-    """Raise ValueError where `keep_best` names no figure, or one that is measured at the start and the end only."""
+def check_figures(config: Config, given: Mapping[str, Eval], means: Means) -> None:
+    """Raise ValueError where a mean or `keep_best` names no figure, or `keep_best` names one that is measured at the
+    start and the end only."""
+    sets = {name: held_out(config, each, []) for name, each in given.items()}
+    every = {f"{name}/{figure}": each.every for name, each in sets.items() for figure in each.figures}
+    known = ", ".join(every) or "the data has none"
+    for name, weights in means.items():
+        for figure in weights.keys() - every.keys():
+            raise ValueError(f"data.means[{name!r}]: {figure!r} is no figure of a held-out set: {known}")
+    # Those of a mean are measured together at their least common multiple.
+    every |= {f"{n}/mean": math.lcm(*(every[figure] for figure in weights)) for n, weights in means.items()}
     if not config.keep_best:
         return
-    sets = {name: held_out(config, each, []) for name, each in given.items()}
-    known = {f"{name}/{figure}": each for name, each in sets.items() for figure in each.figures}
-    if config.keep_best not in known:
-        raise ValueError(
-            f"keep_best={config.keep_best!r} is no figure of a held-out set: {', '.join(known) or 'the data has none'}"
-        )
-    if not known[config.keep_best].every:
+    if config.keep_best not in every:
+        known = ", ".join(every) or "the data has none"
+        raise ValueError(f"keep_best={config.keep_best!r} is no figure of a held-out set: {known}")
+    if not every[config.keep_best]:
         raise ValueError(
             f"keep_best={config.keep_best!r} chooses among evaluations, and its set is evaluated at the start and the "
             "end only: set eval_every, or `every` of the set"

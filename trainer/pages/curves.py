@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from rl.loop.estimates import headlines
+
 PANELS = [
     ("reward", ["reward/mean"]),
     ("held-out", []),
@@ -22,8 +24,7 @@ def plot(history: list[dict[str, float]], path: Path, title: str) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     for axis, (label, names) in zip(axes.flat, PANELS, strict=True):
         if label == "held-out":
-            names = sorted({k for row in history for k in row if k.startswith("eval/") and "/avg@" in k[5:]})
-            names = [n for n in names if not n.endswith("_se")]
+            names = headlines({name for row in history for name in row})
         for name in names:
             rows = [row for row in history if name in row]
             points = [(row["step"], row[name]) for row in rows]

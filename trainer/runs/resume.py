@@ -149,6 +149,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if now["evals"].get(name) != digest:
             found.append(f"examples in the held-out set {name!r}")
     found += [f"held-out sets: {name!r} is new" for name in now["evals"].keys() - before.get("evals", now["evals"])]
+    if before.get("means", means := now.get("means", {})) != means:
+        found.append("weights of the means of held-out figures")
     code = before.get("code", {})
     found += [f"code of {name}" for name, digest in now["code"].items() if code.get(name, digest) != digest]
     if before.get("model") and now["model"] and before["model"] != now["model"]:

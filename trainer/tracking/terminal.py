@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rl.config import Config
+from rl.loop.estimates import headlines
 
 
 class Terminal(Console):
@@ -93,11 +94,7 @@ class Lines:
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
         cells = [f"{label} {metrics[name]:{form}}" for label, name, form in COLUMNS if name in metrics]
-        cells += [
-            f"{name.removeprefix('eval/')} {value:.3f}"
-            for name, value in metrics.items()
-            if name.startswith("eval/") and "/avg@" in name and not name.endswith("_se")
-        ]
+        cells += [f"{name.removeprefix('eval/')} {metrics[name]:.3f}" for name in headlines(metrics)]
         console.print(f"step {step}/{self.steps}  " + "  ".join(cells), highlight=False)
 
 
