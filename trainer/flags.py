@@ -7,7 +7,7 @@ import inspect
 import textwrap
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -142,7 +142,9 @@ def docs_of(cls: type) -> dict[str, str]:
 def override(config: Config, arguments: Sequence[str]) -> Config:
     """The config with the flags applied. Raises ValueError for a flag that does not exist."""
     check_names(config, arguments)
-    return tyro.cli(Config, default=config, args=list(arguments), add_help=False)
+    # Without the judges: it would make new objects, and rewards await those of the recipe.
+    given = tyro.cli(Config, default=replace(config, judges=()), args=list(arguments), add_help=False)
+    return replace(given, judges=config.judges)
 
 
 def check_names(config: Config, arguments: Sequence[str]) -> None:

@@ -13,13 +13,9 @@ from rl.types import Data, Example
 from trainer.launch import launch
 
 BOX = Bubblewrap()
-# This model follows an example, and no description.
-WORKED = [
-    "Sum the multiples of 4 from 11 to 52",
-    "print(sum(x for x in range(11, 53) if x % 4 == 0))",
-    "Output: 352",
-    "352",
-]
+# This model follows examples, and no description.
+WORKED = ["Compute 23*47+15", "print(23*47+15)", "Output: 1096", "1096"]
+WORKED += ["Compute 61*18-40", "print(61*18-40)", "Output: 1058", "1058"]
 
 
 class PythonTool:
@@ -43,18 +39,12 @@ def sums() -> Data:
     """320 questions to train on, and 64 others that are held out."""
     BOX.start()  # a machine without a sandbox ends the run here, with the remedy
     worked = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(WORKED)]
-    rng, asked = random.Random(0), set()
-    while len(asked) < 384:
-        low = rng.randrange(2, 50)
-        asked.add((rng.choice([2, 3, 5, 6, 7]), low, low + rng.randrange(10, 60)))
-    examples = [
-        Example(
-            prompt=[*worked, {"role": "user", "content": f"Sum the multiples of {k} from {low} to {high}"}],
-            task={"answer": str(sum(x for x in range(low, high + 1) if x % k == 0))},
-        )
-        for k, low, high in sorted(asked)
-    ]
-    rng.shuffle(examples)
+    examples: list[Example] = []
+    for number in random.Random(0).sample(range(2 * 89**3), 384):
+        a, b, c = 11 + number % 89, 11 + number // 89 % 89, 11 + number // 89**2 % 89
+        sign = 1 - 2 * (number // 89**3)
+        asked = {"role": "user", "content": f"Compute {a}*{b}{sign * c:+}"}
+        examples.append(Example(prompt=[*worked, asked], task={"answer": str(a * b + sign * c)}))
     return Data(train=examples[64:], evals={"held_out": examples[:64]})
 
 
@@ -65,9 +55,9 @@ config = Config(
     env=PythonTool,
     limits=Limits(turns=3),
     objective=GSPO(),
-    steps=10,
+    steps=8,
     dtype="float32",
-    rollout=RolloutConfig(max_tokens=40, max_model_len=320, max_num_seqs=64, kv_cache_gib=0.25),
+    rollout=RolloutConfig(max_tokens=24, max_model_len=320, max_num_seqs=64, kv_cache_gib=0.25),
     trainer=TrainerConfig(lr=3e-5, zero_stage=0, micro_batch_tokens=1024),
 )
 

@@ -11,30 +11,22 @@ from rl.sandbox import Bubblewrap, share_passed
 from rl.types import Data, Example, Reply
 from trainer.launch import launch
 
-FIRST = {
-    "Double n": lambda n: 2 * n,
-    "Triple n": lambda n: 3 * n,
-    "Halve n": lambda n: n // 2,
-    "Square n": lambda n: n * n,
-}
 HIDDEN = (3, 10, 47)
 """The numbers that a program reads in its tests. It sees them one at a time, and never the answers."""
 # This model follows examples, and no description.
-WORKED = ["Triple n, then add 7", "print(int(input()) * 3 + 7)"]
+WORKED = ["n*3+7", "print(int(input())*3+7)", "n*5-21", "print(int(input())*5-21)"]
 
 
 def tasks() -> Data:
-    """256 tasks to train on, and 48 others that are held out."""
+    """320 formulas to train on, and 48 others that are held out."""
     Bubblewrap().start()  # a machine without a sandbox ends the run here, with the remedy
     worked = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(WORKED)]
     examples: list[Example] = []
-    for first, compute in FIRST.items():
-        for number in range(2, 40):
-            for then, sign in (("add", 1), ("subtract", -1)):
-                asked = {"role": "user", "content": f"{first}, then {then} {number}"}
-                cases = [(str(n), str(compute(n) + sign * number)) for n in HIDDEN]
-                examples.append(Example(prompt=[*worked, asked], task={"cases": cases}))
-    random.Random(0).shuffle(examples)
+    for number in random.Random(0).sample(range(2 * 39 * 39), 368):
+        factor, term, sign = 2 + number % 39, 2 + number // 39 % 39, 1 - 2 * (number // 39**2)
+        asked = {"role": "user", "content": f"n*{factor}{sign * term:+}"}
+        cases = [(str(n), str(n * factor + sign * term)) for n in HIDDEN]
+        examples.append(Example(prompt=[*worked, asked], task={"cases": cases}))
     return Data(train=examples[48:], evals={"held_out": examples[:48]})
 
 

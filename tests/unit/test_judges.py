@@ -20,6 +20,7 @@ from rl.judges.reward_model import connect
 from rl.rewards.score import RewardError, score_in_time
 from rl.types import Data, Reply, Verdict
 from rl.validate import check
+from trainer.flags import override
 from trainer.runs.settings import resolved
 
 KEY = "sk-very-secret-0123456789"
@@ -429,6 +430,13 @@ def test_judges_are_settings_that_travel_and_are_written_down_without_a_key():
     assert '"high": 10' in written
     assert KEY not in written
     assert pickle.loads(pickle.dumps(judge)).label == judge.label == "m"
+
+
+def test_flags_leave_the_judges_that_rewards_await():
+    judges = (RewardModel(model="a/r"), OpenAIJudge(url="http://x/v1", model="m", prompt="{reply}", parse=float))
+    config = override(config_with(*judges), ["--steps", "3"])
+    assert config.steps == 3
+    assert all(kept is judge for kept, judge in zip(config.judges, judges, strict=True))
 
 
 def test_judges_of_a_run_have_different_names_and_live_on_the_driver():

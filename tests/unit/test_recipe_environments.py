@@ -118,18 +118,15 @@ def test_a_right_program_passes_the_hidden_tests_and_another_one_does_not(monkey
     data = small.tasks()
     asked = {example.prompt[-1]["content"] for example in data.train}
     assert not asked & {example.prompt[-1]["content"] for example in data.evals["held_out"]}
-    programs = {"Double n": "n * 2", "Triple n": "n * 3", "Halve n": "n // 2", "Square n": "n ** 2"}
     for example in data.evals["held_out"][:6]:
-        first, number = re.fullmatch(r"(\w+ n), then \w+ (\d+)", example.prompt[-1]["content"]).groups()
-        sign = "+" if "add" in example.prompt[-1]["content"] else "-"
-        program = f"n = int(input()); print({programs[first]} {sign} {number})"
+        formula = example.prompt[-1]["content"]
 
         def paid(text, finished=True, task=example.task):
             return small.reward(Reply(text=text, finished=finished, task=task, token_ids=[]))
 
-        assert paid(program) == 1.0
-        assert paid(program, finished=False) == 0.0
-        assert paid(program.replace(number, f"{number}0")) == 0.0
+        assert paid(f"n = int(input()); print({formula})") == 1.0
+        assert paid(f"n = int(input()); print({formula})", finished=False) == 0.0
+        assert paid(f"n = int(input()); print({formula}0)") == 0.0
     assert paid("def f(") == 0.0
 
 
@@ -145,13 +142,13 @@ def test_the_python_tool_shows_output_and_errors_and_pays_for_the_answer(monkeyp
     tool = recipe("sandbox/python_tool", monkeypatch)
     data = tool.sums()
     assert (len(data.train), len(data.evals["held_out"])) == (320, 64)
-    env = tool.PythonTool({"answer": "352"})
+    env = tool.PythonTool({"answer": "1096"})
     (call,) = env.parse(tool.WORKED[1])
     assert env.python(**call.arguments) == tool.WORKED[2]
     assert env.python("print(1/0)") == "Output: ZeroDivisionError: division by zero"
     assert env.parse(tool.WORKED[3]) == []
-    assert env.reward(played(env.task, " 352\n")) == 1.0
-    assert env.reward(played(env.task, "352", ended="turns")) == 0.0
+    assert env.reward(played(env.task, " 1096\n")) == 1.0
+    assert env.reward(played(env.task, "1096", ended="turns")) == 0.0
     check_environment(tool.config.env)
     monkeypatch.setattr(tool, "BOX", Late())
     assert env.python("while True: pass") == "Output: too slow"
