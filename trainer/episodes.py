@@ -25,7 +25,7 @@ def episodes_of(
         host = EnvWorkers(make, config.env_workers) if config.env_workers else ThreadHost(env=make)
     if config.env is not None:
         stage = stage_of(config, rollouts, prepared.decode, prepared.chat(config.env), host)
-        return Episodes(config=config, host=host, play_one=in_environment(config, stage))
+        return in_environment(config, stage)
     counts: dict[str, float] = {}
     stage = agents.Stage(
         host=host,
@@ -35,7 +35,7 @@ def episodes_of(
         mask_truncated=config.mask_truncated,
         counts=counts,
     )
-    return Episodes(config=config, host=host, play_one=partial(agents.play_agent, stage), counts=counts)
+    return Episodes(config=config, stage=stage, play_one=partial(agents.play_agent, stage), counts=counts)
 
 
 def held_out_sets(
@@ -47,6 +47,6 @@ def held_out_sets(
         mine = config_of(config, name, each)
         own = episodes_of(mine, rollouts, prepared) if each.env else player
         if player and each.limits and not each.env:
-            own = episodes_of(mine, rollouts, prepared, player.host)
+            own = episodes_of(mine, rollouts, prepared, player.stage.host)
         found[name] = held_out(config, each, prepared.evals[name], own)
     return found

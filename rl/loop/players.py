@@ -120,8 +120,8 @@ class Episodes:
     """An episode for each sample."""
 
     config: Config
-    host: Host
-    """Of the environments or agents."""
+    stage: Any
+    """What its episodes share: `rl.environments.play.Stage`, or `rl.agents.play.Stage`."""
     play_one: PlayOne
     counts: dict[str, float] = field(default_factory=dict[str, float])
     """What its episodes counted since `metrics`."""
@@ -149,15 +149,15 @@ class Episodes:
         return found
 
 
-def in_environment(config: Config, stage: Stage) -> PlayOne:
-    """Plays episodes with an environment of their own."""
+def in_environment(config: Config, stage: Stage) -> Episodes:
+    """Episodes with an environment of their own."""
 
     async def one(prompt: Prompt, member: int, seed: int, temperature: float | None) -> list[Trajectory]:
         seeds = partial(turn_seed, seed, prompt.ordinal, member)
         at = replace(stage, temperature=temperature)
         return await play(at, prompt, member, seeds if config.rollout.seeded else lambda turn: None)
 
-    return one
+    return Episodes(config=config, stage=stage, play_one=one)
 
 
 def stage_of(config: Config, rollouts: Rollouts, decode: Callable[..., str], chat: Chat, host: Host) -> Stage:

@@ -17,7 +17,7 @@ from rl.data import Eval
 from rl.environments.types import EnvError, Limits
 from rl.loop.evaluate import evaluate, held_out
 from rl.loop.loop import Loop
-from rl.loop.players import Episodes, in_environment, stage_of
+from rl.loop.players import in_environment, stage_of
 from rl.loop.progress import Progress
 from rl.loop.stream import stream
 from rl.protocols import EngineLost, SyncReport
@@ -142,7 +142,7 @@ class World(Log):
     def player(self, host=None):
         host = host or InlineHost(self.config.env)
         stage = stage_of(self.config, self, text, Chat(), host)
-        return Episodes(config=self.config, host=host, play_one=in_environment(self.config, stage))
+        return in_environment(self.config, stage)
 
     def loop(self, host=None):
         return Loop(

@@ -18,7 +18,7 @@ from rl.environments.host import ThreadHost
 from rl.judges import Calls, OpenAIJudge, desk, number_after
 from rl.loop.evaluate import evaluate, held_out
 from rl.loop.loop import Loop
-from rl.loop.players import Episodes, stage_of
+from rl.loop.players import in_environment, stage_of
 from rl.loop.stream import stream
 from rl.protocols import EnvError, SyncReport
 from rl.rewards.combined import OverGroup
@@ -242,7 +242,7 @@ def episodes_of(judge, **settings):
     config = config_of(judge, env=Judged, steps=1, **settings)
     engine = Engine(solves)
     stage = replace(stage_of(config, engine, as_characters, Chat(), ThreadHost(env=Judged)), max_model_len=2000)
-    loop = loop_of(config, engine, Episodes(config=config, stage=stage))
+    loop = loop_of(config, engine, in_environment(config, stage))
     loop.groups.prompts = iter([prompt(f"2*3+{i}", ordinal=i) for i in range(20)])
     return loop
 
