@@ -10,6 +10,7 @@ from rl.objectives import GSPO, Objective
 from rl.objectives.corrections import Correction, Uncorrected
 from rl.rewards.score import Reward
 from rl.sampling.truncation import Truncation
+from rl.tools import MCP
 from rl.trainer_config import Lora as Lora
 from rl.trainer_config import TrainerConfig
 from rl.typed import Checked
@@ -138,6 +139,9 @@ class Config(Checked):
     env: type | Callable[..., Any] | None = None
     """Environment class, for episodes of many turns with tools: one object per episode, `env(task)`. Its public methods
     are tools, and its `reward(episode)` scores it. Give this, or `reward`."""
+    tools: MCP = field(default_factory=MCP)
+    """More tools for the episodes of `env`, from an MCP server: `MCP(command=["python", "server.py"])`, or
+    `MCP(url="http://localhost:8000/mcp")`. Each process with environments has a server of its own."""
     limits: Limits = field(default_factory=Limits)
     """When an episode of `env` ends."""
     env_workers: int = 0

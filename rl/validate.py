@@ -96,6 +96,11 @@ def _check_episodes(config: Config) -> None:
     if config.env is None:
         if config.env_workers:
             raise ValueError(f"env_workers={config.env_workers} has no environment to host: set env, or remove it")
+        if config.tools:
+            raise ValueError(
+                "tools are for episodes, and this run has no env: write a class with __init__(self, task) and "
+                "reward(self, episode), and give it as env"
+            )
         return
     check_environment(class_of(config.env))
     if config.rollout.min_tokens:

@@ -15,7 +15,7 @@ def episodes_of(config: Config, rollouts: Rollouts, prepared: Prepared) -> Episo
     if config.env is None:
         return None
     host = EnvWorkers(config.env, config.env_workers) if config.env_workers else ThreadHost(env=config.env)
-    stage = stage_of(config, rollouts, prepared.decode, prepared.chat(config.env), host)
+    stage = stage_of(config, rollouts, prepared.decode, prepared.chat(config), host)
     return Episodes(config=config, stage=stage)
 
 

@@ -97,7 +97,7 @@ class Threads:
                         job.unwanted(result)
                     return
                 if inspect.isawaitable(result):
-                    job.waiting = asyncio.run_coroutine_threadsafe(_awaited(result), _event_loop())
+                    job.waiting = asyncio.run_coroutine_threadsafe(_awaited(result), event_loop())
                     job.waiting.add_done_callback(job.answered)
                     continue
             job.settle(result, error)
@@ -158,7 +158,7 @@ def aside(work: Callable[[], Any]) -> None:
         with suppress(Exception):  # the environment's own, of an episode that has ended
             result = work()
             if inspect.isawaitable(result):
-                asyncio.run_coroutine_threadsafe(_awaited(result), _event_loop())
+                asyncio.run_coroutine_threadsafe(_awaited(result), event_loop())
 
     threading.Thread(target=run, daemon=True, name="end of an environment").start()
 
@@ -172,7 +172,7 @@ async def _awaited(result: Awaitable[Any]) -> Any:
 
 
 @cache
-def _event_loop() -> asyncio.AbstractEventLoop:
+def event_loop() -> asyncio.AbstractEventLoop:
     """The event loop of all async methods: one, so that they can share a client and its connections."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True, name="async environments").start()
