@@ -73,10 +73,9 @@ def examples(kind: str) -> list[Example]:
     found: list[Example] = []
     for given, answer in zip(read(f"BFCL_v4_multi_turn_{kind}.json"), answers, strict=True):
         tools = {doc["name"]: schema(doc) for name in given["involved_classes"] for doc in docs[name]}
-        late = {
-            int(turn): [tools.pop(name) for name in names] for turn, names in given.get("missed_function", {}).items()
-        }
-        # The prompt cannot change any more, so tools that come late are in a message, as for models without native calls.
+        missed = given.get("missed_function", {})
+        late = {int(turn): [tools.pop(name) for name in names] for turn, names in missed.items()}
+        # The prompt cannot change any more: tools that come late are in a message, as for models without native calls.
         news = {turn: MORE_TOOLS.format(functions=json.dumps(shown)) for turn, shown in late.items()}
         users = [
             [{"role": "user", "content": news[turn]}] if turn in news else said
@@ -197,7 +196,8 @@ def right_calls(simulators: Simulators, lines: list[str]):
     """The calls (name, arguments) of a turn, from the Python code that the benchmark has."""
     for line in lines:
         call = ast.parse(line, mode="eval").body
-        assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+        assert isinstance(call, ast.Call)
+        assert isinstance(call.func, ast.Name)
         names = inspect.signature(simulators.methods[call.func.id]).parameters
         given = dict(zip(names, call.args, strict=False)) | {each.arg: each.value for each in call.keywords}
         yield call.func.id, {name: ast.literal_eval(value) for name, value in given.items()}

@@ -61,8 +61,8 @@ def bind(environment: object, call: Call) -> Callable[[], Any]:
     """The call with checked arguments, ready to run; it returns an awaitable where the method is async.
 
     Numbers are converted without loss (3.0 for an integer, 3 for a number), lists to tuples, values to enums. Raises
-    ToolError for an unknown tool, and for missing, unknown and wrong arguments. Tools that are no methods, such as those
-    of the example, go to the environment's `call`, where it has one.
+    ToolError for an unknown tool, and for missing, unknown and wrong arguments. Tools that are no methods, such as
+    those of the example, go to the environment's `call`, where it has one.
     """
     tools = {tool.name: tool for tool in tools_of(environment)}
     own: Any = getattr(environment, "call", None)

@@ -12,9 +12,12 @@ from rl.environments.host import ThreadHost
 from rl.environments.play import play
 from rl.loop.players import stage_of
 from rl.loop.stream import turn_seed
+from rl.tokens import Rendering
+from rl.tools import MCP
 from rl.tools.methods import bind
 from rl.types import Call, Completion, Data, Example, Parsed
 from tiny_tokenizer import CHAT, make_tokenizer
+from trainer.data.encode import Encoder
 from trainer.prompts import prepare
 
 SEEDS = partial(turn_seed, 0, 0, 0)
@@ -108,6 +111,8 @@ def test_an_environment_that_calls_no_tools_by_name_cannot_have_them(model):
         prepare(config(model, env=plain))
     with pytest.raises(ValueError, match=r"data.train\[0\] has tools, and no environment"):
         prepare(config(model, env=None, reward=lambda reply: 1.0))
+    with pytest.raises(ValueError, match=r"data.train\[0\] has tools, and the run has an MCP server"):
+        Encoder(tokenizer=None, config=config(model, tools=MCP(url="x")), rendering=Rendering()).all(EXAMPLES)
     with pytest.raises(ValueError, match="must be a list of schemas"):
         Example(prompt=ASKED, tools="open")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"Door.call must be a method: write def call\(self, name, arguments\)"):

@@ -5,8 +5,10 @@ import os
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -95,6 +97,22 @@ def test_a_call_returns_text_and_what_the_tool_cannot_do_is_read_by_the_policy()
             call("price", **arguments)
     with pytest.raises(ToolError, match="there is no tool 'steal'; the server has: price, process"):
         call("steal")
+
+
+def test_a_call_takes_milliseconds():
+    async def seconds(count):
+        server = server_of(SHOP)
+        for _ in range(count):
+            began = time.perf_counter()
+            await server.call(Call(name="price", arguments={"thing": "tea"}))
+            yield time.perf_counter() - began
+
+    async def median(count):
+        return statistics.median([each async for each in seconds(count)])
+
+    took = asyncio.run(median(200))
+    print(f"a call: median {1000 * took:.1f} ms of 200")
+    assert took < 0.2
 
 
 def test_an_episode_calls_the_tools_of_both_and_reads_errors():

@@ -44,6 +44,10 @@ class Encoder:
                 f"{name} has tools, and no environment that makes their calls: give env a method call(self, name, "
                 "arguments)"
             )
+        if example.tools and self.config.tools:
+            raise ValueError(
+                f"{name} has tools, and the run has an MCP server, which gets their calls: use one of them"
+            )
         rendering = replace(self.rendering, tools=[*self.rendering.tools, *example.tools])
         try:
             ids = encode(self.tokenizer, example.prompt, rendering)

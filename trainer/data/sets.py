@@ -35,7 +35,7 @@ def with_tools(rendering: Rendering, config: Config, more: Sequence[Mapping[str,
     if config.env is None:
         return rendering
     own = schemas(class_of(config.env))
-    served = server_of(config.tools).schemas(config.limits.tool_s) if config.tools else []
+    served = server_of(config.tools).schemas(config.deadlines.start_s) if config.tools else []
     names = [schema["function"]["name"] for schema in (*own, *served)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"the environment and its MCP server both have a tool {twice[0]!r}: rename the method")
