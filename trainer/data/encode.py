@@ -45,9 +45,7 @@ class Encoder:
                 "arguments)"
             )
         if example.tools and self.config.tools:
-            raise ValueError(
-                f"{name} has tools, and the run has an MCP server, which gets their calls: use one of them"
-            )
+            raise ValueError(f"{name} has tools, and the run has an MCP server that gets their calls: use one of both")
         rendering = replace(self.rendering, tools=[*self.rendering.tools, *example.tools])
         try:
             ids = encode(self.tokenizer, example.prompt, rendering)
