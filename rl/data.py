@@ -20,7 +20,7 @@ class Example(Checked):
 
     prompt: Given
     task: Mapping[str, Any] = field(default_factory=dict)
-    tools: Sequence[Mapping[str, Any]] = ()
+    tools: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """Schemas of tools that this prompt shows, in the form of OpenAI's interface, besides those of the run. Calls of
     them go to the environment's `call(name, arguments)`."""
 

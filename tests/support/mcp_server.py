@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from mcp.server import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
 
 server = MCPServer("shop", log_level="WARNING")
 
@@ -14,7 +15,7 @@ server = MCPServer("shop", log_level="WARNING")
 def price(thing: str, count: int = 1) -> str:
     """The price of things."""
     if thing not in ("tea", "salt"):
-        raise ValueError(f"there is no {thing}")
+        raise ToolError(f"there is no {thing}")
     return f"{len(thing) * count} euros"
 
 
@@ -25,9 +26,9 @@ def process() -> str:
 
 
 @server.tool()
-def variable(name: str) -> str:
+def variable(key: str) -> str:
     """A variable of its environment."""
-    return os.environ.get(name, "not set")
+    return os.environ.get(key, "not set")
 
 
 @server.tool()

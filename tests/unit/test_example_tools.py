@@ -20,6 +20,8 @@ from tiny_tokenizer import CHAT, make_tokenizer
 from trainer.data.encode import Encoder
 from trainer.prompts import prepare
 
+# The types that users get wrong are checked by `Example` itself.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
 SEEDS = partial(turn_seed, 0, 0, 0)
 TOOLED = "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}" + CHAT
 

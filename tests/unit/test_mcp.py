@@ -30,7 +30,8 @@ from rl.types import Call, Data, Parsed
 from rl.validate import check
 from trainer.data.sets import with_tools
 
-pytestmark = pytest.mark.slow  # a server starts in 2 s
+# A server starts in 2 s. The types that users get wrong are checked by `MCP` itself.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked_types")]
 SERVER = str(Path(__file__).parents[1] / "support" / "mcp_server.py")
 COMMAND = (sys.executable, SERVER)
 SHOP = MCP(command=COMMAND)
@@ -71,7 +72,7 @@ def played(says, n=1, retries=0, env=Priced, **limits):
     def speaks(before, r):
         return says if before.count("[assistant]") == 1 else re.split(r"\[tool\]|\[assistant\]", before)[-2]
 
-    one = stage(Engine(speaks, parses), env=env, tools=SHOP, limits=Limits(**{"tool_s": SECONDS} | limits))
+    one = stage(Engine(speaks, parses), env=env, tools=SHOP, max_tokens=400, limits=Limits(**{"tool_s": SECONDS} | limits))
     seeds = partial(turn_seed, 0, 0, 0)
     return asyncio.run(play_group(n, lambda index: play(one, prompt(), index, seeds), retries))
 
@@ -156,9 +157,9 @@ def test_a_server_that_answers_nothing_any_more_is_replaced(monkeypatch):
 
 def test_a_server_gets_the_variables_that_are_named(monkeypatch):
     monkeypatch.setenv("SHOP_KEY", "secret")
-    assert call("variable", name="SHOP_KEY") == "not set"
+    assert call("variable", key="SHOP_KEY") == "not set"
     server = Server(MCP(command=COMMAND, variables=("SHOP_KEY",)))
-    assert call("variable", server, name="SHOP_KEY") == "secret"
+    assert call("variable", server, key="SHOP_KEY") == "secret"
     server.close()
     with pytest.raises(EnvError, match="the environment variable NO_SUCH is not set"):
         Server(MCP(command=COMMAND, variables=("NO_SUCH",))).schemas(SECONDS)
@@ -176,13 +177,21 @@ def test_a_server_that_cannot_start_says_why(command, says):
         with_tools(Rendering(), config(tools=MCP(command=command)))
 
 
+def listens(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return time.sleep(0.05)
+    return True
+
+
 def test_a_server_over_http_is_lost_when_it_ends():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    process = subprocess.Popen([*COMMAND, str(port)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*COMMAND, str(port)])
     try:
-        assert process.stderr is not None
-        next(line for line in process.stderr if "running on" in line)
+        while not listens(port):
+            assert process.poll() is None
         server = Server(MCP(url=f"http://127.0.0.1:{port}/mcp"))
         assert len(server.schemas(SECONDS)) == 6
         assert call("price", server, thing="salt") == "4 euros"

@@ -86,7 +86,7 @@ def test_a_game_is_an_environment_without_global_state(textarena):
     assert row.reward == 1.0
     read = "".join(map(chr, row.token_ids))
     assert read.count("It shows") == 2
-    assert read.count("[roll]") == 3, "a move is told again"
+    assert read.count("[roll]") == 4, "a move is told again"
     cut = stage(Engine(lambda before, r: "[roll]"), env=textarena.Game, limits=Limits(turns=2), max_model_len=10**5)
     assert asyncio.run(play(cut, prompt(game="Dice", seed=1), 0, SEEDS))[0].reward == 0.0
 
@@ -115,8 +115,8 @@ async def session(socket):
         asked = json.loads(said)
         if asked["type"] == "reset":
             answer = {"observation": {"echoed_message": f"seed {asked['data']['seed']}"}, "reward": None, "done": False}
-        elif not asked["data"]["message"]:
-            error = {"message": "a message must not be empty", "code": "VALIDATION_ERROR"}
+        elif asked["data"]["message"] == "?":
+            error = {"message": "a message must be a word", "code": "VALIDATION_ERROR"}
             await socket.send(json.dumps({"type": "error", "data": error}))
             continue
         elif asked["data"]["message"] == "break":
@@ -160,13 +160,14 @@ def test_a_session_pays_each_turn(openenv):
 
 
 def test_an_action_that_the_server_refuses_is_read_and_its_own_failure_is_no_reward(openenv):
-    group = episode(openenv, lambda before, r: "abc" if "must not be empty" in before else "")
+    group = episode(openenv, lambda before, r: "abc" if "must be a word" in before else "?")
     assert [row.reward for row in group.rows] == [9.0, 9.0]
     group = episode(openenv, lambda before, r: "break")
     assert group.failed == "env_error"
     assert "the disk is full" in str(group.error)
 
 
+@pytest.mark.usefixtures("unchecked_types")  # the check of types draws random numbers
 def test_the_doctor_starts_and_ends_sessions(openenv):
     assert environment_findings(openenv.OpenEnv, [{"seed": 1}, {"seed": 2}]) == []
 
