@@ -21,15 +21,9 @@ from rl.environments import Episode, Step, ToolError, Turn
 from rl.types import Data, Example
 
 try:
-    import bfcl_eval
-    from bfcl_eval.constants.default_prompts import DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_PROMPTING as MORE_TOOLS
-    from bfcl_eval.constants.default_prompts import MAXIMUM_STEP_LIMIT
-    from bfcl_eval.constants.executable_backend_config import (
-        CLASS_FILE_PATH_MAPPING,
-        MULTI_TURN_FUNC_DOC_FILE_MAPPING,
-        STATELESS_CLASSES,
-    )
-    from bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker import response_checker, state_checker
+    from bfcl_eval.constants import default_prompts as prompts  # pyright: ignore[reportMissingImports]
+    from bfcl_eval.constants import executable_backend_config as files  # pyright: ignore[reportMissingImports]
+    from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_checker as verdict  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     raise ImportError(f"{error}: run .venv/bin/pip install --no-deps bfcl-eval==2026.3.23") from error
 
@@ -47,7 +41,7 @@ ONE_CALL = threading.Lock()
 
 def read(name: str) -> list[dict]:
     """The lines of a file of the benchmark."""
-    text = (Path(bfcl_eval.__file__).parent / "data" / name).read_text()
+    text = (Path(prompts.__file__).parents[1] / "data" / name).read_text()
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -68,7 +62,7 @@ def schema(doc: dict) -> dict:
 
 def examples(kind: str) -> list[Example]:
     """The 200 tasks of a kind."""
-    docs = {name: read(f"multi_turn_func_doc/{file}") for name, file in MULTI_TURN_FUNC_DOC_FILE_MAPPING.items()}
+    docs = {name: read(f"multi_turn_func_doc/{file}") for name, file in files.MULTI_TURN_FUNC_DOC_FILE_MAPPING.items()}
     answers = read(f"possible_answer/BFCL_v4_multi_turn_{kind}.json")
     found: list[Example] = []
     for given, answer in zip(read(f"BFCL_v4_multi_turn_{kind}.json"), answers, strict=True):
@@ -76,7 +70,10 @@ def examples(kind: str) -> list[Example]:
         missed = given.get("missed_function", {})
         late = {int(turn): [tools.pop(name) for name in names] for turn, names in missed.items()}
         # The prompt cannot change any more: tools that come late are in a message, as for models without native calls.
-        news = {turn: MORE_TOOLS.format(functions=json.dumps(shown)) for turn, shown in late.items()}
+        news = {
+            turn: prompts.DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_PROMPTING.format(functions=json.dumps(shown))
+            for turn, shown in late.items()
+        }
         users = [
             [{"role": "user", "content": news[turn]}] if turn in news else said
             for turn, said in enumerate(given["question"])
@@ -109,8 +106,8 @@ class Simulators:
         self.objects: dict[str, object] = {}
         self.methods: dict = {}
         for name in task["classes"]:
-            made = getattr(importlib.import_module(CLASS_FILE_PATH_MAPPING[name]), name)()
-            if name not in STATELESS_CLASSES:
+            made = getattr(importlib.import_module(files.CLASS_FILE_PATH_MAPPING[name]), name)()
+            if name not in files.STATELESS_CLASSES:
                 made._load_scenario(copy.deepcopy(task["initial"].get(name, {})), long_context=task["long"])
             self.objects[name] = made
             methods = inspect.getmembers(made, inspect.ismethod)
@@ -181,15 +178,15 @@ class Bfcl:
             self.wrong = f"no call in turn {self.turn}"
             return
         try:
-            states = state_checker(self.ours.objects, self.truth.objects)
+            states = verdict.state_checker(self.ours.objects, self.truth.objects)
         except RecursionError:  # a folder that was moved into itself
             states = {"valid": False, "error_message": "the states have no end"}
-        found = response_checker(self.results, expected, self.turn)
+        found = verdict.response_checker(self.results, expected, self.turn)
         self.wrong = next((each["error_message"] for each in (states, found) if not each["valid"]), "")
 
     def reward(self, episode: Episode) -> float:
         whole = episode.ended == "done" and self.turn == len(self.task["truth"])
-        return float(whole and not self.wrong and longest(episode) <= MAXIMUM_STEP_LIMIT)
+        return float(whole and not self.wrong and longest(episode) <= prompts.MAXIMUM_STEP_LIMIT)
 
 
 def right_calls(simulators: Simulators, lines: list[str]):

@@ -20,7 +20,7 @@ class OpenEnv:
 
     async def start(self) -> str:
         self.socket = await connect(self.url)
-        return (await self._ask("reset", {"seed": self.task["seed"]})).observation
+        return str((await self._ask("reset", {"seed": self.task["seed"]})).observation)
 
     async def reply(self, turn: Turn) -> Step:
         return await self._ask("step", {self.action: turn.text})

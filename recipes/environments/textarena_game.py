@@ -3,7 +3,7 @@
 import random
 import threading
 
-import textarena
+import textarena  # pyright: ignore[reportMissingImports]
 
 from rl.config import Config, RolloutConfig, TrainerConfig
 from rl.environments import Episode, Limits, Step, Turn
