@@ -8,14 +8,7 @@ from typing import Any
 from rl.tools.methods import tools_of
 from rl.typed import show
 
-METHODS = {
-    "start": "",
-    "parse": "text",
-    "call": "name, arguments",
-    "reply": "turn",
-    "reward": "episode",
-    "close": "",
-}
+METHODS = {"start": "", "parse": "text", "call": "name, arguments", "reply": "turn", "reward": "episode", "close": ""}
 """What each method of an environment is given."""
 
 

@@ -8,7 +8,6 @@ import atexit
 import os
 import tempfile
 import threading
-from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -114,12 +113,13 @@ class Server:
         """The connection to a server that answers."""
         now = self._connection
         if now is not None and now.in_doubt:
-            now.in_doubt = False
-            if not await now.answers():
+            if await now.answers():
+                now.in_doubt = False
+            else:
                 now.over.set()
         if self._connection is None or self._connection.over.is_set():
             self._connection = _Connection(self.source, self._name)
-            self._connection.begin(self._connection.serve())
+            self._connection.serving = asyncio.create_task(self._connection.serve())
         connection = self._connection
         await asyncio.shield(connection.ready)
         return connection
@@ -139,15 +139,12 @@ class _Connection:
     """Whether a call was given up that it did not answer."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
     ready: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    _serving: asyncio.Task[None] | None = None
-
-    def begin(self, serving: Coroutine[Any, Any, None]) -> None:
-        self._serving = asyncio.create_task(serving)
+    serving: asyncio.Task[None] | None = None
 
     async def end(self) -> None:
         self.over.set()
-        if self._serving is not None:
-            await self._serving
+        assert self.serving is not None, "a connection is served from its beginning"
+        await self.serving
 
     async def answers(self) -> bool:
         try:
