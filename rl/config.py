@@ -11,6 +11,7 @@ from rl.objectives import GSPO, Objective
 from rl.objectives.corrections import Correction, Uncorrected
 from rl.rewards.score import Reward
 from rl.sampling.truncation import Truncation
+from rl.tools import MCP
 from rl.trainer_config import Lora as Lora
 from rl.trainer_config import TrainerConfig
 from rl.typed import Checked
@@ -146,6 +147,9 @@ class Config(Checked):
     """Agent with a loop of its own, for episodes: `async def agent(ctx)` returns the reward, and reaches the policy
     with a stock client of OpenAI or Anthropic at `ctx.base_url`. A list of words is a command, which prints its reward
     as its last line. Give this, `env` or `reward`."""
+    tools: MCP = field(default_factory=MCP)
+    """More tools for the episodes of `env`, from an MCP server: `MCP(command=["python", "server.py"])`, or
+    `MCP(url="http://localhost:8000/mcp")`. Each process with environments has a server of its own."""
     limits: Limits = field(default_factory=Limits)
     """When an episode of `env` or `agent` ends."""
     env_workers: int = 0

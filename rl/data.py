@@ -20,6 +20,9 @@ class Example(Checked):
 
     prompt: Given
     task: Mapping[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """Schemas of tools that this prompt shows, in the form of OpenAI's interface, besides those of the run. Calls of
+    them go to the environment's `call(name, arguments)`."""
 
     def __post_init__(self) -> None:
         for i, message in enumerate(self.prompt):
@@ -40,6 +43,8 @@ class Example(Checked):
         """How to write a prompt, or a task."""
         if field == "task":
             return "must be a dict of what the reward needs: write task={'answer': '5'}"
+        if field == "tools":
+            return "must be a list of schemas: write tools=[{'type': 'function', 'function': {'name': 'add', ...}}]"
         if isinstance(value, Mapping):
             return "is one message: write a list of messages, prompt=[{'role': 'user', 'content': 'What is 2 + 3?'}]"
         if hasattr(value, "tolist"):

@@ -1,6 +1,6 @@
 """What travels between rollout, loop and trainer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -27,6 +27,8 @@ class Prompt:
     task: Mapping[str, Any]
     given: Given = ""
     """The prompt as the data set has it, for the reward."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Tools that this prompt shows besides those of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,6 +100,12 @@ def _check_episodes(config: Config) -> None:
             raise ValueError(
                 f"env_workers={config.env_workers} has no environment to host: set env or agent, or remove it"
             )
+    if config.tools and config.env is None:
+        raise ValueError(
+            "tools are for the episodes of an env, and this run has none: write a class with __init__(self, task) and "
+            "reward(self, episode), and give it as env"
+        )
+    if not config.episodic:
         return
     if config.env is None:
         check_agent(config.agent)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from rl.config import Config
 from rl.environments.check import class_of
-from rl.environments.tools import schemas
+from rl.tools.methods import schemas
 from rl.types import Call, Completion, FinishReason, Parsed
 
 STARTS = re.compile(r"^(tool_calls?_start_token|bot_token|bot_string|tc_start)$")

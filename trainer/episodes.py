@@ -24,7 +24,7 @@ def episodes_of(
     if host is None:
         host = EnvWorkers(make, config.env_workers) if config.env_workers else ThreadHost(env=make)
     if config.env is not None:
-        stage = stage_of(config, rollouts, prepared.decode, prepared.chat(config.env), host)
+        stage = stage_of(config, rollouts, prepared.decode, prepared.chat(config), host)
         return in_environment(config, stage)
     counts: dict[str, float] = {}
     stage = agents.Stage(

@@ -58,6 +58,7 @@ class Prepared:
 
     tokenizer: PreTrainedTokenizerBase
     rendering: Rendering
+    """Of the first training prompt, with its tools."""
     first_prompt: Given
     """The first training prompt before it became tokens."""
     train: list[Prompt]
@@ -89,9 +90,9 @@ class Prepared:
         encoder = self.encoder
         return stream(self.source, seed, prompt=encoder.prompt, ended=ended, dropped=frozenset(encoder.dropped))
 
-    def chat(self, env: type | Callable[..., Any]) -> Chat:
-        """The chat template, for the turns of an environment's episodes."""
-        return chat_of(self.tokenizer, with_tools(self.rendering, env), self.stop_ids)
+    def chat(self, config: Config) -> Chat:
+        """The chat template, for the turns of a run's episodes or of a held-out set's."""
+        return chat_of(self.tokenizer, with_tools(self.rendering, config), self.stop_ids)
 
     @cached_property
     def first(self) -> FirstPrompt:
@@ -171,7 +172,7 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Prepared:
     rendering = Rendering(template=config.chat_template_kwargs, now=now)
 
     def encoder(where: str, config: Config = config, **long: set[int]) -> Encoder:
-        shown = with_tools(rendering, config.env)
+        shown = with_tools(rendering, config)
         return Encoder(tokenizer=tokenizer, config=config, rendering=shown, where=where, **long)
 
     source = None
@@ -186,7 +187,7 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Prepared:
     asked = {name: evals[name].all(list(each.examples)) for name, each in data.sets.items()}
     prepared = Prepared(
         tokenizer=tokenizer,
-        rendering=with_tools(rendering, config.env),
+        rendering=with_tools(rendering, config, train[0].tools),
         first_prompt=train[0].given,
         train=train,
         evals=asked,
@@ -246,7 +247,7 @@ def try_environment(config: Config, prepared: Prepared, first: Prompt, where: st
             "prompt=[{'role': 'user', 'content': '...'}]"
         )
 
-    silent, chat = Silent(prepared.stop_ids[:1] or [0]), prepared.chat(config.env)
+    silent, chat = Silent(prepared.stop_ids[:1] or [0]), prepared.chat(config)
     stage = stage_of(config, silent, prepared.decode, chat, ThreadHost(env=config.env))
     with hear(rehearsal=True):
         asyncio.run(play(stage, first, 0, lambda turn: 0))

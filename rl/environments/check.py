@@ -5,10 +5,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from rl.environments.tools import tools_of
+from rl.tools.methods import tools_of
 from rl.typed import show
 
-METHODS = {"start": "", "parse": "text", "reply": "turn", "reward": "episode", "close": ""}
+METHODS = {"start": "", "parse": "text", "call": "name, arguments", "reply": "turn", "reward": "episode", "close": ""}
 """What each method of an environment is given."""
 
 
@@ -36,11 +36,11 @@ def check_environment(cls: type) -> None:
         found = inspect.getattr_static(cls, method, None)
         if found is None:
             continue
-        arguments = ["self", *filter(None, [given])]
+        arguments = ["self", *filter(None, given.split(", "))]
         function = getattr(found, "__func__", found)
         if not callable(function) or not takes(function, len(arguments)):
             raise ValueError(f"{name}.{method} must be a method: write def {method}({', '.join(arguments)}): ...")
-    if not tools_of(cls) and hasattr(cls, "parse"):
+    if not tools_of(cls) and hasattr(cls, "parse") and not hasattr(cls, "call"):
         raise ValueError(f"{name} has parse, and no tool that it could call: a tool is a public method")
 
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-from rl.environments import tools
 from rl.environments.threads import Threads, aside
 from rl.environments.types import Episode, Turn
+from rl.tools import MCP, methods
+from rl.tools.mcp import server_of
 from rl.types import Call
 
 OPTIONAL = ("start", "parse", "reply", "close")
@@ -94,9 +95,12 @@ def parse(environment: Any, text: str) -> Any:
     return environment.parse(text)
 
 
-def use(environment: Any, call: Call) -> Any:
-    """Make a tool call. Raises ToolError for one that cannot be made."""
-    return tools.bind(environment, call)()
+def use(environment: Any, call: Call, more: MCP | None = None) -> Any:
+    """Make a tool call: of a method of the environment, or else of `more`. Raises ToolError for one that cannot be
+    made."""
+    if more and not methods.has(environment, call.name):
+        return server_of(more).call(call)
+    return methods.bind(environment, call)()
 
 
 def reply(environment: Any, turn: Turn) -> Any:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from rl.environments import tools
 from rl.environments.types import EnvError, Messages, Turn
 from rl.judges.hearing import JudgeError
+from rl.tools.methods import text_of
 from rl.typed import shortened, show
 from rl.types import Call
 
@@ -60,4 +60,4 @@ def as_text(result: Any, what: str) -> str:
     """What a tool returned, as the policy reads it. Raises EnvError for what no policy can read."""
     if isinstance(result, bytes) or type(result).__repr__ is object.__repr__:
         raise EnvError(f"{what} returned {show(result, SHOWN)}: return text, numbers, or lists and dicts of them")
-    return tools.text_of(result)
+    return text_of(result)

@@ -6,7 +6,7 @@ limit ends the episode, which is scored as it stands.
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +19,7 @@ from rl.environments.types import Ended, EnvError, EnvLate, Episode, Limits, Mes
 from rl.judges.hearing import hear
 from rl.protocols import EngineLost, Rollouts
 from rl.rewards.result import NoScore, finite, points
+from rl.tools import MCP
 from rl.typed import show
 from rl.types import Completion, Prompt, Trajectory
 
@@ -32,8 +33,9 @@ LONGEST_TOKEN = 1000
 class Chat(Protocol):
     """The run's chat template (`rl.environments.template`)."""
 
-    def prompt(self, messages: Messages) -> list[int]:
-        """Tokens of a conversation in which nothing was sampled yet, with the opening of the policy's turn."""
+    def prompt(self, messages: Messages, more: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Tokens of a conversation in which nothing was sampled yet, with the opening of the policy's turn. `more` are
+        tools that it shows besides those of the run."""
         ...
 
     def delta(self, messages: Messages, after: list[int]) -> list[int]:
@@ -59,6 +61,8 @@ class Stage:
     mask_truncated: bool = False
     """Do not train on episodes that a limit ended."""
     temperature: float | None = None
+    tools: MCP | None = None
+    """A server of more tools."""
 
 
 async def play(stage: Stage, prompt: Prompt, member: int, seed: Callable[[int], int | None]) -> list[Trajectory]:
@@ -129,7 +133,9 @@ class _Play:
             more = await self._ask("`start`", methods.start)
             if more:
                 self.messages += as_messages(more, "`start`")
-                self.context = self._encoded("`start`", lambda: self.stage.chat.prompt(self.messages))
+                self.context = self._encoded(
+                    "`start`", lambda: self.stage.chat.prompt(self.messages, self.prompt.tools)
+                )
         if len(self.context) >= self.stage.max_model_len:
             raise EnvError(
                 f"the prompt with the messages of `start` has {len(self.context)} tokens, which leaves no room in "
@@ -212,7 +218,7 @@ class _Play:
             self.in_tool = True
             try:
                 what = f"the tool {call.name}"
-                result = as_text(await self._ask(what, partial(methods.use, call=call)), what)
+                result = as_text(await self._ask(what, partial(methods.use, call=call, more=self.stage.tools)), what)
             except ToolError as error:
                 result = str(error)
             self.in_tool = False

@@ -38,9 +38,10 @@ class Chat:
     _arguments_are_text: bool = field(default=False, init=False)
     _kept: dict[tuple[tuple[str, str], ...], str] = field(default_factory=dict, init=False, repr=False)
 
-    def prompt(self, messages: list[Message]) -> list[int]:
-        """The tokens of a conversation up to the words that the policy will say."""
-        return self.encode(self.text(messages, True))
+    def prompt(self, messages: list[Message], more: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """The tokens of a conversation up to the words that the policy will say, with `more` tools shown."""
+        chat = replace(self, tools=[*self.tools, *more]) if more else self
+        return self.encode(chat.text(messages, True))
 
     def delta(self, messages: list[Message], after: Sequence[int]) -> list[int]:
         """The tokens that `messages` add after the sampled tokens `after`, with the next generation prompt.

@@ -101,7 +101,7 @@ class Threads:
                         job.unwanted(result)
                     return
                 if inspect.isawaitable(result):
-                    begin = partial(asyncio.run_coroutine_threadsafe, _awaited(result), _event_loop())
+                    begin = partial(asyncio.run_coroutine_threadsafe, _awaited(result), event_loop())
                     job.waiting = job.context.run(begin)
                     job.waiting.add_done_callback(job.answered)
                     continue
@@ -165,7 +165,7 @@ def aside(work: Callable[[], Any]) -> None:
         with suppress(Exception):  # the environment's own, of an episode that has ended
             result = work()
             if inspect.isawaitable(result):
-                asyncio.run_coroutine_threadsafe(_awaited(result), _event_loop())
+                asyncio.run_coroutine_threadsafe(_awaited(result), event_loop())
 
     threading.Thread(target=run, daemon=True, name="end of an environment").start()
 
@@ -179,7 +179,7 @@ async def _awaited(result: Awaitable[Any]) -> Any:
 
 
 @cache
-def _event_loop() -> asyncio.AbstractEventLoop:
+def event_loop() -> asyncio.AbstractEventLoop:
     """The event loop of all async methods: one, so that they can share a client and its connections."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True, name="async environments").start()

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rl.protocols import EnvError as EnvError
+from rl.tools.errors import EnvError as EnvError
+from rl.tools.errors import EnvLate as EnvLate
+from rl.tools.errors import ToolError as ToolError
 from rl.typed import Checked, show
 from rl.types import Call
 
@@ -12,14 +14,6 @@ Ended = Literal["done", "turns", "length", "deadline"]
 """How an episode ended: by itself, or by `limits.turns`, a limit of tokens, or `limits.seconds`."""
 Messages = list[dict[str, Any]]
 """Chat messages, such as [{"role": "user", "content": "What is 2 + 3?"}]."""
-
-
-class ToolError(Exception):
-    """What the policy asked for cannot be done. The policy reads the message as the result of its call."""
-
-
-class EnvLate(EnvError):
-    """The environment, or the engine, took longer than a limit allows."""
 
 
 @dataclass(frozen=True, kw_only=True)

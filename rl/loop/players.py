@@ -172,6 +172,7 @@ def stage_of(config: Config, rollouts: Rollouts, decode: Callable[..., str], cha
         max_model_len=config.rollout.max_model_len,
         reward_s=config.deadlines.reward_s,
         mask_truncated=config.mask_truncated,
+        tools=config.tools,
     )
 
 

@@ -13,10 +13,10 @@ from typing import Any
 from rl.config import Config, RolloutConfig
 from rl.environments.host import ThreadHost
 from rl.environments.template import chat_of
-from rl.environments.tools import schemas
 from rl.environments.types import Episode, Limits, Step, Turn
 from rl.loop.players import Episodes, stage_of
 from rl.tokens import Rendering, encode
+from rl.tools.methods import schemas
 from rl.types import Call, Completion, Data, Prompt
 from trainer.prompts import load_tokenizer
 

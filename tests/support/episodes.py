@@ -29,7 +29,7 @@ def written(messages: Messages) -> str:
 class Chat:
     """What messages add."""
 
-    def prompt(self, messages: Messages) -> list[int]:
+    def prompt(self, messages: Messages, more: Any = ()) -> list[int]:
         return ids(written(messages))
 
     def delta(self, messages: Messages, after: list[int]) -> list[int]:

@@ -143,7 +143,7 @@ def tokenized(tmp_path, env=Calculator, prompt=ASKED):
 def test_an_environment_is_tried_on_the_first_prompt(tmp_path):
     prepared = prepare(tokenized(tmp_path))
     assert [tool["function"]["name"] for tool in prepared.rendering.tools] == ["multiply", "add"]
-    assert prepared.decode(prepared.chat(Calculator).delta([{"role": "user", "content": "6"}], [1])) == ";u:6;a:"
+    assert prepared.decode(prepared.chat(config()).delta([{"role": "user", "content": "6"}], [1])) == ";u:6;a:"
 
 
 @pytest.mark.parametrize("method", ["__init__", "start", "reward", "close"])

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from rl.environments.tools import bind, schemas, text_of, tools_of
 from rl.environments.types import ToolError
+from rl.tools.methods import bind, schemas, text_of, tools_of
 from rl.types import Call
 
 

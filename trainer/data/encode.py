@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from rl.config import Config
 from rl.data import Data, Example, Train, sized
+from rl.environments.check import class_of
 from rl.loop.stream import draws
 from rl.tokens import Rendering, encode
 from rl.typed import show
@@ -38,8 +39,16 @@ class Encoder:
         """The prompt of an example, None for one that is dropped. Raises ValueError that names the example."""
         example = self._read(index, take)
         name = f"{self.where}[{index}]"
+        if example.tools and not hasattr(self.config.env and class_of(self.config.env), "call"):
+            raise ValueError(
+                f"{name} has tools, and no environment that makes their calls: give env a method call(self, name, "
+                "arguments)"
+            )
+        if example.tools and self.config.tools:
+            raise ValueError(f"{name} has tools, and the run has an MCP server that gets their calls: use one of both")
+        rendering = replace(self.rendering, tools=[*self.rendering.tools, *example.tools])
         try:
-            ids = encode(self.tokenizer, example.prompt, self.rendering)
+            ids = encode(self.tokenizer, example.prompt, rendering)
         except Exception as error:
             # The tokenizer and the template are other people's code, and may raise anything.
             kind = "" if type(error).__name__ in ("ValueError", "TemplateError") else f"{type(error).__name__}: "
@@ -61,7 +70,7 @@ class Encoder:
             self.cut.add(position)
             front = ids[:1] if ids[0] == self.tokenizer.bos_token_id and room > 1 else []
             ids = front + ids[len(ids) - room + len(front) :]
-        return Prompt(ordinal=index, token_ids=ids, task=example.task, given=example.prompt)
+        return Prompt(ordinal=index, token_ids=ids, task=example.task, given=example.prompt, tools=example.tools)
 
     def all(self, examples: list[Example]) -> list[Prompt]:
         """Prompts of a whole list. Raises ValueError also when all of them are too long."""

@@ -29,7 +29,7 @@ def fingerprint(
     whole = train if source is None else source
     return {
         "size": len(whole) if sized(whole) else None,  # pyright: ignore[reportArgumentType]
-        "texts": digest_of(prompt.given for prompt in train),
+        "texts": digest_of([p.given, *p.tools] if p.tools else p.given for p in train),
         "answers": digest_of(prompt.task for prompt in train),
         "evals": {name: digest_of([p.token_ids, p.task] for p in prompts) for name, prompts in evals.items()},
         "means": {name: dict(weights) for name, weights in means.items()},

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from rl.environments.tools import tools_of
+from rl.environments.threads import event_loop
 from rl.environments.types import EnvError
+from rl.tools.methods import tools_of
 from rl.typed import shortened, show
 from trainer.doctor.finding import Finding
 
@@ -88,7 +89,8 @@ def _awaited(result: Any) -> Any:
     async def wait() -> Any:
         return await result
 
-    return asyncio.run(wait()) if inspect.isawaitable(result) else result
+    # On the loop of all async methods, because a connection of `start` may be closed in `close`.
+    return asyncio.run_coroutine_threadsafe(wait(), event_loop()).result() if inspect.isawaitable(result) else result
 
 
 def _differs(before: object, after: object) -> bool:

@@ -6,8 +6,8 @@ from datetime import timedelta
 from typing import Any
 
 from rl.environments.template import chat_of
-from rl.environments.tools import tools_of
 from rl.tokens import Rendering
+from rl.tools.methods import tools_of
 from trainer.doctor.episodes.calls import Parse, parser_findings
 from trainer.doctor.episodes.chat import template_findings
 from trainer.doctor.episodes.environment import Environment, environment_findings
@@ -38,6 +38,6 @@ def episode_findings(
         chat_of(tokenizer, replace(rendering, now=now), stop_ids) for now in (rendering.now, rendering.now + LATER)
     )
     # An environment that reads calls from the text answers as the user.
-    native = bool(tools_of(environment)) and not hasattr(environment, "parse")
+    native = bool(rendering.tools or tools_of(environment)) and not hasattr(environment, "parse")
     found += template_findings(chat, native=native, bos=tokenizer.bos_token_id, redated=later)
     return [*found, *(parser_findings(chat, parse) if native and parse else ())]

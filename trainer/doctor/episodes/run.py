@@ -77,7 +77,7 @@ def play_at_random(config: Config, prepared: Prepared) -> None:
     """Play some episodes with random replies. Raises EnvError."""
     assert config.env is not None
     replies = RandomReplies(len(prepared.tokenizer), prepared.stop_ids)
-    stage = stage_of(config, replies, prepared.decode, prepared.chat(config.env), ThreadHost(env=config.env))
+    stage = stage_of(config, replies, prepared.decode, prepared.chat(config), ThreadHost(env=config.env))
 
     async def all_of_them() -> None:
         for index in range(EPISODES):

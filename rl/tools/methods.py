@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from rl.environments.arguments import KINDS, fit, schema_of
-from rl.environments.docstring import described
-from rl.environments.types import ToolError
+from rl.tools.arguments import KINDS, fit, schema_of
+from rl.tools.docstring import described
+from rl.tools.errors import ToolError
 from rl.typed import show
 from rl.types import Call
 
-NEVER = frozenset({"start", "parse", "reply", "reward", "close"})
+NEVER = frozenset({"start", "parse", "call", "reply", "reward", "close"})
 """Public methods that an environment has for the run, not for the policy."""
 
 
@@ -52,13 +52,22 @@ def schemas(environment: object) -> list[dict[str, Any]]:
     return [tool.schema for tool in tools_of(environment)]
 
 
+def has(environment: object, name: str) -> bool:
+    """Whether an environment has this tool."""
+    return any(tool.name == name for tool in tools_of(environment))
+
+
 def bind(environment: object, call: Call) -> Callable[[], Any]:
     """The call with checked arguments, ready to run; it returns an awaitable where the method is async.
 
     Numbers are converted without loss (3.0 for an integer, 3 for a number), lists to tuples, values to enums. Raises
-    ToolError for an unknown tool, and for missing, unknown and wrong arguments.
+    ToolError for an unknown tool, and for missing, unknown and wrong arguments. Tools that are no methods, such as
+    those of the example, go to the environment's `call`, where it has one.
     """
     tools = {tool.name: tool for tool in tools_of(environment)}
+    own: Any = getattr(environment, "call", None)
+    if call.name not in tools and callable(own):
+        return partial(own, call.name, dict(call.arguments))
     if call.name not in tools:
         known = f"the tools are: {', '.join(tools)}" if tools else "there are no tools"
         raise ToolError(f"there is no tool {show(call.name)}; {known}")

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, cast
 
-from rl.environments.types import ToolError
+from rl.tools.errors import ToolError
 from rl.typed import show
 
 WORDS = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
