@@ -95,11 +95,8 @@ def _check_counts(config: Config) -> None:
 def _check_episodes(config: Config) -> None:
     if not 0 <= config.max_failed < 1:
         raise ValueError(f"max_failed={config.max_failed:g} must be a share from 0 to below 1, such as 0.1")
-    if not config.episodic:
-        if config.env_workers:
-            raise ValueError(
-                f"env_workers={config.env_workers} has no environment to host: set env or agent, or remove it"
-            )
+    if not config.episodic and config.env_workers:
+        raise ValueError(f"env_workers={config.env_workers} has no environment to host: set env or agent, or remove it")
     if config.tools and config.env is None:
         raise ValueError(
             "tools are for the episodes of an env, and this run has none: write a class with __init__(self, task) and "
