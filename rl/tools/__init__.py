@@ -1,4 +1,4 @@
-"""What the policy can call: the methods of an environment, and the tools of a server that speaks MCP."""
+"""What the policy can call: the methods of an environment, and the tools of an MCP server."""
 
 from rl.tools.mcp import MCP
 

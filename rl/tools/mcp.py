@@ -31,9 +31,9 @@ class MCP(Checked):
     """
 
     command: tuple[str, ...] = ()
-    """Program and arguments of a server that speaks over its standard input and output."""
+    """Program and arguments of a server that uses its standard input and output."""
     url: str = ""
-    """Address of a server that speaks HTTP, such as http://localhost:8000/mcp."""
+    """Address of a server over HTTP, such as http://localhost:8000/mcp."""
     variables: tuple[str, ...] = ()
     """Names of environment variables that the command gets, besides PATH, HOME and a few others."""
 
@@ -77,7 +77,12 @@ class Server:
 
     async def call(self, call: Call) -> str:
         """What the tool returns. Raises ToolError for what it cannot do, and EnvError when the server is lost."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._call(call), self._loop))
+        try:
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._call(call), self._loop))
+        except asyncio.CancelledError:  # it is late, or its episode has ended
+            if self._connection is not None:
+                self._connection.in_doubt = True
+            raise
 
     def close(self) -> None:
         """End the server. The next call starts another one."""
@@ -95,9 +100,6 @@ class Server:
             raise ToolError(f"there is no tool {show(call.name)}; the server has: {', '.join(names)}")
         try:
             result = await connection.client.call_tool(call.name, dict(call.arguments))
-        except asyncio.CancelledError:  # it is late, or its episode has ended
-            connection.in_doubt = True
-            raise
         except MCPError as error:
             if error.code == INVALID_PARAMS:
                 raise ToolError(error.message) from None
@@ -112,7 +114,7 @@ class Server:
     async def _connected(self) -> "_Connection":
         """The connection to a server that answers."""
         now = self._connection
-        if now is not None and now.in_doubt:
+        if now is not None and now.in_doubt and now.ready.done():
             if await now.answers():
                 now.in_doubt = False
             else:

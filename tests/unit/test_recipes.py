@@ -17,7 +17,9 @@ from trainer.learner.deepspeed_engine import deepspeed_settings
 from trainer.runs.settings import resolved
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.py") if p.stem != "loop_in_one_file")
+ADAPTERS = ROOT / "recipes" / "environments"
+"""Recipes that need another package: tests/unit/test_bfcl.py and test_recipe_adapters.py."""
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.py") if p.stem != "loop_in_one_file" and p.parent != ADAPTERS)
 """Every file that is a run. The loop in one file has a test of its own, tests/unit/test_loop_in_one_file.py."""
 
 
