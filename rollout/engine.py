@@ -9,7 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from transformers import PretrainedConfig
 from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
-from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -20,6 +20,7 @@ from rl.protocols import EngineLost, UpdateFailed
 from rl.tokens import Rendering, stop_ids
 from rl.types import Completion, FinishReason, Parsed
 from rollout import examine
+from rollout.completion import completion
 from rollout.parse import parser_of
 from rollout.process import fork_from_server
 from rollout.settings import engine_args
@@ -58,6 +59,7 @@ class Engine:
         self.version = version
         self.requests = 0
         self.aborted = 0
+        self.slots = asyncio.Semaphore(config.rollout.max_num_seqs)
         self.open = asyncio.Event()
         self.updating = False
         """True while an update is changing the live weights."""
@@ -128,14 +130,28 @@ class Engine:
 
     async def generate(self, token_ids: list[int], params: SamplingParams) -> RequestOutput:
         """The final output of one request. It uses cached prefixes of the current weights only."""
+        if params.top_k <= 0 and self.llm.model_config.return_sampling_mask:
+            params.top_k = self.llm.model_config.get_vocab_size()  # vLLM wants a bound; this one keeps every token
+        # What waits in vLLM's queue over an update has the old version's salt, and then finds its prompt in the old
+        # weights' cache. So it waits here.
+        async with self.slots:
+            version, output = await self._generated(token_ids, params)
+            spans = output.outputs[0].weight_versions
+            if spans and int(spans[0].version) != version:
+                # It still waited there over an update, for a step to end, or for room in the cache.
+                params.skip_reading_prefix_cache = True
+                _, output = await self._generated(token_ids, params)
+        return output
+
+    async def _generated(self, token_ids: list[int], params: SamplingParams) -> tuple[int, RequestOutput]:
+        """The final output of one request, and the version whose cached prefixes it could use."""
         # A request that arrives during a pause would run on the new weights under the old version's salt.
         await self.open.wait()
         self.requests += 1
-        if params.top_k <= 0 and self.llm.model_config.return_sampling_mask:
-            params.top_k = self.llm.model_config.get_vocab_size()  # vLLM wants a bound; this one keeps every token
-        prompt: TokensPrompt = {"prompt_token_ids": token_ids, "cache_salt": f"v{self.version}"}
+        version = self.version
+        prompt: TokensPrompt = {"prompt_token_ids": token_ids, "cache_salt": f"v{version}"}
         try:
-            return [o async for o in self.llm.generate(prompt, params, request_id=str(self.requests))][-1]
+            return version, [o async for o in self.llm.generate(prompt, params, request_id=str(self.requests))][-1]
         except EngineDeadError:
             raise EngineLost("vLLM's own process has ended") from None
 
@@ -271,30 +287,3 @@ class Engine:
     async def trace_sampler(self, token_ids: list[int], seed: int, tokens: int) -> examine.SampledAndTraced:
         """One reply as a rollout samples it, and what each worker's sampler did for it (`rollout.sampler_trace`)."""
         return await examine.trace_sampler(lambda: self.sample(token_ids, 1, seed, None, tokens), self.call_workers)
-
-
-def completion(done: CompletionOutput, cached_prompt_tokens: int) -> Completion:
-    """vLLM's output as a `Completion`. A missing log-probability becomes NaN, which the loop quarantines."""
-    token_ids = list(done.token_ids)
-    steps = done.logprobs or [{}] * len(token_ids)
-    spans = done.weight_versions or []
-    version_at = {position: int(span.version) for span in spans for position in range(span.start, span.end)}
-    whole = version_at.keys() == set(range(len(token_ids)))
-    assert whole, f"vLLM's weight versions do not cover all {len(token_ids)} tokens: {spans}"
-    reason = done.finish_reason
-    assert reason == "stop" or reason == "length" or reason == "abort", f"vLLM ended a request with {reason!r}"
-    support = done.sampling_mask.token_ids if done.sampling_mask else None
-    if support is not None:
-        kept = all(token in ids for token, ids in zip(token_ids, support, strict=True))
-        assert kept, "vLLM sampled a token outside of the set that it reports as kept"
-    return Completion(
-        token_ids=token_ids,
-        logprobs=[
-            step[token].logprob if step and token in step else float("nan")
-            for step, token in zip(steps, token_ids, strict=True)
-        ],
-        versions=[version_at[position] for position in range(len(token_ids))],
-        finish_reason=reason,
-        cached_prompt_tokens=cached_prompt_tokens,
-        support=support,
-    )
