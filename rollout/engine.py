@@ -14,18 +14,16 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from rl.agents.record import Opening, Record
 from rl.config import Config
 from rl.data import Given
 from rl.protocols import EngineLost, UpdateFailed
 from rl.tokens import Rendering, stop_ids
 from rl.types import Completion, FinishReason, Parsed
 from rollout import examine
-from rollout.endpoint.public import PublicEndpoint
-from rollout.endpoint.server import Endpoint
+from rollout.completion import completion
+from rollout.endpoint.serving import Serving
 from rollout.parse import parser_of
 from rollout.process import fork_from_server
-from rollout.sampled import completion
 from rollout.settings import engine_args
 from rollout.worker import WorkerExtension
 
@@ -36,7 +34,7 @@ UNSENT = -100
 doctor, which may send its own versions below 0."""
 
 
-class Engine:
+class Engine(Serving):
     """Hosted by one actor. Every method is a coroutine of the same event loop."""
 
     def __init__(
@@ -59,10 +57,10 @@ class Engine:
         self.stop_ids = stop_ids(self.tokenizer, self.llm.model_config.try_get_generation_config(), files)
         """Token ids that end a reply."""
         self.parser = parser_of(config, self.tokenizer, self.stop_ids)
-        self.endpoint: Endpoint | None = None
         self.version = version
         self.requests = 0
         self.aborted = 0
+        self.slots = asyncio.Semaphore(config.rollout.max_num_seqs)
         self.open = asyncio.Event()
         self.updating = False
         """True while an update is changing the live weights."""
@@ -134,14 +132,28 @@ class Engine:
 
     async def generate(self, token_ids: list[int], params: SamplingParams) -> RequestOutput:
         """The final output of one request. It uses cached prefixes of the current weights only."""
+        if params.top_k <= 0 and self.llm.model_config.return_sampling_mask:
+            params.top_k = self.llm.model_config.get_vocab_size()  # vLLM wants a bound; this one keeps every token
+        # What waits in vLLM's queue over an update has the old version's salt, and then finds its prompt in the old
+        # weights' cache. So it waits here.
+        async with self.slots:
+            version, output = await self._generated(token_ids, params)
+            spans = output.outputs[0].weight_versions
+            if spans and int(spans[0].version) != version:
+                # It still waited there over an update, for a step to end, or for room in the cache.
+                params.skip_reading_prefix_cache = True
+                _, output = await self._generated(token_ids, params)
+        return output
+
+    async def _generated(self, token_ids: list[int], params: SamplingParams) -> tuple[int, RequestOutput]:
+        """The final output of one request, and the version whose cached prefixes it could use."""
         # A request that arrives during a pause would run on the new weights under the old version's salt.
         await self.open.wait()
         self.requests += 1
-        if params.top_k <= 0 and self.llm.model_config.return_sampling_mask:
-            params.top_k = self.llm.model_config.get_vocab_size()  # vLLM wants a bound; this one keeps every token
-        prompt: TokensPrompt = {"prompt_token_ids": token_ids, "cache_salt": f"v{self.version}"}
+        version = self.version
+        prompt: TokensPrompt = {"prompt_token_ids": token_ids, "cache_salt": f"v{version}"}
         try:
-            return [o async for o in self.llm.generate(prompt, params, request_id=str(self.requests))][-1]
+            return version, [o async for o in self.llm.generate(prompt, params, request_id=str(self.requests))][-1]
         except EngineDeadError:
             raise EngineLost("vLLM's own process has ended") from None
 
@@ -233,23 +245,6 @@ class Engine:
         """Seconds that sampling stopped for the last update."""
         return self.pause_seconds
 
-    async def open_episode(self, opening: Opening, rendering: Rendering) -> str:
-        """Serve an agent's episode over HTTP; returns its address, without /v1."""
-        if self.endpoint is None:
-            self.endpoint = Endpoint(self, rendering)
-        await self.endpoint.start()
-        return self.endpoint.open(opening)
-
-    async def serve(self, rendering: Rendering, host: str, port: int, key: str) -> str:
-        """Answer whoever has the address and the key; returns the address, without /v1."""
-        self.endpoint = public = PublicEndpoint(self, rendering)
-        return await public.serve(host, port, key)
-
-    async def end_episode(self, secret: str) -> Record:
-        """Refuse further requests of an episode; returns what was sampled for it."""
-        assert self.endpoint is not None, "an episode is opened first"
-        return await self.endpoint.end(secret)
-
     async def alive(self) -> None:
         """Raise EngineLost when vLLM's processes have ended, or an update stopped half way, which cannot be undone."""
         await self._await_vllm(self.llm.check_health())
@@ -262,8 +257,7 @@ class Engine:
 
     async def close(self) -> None:
         """End vLLM's processes. They hold no state to save, so they get 1 s; vLLM's own shutdown takes several."""
-        if self.endpoint is not None:
-            await self.endpoint.close()
+        await self.end_serving()
         self.llm.shutdown(timeout=1.0)
         del self.llm
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from models import make_model
+from models import CHAT, make_model
 from processes import assert_gone, marked
 from runs import STARTED
 
@@ -31,8 +31,4 @@ def echo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The echo model with a chat template."""
-    template = (
-        "{% for m in messages %}{{ m.role }}:{{ m.content }}<eos>{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    return make_model(tmp_path_factory.mktemp("chat"), peak=1.0, chat_template=template)
+    return make_model(tmp_path_factory.mktemp("chat"), peak=1.0, chat_template=CHAT)

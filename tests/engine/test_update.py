@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from live import Live, engine_config
 from pair import make_learner
 from rl.batch import collate, trajectory
+from rl.config import RolloutConfig
 from rl.types import Completion, Prompt
 from rl.weights import TensorMeta, check_digests
 from trainer.learner.weights import LearnerWeights
@@ -142,6 +143,25 @@ def test_a_prefix_is_shared_within_a_version_and_not_across_an_update(pair: tupl
     sender = engine.open_sender(LearnerWeights(AutoModelForCausalLM.from_pretrained(new), sharded=False))
     engine.update(sender, engine.version + 1)
     assert engine.sample(prompt, 1, seed=5)[0].cached_prompt_tokens == 0
+
+
+def test_a_request_that_waits_for_its_turn_over_an_update_finds_nothing_of_the_old_weights(
+    live: Callable, tiny: Callable
+) -> None:
+    old, new = (tiny(family="qwen2", tied=False, seed=seed) for seed in (0, 1))
+    rollout = RolloutConfig(max_tokens=100, max_model_len=320, max_num_seqs=2, kv_cache_gib=0.25)
+    engine = live(engine_config(old, rollout=rollout))
+    sender = engine.open_sender(LearnerWeights(AutoModelForCausalLM.from_pretrained(new), sharded=False))
+    # Its prompt is in the cache now, under the old weights.
+    assert set(engine.sample(PROMPT, 1, seed=1, max_tokens=1)[0].versions) == {0}
+    # Two run, and the others wait.
+    running = engine.submit(engine.engine.sample(PROMPT, 12, 5))
+    engine.update(sender, 1)
+    done = running.result(300)
+    waited = [c for c in done if set(c.versions) == {1}]
+    assert len(waited) >= 4, [sorted(set(c.versions)) for c in done]
+    assert gap(str(new), waited) <= 1e-5
+    assert engine.wait(engine.engine.counters())["aborted"] == 0
 
 
 def test_a_request_that_comes_in_during_a_pause_waits_and_runs_on_the_new_version(

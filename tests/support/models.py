@@ -10,6 +10,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+CHAT = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+"""A chat template that closes every turn with what a reply ends with."""
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 256,

@@ -14,7 +14,7 @@ from log import Log
 from orders import run_seeded
 from rl.config import Config, RolloutConfig
 from rl.data import Eval
-from rl.environments.types import EnvError, Limits
+from rl.environments.types import EnvError, Limits, Step
 from rl.loop.evaluate import evaluate, held_out
 from rl.loop.loop import Loop
 from rl.loop.players import in_environment, stage_of
@@ -40,13 +40,17 @@ async def forever():
     await asyncio.Event().wait()
 
 
-KINDS = ("raise", "hang", "kill", "garbage")
+KINDS = ("raise", "hang", "kill", "garbage", "oversized")
+LARGE = "9" * 1000
+"""Does not fit into what the engine can continue. From `start` that is an error; later it ends the episode."""
+CUT = 0.25
+"""The reward of an episode that ended so."""
 
 
 def faulty(r, phase, share, kinds=KINDS):
     """A calculator of which this phase fails in a share of its calls."""
 
-    async def fails(garbage):
+    async def fails(garbage, large=None):
         if r.random() >= share:
             return None
         kind = r.choice(kinds)
@@ -56,7 +60,7 @@ def faulty(r, phase, share, kinds=KINDS):
             raise EnvError("lost its process")
         if kind == "hang":
             await forever()
-        return garbage
+        return garbage if kind == "garbage" or large is None else large
 
     class Faulty(Calculator):
         def __init__(self, task):
@@ -65,11 +69,12 @@ def faulty(r, phase, share, kinds=KINDS):
                 raise ConnectionError("no sandbox")
 
         async def start(self):
-            return await fails(3) if phase == "start" else None
+            large = [{"role": "user", "content": LARGE}]
+            return await fails(3, large) if phase == "start" else None
 
         async def multiply(self, a: int, b: int) -> int:
             """Multiply two integers."""
-            found = await fails(object()) if phase == "tool" else None
+            found = await fails(object(), LARGE) if phase == "tool" else None
             return a * b if found is None else found
 
         async def parse(self, text):
@@ -77,9 +82,11 @@ def faulty(r, phase, share, kinds=KINDS):
             return Calculator.parse(self, text) if found is None else found
 
         async def reply(self, turn):
-            return await fails("more") if phase == "reply" else None
+            return await fails("more", Step(observation=LARGE)) if phase == "reply" else None
 
         async def reward(self, episode):
+            if episode.ended == "length":
+                return CUT
             found = await fails(float("nan")) if phase == "reward" else None
             return Calculator.reward(self, episode) if found is None else found
 
@@ -182,6 +189,11 @@ def rewards_of(world):
     return found
 
 
+def pairs(one, other, group):
+    """The rewards of the members of a group in two worlds."""
+    return list(zip(one[group], other[group], strict=True))
+
+
 @pytest.mark.parametrize(
     ("phase", "seed"), nightly_unless(lambda _, s: s == 0, [(p, s) for p in PHASES for s in range(4)])
 )
@@ -194,10 +206,29 @@ def test_a_fifth_of_all_calls_fail_and_every_group_has_the_rewards_of_a_world_wi
     assert ends["trained"] == 8
     assert set(ends) <= {"trained", "failed(env_error)", "failed(deadline)", "failed(engine_lost)"}
     expected, found = rewards_of(whole), rewards_of(world)
-    assert {g: found[g] for g in expected if g in found} == {g: expected[g] for g in expected if g in found}
-    assert len(set(expected) & set(found)) >= 6
+    both = set(expected) & set(found)
+    assert len(both) >= 6
+    # What was too large ended its own episode; nothing else is scored in another way.
+    kept = [CUT if f == CUT and phase in ("tool", "reply") else e for g in both for e, f in pairs(expected, found, g)]
+    assert kept == [f for g in both for _, f in pairs(expected, found, g)]
+    assert len(kept) - kept.count(CUT) >= 16
     assert 0.1 < fmean(r for rewards in expected.values() for r in rewards) < 0.9, "the rewards can differ"
     assert sum(row.get("episodes/replayed", 0.0) for row in world.rows) > 0, "nothing failed"
+
+
+@pytest.mark.parametrize("phase", ["start", "tool", "reply"])
+def test_an_observation_that_is_too_large_ends_its_episode_alone(phase):
+    whole, world = (
+        World(Calculator, group_size=4),
+        World(faulty(random.Random(2), phase, 0.2, ("oversized",)), group_size=4),
+    )
+    assert balanced(lived(whole)) == {"trained": 8}
+    assert balanced(lived(world))["trained"] == 8
+    expected, found = rewards_of(whole), rewards_of(world)
+    both = [pair for group in set(expected) & set(found) for pair in pairs(expected, found, group)]
+    assert {f for e, f in both if e != f} == (set() if phase == "start" else {CUT})
+    cut = sum(row["response_length/truncated_frac"] > 0 for row in world.rows)
+    assert (cut > 0) == (phase != "start"), "from `start` it is an error of the environment, and played again"
 
 
 def test_limits_of_the_policy_are_scored_and_are_no_failure():

@@ -219,7 +219,7 @@ def said(support):
 
 @pytest.mark.slow
 def test_what_the_engine_kept_arrives_with_its_tokens():
-    from rollout.engine import completion
+    from rollout.completion import completion
 
     assert completion(said([[4, 7], [9]]), 0).support == [[4, 7], [9]]
     assert completion(said(None), 0).support is None

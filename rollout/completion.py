@@ -1,4 +1,4 @@
-"""What did vLLM sample? Its output as a completion, with the weight version of each token."""
+"""What does one output of vLLM say? Its tokens, each with its log-probability and its weight version."""
 
 from vllm.outputs import CompletionOutput
 
