@@ -55,7 +55,7 @@ config = Config(
     env=PythonTool,
     limits=Limits(turns=3),
     objective=GSPO(),
-    steps=8,
+    steps=6,
     dtype="float32",
     rollout=RolloutConfig(max_tokens=24, max_model_len=320, max_num_seqs=64, kv_cache_gib=0.25),
     trainer=TrainerConfig(lr=3e-5, zero_stage=0, micro_batch_tokens=1024),

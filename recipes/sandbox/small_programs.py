@@ -41,7 +41,7 @@ config = Config(
     data=tasks,
     reward=reward,
     objective=GSPO(),
-    steps=10,
+    steps=6,
     eval_samples=4,
     dtype="float32",
     rollout=RolloutConfig(max_tokens=28, max_model_len=192, max_num_seqs=64, kv_cache_gib=0.25),
