@@ -214,7 +214,7 @@ def test_what_a_run_refuses():
         MCP(command=("a",), url="b")
     with pytest.raises(ValueError, match=r"is text: write its parts, command=\['python', 'server.py'\]"):
         MCP(command="python server.py")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="tools are for episodes, and this run has no env"):
+    with pytest.raises(ValueError, match="tools are for the episodes of an env, and this run has none"):
         check(config(env=None, reward=lambda reply: 1.0, tools=SHOP))
     with pytest.raises(ValueError, match="both have a tool 'price'"):
         with_tools(Rendering(), config(env=type("Env", (Priced,), {"price": Priced.double}), tools=SHOP))
