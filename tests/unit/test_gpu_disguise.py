@@ -178,11 +178,12 @@ def test_an_engine_that_reports_kept_tokens_always_bounds_them(reports, top_k, s
 
         async def generate(self, prompt, params, request_id):
             seen.append(params.top_k)
-            yield SimpleNamespace(finished=True)
+            yield SimpleNamespace(finished=True, outputs=[SimpleNamespace(weight_versions=[])])
 
     async def ask():
         engine = Engine.__new__(Engine)
         engine.llm, engine.open, engine.requests, engine.version = LLM(), asyncio.Event(), 0, 0
+        engine.slots = asyncio.Semaphore(1)
         engine.open.set()
         await engine.generate([1], SamplingParams(top_p=0.9, top_k=top_k))
 
