@@ -2,7 +2,8 @@
 
 UNISON_KILLS=100 .venv/bin/python -m pytest tests/e2e/test_kills.py -m nightly -s      # each mode; an hour
 
-Both run nightly. In the gate test_resume.py kills a synchronous run, test_runs.py an asynchronous one and its engines.
+All run nightly. In the gate test_resume.py kills a synchronous run, and test_runs.py an asynchronous one with episodes,
+its engines and its environments' processes.
 """
 
 import json
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from models import make_model
 from processes import assert_gone, marked
-from runs import every_prompt_was_trained_once, finish, printed, start, wait_for
+from runs import RECIPE, TWO_TURNS, every_prompt_was_trained_once, finish, printed, start, wait_for
 from trainer.runs.checkpoint import finished
 
 pytestmark = pytest.mark.nightly
@@ -36,7 +37,12 @@ VICTIMS = {
     "engine": "ray::EngineActor",
     "vLLM's process": "VLLM::EngineCore",
     "learner": "ray::LearnerActor",
+    "environment worker": "ray::EnvProcess",
 }
+WEIGHTS = [3, 2, 2, 3]
+"""How often each is struck; environment workers are in runs with episodes alone."""
+EPISODES = [*FLAGS, "--rollout.max-tokens", "24", "--env-workers", "2"]
+"""One turn in four ends before its limit, and its episode has a second one."""
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -69,12 +75,15 @@ def strike(mark: str, process: subprocess.Popen, victim: str) -> bool:
     return False
 
 
-def killed_again_and_again(model: Path, folder: Path, flags: list[str], seed: int) -> dict[str, int]:
+def killed_again_and_again(
+    model: Path, folder: Path, flags: list[str], seed: int, recipe: Path = RECIPE
+) -> dict[str, int]:
     """Run to the end, through KILLS kills. Returns how often each victim was struck."""
     rng, struck = random.Random(seed), dict.fromkeys(VICTIMS, 0)
-    process, mark = start(model, folder, *flags)
+    weights = [*WEIGHTS, 3 if "--env-workers" in flags else 0]
+    process, mark = start(model, folder, *flags, recipe=recipe)
     while sum(struck.values()) < KILLS:
-        victim, early = rng.choices(list(VICTIMS), [3, 2, 2, 3])[0], rng.random() < 0.15
+        victim, early = rng.choices(list(VICTIMS), weights)[0], rng.random() < 0.15
         if early:
             time.sleep(rng.uniform(0.0, 20.0))
         else:
@@ -86,7 +95,7 @@ def killed_again_and_again(model: Path, folder: Path, flags: list[str], seed: in
         if hit:
             struck[victim] += 1
             print(f"kill {sum(struck.values())}: {victim}, step {step_of(folder)}{' (or in a start)' if early else ''}")
-        # A run survives its engines, but for one that is struck in its very start.
+        # A run survives its engines and environments, but for one that is struck in its very start.
         if (hit and victim in ("driver", "learner")) or process.poll() is not None:
             assert process.wait(120) != 0, printed(folder)
             assert_gone(mark, 300)  # Ray's own agents give up late where they never met their raylet
@@ -94,7 +103,7 @@ def killed_again_and_again(model: Path, folder: Path, flags: list[str], seed: in
             if not finished(folder / "echo" / "checkpoints"):  # struck before the first, or in it: it begins anew
                 shutil.rmtree(folder / "echo", ignore_errors=True)
                 again = flags
-            process, mark = start(model, folder, *again)
+            process, mark = start(model, folder, *again, recipe=recipe)
     process.wait(900)
     assert sum(struck.values()) == KILLS, "the run ended before its last kill: give it more steps"
     return struck
@@ -112,6 +121,20 @@ def test_asynchronous_runs_lose_no_prompt_and_train_none_twice(tmp_path: Path) -
     struck = killed_again_and_again(model, tmp_path, [*FLAGS, "--max-staleness", "2"], seed=1)
     print(struck)
     ends_well(tmp_path)
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_runs_with_episodes_lose_no_prompt_and_train_none_twice(
+    chat_model: Path, tmp_path: Path, staleness: int
+) -> None:
+    flags = [*EPISODES, "--max-staleness", str(staleness)]
+    print(killed_again_and_again(chat_model, tmp_path, flags, seed=3 + staleness, recipe=TWO_TURNS))
+    ends_well(tmp_path)
+    assert max(row.get("episode/turns_max", 0.0) for row in rows_of(tmp_path)) == 2
+    # An environment that died with its process is played again, and its group does not fail.
+    ledger = json.loads((tmp_path / "echo" / "summary.json").read_text())["ledger"]
+    assert set(ledger) <= {"pending", "trained", "filtered(too_old)"}
 
 
 @pytest.mark.timeout(7200)
