@@ -27,7 +27,7 @@ class TwoTurns:
 def digits() -> Data:
     """Six digits."""
     examples = [Example(prompt=[{"role": "user", "content": f"{d}="}], task={"digit": str(d)}) for d in range(6)]
-    return Data(train=examples)
+    return Data(train=examples, evals={"digits": examples})
 
 
 config = replace(
