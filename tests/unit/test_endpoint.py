@@ -320,11 +320,14 @@ def test_a_reply_that_no_client_received_is_not_trained_on(tmp_path):
                 await asyncio.sleep(0)
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
-        await asyncio.sleep(0.05)  # the server's transport learns of it
-        engine.gate.set()
-        while len(engine.asked) < 2:
+        server = served._runner.server
+        while any(c.transport is not None for c in server.connections):  # until it knows that the client has left
             await asyncio.sleep(0)
-        await asyncio.sleep(0.05)
+        (reply,) = [reply for reply in served.episodes[SECRET].replies.values() if reply.node is None]
+        engine.gate.set()
+        await reply.answering
+        for _ in range(20):  # the handler's turn to send it
+            await asyncio.sleep(0)
         return await served.end(SECRET), engine.asked
 
     record, asked = run(work, tmp_path)
