@@ -123,7 +123,7 @@ class Simulators:
             with ONE_CALL, mpmath.workdps(mpmath.mp.dps), decimal.localcontext():
                 result = self.methods[name](**arguments)
                 return result if isinstance(result, str) else self.written(result)
-        except Exception as error:  # the simulators raise anything for arguments that they do not expect
+        except Exception as error:  # the benchmark itself gives whatever a simulator raises to the policy
             raise ToolError(f"Error during execution: {error}") from error
 
     @staticmethod

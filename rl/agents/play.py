@@ -22,6 +22,7 @@ from rl.rewards.result import NoScore, points
 from rl.types import Prompt, Trajectory
 
 KEY = "unison"
+"""A key for clients that ask for one. The secret is in the address."""
 
 
 @runtime_checkable

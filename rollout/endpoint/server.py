@@ -39,11 +39,13 @@ class Served(Protocol):
     config: Config
     tokenizer: Any
     stop_ids: list[int]
+    """Token ids that end a reply."""
     sample: Callable[..., Awaitable[list[Completion]]]
+    """`Engine.sample`. Raises EngineLost."""
 
 
 class Endpoint:
-    """The server of one engine."""
+    """The server of one engine. Its `start` and `close` belong to one event loop, which is the engine's too."""
 
     def __init__(self, engine: Served, rendering: Rendering) -> None:
         self.config = c = engine.config
@@ -87,7 +89,7 @@ class Endpoint:
             await self._runner.cleanup()
 
     def open(self, opening: Opening) -> str:
-        """Serve an episode; returns its address, without /v1."""
+        """Serve an episode after `start`; returns its address, without /v1."""
         self.episodes[opening.secret] = OpenEpisode(opening, self)
         return f"{self.address}/e/{opening.secret}"
 
