@@ -1,8 +1,10 @@
 """What travels between rollout, loop and trainer."""
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -70,6 +72,20 @@ class Completion:
     """Set where the engine has a parser for tool calls or reasoning."""
     engine: int = 0
     """The engine that sampled it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # To another process numbers travel as arrays, several times faster than as Python objects.
+        runs = [(version, len([*run])) for version, run in groupby(self.versions)]
+        return self.__dict__ | {
+            "token_ids": array("i", self.token_ids),
+            "logprobs": array("d", self.logprobs),
+            "versions": runs,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        versions = [version for version, length in state["versions"] for _ in range(length)]
+        lists = {"token_ids": [*state["token_ids"]], "logprobs": [*state["logprobs"]], "versions": versions}
+        self.__dict__.update(state | lists)
 
 
 @dataclass(frozen=True, kw_only=True)

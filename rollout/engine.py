@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from transformers import PretrainedConfig
-from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
+from vllm import SamplingParams, TokensPrompt
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from rl.config import Config
@@ -21,9 +20,9 @@ from rl.tokens import Rendering, stop_ids
 from rl.types import Completion, FinishReason, Parsed
 from rollout import examine
 from rollout.completion import completion
+from rollout.core import async_llm
 from rollout.endpoint.serving import Serving
 from rollout.parse import parser_of
-from rollout.process import fork_from_server
 from rollout.settings import engine_args
 from rollout.worker import WorkerExtension
 
@@ -49,10 +48,10 @@ class Engine(Serving):
     ) -> None:
         """`overrides` replace engine arguments, for experiments that show the effect of a wrong setting."""
         self.config = config
-        if device == "cpu":
-            fork_from_server()
         args = engine_args(config, device=device, backend=backend, model=model) | (overrides or {})
-        self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+        self.llm = async_llm(args, device=device)
+        self.generations = (device != "cpu") + (config.rollout.tensor_parallel > 1)
+        """Between this process and those that hold the model; 0: it holds it itself."""
         files, self.tokenizer = PretrainedConfig.get_config_dict(model)[0], self.llm.get_tokenizer()
         self.stop_ids = stop_ids(self.tokenizer, self.llm.model_config.try_get_generation_config(), files)
         """Token ids that end a reply."""
@@ -70,7 +69,8 @@ class Engine(Serving):
 
     async def start(self) -> None:
         """Set the version of the start weights and accept requests."""
-        await self.call_workers(WorkerExtension.end_with_parent)
+        if self.generations:
+            await self.call_workers(WorkerExtension.end_with_parent, self.generations)
         await self._await_vllm(self.llm.update_weight_version(str(self.version)))
         self.open.set()
 

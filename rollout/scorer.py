@@ -3,14 +3,14 @@
 import itertools
 from typing import Any
 
-from vllm import AsyncEngineArgs, PoolingParams, TokensPrompt
-from vllm.v1.engine.async_llm import AsyncLLM
+from vllm import PoolingParams, TokensPrompt
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from rl.data import Given
 from rl.judges.hearing import JudgeError
 from rl.judges.reward_model import RewardModel
-from rollout.process import FrozenWorker, fork_from_server
+from rollout.core import async_llm
+from rollout.process import FrozenWorker
 
 LEAST_BATCH = 4096
 """Tokens of one engine step, where one input is not longer."""
@@ -20,17 +20,16 @@ class Scorer:
     """Hosted by one actor. Every method is a coroutine of the same event loop."""
 
     def __init__(self, judge: RewardModel, *, device: str, trust_remote_code: bool) -> None:
-        if device == "cpu":
-            fork_from_server()
         self.judge, self.device = judge, device
         args = scorer_args(judge, device=device) | {"trust_remote_code": trust_remote_code}
-        self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+        self.llm = async_llm(args, device=device)
         self.tokenizer: Any = self.llm.get_tokenizer()
         self.requests = itertools.count()
 
     async def start(self) -> None:
         """From now on vLLM's process ends when this one does."""
-        await self.llm.collective_rpc(FrozenWorker.end_with_parent.__name__, args=(self.device == "cpu",))
+        if self.device != "cpu":
+            await self.llm.collective_rpc(FrozenWorker.end_with_parent.__name__)
 
     async def score(self, prompt: Given, reply: str) -> float:
         """The model's one output for a reply to a prompt. Raises JudgeError, as the end of a sentence."""

@@ -28,18 +28,15 @@ class WorkerExtension:
     weight_transfer_engine: GlooEngine | NCCLEngine | IPCEngine
     """Set by vLLM's worker."""
 
-    def end_with_parent(self) -> None:
-        """End this process when its parent has ended, for whatever reason.
+    def end_with_parent(self, generations: int) -> None:
+        """End this process when the engine's actor has ended, for whatever reason; it is `generations` above.
 
-        Without this, vLLM's processes would survive a kill and keep their memory. A worker of several is one generation
-        further from the actor, so it also ends the engine's process between them.
+        Without this, vLLM's processes would survive a kill and keep their memory. A worker that is two generations
+        below also ends the engine's process between them.
         """
         if isinstance(self.weight_transfer_engine, GlooEngine):
-            kill_with_parent()  # on CPU the parent is a fork server of one thread
-        several = self.weight_transfer_engine.parallel_config.world_size > 1
-        threading.Thread(
-            target=exit_when_orphaned, args=(2 if several else 1,), daemon=True, name="exit when orphaned"
-        ).start()
+            kill_with_parent()  # the parent's thread is the engine's core, and ends with it
+        threading.Thread(target=exit_when_orphaned, args=(generations,), daemon=True, name="exit when orphaned").start()
 
     def expected_weights(self, sent: list[str]) -> list[str]:
         """Names that every update must contain, in terms of those that the trainer sends."""

@@ -72,6 +72,8 @@ class Loop:
     _owes_evaluation: bool = field(init=False)
     _saved: int = field(init=False)
     """The step of the last checkpoint."""
+    _accounted: float = field(init=False, default=0.0)
+    """Up to this time every second of the run is in a metric, less what `timing_s/between_steps` will have."""
 
     def __post_init__(self) -> None:
         c, p = self.config, self.progress
@@ -105,6 +107,7 @@ class Loop:
         """Train up to `config.steps` steps, or until `stop`; `done` is True in the first case. The failure of any task
         ends the run with the error of that task."""
         c = self.config
+        self._accounted = time.perf_counter()
         try:
             async with asyncio.TaskGroup() as tasks:
                 admitting = tasks.create_task(self.groups.admit(tasks), name="admit prompts")
@@ -150,10 +153,12 @@ class Loop:
 
         tokens = sum(sum(t.mask) for t in trajectories)
         self.trained_tokens += tokens
+        between, self._accounted = began - self._accounted, time.perf_counter()
         times = StepTimes(
+            between=between,
             waited=waited,
             learned=learned,
-            step=time.perf_counter() - began,
+            step=self._accounted - began,
             in_flight=groups.in_flight.seconds() - busy,
         )
         metrics |= self.data_metrics() | judge_metrics(c.judges) | ledger_metrics(self.admission.ledger)
@@ -168,6 +173,7 @@ class Loop:
         """The metrics of an evaluation that is due; empty, and the evaluation owed, if the run is stopped meanwhile."""
         if (due := self.evaluate(step)) is None:
             return {}
+        began = time.perf_counter()
         evaluating = asyncio.ensure_future(due)
         stopping = asyncio.ensure_future(self.groups.stopping.wait())
         try:
@@ -178,7 +184,10 @@ class Loop:
             stopping.cancel()
         if self._owes_evaluation:
             return {}
-        await self.keep(step, metrics := evaluating.result())
+        seconds = time.perf_counter() - began
+        self._accounted += seconds
+        metrics = evaluating.result() | {"timing_s/evaluate": seconds}
+        await self.keep(step, metrics)
         return metrics
 
     async def _save(self) -> None:

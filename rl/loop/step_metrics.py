@@ -1,9 +1,10 @@
 """What does the loop report of a step? Rewards, lengths, staleness, queues and times (explained in docs/metrics.md)."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import compress
 from statistics import fmean, stdev
 
 from rl.episodes.rows import by_episode, turns_of
@@ -18,6 +19,8 @@ from rl.types import Trajectory
 class StepTimes:
     """Seconds of one step."""
 
+    between: float
+    """Since the step before it and its evaluation: checkpoint, samples, trackers."""
     waited: float
     """From its begin until its groups were ready."""
     learned: float
@@ -36,21 +39,24 @@ def batch_metrics(trajectories: list[Trajectory], version: int, group_size: int)
     groups: dict[int, list[float]] = defaultdict(list)
     for t in first:
         groups[t.group].append(t.reward)
-    sampled = [[v for t in rows for v, m in zip(t.versions, t.mask, strict=True) if m] for rows in episodes]
-    lengths = [len(versions) for versions in sampled]
-    ages = [version - v for versions in sampled for v in versions]
+    sampled = [Counter(v for t in rows for v in compress(t.versions, t.mask)) for rows in episodes]
+    lengths = [versions.total() for versions in sampled]
+    ages = Counter[int]()
+    for versions in sampled:
+        ages.update({version - v: tokens for v, tokens in versions.items()})
+    tokens = ages.total()
     metrics = {
         "reward/mean": fmean(rewards),
         "reward/std": stdev(rewards) if len(rewards) > 1 else 0.0,
         "response_length/mean": fmean(lengths),
         "response_length/max": float(max(lengths)),
         "response_length/truncated_frac": fmean(t.finish_reason == "length" for t in first),
-        "staleness/mean": fmean(ages),
+        "staleness/mean": sum(age * of for age, of in ages.items()) / tokens,
         "staleness/max": float(max(ages)),
-        "staleness/versions_per_sample": fmean(len({*versions}) for versions in sampled),
+        "staleness/versions_per_sample": fmean(len(versions) for versions in sampled),
     }
     for age in range(max(ages) + 1):
-        metrics[f"staleness/frac_at_{age}"] = ages.count(age) / len(ages)
+        metrics[f"staleness/frac_at_{age}"] = ages[age] / tokens
     if group_size > 1:
         metrics["reward/frac_zero_std"] = fmean(same(g) for g in groups.values())
     for name in sorted({name for t in first for name in t.reward_parts}):
@@ -115,6 +121,7 @@ def sync_metrics(sync: SyncReport, version: int) -> dict[str, float]:
 def timing_metrics(tokens: int, times: StepTimes) -> dict[str, float]:
     """Where the time of a step of so many sampled tokens went."""
     return {
+        "timing_s/between_steps": times.between,
         "timing_s/wait_for_samples": times.waited,
         "timing_s/learn": times.learned,
         "timing_s/step": times.step,

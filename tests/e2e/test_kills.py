@@ -35,11 +35,10 @@ FLAGS = (
 VICTIMS = {
     "driver": None,
     "engine": "ray::EngineActor",
-    "vLLM's process": "VLLM::EngineCore",
     "learner": "ray::LearnerActor",
     "environment worker": "ray::EnvProcess",
 }
-WEIGHTS = [3, 2, 2, 3]
+WEIGHTS = [3, 4, 3]
 """How often each is struck; environment workers are in runs with episodes alone."""
 EPISODES = [*FLAGS, "--rollout.max-tokens", "24", "--env-workers", "2"]
 """One turn in four ends before its limit, and its episode has a second one."""

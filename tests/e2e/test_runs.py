@@ -24,23 +24,21 @@ from runs import (
 
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
-    ("doctor", "killed", "resumes", "recipe"),
+    ("doctor", "resumes", "recipe"),
     nightly_unless(
-        lambda doctor, killed, resumes, recipe: recipe == AN_AGENT,
-        # The process that vLLM runs the model in, and the actor that hosts an engine.
+        lambda doctor, resumes, recipe: recipe == AN_AGENT,
         [
             # An agent in training, and an environment in its evaluation.
-            ("short", "VLLM::EngineCore", False, AN_AGENT),
-            ("short", "VLLM::EngineCore", False, TWO_TURNS),
-            ("short", "VLLM::EngineCore", False, RECIPE),
-            ("short", "VLLM::EngineCore", True, RECIPE),
-            ("short", "ray::EngineActor", True, RECIPE),
-            ("full", "VLLM::EngineCore", True, RECIPE),
+            ("short", False, AN_AGENT),
+            ("short", False, TWO_TURNS),
+            ("short", False, RECIPE),
+            ("short", True, RECIPE),
+            ("full", True, RECIPE),
         ],
     ),
 )
 def test_an_asynchronous_run_of_two_engines_and_two_ranks_survives_ctrl_c_and_a_killed_engine(
-    echo_model: Path, chat_model: Path, tmp_path: Path, doctor: str, killed: str, resumes: bool, recipe: Path
+    echo_model: Path, chat_model: Path, tmp_path: Path, doctor: str, resumes: bool, recipe: Path
 ) -> None:
     flags = "--steps 16 --prompts-per-step 4 --group-size 4 --max-staleness 1 --tracking.wandb off --no-save-final"
     more = "--rollout.engines 2 --verify-every 2 --save-every 2 --tracking.samples-per-step 16"
@@ -52,7 +50,7 @@ def test_an_asynchronous_run_of_two_engines_and_two_ranks_survives_ctrl_c_and_a_
     run = tmp_path / "echo"
     wait_for_step(process, tmp_path, 4)
     if not resumes:
-        kill_one(mark, killed)
+        kill_one(mark, "ray::EngineActor")
         wait_for_step(process, tmp_path, 8)  # the other engine goes on
     # As a terminal does: to every process of the foreground group.
     os.killpg(process.pid, signal.SIGINT)
@@ -88,7 +86,7 @@ def test_an_asynchronous_run_of_two_engines_and_two_ranks_survives_ctrl_c_and_a_
 
     process, mark = start(echo_model, tmp_path, "--resume", str(run), "--doctor", "off")
     wait_for_step(process, tmp_path, len(rows) + 2)
-    kill_one(mark, killed)
+    kill_one(mark, "ray::EngineActor")
     code, summary, rows = finish(process, tmp_path)
     assert code == 0, printed(tmp_path)
     assert summary["status"] == "finished"

@@ -1,11 +1,14 @@
 """A real vLLM engine in a thread's event loop, and the trainer's end of its weight channel, in one process."""
 
 import asyncio
+import multiprocessing
 import os
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from rl.config import Config, RolloutConfig
 from rl.types import Completion, Data
@@ -15,10 +18,23 @@ for name, value in engine_env(device="cpu", backend="gloo", threads=1).items():
     os.environ.setdefault(name, value)
 
 
+def in_own_process(args: dict[str, Any], *, device: str) -> Any:
+    """vLLM's engine with its core in a process of its own, forked from a server that has imported vLLM."""
+    import vllm.v1.engine.utils
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    multiprocessing.set_forkserver_preload(["preload_vllm"])
+    with patch.object(vllm.v1.engine.utils, "get_mp_context", lambda: multiprocessing.get_context("forkserver")):
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+
+
 class Live:
     """An engine with blocking calls, its weights read from disk as version 0; it has a sender's control calls too."""
 
-    def __init__(self, config: Config, version: int = 0, **overrides: Any) -> None:
+    def __init__(self, config: Config, version: int = 0, *, thread: bool = False, **overrides: Any) -> None:
+        """With `thread` vLLM's core is a thread of this process, as in an actor. Without it is a process of its own, so
+        that what a test plants in vLLM reaches no trainer beside it."""
         from rollout.engine import Engine
 
         self.config, self.closed = config, False
@@ -30,10 +46,12 @@ class Live:
             engine = Engine(
                 config, device="cpu", backend="gloo", model=config.model, version=version, overrides=options
             )
+            engine.generations = 0 if thread else 1
             await engine.start()
             return engine
 
-        self.engine = self.wait(make())
+        with nullcontext() if thread else patch("rollout.engine.async_llm", in_own_process):
+            self.engine = self.wait(make())
         self.version = version
 
     def submit(self, coroutine: Any) -> Any:

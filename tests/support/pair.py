@@ -1,6 +1,7 @@
 """One real engine and one real learner rank in this process, answering as `trainer.cluster.cluster.Cluster` does."""
 
 import asyncio
+import os
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -19,6 +20,8 @@ from trainer.prompts import Prepared, prepare
 def make_learner(config: Config) -> Learner:
     """A rank alone in its group; all learners of a process share that group, for DeepSpeed knows only one."""
     if dist.is_initialized():
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+        os.environ |= {name: os.environ.get(name, value) for name, value in alone.items()}  # vLLM has made the group
         with patch("trainer.learner.learner.join_group"):
             return Learner(config, rank=0, device="cpu", address="", port=0, model=config.model)
     return Learner(config, rank=0, device="cpu", address="127.0.0.1", port=0, model=config.model)

@@ -85,7 +85,7 @@ async def at_once(reward, asked, ordinal, deadline_s):
 
 
 def loop_of(engines, trainer, *, reward=lambda _: 1.0, score=at_once, set_aside=None, **settings):
-    hooks = {name: settings.pop(name) for name in ("evaluate", "keep") if name in settings}
+    hooks = {name: settings.pop(name) for name in ("evaluate", "keep", "save") if name in settings}
     config = Config(
         **({"name": "t", "model": "m", "data": lambda: Data(train=[]), "reward": reward, "steps": 6} | settings),
         prompts_per_step=2,
@@ -362,7 +362,8 @@ def test_evaluation_happens_between_steps_and_is_logged_with_its_step():
     loop = run(loop_of(engines, Trainer(engines), evaluate=due, keep=keep))
     logged = {row["step"]: row["eval/held/avg@1"] for row in loop.tracker.rows if "eval/held/avg@1" in row}
     assert logged == {2: 2.0, 3: 3.0, 6: 6.0}
-    assert kept == [(step, {"eval/held/avg@1": float(step)}, step) for step in (2, 3, 6)], "of the model that has them"
+    found = [(step, metrics["eval/held/avg@1"], version) for step, metrics, version in kept]
+    assert found == [(step, float(step), step) for step in (2, 3, 6)], "of the model that has them"
 
 
 class OneSlow(Engines):
@@ -433,3 +434,39 @@ def test_a_step_may_wait_for_a_straggler_and_then_waits_until_it_is_as_old_as_th
     assert 0 in trainer.batches[1].group_ids
     assert max(trainer.ages) == 1
     assert balanced(loop) == {"trained": 16}
+
+
+def test_the_seconds_of_all_rows_add_up_to_those_of_the_run(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def takes(seconds):
+        clock[0] += seconds
+
+    async def evaluation(step):
+        takes(7.0)
+        return {"eval/test/mean": 0.5}
+
+    async def save(progress):
+        takes(3.0)
+
+    async def step(batch):
+        takes(5.0)
+        return {}
+
+    engines = Engines()
+    trainer = Trainer(engines)
+    monkeypatch.setattr(trainer, "step", step)
+    evaluate = lambda step: evaluation(step) if step % 2 == 0 else None  # noqa: E731
+    loop = loop_of(engines, trainer, max_staleness=0, evaluate=evaluate, save=save, save_every=2, eval_every=2)
+    log = loop.tracker.log
+    monkeypatch.setattr(loop.tracker, "log", lambda *row: (takes(0.25), log(*row)))
+    began = clock[0]
+    run(loop)
+    rows = loop.tracker.rows
+    parts = ("timing_s/step", "timing_s/evaluate", "timing_s/between_steps")
+    accounted = sum(row.get(part, 0.0) for row in rows for part in parts)
+    assert [row.get("timing_s/evaluate") for row in rows] == [None, 7.0, None, 7.0, None, 7.0]
+    assert [row["timing_s/between_steps"] for row in rows] == [0.0, 0.25, 3.25, 0.25, 3.25, 0.25]
+    last_log_and_save = 3.25
+    assert accounted + last_log_and_save == clock[0] - began

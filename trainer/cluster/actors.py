@@ -8,7 +8,6 @@ from typing import Any
 import ray
 
 from rl import checkout
-from rollout.process import start_fork_server
 from trainer.cluster.engine_client import EngineClient
 from trainer.cluster.stacks import Heartbeat, stacks
 from trainer.cluster.stubs import Call, EngineProcess, LearnerProcess, ScorerProcess
@@ -85,12 +84,6 @@ class LearnerActor(ActorShell):
 
 class EngineActor(ActorShell):
     """The process of one engine, whose methods are coroutines."""
-
-    def build(self, target: str, sources: str, kwargs: dict[str, Any]) -> None:
-        """Make the engine; on CPU a fork server imports vLLM for vLLM's own process at the same time."""
-        if kwargs["device"] == "cpu":
-            start_fork_server()
-        super().build(target, sources, kwargs)
 
     async def call(self, call: Call) -> Any:
         """Await a call on the engine."""

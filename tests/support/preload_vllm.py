@@ -1,4 +1,4 @@
-"""The imports that vLLM's process needs. The fork server makes them ahead of time (see `rollout.process`)."""
+"""The imports that vLLM's process needs. The fork server of `live.py` makes them ahead of time."""
 
 import gc
 

@@ -1,0 +1,173 @@
+"""vLLM's engine core, stepped by a thread of the process that asks it; no second process.
+
+`AsyncLLM` always starts its core in a process of its own, and every step's outputs are encoded, sent and decoded there.
+On a CPU that takes the cores from the model's threads: two thirds of the speed are left, and vLLM is imported twice. On
+a GPU the model needs no core, and a separate process is right.
+"""
+
+import asyncio
+import itertools
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from vllm import AsyncEngineArgs
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCore, EngineCoreProc, EngineShutdownState
+from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient, _process_utility_output
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.executor import Executor
+
+Output = tuple[int, EngineCoreOutputs] | bytes
+"""A client's number and what it gets, or `ENGINE_CORE_DEAD`."""
+
+
+def async_llm(args: dict[str, Any], *, device: str) -> AsyncLLM:
+    """vLLM's engine with these `AsyncEngineArgs`. On "cpu" its core is a thread of this process."""
+    if device != "cpu":
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+    makes = EngineCoreClient.make_async_mp_client
+    EngineCoreClient.make_async_mp_client = staticmethod(_client)
+    try:
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+    finally:
+        EngineCoreClient.make_async_mp_client = staticmethod(makes)
+
+
+def _client(vllm_config: Any, executor_class: type[Executor], log_stats: bool, *_: Any, **__: Any) -> "CoreClient":
+    return CoreClient(vllm_config, executor_class, log_stats)
+
+
+class Core(EngineCoreProc):
+    """vLLM's core with its queues alone: no sockets, and so no threads that serve them."""
+
+    def __init__(
+        self, vllm_config: Any, executor_class: type[Executor], log_stats: bool, deliver: Callable[[Output], None]
+    ) -> None:
+        self.input_queue = queue.Queue()
+        self.output_queue = Outputs(deliver)
+        self.engine_index = 0
+        self.engines_running = self.publish_dp_lb_stats = self.has_coordinator = self.enable_fault_tolerance = False
+        self.shutdown_state = EngineShutdownState.RUNNING
+        self.process_input_queue_block = True
+        self.tensor_ipc_receiver = None
+        EngineCore.__init__(
+            self,
+            vllm_config,
+            executor_class,
+            log_stats,
+            lambda: self.input_queue.put_nowait((EngineCoreRequestType.EXECUTOR_FAILED, b"")),
+        )
+
+
+class Outputs(queue.Queue[Any]):
+    """The core's queue of outputs, which hands each to the client at once."""
+
+    def __init__(self, deliver: Callable[[Output], None]) -> None:
+        super().__init__()
+        self.deliver = deliver
+
+    def put_nowait(self, item: Any) -> None:
+        self.deliver(item)
+
+
+class CoreClient(AsyncMPClient):
+    """What `AsyncLLM` asks its core through: the same calls, without a socket."""
+
+    def __init__(self, vllm_config: Any, executor_class: type[Executor], log_stats: bool) -> None:
+        self.vllm_config = vllm_config
+        self.client_index = 0
+        self.core_engine, self.core_engines, self.engine_ranks_managed = b"", [b""], [0]
+        self.resources: Any = Alive()
+        self.utility_results: dict[int, Any] = {}
+        self.calls = itertools.count()
+        self.outputs_queue = asyncio.Queue()
+        self.arrived = queue.SimpleQueue[Output]()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        started = Future[Core]()
+        # OpenMP's threads belong to the thread that made them: what builds the model also runs it.
+        make = (vllm_config, executor_class, log_stats, self._deliver)
+        self.thread = threading.Thread(target=_run, args=(make, started), daemon=True, name="vLLM's core")
+        self.thread.start()
+        self.core = started.result()
+
+    def _deliver(self, output: Output) -> None:
+        """Called by the core's thread."""
+        self.arrived.put(output)
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(self._take)
+
+    def _take(self) -> None:
+        """Hand what has arrived to those who wait for it. Runs in the event loop."""
+        while not self.arrived.empty():
+            output = self.arrived.get()
+            if isinstance(output, bytes):
+                self.resources.engine_dead = True
+                self.outputs_queue.put_nowait(EngineDeadError())
+                for waiting in self.utility_results.values():
+                    if not waiting.done():
+                        waiting.set_exception(EngineDeadError())
+            elif (result := output[1].utility_output) is not None:
+                _process_utility_output(result, self.utility_results)
+            elif output[1].outputs or output[1].scheduler_stats:
+                self.outputs_queue.put_nowait(output[1])
+
+    def _ensure_output_queue_task(self) -> None:
+        if self.loop is None:
+            self.loop = asyncio.get_running_loop()
+            self._take()
+
+    def _put(self, kind: EngineCoreRequestType, request: Any) -> None:
+        self.ensure_alive()
+        self._ensure_output_queue_task()
+        self.core.input_queue.put_nowait((kind, request))
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        self._put(EngineCoreRequestType.ADD, self.core.preprocess_add_request(request))
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        if request_ids and not self.resources.engine_dead:
+            self.core.aborts_queue.put_nowait(request_ids)
+            self._put(EngineCoreRequestType.ABORT, request_ids)
+
+    async def _call_utility_async(self, method: str, *args: Any, engine: Any) -> Any:
+        call, result = next(self.calls), asyncio.get_running_loop().create_future()
+        self.utility_results[call] = result
+        self._put(EngineCoreRequestType.UTILITY, (0, call, method, args))
+        return await result
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """End the core's thread; what it still samples is dropped."""
+        if not self.resources.engine_dead:
+            self.resources.engine_dead = True
+            self.core.shutdown_state = EngineShutdownState.REQUESTED
+            self.core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+        self.thread.join(timeout)
+
+
+class Alive:
+    """Whether the core still runs, where vLLM looks for it."""
+
+    engine_dead = False
+
+
+def _run(make: tuple[Any, ...], started: "Future[Core]") -> None:
+    """The core's thread."""
+    try:
+        core = Core(*make)
+    except BaseException as error:
+        started.set_exception(error)
+        return
+    started.set_result(core)
+    try:
+        core.run_busy_loop()
+    except SystemExit:
+        pass
+    except BaseException:
+        make[-1](EngineCoreProc.ENGINE_CORE_DEAD)
+        raise
+    finally:
+        core.shutdown()

@@ -1,0 +1,80 @@
+"""What the driver and a rank do with a step's tensors grows with its tokens, and no faster."""
+
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rl.batch import collate, micro_batches, take
+from rl.types import Batch, Completion, Trajectory
+
+LENGTH = 32
+
+
+class Elements(TorchDispatchMode):
+    """Counts the elements of all tensors that operations read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        views = ("aten::slice", "aten::select", "aten::detach", "aten::alias")
+        read = () if func._schema.name == "aten::index" else args  # of which it reads what it returns
+        if func._schema.name not in views:
+            self.seen += sum(x.numel() for x in (*read, out) if isinstance(x, torch.Tensor))
+        return out
+
+
+def step_of(groups: int) -> list[Trajectory]:
+    return [
+        Trajectory(
+            group=group,
+            episode=member,
+            token_ids=[1] * LENGTH,
+            mask=[False] * 8 + [True] * (LENGTH - 8),
+            logprobs=[-1.0] * LENGTH,
+            versions=[0] * LENGTH,
+            reward=float(member),
+        )
+        for group in range(groups)
+        for member in range(4)
+    ]
+
+
+def cut(batch: Batch) -> int:
+    rows = torch.arange(len(batch.rewards))
+    parts = micro_batches(batch, rows, ranks=1, budget=8 * LENGTH, share_prompts=False)[0]
+    with Elements() as work:
+        for part in parts:
+            take(batch, part)
+    return work.seen
+
+
+@pytest.mark.parametrize("groups", [8, 32, 128])
+def test_cutting_a_step_into_micro_batches_costs_the_same_for_every_token(groups):
+    few, many = cut(collate(step_of(4))), cut(collate(step_of(4 * groups)))
+    assert many == groups * few
+
+
+def test_a_column_of_a_batch_is_what_its_rows_hold():
+    rows = step_of(2)
+    odd = replace(rows[0], token_ids=[7], mask=[True], logprobs=[float("nan")], versions=[3])
+    batch = collate([*rows, odd])
+    assert batch.input_ids.shape == (9, LENGTH)
+    assert batch.input_ids[8].tolist() == [7] + [0] * (LENGTH - 1)
+    assert batch.versions[:8].tolist() == [t.versions[1:] for t in rows]
+    assert batch.mask[:8].tolist() == [t.mask[1:] for t in rows]
+    assert torch.equal(batch.rollout_logprobs[:8], torch.tensor([t.logprobs[1:] for t in rows]))
+
+
+def test_a_completion_travels_as_arrays_and_arrives_as_it_was():
+    sent = Completion(
+        token_ids=[0, 151_935, 7], logprobs=[-0.1, float("-inf"), -2.5], versions=[3, 3, 4], finish_reason="stop"
+    )
+    assert pickle.loads(pickle.dumps(sent)) == sent
+    many = replace(sent, token_ids=[70_000] * 1000, logprobs=[-0.123] * 1000, versions=[5] * 1000)
+    assert len(pickle.dumps(many)) < 13 * 1000
