@@ -6,9 +6,9 @@ the engine directly: vLLM's own chat server reports a reply that was cut off as 
 
 import asyncio
 import json
-import secrets
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -23,12 +23,10 @@ from rl.types import Completion, Parsed
 from rollout.endpoint import anthropic, chat, responses
 from rollout.endpoint.asked import SAME, Asked, Refused, check_settings
 from rollout.endpoint.episode import OpenEpisode, Reply
-from rollout.parse import Parser
+from rollout.parse import MOST_TOOLS, Parsers
 
 MOST_BYTES = 16 * 2**20
 """Bytes of a request's body."""
-MOST_TOOLS = 64
-"""Sets of tools for which the template and the parser are kept."""
 DIALECTS: Mapping[str, ModuleType] = {"chat/completions": chat, "responses": responses, "messages": anthropic}
 """By the end of the address."""
 
@@ -40,6 +38,7 @@ class Served(Protocol):
     tokenizer: Any
     stop_ids: list[int]
     """Token ids that end a reply."""
+    parsers: Parsers
     sample: Callable[..., Awaitable[list[Completion]]]
     """`Engine.sample`. Raises EngineLost."""
 
@@ -50,11 +49,12 @@ class Endpoint:
     def __init__(self, engine: Served, rendering: Rendering) -> None:
         self.config = c = engine.config
         self.rendering, self.tokenizer, self.stop_ids = rendering, engine.tokenizer, engine.stop_ids
+        self.parsers = engine.parsers
         self._sample = engine.sample
         self.max_tokens, self.max_model_len = c.rollout.max_tokens, c.rollout.max_model_len
         self.model = c.model
         self.episodes: dict[str, OpenEpisode] = {}
-        self._speech: dict[str, tuple[Chat, Parser | None]] = {}
+        self._chats: dict[str, Chat] = {}
         self._runner: web.AppRunner | None = None
         self._starting = asyncio.Lock()
         self.address = ""
@@ -100,8 +100,20 @@ class Endpoint:
     # -- what an episode needs (`rollout.endpoint.episode.Policy`) ---------------------------------------------------
 
     def chat(self, tools: Sequence[Mapping[str, Any]]) -> Chat:
-        """The run's chat template with these tools."""
-        return self._speech_of(tools)[0]
+        """The run's chat template with these tools. Raises Refused where their calls cannot be read."""
+        r, key = self.config.rollout, json.dumps(tools)
+        if tools and not r.tool_parser:
+            raise Refused(
+                'this run reads no tool calls: set rollout.tool_parser, such as "hermes", or describe the tools in the '
+                "messages",
+                setting="tools",
+            )
+        if key not in self._chats:
+            if len(self._chats) >= MOST_TOOLS:
+                self._chats.clear()
+            rendering = replace(self.rendering, tools=tools)
+            self._chats[key] = chat_of(self.tokenizer, rendering, [*self.stop_ids, *r.stop_token_ids])
+        return self._chats[key]
 
     async def sample(
         self, token_ids: list[int], seed: int, temperature: float | None, most: int, **more: Any
@@ -113,28 +125,10 @@ class Endpoint:
 
     def read(self, context: list[int], done: Completion, tools: Sequence[Mapping[str, Any]]) -> Parsed:
         """What the policy said, by vLLM's parsers where the run has them."""
-        parser = self._speech_of(tools)[1]
+        parser = self.parsers.of(tools, calls=bool(tools))
         if parser is None:
             return Parsed(text=self.tokenizer.decode(done.token_ids, skip_special_tokens=True))
         return parser(context, done)
-
-    def _speech_of(self, tools: Sequence[Mapping[str, Any]]) -> tuple[Chat, Parser | None]:
-        r, key = self.config.rollout, json.dumps(list(tools))
-        if tools and not r.tool_parser:
-            raise Refused(
-                'this run reads no tool calls: set rollout.tool_parser, such as "hermes", or describe the tools in the '
-                "messages",
-                setting="tools",
-            )
-        if key not in self._speech:
-            if len(self._speech) >= MOST_TOOLS:
-                self._speech.clear()
-            parsers = {"tool_parser": r.tool_parser if tools else "", "reasoning_parser": r.reasoning_parser}
-            stops = [*self.stop_ids, *r.stop_token_ids]
-            rendering = Rendering(template=self.rendering.template, now=self.rendering.now, tools=list(tools))
-            parser = Parser(self.tokenizer, stops, tools=tools, **parsers) if any(parsers.values()) else None
-            self._speech[key] = chat_of(self.tokenizer, rendering, stops), parser
-        return self._speech[key]
 
     # -- HTTP --------------------------------------------------------------------------------------------------------
 
@@ -181,11 +175,9 @@ class Endpoint:
         return web.json_response({"object": "list", "data": [own]})
 
     def _episode(self, request: web.Request) -> OpenEpisode:
-        given = request.match_info["secret"]
-        # Compared in constant time: the answer's delay must not tell how much of a guess is right.
-        for secret, episode in self.episodes.items():
-            if secrets.compare_digest(secret.encode(), given.encode(errors="replace")):
-                return episode
+        # By hash: the answer's delay does not tell how much of a guess is right.
+        if episode := self.episodes.get(request.match_info["secret"]):
+            return episode
         raise Refused("no open episode has this address", status=404, code="no_episode")
 
     def _check(self, episode: OpenEpisode, body: Mapping[str, Any]) -> None:
