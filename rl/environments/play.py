@@ -197,7 +197,7 @@ class _Play:
             token_ids=completion.token_ids,
         )
         self.turns.append(turn)
-        self.messages.append(spoken(turn))
+        self.messages.append(spoken(turn.text, turn.calls, turn.reasoning))
         return turn
 
     async def _answer(self, turn: Turn) -> Messages | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
+from rl.environments.observations import call
 from rl.tokens import Rendering, plain_ids, render
 
 Message = dict[str, Any]
@@ -146,8 +147,7 @@ class Chat:
             return said
         arguments: Any = {"text": WORDS}
         given = json.dumps(arguments) if self._arguments_are_text else arguments
-        made = [{"id": i, "type": "function", "function": {"name": n, "arguments": given}} for n, i in calls]
-        return {**said, "tool_calls": made}
+        return {**said, "tool_calls": [call(i, n, given) for n, i in calls]}
 
     def close_of(self, alone: list[int]) -> int | None:
         """Where the token that ends a reply stands in what the template writes after a last turn; None: nowhere."""

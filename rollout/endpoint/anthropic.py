@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rl.environments.observations import call
 from rl.environments.types import Messages
 from rl.typed import show
-from rollout.endpoint.asked import Answer, Asked, Body, Refused, call, function, number, records, text_of
+from rollout.endpoint.asked import Answer, Asked, Body, Refused, function, number, records, text_of
 from rollout.endpoint.chat import Event
 
 

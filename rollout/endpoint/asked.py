@@ -153,8 +153,3 @@ def function(name: Any, description: Any, parameters: Any, setting: str = "tools
         raise Refused(f"{setting}: a tool has the name {show(name)}", setting=setting, code="invalid_value")
     told = {"description": description} if description else {}
     return {"type": "function", "function": {"name": name, **told, "parameters": parameters or {"type": "object"}}}
-
-
-def call(identity: str, name: str, arguments: Any) -> dict[str, Any]:
-    """A tool call in an assistant's message, with its arguments as an object where they are one."""
-    return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}

@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rl.environments.observations import call
 from rl.typed import show
-from rollout.endpoint.asked import Answer, Asked, Body, Refused, call, function, number, records, seed_of, text_of
+from rollout.endpoint.asked import Answer, Asked, Body, Refused, function, number, records, seed_of, text_of
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 Event = tuple[str, dict[str, Any] | str]

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 from rl.agents.record import Limit, Opening, Record, sampled_of
 from rl.environments.messages import canonical, find
+from rl.environments.observations import spoken
 from rl.environments.template import Chat, TemplateError
 from rl.environments.tree import Node, Tree
 from rl.environments.types import Messages
 from rl.protocols import EngineLost
 from rl.types import Call, Completion, Parsed
-from rollout.endpoint.asked import Answer, Asked, Refused, call
+from rollout.endpoint.asked import Answer, Asked, Refused
 
 
 class Policy(Protocol):
@@ -220,12 +221,6 @@ class OpenEpisode:
             if not node.children:
                 self.counts["dropped"]["unread"] += len(node.completion.token_ids)
                 self.tree.drop(node)
-
-
-def spoken(text: str, calls: Sequence[Call]) -> dict[str, Any]:
-    """A reply as a message, in the form that `rollout.endpoint.chat.message` gives it when it comes back."""
-    made = [call(c.id, c.name, dict(c.arguments)) for c in calls]
-    return {"role": "assistant", "content": text, **({"tool_calls": made} if made else {})}
 
 
 def named(messages: Messages) -> Messages:
