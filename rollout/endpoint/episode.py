@@ -110,12 +110,13 @@ class OpenEpisode:
             reply = self.replies[key] = Reply(answering)
         try:
             await asyncio.shield(reply.answering)
-        except (Refused, TemplateError) as error:
+        except (Refused, ValueError) as error:
             # Nothing was sampled, so the same request may be made again.
             self.replies.pop(key, None)
-            if isinstance(error, TemplateError):
-                raise Refused(str(error), setting="messages") from None
-            raise
+            if isinstance(error, Refused):
+                raise
+            # Of the chat template, or of a text that is none.
+            raise Refused(str(error), setting="messages") from None
         except EngineLost as error:
             self.lost = str(error)
             raise Refused(f"the engine was lost: {error}", status=503, code="engine_lost") from None

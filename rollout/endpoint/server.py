@@ -6,6 +6,7 @@ the engine directly: vLLM's own chat server reports a reply that was cut off as 
 
 import asyncio
 import json
+import logging
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -66,12 +67,13 @@ class Endpoint:
                 await self._listen("/e/{secret}", self.config.rollout.endpoint_host, 0)
 
     async def _listen(self, root: str, host: str, port: int) -> None:
-        app = web.Application(client_max_size=MOST_BYTES)
+        app = web.Application(client_max_size=MOST_BYTES, middlewares=[_in_the_clients_form])
         for dialect in DIALECTS:
             # Clients of Anthropic add /v1 themselves, so the address with /v1 must do for them too.
             app.router.add_post(f"{root}/v1/{dialect}", self._serve)
             app.router.add_post(f"{root}/v1/v1/{dialect}", self._serve)
-        app.router.add_get(f"{root}/v1/models", self._models)
+        for each in ("models", "models/{model:.+}", "v1/models"):
+            app.router.add_get(f"{root}/v1/{each}", self._models)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -133,18 +135,15 @@ class Endpoint:
     # -- HTTP --------------------------------------------------------------------------------------------------------
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
-        dialect = DIALECTS[request.path.rpartition("/v1/")[2]]
-        episode: OpenEpisode | None = None
+        dialect, episode = dialect_of(request), self._episode(request)
         try:
-            episode = self._episode(request)
             body = await body_of(request)
             self._check(episode, body)
             asked = self._asked(dialect, body, episode)
             reply = await episode.ask(asked)
         except Refused as refused:
-            if episode is not None:
-                episode.counts["refused"][refused.setting or refused.code] += 1
-            return web.json_response(dialect.error(refused), status=refused.status)
+            episode.counts["refused"][refused.setting or refused.code] += 1
+            raise
         return await self._send(request, dialect, body, asked, reply)
 
     async def _send(
@@ -167,12 +166,10 @@ class Endpoint:
         return response
 
     async def _models(self, request: web.Request) -> web.Response:
-        try:
-            self._episode(request)
-        except Refused as refused:
-            return web.json_response(chat.error(refused), status=refused.status)
-        own = {"id": self.model, "object": "model", "created": 0, "owned_by": "unison-rl"}
-        return web.json_response({"object": "list", "data": [own]})
+        self._episode(request)
+        one = request.match_info.get("model")
+        own = {"id": one or self.model, "object": "model", "created": 0, "owned_by": "unison-rl"}
+        return web.json_response(own if one else {"object": "list", "data": [own]})
 
     def _episode(self, request: web.Request) -> OpenEpisode:
         # By hash: the answer's delay does not tell how much of a guess is right.
@@ -195,6 +192,30 @@ class Endpoint:
         if earlier and earlier not in known:
             raise Refused(f"no response has the id {earlier}", setting="previous_response_id", code="not_found")
         return responses.read(body, known[earlier].answering.result().messages if earlier else [])
+
+
+def dialect_of(request: web.Request) -> ModuleType:
+    """Whose client it is, by the address; OpenAI's where it may be anybody's."""
+    return next((dialect for name, dialect in DIALECTS.items() if f"/v1/{name}" in request.path), chat)
+
+
+@web.middleware
+async def _in_the_clients_form(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Every error as the client's library reads it."""
+    try:
+        return await handler(request)
+    except Refused as error:
+        refused = error
+    except web.HTTPException as error:
+        served = f"served are POST {', '.join(DIALECTS)} and GET models, behind /v1/"
+        told = f"{request.method} {request.path.rpartition('/')[2]}: {error.reason}; {served}"
+        refused = Refused(told, status=error.status, code="not_served")
+    except Exception as error:  # a fault of this server: the client gets an answer, and the log the lines
+        logging.getLogger(__name__).exception("a request failed")
+        refused = Refused(f"{type(error).__name__}: {error}", status=500, code="server_error")
+    return web.json_response(dialect_of(request).error(refused), status=refused.status)
 
 
 async def body_of(request: web.Request) -> dict[str, Any]:
