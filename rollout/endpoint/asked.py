@@ -106,8 +106,8 @@ def check_settings(body: Body, run: Mapping[str, Any]) -> None:
                 )
         elif value not in NEUTRAL.get(name, ()):
             raise Refused(
-                f"{name}={show(value)} is not served here, because it may change what the policy samples, and the "
-                "trainer would not know of it: leave it out",
+                f"{name}={show(value)} is not served here: it may change what the policy samples, and a trainer would "
+                "not know of it. Leave it out",
                 setting=name,
             )
 
