@@ -110,13 +110,10 @@ class OpenEpisode:
             reply = self.replies[key] = Reply(answering)
         try:
             await asyncio.shield(reply.answering)
-        except (Refused, ValueError) as error:
+        except Refused:
             # Nothing was sampled, so the same request may be made again.
             self.replies.pop(key, None)
-            if isinstance(error, Refused):
-                raise
-            # Of the chat template, or of a text that is none.
-            raise Refused(str(error), setting="messages") from None
+            raise
         except EngineLost as error:
             self.lost = str(error)
             raise Refused(f"the engine was lost: {error}", status=503, code="engine_lost") from None
@@ -132,11 +129,12 @@ class OpenEpisode:
         messages = named(asked.messages)
         if messages[-1]["role"] == "assistant":
             raise Refused("the last message is the assistant's: end with what it answers", setting="messages")
-        if parent is None:
-            before, delta = [], _prompt(chat, messages)
-        else:
-            before = [token for node in parent.path() for token in (*node.delta, *node.completion.token_ids)]
-            delta = chat.delta(messages[fresh:], parent.completion.token_ids)
+        path = parent.path() if parent else []
+        before = [token for node in path for token in (*node.delta, *node.completion.token_ids)]
+        try:
+            delta = chat.delta(messages[fresh:], path[-1].completion.token_ids) if path else _prompt(chat, messages)
+        except ValueError as error:  # of the chat template, or of a text that is none
+            raise Refused(str(error), setting="messages") from None
         context = [*before, *delta]
         room = self._room(context, asked)
         self.turns, self.tokens, turn = self.turns + 1, self.tokens + room, self.turns

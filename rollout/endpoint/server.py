@@ -113,6 +113,10 @@ class Endpoint:
         if key not in self._chats:
             if len(self._chats) >= MOST_TOOLS:
                 self._chats.clear()
+            try:  # before anything is sampled
+                self.parsers.of(tools, calls=bool(tools))
+            except ValueError as error:
+                raise Refused(f"the parser {r.tool_parser} cannot have these tools: {error}", setting="tools") from None
             rendering = replace(self.rendering, tools=tools)
             self._chats[key] = chat_of(self.tokenizer, rendering, [*self.stop_ids, *r.stop_token_ids])
         return self._chats[key]
@@ -212,6 +216,8 @@ async def _in_the_clients_form(
         served = f"served are POST {', '.join(DIALECTS)} and GET models, behind /v1/"
         told = f"{request.method} {request.path.rpartition('/')[2]}: {error.reason}; {served}"
         refused = Refused(told, status=error.status, code="not_served")
+    except (ConnectionError, web.RequestPayloadError):
+        raise  # the client has left
     except Exception as error:  # a fault of this server: the client gets an answer, and the log the lines
         logging.getLogger(__name__).exception("a request failed")
         refused = Refused(f"{type(error).__name__}: {error}", status=500, code="server_error")

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from clients import ADD, endpoint, opening
+from rollout.endpoint import server
 
 ASK = {"role": "user", "content": "hello"}
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
@@ -195,6 +196,38 @@ def test_stock_clients_raise_their_own_errors(tmp_path):
                     assert response.status == 200
 
     run(work, tmp_path)
+
+
+def test_tools_that_the_parser_cannot_have_are_refused_before_anything_is_sampled(tmp_path):
+    async def work(address, engine):
+        return await ask(address, CHAT, said(ASK, tools=[ADD | {"function": ADD["function"] | {"description": 5}}]))
+
+    class Strict:
+        def of(self, tools, *, calls):
+            if any(tool["function"]["description"] == 5 for tool in tools):
+                raise ValueError("description: Input should be a valid string")
+
+    async def main():
+        served, engine = endpoint(tmp_path, tool_parser="hermes")
+        served.parsers = Strict()
+        await served.start()
+        try:
+            return await work(served.open(opening()), engine), engine.asked
+        finally:
+            await served.close()
+
+    (status, answer), asked = asyncio.run(main())
+    assert (status, answer["error"]["param"], asked) == (400, "tools", [])
+    assert "the parser hermes cannot have these tools: description" in answer["error"]["message"]
+
+
+def test_a_client_that_leaves_is_no_fault_of_the_server(caplog):
+    async def leaves(request):
+        raise ConnectionResetError("Cannot write to closing transport")
+
+    with pytest.raises(ConnectionResetError):
+        asyncio.run(server._in_the_clients_form(None, leaves))
+    assert not caplog.text
 
 
 def test_a_fault_of_the_server_is_an_answer_too_and_is_logged(tmp_path, caplog):
