@@ -79,7 +79,7 @@ class RolloutConfig(Checked):
     retries: int = 3
     """How many times a group is sampled again after its engine was lost. After that it counts as failed."""
     restarts: int = 3
-    """How many lost engines are restarted in one run. After that the run ends."""
+    """How many lost engines are restarted in one run, and how often each reward model. After that the run ends."""
     engine_class: str = "rollout.engine:Engine"
     """Class of the engines, "module:Class". An experiment may name its own class, in a file next to its recipe."""
 

@@ -1,6 +1,6 @@
 """All that the loop sees of the engines, the trainer and the tracker. Its unit tests use fakes of these protocols."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -45,9 +45,11 @@ class Rollouts(Protocol):
         temperature: float | None = None,
         max_tokens: int | None = None,
         engine: int | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[Completion]:
         """n completions of one prompt. None uses the run's temperature, the run's `rollout.max_tokens`, and the engine
-        with the least work; a named engine is used while it serves. Raises EngineLost."""
+        with the least work; a named engine is used while it serves. With `tools`, the schemas that the prompt shows,
+        the run's parsers read the replies (`Completion.parsed`). Raises EngineLost."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -22,7 +22,7 @@ from rollout import examine
 from rollout.completion import completion
 from rollout.core import async_llm
 from rollout.endpoint.serving import Serving
-from rollout.parse import parser_of
+from rollout.parse import Parsers
 from rollout.settings import engine_args
 from rollout.worker import WorkerExtension
 
@@ -55,7 +55,7 @@ class Engine(Serving):
         files, self.tokenizer = PretrainedConfig.get_config_dict(model)[0], self.llm.get_tokenizer()
         self.stop_ids = stop_ids(self.tokenizer, self.llm.model_config.try_get_generation_config(), files)
         """Token ids that end a reply."""
-        self.parser = parser_of(config, self.tokenizer, self.stop_ids)
+        self.parsers = Parsers(config.rollout, self.tokenizer, self.stop_ids)
         self.version = version
         self.requests = 0
         self.aborted = 0
@@ -82,16 +82,20 @@ class Engine(Serving):
         temperature: float | None = None,
         max_tokens: int | None = None,
         fresh: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **more: Any,
     ) -> list[Completion]:
         """n completions of one prompt, with the log-probabilities (nats) under which they were sampled.
 
         `temperature` and `max_tokens` default to the run's. Sample i has the seed `seed + i`. `fresh` ignores cached
-        prefixes. `more` are settings of vLLM, and what is sampled with them must not be trained on.
+        prefixes. With `tools`, the schemas that the prompt shows, the run's parsers read the replies. `more` are
+        settings of vLLM, and what is sampled with them must not be trained on.
         """
         sampling = self._sampling(temperature, max_tokens) | {"skip_reading_prefix_cache": fresh} | more
         seeds = [None if seed is None else seed + i for i in range(n)]
-        return list(await asyncio.gather(*(self._complete(token_ids, seed=s, **sampling) for s in seeds)))
+        found = await asyncio.gather(*(self._complete(token_ids, seed=s, **sampling) for s in seeds))
+        parser = None if tools is None else self.parsers.of(tools)
+        return [replace(each, parsed=parser(token_ids, each)) for each in found] if parser else list(found)
 
     def _sampling(self, temperature: float | None, max_tokens: int | None) -> dict[str, Any]:
         r = self.config.rollout
@@ -127,8 +131,7 @@ class Engine(Serving):
                 "vLLM truncated the vocabulary but did not report which tokens it kept, so the trainer cannot replay "
                 "it. Set top_p=1, top_k=0, min_p=0"
             )
-        got = completion(done, output.num_cached_tokens or 0)
-        return replace(got, parsed=self.parser(token_ids, got)) if self.parser else got
+        return completion(done, output.num_cached_tokens or 0)
 
     async def generate(self, token_ids: list[int], params: SamplingParams) -> RequestOutput:
         """The final output of one request. It uses cached prefixes of the current weights only."""
@@ -279,9 +282,12 @@ class Engine(Serving):
         """Settings that this engine really runs with, and one prompt of the run in token ids of its own tokenizer."""
         return examine.describe(self.llm, SamplingParams(**self._sampling(None, None)), prompt, rendering)
 
-    async def parse(self, reply: list[int], finish_reason: FinishReason) -> Parsed | None:
-        """What this engine's parser finds in a reply; None without a parser."""
-        return self.parser.parse([], reply, finish_reason) if self.parser else None
+    async def parse(
+        self, reply: list[int], finish_reason: FinishReason, tools: Sequence[Mapping[str, Any]]
+    ) -> Parsed | None:
+        """What this engine's parser finds in a reply where these tools were shown; None without a parser."""
+        parser = self.parsers.of(tools)
+        return parser.parse([], reply, finish_reason) if parser else None
 
     async def trace(self, token_ids: list[int]) -> list[dict[str, Any]]:
         """What every layer takes in and gives out for one prompt and a short reply, by worker."""

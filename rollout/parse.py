@@ -4,11 +4,10 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
-from rl.config import Config
-from rl.environments.check import class_of
-from rl.tools.methods import schemas
+from rl.config import RolloutConfig
 from rl.types import Call, Completion, FinishReason, Parsed
 
 STARTS = re.compile(r"^(tool_calls?_start_token|bot_token|bot_string|tc_start)$")
@@ -16,6 +15,8 @@ ENGINE_STARTS = ("TOOL_SECTION_START", "TOOL_START", "TOOL_CALLS", "TOOL_TOKEN")
 """Where vLLM's parsers, of the older and the newer kind, keep the text with which calls begin."""
 BARE = re.compile(r'\s*\[?\s*\{\s*"(name|function|type)"')
 """The beginning of a call in JSON alone."""
+MOST_TOOLS = 64
+"""Sets of tools for which a parser is kept."""
 CUT = "the reply was cut off inside a call, or behind one, so no call is made"
 
 
@@ -111,19 +112,29 @@ class Parser:
         return text.strip()
 
 
-def parser_of(config: Config, tokenizer: Any, stop_ids: Sequence[int]) -> Parser | None:
-    """The parser of a run; None where its replies are read by nobody in the engine."""
-    r = config.rollout
-    if not (r.tool_parser or r.reasoning_parser):
-        return None
-    tools = [] if config.env is None else schemas(class_of(config.env))
-    return Parser(
-        tokenizer,
-        [*stop_ids, *r.stop_token_ids],
-        tool_parser=r.tool_parser,
-        reasoning_parser=r.reasoning_parser,
-        tools=tools,
-    )
+class Parsers:
+    """The parser of a run for each set of tools. Raises ValueError at once for settings that make no `Parser`."""
+
+    def __init__(self, rollout: RolloutConfig, tokenizer: Any, stop_ids: Sequence[int]) -> None:
+        self.rollout, self._kept = rollout, dict[str, Parser]()
+        self._make = partial(Parser, tokenizer, [*stop_ids, *rollout.stop_token_ids])
+        self.of([])
+
+    def of(self, tools: Sequence[Mapping[str, Any]], *, calls: bool = True) -> Parser | None:
+        """The one that reads replies where these tools were shown; None where the run has none. Without `calls` it
+        reads reasoning alone."""
+        names = {
+            "tool_parser": self.rollout.tool_parser if calls else "",
+            "reasoning_parser": self.rollout.reasoning_parser,
+        }
+        if not any(names.values()):
+            return None
+        key = json.dumps([calls, *tools])
+        if key not in self._kept:
+            if len(self._kept) >= MOST_TOOLS:
+                self._kept.clear()
+            self._kept[key] = self._make(tools=tools, **names)
+        return self._kept[key]
 
 
 def _made(

@@ -9,6 +9,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from rl.data import Given
 from rl.judges.hearing import JudgeError
 from rl.judges.reward_model import RewardModel
+from rl.protocols import EngineLost
 from rollout.core import async_llm
 from rollout.process import FrozenWorker
 
@@ -32,7 +33,7 @@ class Scorer:
             await self.llm.collective_rpc(FrozenWorker.end_with_parent.__name__)
 
     async def score(self, prompt: Given, reply: str) -> float:
-        """The model's one output for a reply to a prompt. Raises JudgeError, as the end of a sentence."""
+        """The model's one output for a reply to a prompt. Raises EngineLost, and JudgeError as a sentence's end."""
         ids = encoded(self.tokenizer, prompt, reply)
         if len(ids) > self.judge.max_model_len:
             raise JudgeError(
@@ -44,7 +45,7 @@ class Scorer:
         try:
             output = [o async for o in self.llm.encode(asked, params, request_id=str(next(self.requests)))][-1]
         except EngineDeadError:
-            raise JudgeError("has lost vLLM's process") from None
+            raise EngineLost("vLLM's own process has ended") from None
         score = output.outputs.data.flatten()
         if len(score) != 1 or not score.isfinite().all():
             raise JudgeError(f"returned {score.tolist()[:4]}, which is not one finite number")

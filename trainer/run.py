@@ -276,7 +276,7 @@ class Run:
             weight_version=loop.admission.version if loop else 0,
             ledger=loop.admission.ledger.summary() if loop else {},
             alerts=len(self.tracker.alerts),
-            engines_lost=self.fleet.causes if self.fleet else [],
+            engines_lost=(self.fleet.causes if self.fleet else []) + self.cluster.reward_models.causes,
             resume=how_to_resume(self.folder) if summary["status"] != "finished" else None,
         )
         leave(self.folder, summary, self.tracker, self.reserve)

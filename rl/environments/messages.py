@@ -1,11 +1,10 @@
 """Is a history what we gave out before? The longest beginning that is, and why the rest is not."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
-Message = Mapping[str, Any]
 Reason = Literal["", "edited", "dropped", "tools"]
 """Why a history does not go on from a kept one: a message differs, messages are missing, or other tools are shown."""
 
@@ -27,9 +26,9 @@ def canonical(value: Any) -> Any:
 
     A client writes arguments of a call as JSON of its own, adds empty fields, and may give a text as a list of parts.
     """
-    if isinstance(value, Mapping):
-        fields = cast(Mapping[str, Any], value)
-        kept = {key: canonical(each) for key, each in fields.items() if each not in (None, [], "", {})}
+    if isinstance(value, dict):
+        fields = cast(dict[str, Any], value)
+        kept = {key: canonical(each) for key, each in fields.items() if each or each not in (None, [], "", {})}
         if isinstance(kept.get("arguments"), str):
             kept["arguments"] = _parsed(kept["arguments"])
         return kept
@@ -42,24 +41,18 @@ def canonical(value: Any) -> Any:
     return value
 
 
-def find(
-    asked: Sequence[Message],
-    kept: Sequence[Sequence[Message]],
-    tools: Sequence[Any] = (),
-    kept_tools: Sequence[Sequence[Any]] | None = None,
-) -> Match:
+def find(asked: Sequence[Any], kept: Sequence[Sequence[Any]], tools: Any = (), kept_tools: Sequence[Any] = ()) -> Match:
     """The longest of the `kept` histories that the `asked` one begins with; of equal ones the last.
 
-    `kept_tools[i]` are the tools that were shown with history i; None: always the same.
+    Messages are in canonical form, or digests of it. `kept_tools[i]` are the tools that were shown with history i;
+    none: always the same.
     """
-    wanted, shown = [canonical(m) for m in asked], canonical(list(tools))
     best, nearest = Match(index=None, length=0, reason=""), (0, 0, cast(Reason, ""))
-    for index, history in enumerate(kept):
-        have = [canonical(m) for m in history]
-        pairs = enumerate(zip(wanted, have, strict=False))
-        length = next((i for i, (a, b) in pairs if a != b), min(len(wanted), len(have)))
-        reason = _reason(wanted[length:], have[length:])
-        if not reason and kept_tools is not None and canonical(list(kept_tools[index])) != shown:
+    for index, have in enumerate(kept):
+        pairs = enumerate(zip(asked, have, strict=False))
+        length = next((i for i, (a, b) in pairs if a != b), min(len(asked), len(have)))
+        reason = _reason(asked[length:], have[length:])
+        if not reason and kept_tools and kept_tools[index] != tools:
             reason = "tools"
         if not reason and length >= best.length:
             best = Match(index=index, length=length, reason="")
@@ -67,7 +60,7 @@ def find(
     return replace(best, reason=nearest[2])
 
 
-def _reason(wanted: list[Any], have: list[Any]) -> Reason:
+def _reason(wanted: Sequence[Any], have: Sequence[Any]) -> Reason:
     """Why the rest of an asked history is not the rest of a kept one."""
     if not have:
         return ""

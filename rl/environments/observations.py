@@ -1,8 +1,9 @@
 """What does the policy read next, and what did the environment return? Anything but the right form is its fault."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from rl.environments.types import EnvError, Messages, Turn
+from rl.environments.types import EnvError, Messages
 from rl.judges.hearing import JudgeError
 from rl.tools.methods import text_of
 from rl.typed import shortened, show
@@ -26,17 +27,16 @@ def user(text: str) -> Messages:
     return [{"role": "user", "content": text}]
 
 
-def spoken(turn: Turn) -> dict[str, Any]:
+def spoken(text: str, calls: Sequence[Call], reasoning: str = "") -> dict[str, Any]:
     """A turn of the policy as a chat message."""
-    message: dict[str, Any] = {"role": "assistant", "content": turn.text}
-    if turn.reasoning:
-        message["reasoning_content"] = turn.reasoning
-    if turn.calls:
-        message["tool_calls"] = [
-            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": dict(c.arguments)}}
-            for c in turn.calls
-        ]
-    return message
+    made = [call(each.id, each.name, dict(each.arguments)) for each in calls]
+    thought = {"reasoning_content": reasoning} if reasoning else {}
+    return {"role": "assistant", "content": text, **thought, **({"tool_calls": made} if made else {})}
+
+
+def call(identity: str, name: str, arguments: Any) -> dict[str, Any]:
+    """A tool call in an assistant's message, with its arguments as an object where they are one."""
+    return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def as_messages(given: Any, what: str) -> Messages:
@@ -51,7 +51,7 @@ def as_messages(given: Any, what: str) -> Messages:
 def as_calls(found: Any) -> tuple[Call, ...]:
     """What `parse` returned, as calls. Raises EnvError for anything else."""
     calls = () if found is None else (found,) if isinstance(found, Call) else found
-    if isinstance(calls, list | tuple) and all(isinstance(call, Call) for call in calls):
+    if isinstance(calls, list | tuple) and all(isinstance(each, Call) for each in calls):
         return tuple(calls)
     raise EnvError(f"`parse` returned {show(found, SHOWN)}: return a list of Call(name='...', arguments={{...}})")
 

@@ -33,6 +33,11 @@ LONGEST_TOKEN = 1000
 class Chat(Protocol):
     """The run's chat template (`rl.environments.template`)."""
 
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        """The schemas of the run's tools."""
+        ...
+
     def prompt(self, messages: Messages, more: Sequence[Mapping[str, Any]]) -> list[int]:
         """Tokens of a conversation in which nothing was sampled yet, with the opening of the policy's turn. `more` are
         tools that it shows besides those of the run."""
@@ -159,6 +164,7 @@ class _Play:
             max_tokens=room,
             # The engine that has the history in its cache.
             engine=self.node.completion.engine if self.node else None,
+            tools=[*stage.chat.tools, *self.prompt.tools],
         )
         if completion.finish_reason == "abort":
             raise EngineLost("vLLM aborted a request")
@@ -191,7 +197,7 @@ class _Play:
             token_ids=completion.token_ids,
         )
         self.turns.append(turn)
-        self.messages.append(spoken(turn))
+        self.messages.append(spoken(turn.text, turn.calls, turn.reasoning))
         return turn
 
     async def _answer(self, turn: Turn) -> Messages | None:

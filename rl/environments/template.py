@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
+from rl.environments.observations import call
 from rl.tokens import Rendering, plain_ids, render
 
 Message = dict[str, Any]
@@ -36,7 +37,9 @@ class Chat:
     stop_ids: frozenset[int]
     tools: Sequence[Mapping[str, Any]] = ()
     _arguments_are_text: bool = field(default=False, init=False)
-    _kept: dict[tuple[tuple[str, str], ...], str] = field(default_factory=dict, init=False, repr=False)
+    _kept: dict[tuple[tuple[str, str], ...], tuple[str, list[int]]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def prompt(self, messages: list[Message], more: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """The tokens of a conversation up to the words that the policy will say, with `more` tools shown."""
@@ -91,26 +94,38 @@ class Chat:
         """What the template writes after the last word of an assistant's turn that makes these calls (name, id):
         nothing follows it, or `messages` and the next generation prompt. Raises TemplateError."""
         usual = before == (ASKED,) and not thought
-        alone = self._alone(tuple(calls)) if usual else self._ended([*before], calls, thought)
-        if not (said := alone.count(WORDS)):
-            raise TemplateError("the chat template does not show the assistant's words")
-        full = self.text([*before, self.turn(calls, thought), *messages], True) if messages else alone
-        parts = full.split(WORDS, said)
+        alone, ids = self._alone(tuple(calls)) if usual else self._closed([*before], calls, thought)
+        if not messages:
+            return ids
+        return self._behind(self.text([*before, self.turn(calls, thought), *messages], True), alone.count(WORDS))
+
+    def _behind(self, text: str, said: int) -> list[int]:
+        """The tokens behind the last of the policy's words, which a text has so often."""
+        parts = text.split(WORDS, said)
         if len(parts) <= said:
             raise TemplateError("the chat template shows the assistant's turn only as long as nothing follows it")
         # Encoded together with a word in front: some tokenizers write the beginning of a text in another way.
-        word, ids = self.encode(WORDS), self.encode(WORDS + parts[-1])
-        if ids[: len(word)] != word:
+        ids, n = self.encode(WORDS + parts[-1]), len(self._word)
+        if ids[:n] != self._word:
             raise TemplateError("the tokenizer joins the end of a turn with what the chat template writes after it")
-        return ids[len(word) :]
+        return ids[n:]
 
-    def _alone(self, calls: tuple[tuple[str, str], ...]) -> str:
-        """A conversation that ends with this turn; kept, because most turns of a run make calls of the same names."""
+    def _alone(self, calls: tuple[tuple[str, str], ...]) -> tuple[str, list[int]]:
+        """What `_closed` returns; kept, because most turns of a run make calls of the same names."""
         if calls not in self._kept:
             if len(self._kept) >= MOST_KEPT:
                 self._kept.clear()
-            self._kept[calls] = self._ended([ASKED], calls)
+            self._kept[calls] = self._closed([ASKED], calls)
         return self._kept[calls]
+
+    def _closed(
+        self, before: list[Message], calls: Sequence[tuple[str, str]], thought: str = ""
+    ) -> tuple[str, list[int]]:
+        """A conversation that ends with this turn, and its tokens behind the policy's words."""
+        text = self._ended(before, calls, thought)
+        if WORDS not in text:
+            raise TemplateError("the chat template does not show the assistant's words")
+        return text, self._behind(text, text.count(WORDS))
 
     def _ended(self, before: list[Message], calls: Sequence[tuple[str, str]], thought: str = "") -> str:
         try:
@@ -132,12 +147,15 @@ class Chat:
             return said
         arguments: Any = {"text": WORDS}
         given = json.dumps(arguments) if self._arguments_are_text else arguments
-        made = [{"id": i, "type": "function", "function": {"name": n, "arguments": given}} for n, i in calls]
-        return {**said, "tool_calls": made}
+        return {**said, "tool_calls": [call(i, n, given) for n, i in calls]}
 
     def close_of(self, alone: list[int]) -> int | None:
         """Where the token that ends a reply stands in what the template writes after a last turn; None: nowhere."""
         return next((i for i, token in enumerate(alone) if token in self.stop_ids), None)
+
+    @cached_property
+    def _word(self) -> list[int]:
+        return self.encode(WORDS)
 
     @cached_property
     def _unclosed(self) -> list[int]:

@@ -10,15 +10,17 @@ import inspect
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import copy_context
-from functools import cache, partial
 from typing import Any
 
 from rl.environments.types import EnvError, EnvLate
 from rl.judges.hearing import hear
+from rl.judges.loops import awaited_on
 
+ASYNC = "async environments"
+"""The kind of event loop of their async methods."""
 MOST_THREADS = 64
 """Calls that run at the same time: many tools wait for a sandbox or for a server."""
 MOST_STUCK = 256
@@ -101,8 +103,7 @@ class Threads:
                         job.unwanted(result)
                     return
                 if inspect.isawaitable(result):
-                    begin = partial(asyncio.run_coroutine_threadsafe, _awaited(result), event_loop())
-                    job.waiting = job.context.run(begin)
+                    job.waiting = job.context.run(awaited_on, ASYNC, result)
                     job.waiting.add_done_callback(job.answered)
                     continue
             job.settle(result, error)
@@ -165,22 +166,10 @@ def aside(work: Callable[[], Any]) -> None:
         with suppress(Exception):  # the environment's own, of an episode that has ended
             result = work()
             if inspect.isawaitable(result):
-                asyncio.run_coroutine_threadsafe(_awaited(result), event_loop())
+                awaited_on(ASYNC, result)
 
     threading.Thread(target=run, daemon=True, name="end of an environment").start()
 
 
 def _ignore(result: Any) -> None:
     pass
-
-
-async def _awaited(result: Awaitable[Any]) -> Any:
-    return await result
-
-
-@cache
-def event_loop() -> asyncio.AbstractEventLoop:
-    """The event loop of all async methods: one, so that they can share a client and its connections."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True, name="async environments").start()
-    return loop

@@ -8,18 +8,18 @@ import asyncio
 import hashlib
 import json
 import random
-import threading
 import time
 from asyncio import sleep
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from rl.data import Given
 from rl.judges.hearing import JudgeError, current
+from rl.judges.loops import awaited_on
 from rl.typed import Checked, shortened
 from rl.types import Verdict
 
@@ -128,9 +128,8 @@ _DESKS: WeakKeyDictionary[Any, Desk] = WeakKeyDictionary()
 async def asked(judge: Any, prompt: Given, reply: str) -> float:
     """The score of a reply to a prompt; the verdict is heard by who called the user's code. Raises JudgeError."""
     hearing = current()
-    future = asyncio.run_coroutine_threadsafe(_at_its_desk(judge, prompt, reply), _event_loop())
     with hearing.waiting():
-        verdict = await asyncio.wrap_future(future)
+        verdict = await asyncio.wrap_future(awaited_on("judges", _at_its_desk(judge, prompt, reply)))
     hearing.verdicts.append(verdict)
     return verdict.score
 
@@ -156,10 +155,3 @@ def judge_metrics(judges: Iterable[Any]) -> dict[str, float]:
         if made := tally["calls"] - tally["cached"]:
             metrics |= {f"judge/{name}/tries": tally["tries"] / made, f"judge/{name}/seconds": tally["seconds"] / made}
     return metrics
-
-
-@cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True, name="judges").start()
-    return loop

@@ -7,10 +7,10 @@ import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from contextvars import copy_context
-from functools import cache
 from typing import Any, overload
 
 from rl.judges.hearing import JudgeError, hear
+from rl.judges.loops import awaited, awaited_on
 from rl.rewards.clock import RewardClock
 from rl.rewards.combined import OverGroup, Weighted, judges_groups
 from rl.rewards.result import RIGHT_FORM, NoScore, Points, Score, points, rows_of
@@ -72,7 +72,7 @@ def score(
         with clock.working():
             result = ask(asked)
         if inspect.isawaitable(result):
-            future = asyncio.run_coroutine_threadsafe(clock.awaited(_awaited(result)), _reward_loop())
+            future = awaited_on("async rewards", clock.awaited(awaited(result)))
             awaiting(future)
             result = future.result()
         if isinstance(asked, list):
@@ -98,18 +98,6 @@ def shown(asked: Asked) -> str:
 def _with_notes(error: Exception) -> str:
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     return shortened(str(error), SHOWN) + shortened(notes, SHOWN)
-
-
-async def _awaited(result: Awaitable[Any]) -> Any:
-    return await result
-
-
-@cache
-def _reward_loop() -> asyncio.AbstractEventLoop:
-    """The event loop of all `async` rewards: one, so that they can share a client and its connections."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True, name="async rewards").start()
-    return loop
 
 
 async def score_all(

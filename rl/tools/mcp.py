@@ -7,12 +7,12 @@ import asyncio
 import atexit
 import os
 import tempfile
-import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import IO, Any
 
+from rl.judges.loops import awaited_on
 from rl.tools.errors import EnvError, ToolError
 from rl.typed import Checked, show
 from rl.types import Call
@@ -59,26 +59,24 @@ def server_of(source: MCP) -> "Server":
 
 
 class Server:
-    """A server and the connection to it, which lives on an event loop of its own."""
+    """A server and the connection to it."""
 
     def __init__(self, source: MCP) -> None:
         self.source = source
         self._connection: _Connection | None = None
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True, name="MCP").start()
         atexit.register(self.close)
 
     def schemas(self, seconds: float) -> list[dict[str, Any]]:
         """The tools, as the server describes them, in the form of OpenAI's interface. Raises EnvError."""
         try:
-            return asyncio.run_coroutine_threadsafe(self._connected(), self._loop).result(seconds).schemas
+            return awaited_on("MCP", self._connected()).result(seconds).schemas
         except TimeoutError:
             raise EnvError(f"{self._name} did not list its tools in {seconds:g} s") from None
 
     async def call(self, call: Call) -> str:
         """What the tool returns. Raises ToolError for what it cannot do, and EnvError when the server is lost."""
         try:
-            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._call(call), self._loop))
+            return await asyncio.wrap_future(awaited_on("MCP", self._call(call)))
         except asyncio.CancelledError:  # it is late, or its episode has ended
             if self._connection is not None:
                 self._connection.in_doubt = True
@@ -88,7 +86,7 @@ class Server:
         """End the server. The next call starts another one."""
         if self._connection is not None:
             with suppress(TimeoutError):
-                asyncio.run_coroutine_threadsafe(self._connection.end(), self._loop).result(END_S)
+                awaited_on("MCP", self._connection.end()).result(END_S)
 
     async def _call(self, call: Call) -> str:
         from mcp import MCPError

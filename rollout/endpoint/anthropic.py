@@ -4,10 +4,14 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rl.environments.observations import call
 from rl.environments.types import Messages
 from rl.typed import show
-from rollout.endpoint.asked import Answer, Asked, Body, Refused, call, function, number, records, text_of
+from rollout.endpoint.asked import Answer, Asked, Body, Refused, function, given, number, records, text_of
 from rollout.endpoint.chat import Event
+
+KINDS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
+"""Of errors, by their status."""
 
 
 def read(body: Body) -> Asked:
@@ -15,32 +19,32 @@ def read(body: Body) -> Asked:
     messages: Messages = []
     if body.get("system"):
         messages.append({"role": "system", "content": text_of(body["system"], "system")})
-    for index, given in enumerate(records(body, "messages", needed=True)):
-        messages += _messages(given, f"messages[{index}]")
+    for index, sent in enumerate(records(body, "messages", needed=True)):
+        messages += _messages(sent, f"messages[{index}]")
     choice = body.get("tool_choice")
     shown = not (isinstance(choice, dict) and choice.get("type") == "none")
     return Asked(
         messages=messages,
         tools=[_tool(each) for each in records(body, "tools")] if shown else [],
         max_tokens=number(body, "max_tokens"),
-        stream=bool(body.get("stream")),
+        stream=bool(given(body, "stream", bool)),
     )
 
 
-def _tool(given: Mapping[str, Any]) -> dict[str, Any]:
-    if given.get("type") not in (None, "custom"):
-        raise Refused(f"tools: {show(given)} is a tool of Anthropic's own", setting="tools")
-    return function(given.get("name"), given.get("description"), given.get("input_schema"))
+def _tool(sent: Mapping[str, Any]) -> dict[str, Any]:
+    if sent.get("type") not in (None, "custom"):
+        raise Refused(f"tools: {show(sent)} is a tool of Anthropic's own", setting="tools")
+    return function(sent.get("name"), sent.get("description"), sent.get("input_schema"))
 
 
-def _messages(given: Mapping[str, Any], where: str) -> Messages:
+def _messages(sent: Mapping[str, Any], where: str) -> Messages:
     """A message as one of OpenAI's, or as several: each result of a tool is a message there."""
-    role, content = given.get("role"), given.get("content")
+    role, content = sent.get("role"), sent.get("content")
     if role not in ("user", "assistant"):
         raise Refused(f"{where} has the role {show(role)}", setting="messages", code="invalid_value")
     if not isinstance(content, list):
         return [{"role": role, "content": text_of(content, where)}]
-    blocks = records(given, "content")
+    blocks = records(sent, "content")
     said = [b for b in blocks if b.get("type") not in ("tool_use", "tool_result", "thinking", "redacted_thinking")]
     results: Messages = [
         {"role": "tool", "tool_call_id": str(b.get("tool_use_id")), "content": text_of(b.get("content"), where)}
@@ -93,7 +97,7 @@ def events(answer: Answer, model: str, body: Body) -> Iterator[Event]:
 
 def error(refused: Refused) -> dict[str, Any]:
     """What a client raises its error from."""
-    kind = "invalid_request_error" if refused.status < 500 else "api_error"
+    kind = KINDS.get(refused.status, "invalid_request_error" if refused.status < 500 else "api_error")
     return {"type": "error", "error": {"type": kind, "message": str(refused)}}
 
 

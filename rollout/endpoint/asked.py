@@ -6,15 +6,17 @@ probabilities of the run's own settings, and would not know of any other. A sett
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from rl.environments.types import Messages
 from rl.typed import show
 from rl.types import Call
 
 Body = Mapping[str, Any]
+T = TypeVar("T")
 SAME = ("temperature", "top_p", "top_k", "min_p")
 """Settings that a request may repeat, and not change."""
+AUTO = {"type": "auto"}
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -26,11 +28,16 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "response_format": ({"type": "text"},),
     "text": ({"format": {"type": "text"}}, {}),
-    "tool_choice": ("auto", "none", {"type": "auto"}, {"type": "none"}),
+    "tool_choice": (
+        "auto",
+        "none",
+        {"type": "auto"},
+        {"type": "auto", "disable_parallel_tool_use": False},
+        {"type": "none"},
+    ),
     "parallel_tool_calls": (True,),
-    "stop": ([],),
-    "stop_sequences": ([],),
     "thinking": ({"type": "disabled"},),
+    "reasoning": ({},),
     "modalities": (["text"],),
     "background": (False,),
     "truncation": ("disabled",),
@@ -40,6 +47,7 @@ HARMLESS = {
     *("model", "messages", "input", "system", "instructions", "previous_response_id", "tools", "include"),
     *("max_tokens", "max_completion_tokens", "max_output_tokens", "stream", "stream_options", "seed"),
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("prompt_cache_options", "cache_control", "inference_geo", "user_profile_id", "workspace_id"),
 }
 
 
@@ -86,7 +94,7 @@ class Answer:
 def check_settings(body: Body, run: Mapping[str, Any]) -> None:
     """Raise Refused for the first setting that would change the distribution. `run` has the values of `SAME`."""
     for name, value in body.items():
-        if name in HARMLESS or value is None:
+        if name in HARMLESS or value is None or value == []:
             continue
         if name in SAME:
             off = name == "top_k" and value in (0, -1) and run[name] in (0, -1)
@@ -98,8 +106,8 @@ def check_settings(body: Body, run: Mapping[str, Any]) -> None:
                 )
         elif value not in NEUTRAL.get(name, ()):
             raise Refused(
-                f"{name}={show(value)} is not served here, because it may change what the policy samples, and the "
-                "trainer would not know of it: leave it out",
+                f"{name}={show(value)} is not served here: it may change what the policy samples, and a trainer would "
+                "not know of it. Leave it out",
                 setting=name,
             )
 
@@ -116,10 +124,12 @@ def number(body: Body, *names: str) -> int | None:
     return None
 
 
-def seed_of(body: Body) -> int | None:
-    """The request's seed. Requests that differ in it alone get different replies."""
-    value = body.get("seed")
-    return value if isinstance(value, int) else None
+def given(body: Body, name: str, kind: type[T]) -> T | None:
+    """A setting of this type, where it is there. Raises Refused for another type: `"false"` is no False."""
+    value = body.get(name)
+    if value is not None and type(value) is not kind:
+        raise Refused(f"{name}={show(value)} must be of type {kind.__name__}", setting=name, code="invalid_type")
+    return value
 
 
 def records(body: Body, name: str, *, needed: bool = False) -> list[dict[str, Any]]:
@@ -143,7 +153,7 @@ def text_of(content: Any, where: str, kinds: Iterable[str] = ("text",)) -> str:
     parts = cast(list[Any], content) if isinstance(content, list) else [content]
     texts = [each.get("text") if isinstance(each, dict) and each.get("type") in kinds else None for each in parts]
     if not all(isinstance(text, str) for text in texts):
-        raise Refused(f"{where} has {show(content)}, and the policy reads text", setting="messages")
+        raise Refused(f"{where} has {show(content)}, and the policy reads text", setting=where.partition("[")[0])
     return "".join(cast(list[str], texts))
 
 
@@ -151,10 +161,7 @@ def function(name: Any, description: Any, parameters: Any, setting: str = "tools
     """A tool's schema in OpenAI's form. Raises Refused for one without a name."""
     if not isinstance(name, str) or not name:
         raise Refused(f"{setting}: a tool has the name {show(name)}", setting=setting, code="invalid_value")
+    if not isinstance(parameters, dict | None):
+        raise Refused(f"{setting}: {name} has the schema {show(parameters)}", setting=setting, code="invalid_type")
     told = {"description": description} if description else {}
     return {"type": "function", "function": {"name": name, **told, "parameters": parameters or {"type": "object"}}}
-
-
-def call(identity: str, name: str, arguments: Any) -> dict[str, Any]:
-    """A tool call in an assistant's message, with its arguments as an object where they are one."""
-    return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}

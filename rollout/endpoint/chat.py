@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rl.environments.observations import call
 from rl.typed import show
-from rollout.endpoint.asked import Answer, Asked, Body, Refused, call, function, number, records, seed_of, text_of
+from rollout.endpoint.asked import Answer, Asked, Body, Refused, function, given, number, records, text_of
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 Event = tuple[str, dict[str, Any] | str]
@@ -19,31 +20,32 @@ def read(body: Body) -> Asked:
         messages=[message(m, i) for i, m in enumerate(records(body, "messages", needed=True))],
         tools=[tool(each) for each in records(body, "tools")] if shown else [],
         max_tokens=number(body, "max_completion_tokens", "max_tokens"),
-        seed=seed_of(body),
-        stream=bool(body.get("stream")),
+        seed=given(body, "seed", int),
+        stream=bool(given(body, "stream", bool)),
     )
 
 
-def tool(given: Mapping[str, Any]) -> dict[str, Any]:
+def tool(sent: Mapping[str, Any]) -> dict[str, Any]:
     """A tool's schema. `strict` is left out: no grammar holds the policy to a schema."""
-    made = given.get("function")
-    if given.get("type") != "function" or not isinstance(made, dict):
-        raise Refused(f"tools: {show(given)} is no function", setting="tools")
+    made = sent.get("function")
+    if sent.get("type") != "function" or not isinstance(made, dict):
+        raise Refused(f"tools: {show(sent)} is no function", setting="tools")
     return function(made.get("name"), made.get("description"), made.get("parameters"))
 
 
-def message(given: Mapping[str, Any], index: int) -> dict[str, Any]:
+def message(sent: Mapping[str, Any], index: int) -> dict[str, Any]:
     """A message with the fields that a chat template reads."""
-    where, role = f"messages[{index}]", ROLES.get(str(given.get("role")))
+    where, role = f"messages[{index}]", ROLES.get(str(sent.get("role")))
     if role is None:
-        raise Refused(f"{where} has the role {show(given.get('role'))}", setting="messages", code="invalid_value")
-    made: dict[str, Any] = {"role": role, "content": text_of(given.get("content"), where)}
-    if role == "assistant" and (calls := records(given, "tool_calls")):
+        raise Refused(f"{where} has the role {show(sent.get('role'))}", setting="messages", code="invalid_value")
+    if unread := [name for name in ("function_call", "audio") if sent.get(name)]:
+        raise Refused(f"{where} has {unread[0]}, which the policy cannot read", setting="messages")
+    if role != "assistant" and sent.get("content") is None:
+        raise Refused(f"{where} has no content", setting="messages", code="invalid_value")
+    made: dict[str, Any] = {"role": role, "content": text_of(sent.get("content"), where)}
+    if role == "assistant" and (calls := records(sent, "tool_calls")):
         made["tool_calls"] = [call(str(c.get("id") or ""), *_called(c, where)) for c in calls]
-    for name in ("tool_call_id", "name"):
-        if given.get(name):
-            made[name] = given[name]
-    return made
+    return made | {name: value for name in ("tool_call_id", "name") if (value := given(sent, name, str))}
 
 
 def _called(given: Mapping[str, Any], where: str) -> tuple[str, Any]:

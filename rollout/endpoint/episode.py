@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 from rl.agents.record import Limit, Opening, Record, sampled_of
 from rl.environments.messages import canonical, find
+from rl.environments.observations import spoken
 from rl.environments.template import Chat, TemplateError
 from rl.environments.tree import Node, Tree
 from rl.environments.types import Messages
 from rl.protocols import EngineLost
 from rl.types import Call, Completion, Parsed
-from rollout.endpoint.asked import Answer, Asked, Refused, call
+from rollout.endpoint.asked import Answer, Asked, Refused
 
 
 class Policy(Protocol):
@@ -53,6 +54,28 @@ class Reply:
     """Whether a client has received the answer."""
 
 
+@dataclass(frozen=True)
+class History:
+    """A conversation, of which digests are kept: a request holds all of it again."""
+
+    tools: str
+    messages: tuple[str, ...]
+    beginnings: tuple[str, ...]
+    """For each message, of the conversation up to there."""
+
+    @classmethod
+    def of(cls, asked: Asked) -> "History":
+        """That of a request."""
+        empty = cls(_digest(asked.tools), (), ())
+        return empty.then(*asked.messages)
+
+    def then(self, *messages: Mapping[str, Any]) -> "History":
+        """The conversation with more messages."""
+        digests, last = [_digest(message) for message in messages], (self.beginnings or (self.tools,))[-1]
+        beginnings = [last := _sha256(last + digest) for digest in digests]
+        return History(self.tools, (*self.messages, *digests), (*self.beginnings, *beginnings))
+
+
 @dataclass
 class OpenEpisode:
     """One episode that an agent is playing."""
@@ -62,9 +85,7 @@ class OpenEpisode:
     tree: Tree = field(default_factory=Tree)
     replies: dict[str, Reply] = field(default_factory=dict[str, Reply])
     """By the digest of the request."""
-    histories: dict[str, tuple[Node, Messages, Sequence[Mapping[str, Any]]]] = field(
-        default_factory=dict[str, tuple[Node, Messages, Sequence[Mapping[str, Any]]]]
-    )
+    histories: dict[str, tuple[Node, History]] = field(default_factory=dict[str, tuple[Node, History]])
     """The conversations that were returned, by their digest."""
     counts: dict[str, Counter[str]] = field(
         default_factory=lambda: {kind: Counter[str]() for kind in ("dropped", "branches", "refused")}
@@ -81,18 +102,17 @@ class OpenEpisode:
         Refused. A caller that goes away does not end the sampling: its client may ask again."""
         if self.ended:
             raise Refused("the episode has ended", status=410, code="episode_ended")
-        key = _digest("request", asked.messages, asked.tools, asked.max_tokens, asked.seed)
+        history = History.of(asked)
+        key = _sha256(f"{history.beginnings[-1]} {asked.max_tokens} {asked.seed}")
         reply = self.replies.get(key)
         if reply is None:
-            answering = asyncio.create_task(self._answer(key, asked))
+            answering = asyncio.create_task(self._answer(key, asked, history))
             reply = self.replies[key] = Reply(answering)
         try:
             await asyncio.shield(reply.answering)
-        except (Refused, TemplateError) as error:
+        except Refused:
             # Nothing was sampled, so the same request may be made again.
             self.replies.pop(key, None)
-            if isinstance(error, TemplateError):
-                raise Refused(str(error), setting="messages") from None
             raise
         except EngineLost as error:
             self.lost = str(error)
@@ -103,17 +123,18 @@ class OpenEpisode:
             raise
         return reply
 
-    async def _answer(self, key: str, asked: Asked) -> Answer:
+    async def _answer(self, key: str, asked: Asked, history: History) -> Answer:
         chat = self.policy.chat(asked.tools)
-        parent, fresh = self._continued(asked)
+        parent, fresh = self._continued(history)
         messages = named(asked.messages)
         if messages[-1]["role"] == "assistant":
             raise Refused("the last message is the assistant's: end with what it answers", setting="messages")
-        if parent is None:
-            before, delta = [], _prompt(chat, messages)
-        else:
-            before = [token for node in parent.path() for token in (*node.delta, *node.completion.token_ids)]
-            delta = chat.delta(messages[fresh:], parent.completion.token_ids)
+        path = parent.path() if parent else []
+        before = [token for node in path for token in (*node.delta, *node.completion.token_ids)]
+        try:
+            delta = chat.delta(messages[fresh:], path[-1].completion.token_ids) if path else _prompt(chat, messages)
+        except ValueError as error:  # of the chat template, or of a text that is none
+            raise Refused(str(error), setting="messages") from None
         context = [*before, *delta]
         room = self._room(context, asked)
         self.turns, self.tokens, turn = self.turns + 1, self.tokens + room, self.turns
@@ -130,8 +151,9 @@ class OpenEpisode:
         parsed = self.policy.read(context, done, asked.tools)
         finished = done.finish_reason == "stop"
         calls = [] if not finished else _with_ids(parsed.calls, key)
-        messages = [*asked.messages, spoken(parsed.text, calls)]
-        self.histories[_history(asked.tools, messages)[-1]] = (node, messages, asked.tools)
+        said = spoken(parsed.text, calls)
+        returned = history.then(said)
+        self.histories[returned.beginnings[-1]] = node, returned
         return Answer(
             id=key[:24],
             created=int(time.time()),
@@ -142,18 +164,17 @@ class OpenEpisode:
             prompt_tokens=len(context),
             cached_tokens=done.cached_prompt_tokens,
             completion_tokens=len(done.token_ids),
-            messages=messages,
+            messages=[*asked.messages, said],
         )
 
-    def _continued(self, asked: Asked) -> tuple[Node | None, int]:
+    def _continued(self, asked: History) -> tuple[Node | None, int]:
         """The turn that a request goes on from, and how many messages both have; else it is a branch, with a reason."""
-        for length, digest in reversed(list(enumerate(_history(asked.tools, asked.messages), start=1))):
-            if digest in self.histories:
-                return self.histories[digest][0], length
-        if kept := list(self.histories.values()):
-            match = find(asked.messages, [m for _, m, _ in kept], asked.tools, [list(tools) for *_, tools in kept])
-            known = {_digest(message) for _, messages, _ in kept for message in messages}
-            related = any(_digest(message) in known for message in asked.messages)
+        for length in range(len(asked.messages), 0, -1):
+            if known := self.histories.get(asked.beginnings[length - 1]):
+                return known[0], length
+        if kept := [history for _, history in self.histories.values()]:
+            match = find(asked.messages, [h.messages for h in kept], asked.tools, [h.tools for h in kept])
+            related = not {message for history in kept for message in history.messages}.isdisjoint(asked.messages)
             self.counts["branches"][match.reason or "tools" if related else "new"] += 1
         return None, 0
 
@@ -201,12 +222,6 @@ class OpenEpisode:
                 self.tree.drop(node)
 
 
-def spoken(text: str, calls: Sequence[Call]) -> dict[str, Any]:
-    """A reply as a message, in the form that `rollout.endpoint.chat.message` gives it when it comes back."""
-    made = [call(c.id, c.name, dict(c.arguments)) for c in calls]
-    return {"role": "assistant", "content": text, **({"tool_calls": made} if made else {})}
-
-
 def named(messages: Messages) -> Messages:
     """The messages, with the name of the call in each result of a tool: some templates write it."""
     names = {c["id"]: c["function"]["name"] for m in messages for c in m.get("tool_calls", ())}
@@ -238,17 +253,11 @@ def _with_ids(calls: Sequence[Call], key: str) -> list[Call]:
     return [replace(c, id=c.id or f"{key[:7]}{i:02d}") for i, c in enumerate(calls)]
 
 
-def _history(tools: Sequence[Mapping[str, Any]], messages: Messages) -> list[str]:
-    """A digest for each beginning of a conversation."""
-    digests, last = list[str](), _digest("tools", tools)
-    for message in messages:
-        last = _digest(last, message)
-        digests.append(last)
-    return digests
+def _digest(part: Any) -> str:
+    return _sha256(json.dumps(canonical(part), sort_keys=True, default=str))
 
 
-def _digest(*parts: Any) -> str:
-    text = json.dumps(canonical(list(parts)), sort_keys=True, default=str)
+def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 

@@ -53,8 +53,8 @@ class PublicEndpoint(Endpoint):
             # The same request has the same reply then.
             episode.opening = replace(episode.opening, seed=(0, 0, 0))
         stop = rest.pop("stop", None) or rest.pop("stop_sequences", None) or []
-        policy.stop = [stop] if isinstance(stop, str) else list(stop)
-        if not all(isinstance(text, str) and text for text in policy.stop):
+        policy.stop = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stop, str | list) or not all(isinstance(text, str) and text for text in policy.stop):
             raise Refused(f"stop={show(stop)} must be texts", setting="stop")
         check_settings(rest, {})
 

@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rl.environments.observations import call
 from rl.environments.types import Messages
 from rl.typed import show
-from rollout.endpoint.asked import Answer, Asked, Body, Refused, call, function, number, records, text_of
+from rollout.endpoint.asked import Answer, Asked, Body, Refused, function, given, number, records, text_of
 from rollout.endpoint.chat import ROLES, Event, arguments_of
 from rollout.endpoint.chat import error as error
 
@@ -20,9 +21,9 @@ def read(body: Body, earlier: Messages) -> Asked:
         messages.append({"role": "system", "content": text_of(body["instructions"], "instructions")})
     # Instructions are those of this request alone.
     messages += earlier[earlier[:1] != [] and earlier[0]["role"] == "system" and bool(messages) :]
-    given = body.get("input")
-    if isinstance(given, str):
-        messages.append({"role": "user", "content": given})
+    asked = body.get("input")
+    if isinstance(asked, str):
+        messages.append({"role": "user", "content": asked})
     else:
         for index, item in enumerate(records(body, "input", needed=True)):
             _add(messages, item, f"input[{index}]")
@@ -31,14 +32,14 @@ def read(body: Body, earlier: Messages) -> Asked:
         messages=messages,
         tools=[_tool(each) for each in records(body, "tools")] if shown else [],
         max_tokens=number(body, "max_output_tokens"),
-        stream=bool(body.get("stream")),
+        stream=bool(given(body, "stream", bool)),
     )
 
 
-def _tool(given: Mapping[str, Any]) -> dict[str, Any]:
-    if given.get("type") != "function":
-        raise Refused(f"tools: {show(given)} is no function", setting="tools")
-    return function(given.get("name"), given.get("description"), given.get("parameters"))
+def _tool(sent: Mapping[str, Any]) -> dict[str, Any]:
+    if sent.get("type") != "function":
+        raise Refused(f"tools: {show(sent)} is no function", setting="tools")
+    return function(sent.get("name"), sent.get("description"), sent.get("parameters"))
 
 
 def _add(messages: Messages, item: Mapping[str, Any], where: str) -> None:

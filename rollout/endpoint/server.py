@@ -6,9 +6,10 @@ the engine directly: vLLM's own chat server reports a reply that was cut off as 
 
 import asyncio
 import json
-import secrets
+import logging
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -23,12 +24,10 @@ from rl.types import Completion, Parsed
 from rollout.endpoint import anthropic, chat, responses
 from rollout.endpoint.asked import SAME, Asked, Refused, check_settings
 from rollout.endpoint.episode import OpenEpisode, Reply
-from rollout.parse import Parser
+from rollout.parse import MOST_TOOLS, Parsers
 
 MOST_BYTES = 16 * 2**20
 """Bytes of a request's body."""
-MOST_TOOLS = 64
-"""Sets of tools for which the template and the parser are kept."""
 DIALECTS: Mapping[str, ModuleType] = {"chat/completions": chat, "responses": responses, "messages": anthropic}
 """By the end of the address."""
 
@@ -40,6 +39,7 @@ class Served(Protocol):
     tokenizer: Any
     stop_ids: list[int]
     """Token ids that end a reply."""
+    parsers: Parsers
     sample: Callable[..., Awaitable[list[Completion]]]
     """`Engine.sample`. Raises EngineLost."""
 
@@ -50,11 +50,12 @@ class Endpoint:
     def __init__(self, engine: Served, rendering: Rendering) -> None:
         self.config = c = engine.config
         self.rendering, self.tokenizer, self.stop_ids = rendering, engine.tokenizer, engine.stop_ids
+        self.parsers = engine.parsers
         self._sample = engine.sample
         self.max_tokens, self.max_model_len = c.rollout.max_tokens, c.rollout.max_model_len
         self.model = c.model
         self.episodes: dict[str, OpenEpisode] = {}
-        self._speech: dict[str, tuple[Chat, Parser | None]] = {}
+        self._chats: dict[str, Chat] = {}
         self._runner: web.AppRunner | None = None
         self._starting = asyncio.Lock()
         self.address = ""
@@ -66,12 +67,13 @@ class Endpoint:
                 await self._listen("/e/{secret}", self.config.rollout.endpoint_host, 0)
 
     async def _listen(self, root: str, host: str, port: int) -> None:
-        app = web.Application(client_max_size=MOST_BYTES)
+        app = web.Application(client_max_size=MOST_BYTES, middlewares=[_in_the_clients_form])
         for dialect in DIALECTS:
             # Clients of Anthropic add /v1 themselves, so the address with /v1 must do for them too.
             app.router.add_post(f"{root}/v1/{dialect}", self._serve)
             app.router.add_post(f"{root}/v1/v1/{dialect}", self._serve)
-        app.router.add_get(f"{root}/v1/models", self._models)
+        for each in ("models", "models/{model:.+}", "v1/models"):
+            app.router.add_get(f"{root}/v1/{each}", self._models)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -100,8 +102,24 @@ class Endpoint:
     # -- what an episode needs (`rollout.endpoint.episode.Policy`) ---------------------------------------------------
 
     def chat(self, tools: Sequence[Mapping[str, Any]]) -> Chat:
-        """The run's chat template with these tools."""
-        return self._speech_of(tools)[0]
+        """The run's chat template with these tools. Raises Refused where their calls cannot be read."""
+        r, key = self.config.rollout, json.dumps(tools)
+        if tools and not r.tool_parser:
+            raise Refused(
+                'this run reads no tool calls: set rollout.tool_parser, such as "hermes", or describe the tools in the '
+                "messages",
+                setting="tools",
+            )
+        if key not in self._chats:
+            if len(self._chats) >= MOST_TOOLS:
+                self._chats.clear()
+            try:  # before anything is sampled
+                self.parsers.of(tools, calls=bool(tools))
+            except ValueError as error:
+                raise Refused(f"the parser {r.tool_parser} cannot have these tools: {error}", setting="tools") from None
+            rendering = replace(self.rendering, tools=tools)
+            self._chats[key] = chat_of(self.tokenizer, rendering, [*self.stop_ids, *r.stop_token_ids])
+        return self._chats[key]
 
     async def sample(
         self, token_ids: list[int], seed: int, temperature: float | None, most: int, **more: Any
@@ -113,44 +131,23 @@ class Endpoint:
 
     def read(self, context: list[int], done: Completion, tools: Sequence[Mapping[str, Any]]) -> Parsed:
         """What the policy said, by vLLM's parsers where the run has them."""
-        parser = self._speech_of(tools)[1]
+        parser = self.parsers.of(tools, calls=bool(tools))
         if parser is None:
             return Parsed(text=self.tokenizer.decode(done.token_ids, skip_special_tokens=True))
         return parser(context, done)
 
-    def _speech_of(self, tools: Sequence[Mapping[str, Any]]) -> tuple[Chat, Parser | None]:
-        r, key = self.config.rollout, json.dumps(list(tools))
-        if tools and not r.tool_parser:
-            raise Refused(
-                'this run reads no tool calls: set rollout.tool_parser, such as "hermes", or describe the tools in the '
-                "messages",
-                setting="tools",
-            )
-        if key not in self._speech:
-            if len(self._speech) >= MOST_TOOLS:
-                self._speech.clear()
-            parsers = {"tool_parser": r.tool_parser if tools else "", "reasoning_parser": r.reasoning_parser}
-            stops = [*self.stop_ids, *r.stop_token_ids]
-            rendering = Rendering(template=self.rendering.template, now=self.rendering.now, tools=list(tools))
-            parser = Parser(self.tokenizer, stops, tools=tools, **parsers) if any(parsers.values()) else None
-            self._speech[key] = chat_of(self.tokenizer, rendering, stops), parser
-        return self._speech[key]
-
     # -- HTTP --------------------------------------------------------------------------------------------------------
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
-        dialect = DIALECTS[request.path.rpartition("/v1/")[2]]
-        episode: OpenEpisode | None = None
+        dialect, episode = dialect_of(request), self._episode(request)
         try:
-            episode = self._episode(request)
             body = await body_of(request)
             self._check(episode, body)
             asked = self._asked(dialect, body, episode)
             reply = await episode.ask(asked)
         except Refused as refused:
-            if episode is not None:
-                episode.counts["refused"][refused.setting or refused.code] += 1
-            return web.json_response(dialect.error(refused), status=refused.status)
+            episode.counts["refused"][refused.setting or refused.code] += 1
+            raise
         return await self._send(request, dialect, body, asked, reply)
 
     async def _send(
@@ -173,19 +170,15 @@ class Endpoint:
         return response
 
     async def _models(self, request: web.Request) -> web.Response:
-        try:
-            self._episode(request)
-        except Refused as refused:
-            return web.json_response(chat.error(refused), status=refused.status)
-        own = {"id": self.model, "object": "model", "created": 0, "owned_by": "unison-rl"}
-        return web.json_response({"object": "list", "data": [own]})
+        self._episode(request)
+        one = request.match_info.get("model")
+        own = {"id": one or self.model, "object": "model", "created": 0, "owned_by": "unison-rl"}
+        return web.json_response(own if one else {"object": "list", "data": [own]})
 
     def _episode(self, request: web.Request) -> OpenEpisode:
-        given = request.match_info["secret"]
-        # Compared in constant time: the answer's delay must not tell how much of a guess is right.
-        for secret, episode in self.episodes.items():
-            if secrets.compare_digest(secret.encode(), given.encode(errors="replace")):
-                return episode
+        # By hash: the answer's delay does not tell how much of a guess is right.
+        if episode := self.episodes.get(request.match_info["secret"]):
+            return episode
         raise Refused("no open episode has this address", status=404, code="no_episode")
 
     def _check(self, episode: OpenEpisode, body: Mapping[str, Any]) -> None:
@@ -203,6 +196,32 @@ class Endpoint:
         if earlier and earlier not in known:
             raise Refused(f"no response has the id {earlier}", setting="previous_response_id", code="not_found")
         return responses.read(body, known[earlier].answering.result().messages if earlier else [])
+
+
+def dialect_of(request: web.Request) -> ModuleType:
+    """Whose client it is, by the address; OpenAI's where it may be anybody's."""
+    return next((dialect for name, dialect in DIALECTS.items() if f"/v1/{name}" in request.path), chat)
+
+
+@web.middleware
+async def _in_the_clients_form(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Every error as the client's library reads it."""
+    try:
+        return await handler(request)
+    except Refused as error:
+        refused = error
+    except web.HTTPException as error:
+        served = f"served are POST {', '.join(DIALECTS)} and GET models, behind /v1/"
+        told = f"{request.method} {request.path.rpartition('/')[2]}: {error.reason}; {served}"
+        refused = Refused(told, status=error.status, code="not_served")
+    except (ConnectionError, web.RequestPayloadError):
+        raise  # the client has left
+    except Exception as error:  # a fault of this server: the client gets an answer, and the log the lines
+        logging.getLogger(__name__).exception("a request failed")
+        refused = Refused(f"{type(error).__name__}: {error}", status=500, code="server_error")
+    return web.json_response(dialect_of(request).error(refused), status=refused.status)
 
 
 async def body_of(request: web.Request) -> dict[str, Any]:

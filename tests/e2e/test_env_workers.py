@@ -2,9 +2,13 @@
 
 import asyncio
 import os
+import sys
 import time
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
@@ -13,6 +17,8 @@ from rl.environments.group import play_group
 from rl.environments.play import play
 from rl.environments.types import EnvError, EnvLate, Limits, ToolError
 from rl.loop.stream import turn_seed
+from rl.tools import MCP
+from rl.types import Call, Parsed
 from trainer.cluster.env_workers import EnvWorkers
 from trainer.cluster.process_env import ray_environment
 
@@ -91,3 +97,34 @@ def test_solving_is_the_same_in_another_process():
     one = stage(Engine(solves), EnvWorkers(Calculator, 1))
     (row,) = asyncio.run(play(one, prompt(), 0, SEEDS))
     assert (row.reward, row.mask.count(True)) == (1.0, 20)
+
+
+class Shopping:
+    """Pays for a call that the MCP server of its own process has answered."""
+
+    def __init__(self, task):
+        self.task = task
+
+    def reward(self, episode):
+        (result,) = episode.turns[0].results
+        return float(result == "alive" or psutil.Process(int(result)).ppid() == os.getpid() != self.task["driver"])
+
+
+def test_each_worker_calls_an_mcp_server_of_its_own(tmp_path):
+    def parses(said):
+        name, _, file = said.partition(" ")
+        return Parsed(text="", calls=(Call(name=name, arguments={"file": file} if file else {}),))
+
+    workers = EnvWorkers(Shopping, 2)
+    shop = MCP(command=(sys.executable, str(Path(__file__).parents[1] / "support" / "mcp_server.py")))
+
+    def shopping(calls, n, retries=0):
+        one = stage(Engine(lambda before, r: calls, parses), workers, tools=shop, limits=Limits(turns=1, tool_s=60.0))
+        acting = partial(play, replace(one, max_tokens=400), prompt(driver=os.getpid()))
+        return asyncio.run(play_group(n, lambda i: acting(i, SEEDS), retries))
+
+    assert [row.reward for row in shopping("process", n=8).rows] == [1.0] * 8
+    died = shopping(f"die_once {tmp_path / 'died'}", n=1, retries=1)
+    assert ([row.reward for row in died.rows], died.replayed) == ([1.0], 1)
+    refused = shopping("steal", n=1)
+    assert "steal" in str(refused.error), "a tool that no server has is read by the policy, and is no process number"

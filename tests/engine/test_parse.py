@@ -1,20 +1,28 @@
 """vLLM's own parsers read replies, and a call that cannot be read is never taken for an answer."""
 
+import asyncio
+from dataclasses import replace
+
 import pytest
 from transformers import AutoTokenizer
 
 from chats import FOLDER
+from episodes import stage
 from live import engine_config
 from rl.config import RolloutConfig
+from rl.environments.play import play
 from rl.environments.template import chat_of
+from rl.environments.types import Limits
 from rl.tokens import Rendering
-from rl.types import Call, Completion, Parsed
-from rollout.parse import Parser, parser_of
+from rl.tools.methods import schemas
+from rl.types import Call, Completion, Parsed, Prompt
+from rollout.parse import Parser, Parsers
 from tiny_tokenizer import make_tokenizer
 from trainer.doctor.episodes.calls import parser_findings
 from trainer.doctor.episodes.chat import TOOL
 
 GOOD = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
+XML = "<function=add>\n<parameter=a>\n2\n</parameter>\n<parameter=b>\n3\n</parameter>\n</function>\n"
 ADD = Call(name="add", arguments={"a": 2, "b": 3})
 SCHEMA = {
     "type": "function",
@@ -104,8 +112,7 @@ def test_reasoning_is_separated(tokenizer):
 
 def test_the_newer_kind_of_vllms_parsers_is_read_too(tokenizer):
     parser = Parser(tokenizer, [1], tool_parser="qwen3_xml", reasoning_parser="qwen3", tools=[SCHEMA])
-    call = "<tool_call>\n<function=add>\n<parameter=a>\n2\n</parameter>\n<parameter=b>\n3\n</parameter>\n"
-    call += "</function>\n</tool_call>"
+    call = f"<tool_call>\n{XML}</tool_call>"
     parsed = read(parser, f"<think>hm</think>{call}<eos>", prompt="a:")
     assert (parsed.calls, parsed.malformed, parsed.reasoning) == ((ADD,), "", "hm")
     assert read(parser, f"<think>hm</think>{call[:60]}", "length", "a:").calls == ()
@@ -143,20 +150,69 @@ def test_a_parser_that_needs_other_tokens_is_an_error(tmp_path):
 
 
 def test_a_run_without_parsers_has_none(tokenizer):
-    class Run:
-        rollout = RolloutConfig()
+    assert Parsers(RolloutConfig(), tokenizer, [1]).of([SCHEMA]) is None
+    with pytest.raises(ValueError, match="did you mean 'hermes'"):
+        Parsers(RolloutConfig(tool_parser="hermess"), tokenizer, [1])
 
-    assert parser_of(Run(), tokenizer, [1]) is None  # pyright: ignore
+
+class Adds:
+    def __init__(self, task):
+        self.task = task
+
+    def add(self, a: int, b: int) -> int:
+        """Add."""
+        return a + b
+
+    def reward(self, episode):
+        return float(episode.turns[0].results[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("qwen3_coder", f"<tool_call>\n{XML}</tool_call>"),
+        ("qwen3_xml", f"<tool_call>\n{XML}</tool_call>"),
+        (
+            "glm45",
+            "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>2</arg_value>\n<arg_key>b</arg_key>\n"
+            "<arg_value>3</arg_value>\n</tool_call>",
+        ),
+    ],
+)
+def test_a_parser_that_needs_the_types_of_the_arguments_gets_the_tools_of_the_prompt(tmp_path, name, said):
+    source = (FOLDER / "qwen3_5.jinja").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path, chat_template=source))
+    added = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
+    tokenizer.add_tokens([*added, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"], special_tokens=True)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    parsers = Parsers(RolloutConfig(tool_parser=name), tokenizer, [end])
+
+    class Says:
+        """What an engine does with the tools that it is given."""
+
+        async def sample(self, token_ids, n, *, tools=None, **_):
+            tokens = [*ids(tokenizer, said), end]
+            zeros = [0] * len(tokens)
+            done = Completion(token_ids=tokens, logprobs=[0.0] * len(tokens), versions=zeros, finish_reason="stop")
+            return [replace(done, parsed=parsers.of(tools)(token_ids, done))]
+
+    chat = chat_of(tokenizer, Rendering(tools=schemas(Adds)), [end])
+    acting = stage(Says(), env=Adds, chat=chat, limits=Limits(turns=1))
+    given = [{"role": "user", "content": "2+3?"}]
+    one = Prompt(ordinal=0, token_ids=chat.prompt(given), task={}, given=given)
+    (row,) = asyncio.run(play(acting, one, 0, lambda turn: 0))
+    assert row.reward == 5
 
 
 def test_an_engine_reads_its_own_replies(live, tiny):
     """Random words of an untrained model hold no call; every completion has what was read, with its own text."""
     rollout = RolloutConfig(max_tokens=8, max_model_len=64, max_num_seqs=4, kv_cache_gib=0.25, tool_parser="hermes")
     engine = live(engine_config(tiny(), rollout=rollout))
-    for done in engine.sample([10, 11, 12], 2, 3):
+    assert [done.parsed for done in engine.sample([10, 11, 12], 2, 3)] == [None, None]
+    for done in engine.sample([10, 11, 12], 2, 3, tools=[SCHEMA]):
         ids = [i for i in done.token_ids if i not in engine.engine.stop_ids]
         assert done.parsed is not None
-        assert done.parsed.text == engine.engine.parser.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert done.parsed.text == engine.engine.tokenizer.decode(ids, skip_special_tokens=True).strip()
         assert not done.parsed.calls
 
 

@@ -84,6 +84,7 @@ class Rollouts:
         temperature: float | None = None,
         max_tokens: int | None = None,
         engine: int | None = None,
+        tools: Any = None,
     ) -> list[Completion]:
         asked = self.live.engine.sample(token_ids, n, seed, temperature, max_tokens)
         found = await asyncio.wrap_future(self.live.submit(asked))

@@ -39,6 +39,7 @@ class Engine:
     def __init__(self, tokenizer: Any, seed: int = 0, says: Sequence[str] = ()) -> None:
         self.tokenizer, self.says, self.stop_ids = tokenizer, list(says), [END]
         self.config: Any = None
+        self.parsers: Any = TextCalls(tokenizer)
         self.asked: list[tuple[list[int], Completion]] = []
         """Every context and what was sampled for it."""
         self.seeds: list[int | None] = []
@@ -86,24 +87,13 @@ class TextCalls:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
+    def of(self, tools: Sequence[Any], *, calls: bool) -> "TextCalls":
+        return self
+
     def __call__(self, prompt: Sequence[int], done: Completion) -> Parsed:
         text = self.tokenizer.decode(done.token_ids, skip_special_tokens=True)
         calls = tuple(Call(name=n, arguments=json.loads(a)) for n, a in CALL.findall(text))
         return Parsed(text=CALL.sub("", text), calls=calls if done.finish_reason == "stop" else ())
-
-
-class Served(Endpoint):
-    """An endpoint with the parser of these tests."""
-
-    def _speech_of(self, tools: Sequence[Any]) -> Any:
-        chat, _ = Endpoint._speech_of(self, tools)
-        return chat, TextCalls(self.tokenizer)
-
-
-class Public(PublicEndpoint):
-    """The same, for anybody."""
-
-    _speech_of = Served._speech_of
 
 
 def settings(**rollout: Any) -> Config:
@@ -119,13 +109,13 @@ def endpoint(folder: Path, *, says: Sequence[str] = (), seed: int = 0, **rollout
     tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(folder, eos="<end>", chat_template=TEMPLATE))
     engine = Engine(tokenizer, seed, says)
     engine.config = settings(**rollout)
-    return Served(engine, Rendering()), engine
+    return Endpoint(engine, Rendering()), engine
 
 
-def public(folder: Path, *, says: Sequence[str] = (), **rollout: Any) -> tuple["Public", Engine]:
+def public(folder: Path, *, says: Sequence[str] = (), **rollout: Any) -> tuple[PublicEndpoint, Engine]:
     """The server of a model for anybody, which has not started, and its engine."""
     _, engine = endpoint(folder, says=says, **rollout)
-    return Public(engine, Rendering()), engine
+    return PublicEndpoint(engine, Rendering()), engine
 
 
 def opening(secret: str = "s" * 24, *, turns: int = 1000, tokens: int | None = None, member: int = 0) -> Opening:

@@ -29,6 +29,8 @@ def written(messages: Messages) -> str:
 class Chat:
     """What messages add."""
 
+    tools = ()
+
     def prompt(self, messages: Messages, more: Any = ()) -> list[int]:
         return ids(written(messages))
 
@@ -62,6 +64,7 @@ class Engine:
         temperature: float | None = None,
         max_tokens: int | None = None,
         engine: int | None = None,
+        tools: Any = None,
     ) -> list[Completion]:
         await asyncio.sleep(0)
         said = self.says(text(token_ids), random.Random(seed))
@@ -74,7 +77,14 @@ class Engine:
             parsed=self.parses(cut) if self.parses else None,
             engine=3,
         )
-        asked = {"context": list(token_ids), "n": n, "seed": seed, "max_tokens": max_tokens, "engine": engine}
+        asked = {
+            "context": list(token_ids),
+            "n": n,
+            "seed": seed,
+            "max_tokens": max_tokens,
+            "engine": engine,
+            "tools": tools,
+        }
         self.asked.append(asked | {"temperature": temperature, "completion": completion})
         return [completion] * n
 
@@ -149,10 +159,10 @@ def solves(before: str, r: random.Random) -> str:
 
 def stage(engine: Any, host: Host | None = None, *, env: Any = Calculator, **more: Any) -> Stage:
     defaults: dict[str, Any] = {"limits": Limits(), "max_tokens": 40, "max_model_len": 2000, "reward_s": 10.0}
+    defaults["chat"] = Chat()
     return Stage(
         host=host or ThreadHost(env=env),
         rollouts=engine,
-        chat=Chat(),
         decode=text,
         **defaults | more,
     )

@@ -1,6 +1,7 @@
 """Reward models are part of the plan: GPUs, memory, and a model of another kind is refused before anything starts."""
 
 import asyncio
+import re
 
 import pytest
 from ray.exceptions import RayActorError
@@ -8,11 +9,14 @@ from ray.exceptions import RayActorError
 from models import make_model
 from reward_models import make_reward_model
 from rl.config import Config, RolloutConfig
-from rl.judges import JudgeError, OpenAIJudge, RewardModel
+from rl.judges import Calls, JudgeError, OpenAIJudge, RewardModel
+from rl.judges.reward_model import connect
+from rl.protocols import EngineLost
 from rl.types import Data, Example
 from trainer.cluster.placement import check_fits, engines_alone, place
 from trainer.cluster.process_env import without_functions
-from trainer.cluster.reward_models import score
+from trainer.cluster.reward_models import FrozenEngine, RewardModels
+from trainer.cluster.stubs import recorded
 from trainer.plan.dry_run import dry_run
 from trainer.plan.memory import DRIVER, PROCESS, remedies
 from trainer.plan.plan import make_plan
@@ -97,10 +101,94 @@ def test_engines_and_ranks_get_no_judge():
     assert without_functions(config_of("m", BY_URL)).judges == ()
 
 
-def test_a_process_that_is_gone_is_an_error_of_the_judge():
-    class Gone:
-        async def ask(self, call):
-            raise RayActorError(error_msg="The actor died.\nIt has logs.")
+class Processes:
+    """Starts processes of a reward model. Process i dies when it has `dies[i]` calls, which all are in flight then."""
 
-    with pytest.raises(JudgeError, match=r"has lost its process \(The actor died.\)"):
-        asyncio.run(score(RewardModel(model="m"), Gone(), "p", "r"))
+    def __init__(self, *dies, error=None, starts=lambda number: None):
+        self.dies, self.starts, self.started, self.killed = dies, starts, 0, []
+        self.error = error or RayActorError(error_msg="The actor died.\nIt has logs.")
+
+    def __call__(self):
+        self.started += 1
+        return Process(self, self.started), self._built(self.started)
+
+    async def _built(self, number):
+        await asyncio.sleep(0)
+        if error := self.starts(number):
+            raise error
+
+
+class Process:
+    def __init__(self, processes, number):
+        self.processes, self.number, self.calls, self.dead = processes, number, 0, asyncio.Event()
+        self.dies = dict(enumerate(processes.dies, 1)).get(number)
+
+    async def ask(self, ask):
+        call = recorded(ask)
+        if call.method == "start":
+            return None
+        self.calls += 1
+        if self.calls == self.dies:
+            self.dead.set()
+        if self.dies:
+            await self.dead.wait()
+            raise self.processes.error
+        return 10.0 * self.number + len(call.args[1])
+
+    def kill(self):
+        self.processes.killed.append(self.number)
+
+
+def scores_of(processes, *replies, restarts=3):
+    """What a judge's own calls return or raise, made at the same time."""
+    judge = RewardModel(model="m", calls=Calls(try_s=30.0, seconds=30.0))
+    config, causes = config_of("m", judge, rollout=RolloutConfig(restarts=restarts)), list[str]()
+
+    async def main():
+        engine = FrozenEngine(judge, processes, config, causes)
+        await engine.start()
+        connect(judge, engine.score)
+        return await asyncio.gather(*(judge("p", reply) for reply in replies), return_exceptions=True)
+
+    return asyncio.run(main()), causes
+
+
+@pytest.mark.parametrize("error", [None, EngineLost("vLLM's own process has ended")])
+def test_a_process_that_dies_is_started_again_once_and_its_calls_are_made_again(error):
+    processes = Processes(3, error=error)
+    scores, causes = scores_of(processes, "a", "bb", "ccc")
+    assert scores == [21, 22, 23], "the calls in flight were lost too, and the second process has answered all"
+    assert (processes.started, processes.killed) == (2, [1])
+    assert causes == [f"the judge 'm' (reward model m) was lost: {str(processes.error).splitlines()[0]}"]
+
+
+def test_one_that_dies_again_and_again_is_an_error_with_its_name_and_never_a_score():
+    processes = Processes(2, 2, 2)
+    (error, other), causes = scores_of(processes, "a", "bb", restarts=2)
+    assert isinstance(error, JudgeError)
+    assert isinstance(other, JudgeError)
+    said = r"the judge 'm' \(reward model m\) was lost \(The actor died.\)\. It was restarted 2 times already"
+    assert re.search(said, str(error))
+    assert (processes.started, len(causes)) == (3, 3)
+
+
+def test_one_that_cannot_be_started_again_is_an_error_with_the_reason():
+    processes = Processes(1, starts=lambda number: RuntimeError("no memory left") if number == 2 else None)
+    (error,), _ = scores_of(processes, "a")
+    assert isinstance(error, JudgeError)
+    assert "was lost, and cannot be started again: the judge 'm' (reward model m) did not start" in str(error)
+
+
+def test_none_is_started_again_after_the_run():
+    models, processes = RewardModels(config_of("m")), Processes()
+    judge = RewardModel(model="m")
+
+    async def main():
+        models.engines = [engine := FrozenEngine(judge, processes, models.config, models.causes)]
+        await engine.start()
+        assert models.close() == [engine.process]
+        await engine.score("p", "r")
+
+    with pytest.raises(JudgeError, match="has ended with the run"):
+        asyncio.run(main())
+    assert processes.started == 1

@@ -65,7 +65,8 @@ def test_a_request_with_a_seed_is_repeatable(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("temperature", -1), ("temperature", "hot"), ("top_p", 2), ("stop", [3]), ("n", 2)]
+    ("setting", "value"),
+    [("temperature", -1), ("temperature", "hot"), ("top_p", 2), ("stop", [3]), ("stop", 3), ("n", 2)],
 )
 def test_a_setting_that_cannot_be_is_refused_by_name(tmp_path, setting, value):
     async def work(client, engine):

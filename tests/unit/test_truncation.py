@@ -241,11 +241,10 @@ def test_a_mask_that_the_engine_owes_and_does_not_give_ends_the_run_with_the_rem
 
     def engine(owes):
         made = object.__new__(Engine)
-        made.llm, made.aborted, made.generate, made.parser = (
+        made.llm, made.aborted, made.generate = (
             SimpleNamespace(model_config=SimpleNamespace(return_sampling_mask=owes)),
             0,
             answer,
-            None,
         )
         return made
 

@@ -97,6 +97,10 @@ class EngineActor(ActorShell):
         return result
 
 
+class ScorerActor(EngineActor):
+    """The process of a reward model's engine."""
+
+
 def engine_process(options: dict[str, Any]) -> EngineProcess:
     """Start the process of an engine, with Ray's options for actors. Returns at once."""
     return EngineProcess(watched(EngineActor).options(**options).remote())
@@ -104,7 +108,7 @@ def engine_process(options: dict[str, Any]) -> EngineProcess:
 
 def scorer_process(options: dict[str, Any]) -> ScorerProcess:
     """Start the process of a reward model, with Ray's options for actors. Returns at once."""
-    return ScorerProcess(watched(EngineActor).options(**options).remote())
+    return ScorerProcess(watched(ScorerActor).options(**options).remote())
 
 
 def learner_process(options: dict[str, Any]) -> LearnerProcess:

@@ -169,7 +169,7 @@ class Cluster:
 
     async def close(self) -> None:
         """End every actor, and Ray if this run started it. Safe to call at any moment, also twice."""
-        scorers, self.reward_models.processes = self.reward_models.processes, []
+        scorers, self.reward_models.engines = self.reward_models.close(), []
         closing: list[Any] = [engine.ask(lambda e: e.close()) for engine in self.engines]
         if closing := closing + [scorer.ask(lambda s: s.close()) for scorer in scorers]:
             ray.wait(closing, num_returns=len(closing), timeout=15)

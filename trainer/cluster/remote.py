@@ -2,7 +2,9 @@
 
 import asyncio
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 from urllib.request import ProxyHandler, build_opener
 
 from torch import Tensor
@@ -43,6 +45,7 @@ class RemoteRollouts:
         temperature: float | None = None,
         max_tokens: int | None = None,
         engine: int | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[Completion]:
         """n completions of one prompt. Raises EngineLost when the engine is gone before it answers."""
         serving = await self.fleet.serving()
@@ -52,7 +55,7 @@ class RemoteRollouts:
         try:
             deadline = self.cluster.config.deadlines.sample_s
             completions = await self.cluster.ask_engine(
-                index, lambda e: e.sample(token_ids, n, seed, temperature, max_tokens), deadline_s=deadline
+                index, lambda e: e.sample(token_ids, n, seed, temperature, max_tokens, tools=tools), deadline_s=deadline
             )
             return [replace(completion, engine=index) for completion in completions]
         except EngineLost as error:

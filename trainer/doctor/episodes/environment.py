@@ -1,6 +1,5 @@
 """Is an environment fit for training: equal starts, no global state, and no errors of its own?"""
 
-import asyncio
 import copy
 import inspect
 import random
@@ -11,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from rl.environments.threads import event_loop
+from rl.environments.threads import ASYNC
 from rl.environments.types import EnvError
+from rl.judges.loops import awaited_on
 from rl.tools.methods import tools_of
 from rl.typed import shortened, show
 from trainer.doctor.finding import Finding
@@ -86,11 +86,8 @@ def _started(environment: Any) -> Any:
 
 
 def _awaited(result: Any) -> Any:
-    async def wait() -> Any:
-        return await result
-
     # On the loop of all async methods, because a connection of `start` may be closed in `close`.
-    return asyncio.run_coroutine_threadsafe(wait(), event_loop()).result() if inspect.isawaitable(result) else result
+    return awaited_on(ASYNC, result).result() if inspect.isawaitable(result) else result
 
 
 def _differs(before: object, after: object) -> bool:

@@ -13,6 +13,7 @@ from rl.loop.players import stage_of
 from rl.loop.stream import turn_seed
 from rl.types import Completion, FinishReason, Parsed
 from trainer.cluster.cluster import Cluster
+from trainer.doctor.episodes.chat import TOOL
 from trainer.doctor.episodes.examine import episode_findings
 from trainer.doctor.finding import Finding
 from trainer.prompts import Prepared
@@ -53,7 +54,7 @@ async def examine_episodes(cluster: Cluster, prepared: Prepared) -> list[Finding
     loop = asyncio.get_running_loop()
 
     def parse(ids: list[int], reason: FinishReason) -> Parsed:
-        asked = cluster.ask_engine(0, lambda e: e.parse(ids, reason), deadline_s=config.deadlines.sample_s)
+        asked = cluster.ask_engine(0, lambda e: e.parse(ids, reason, [TOOL]), deadline_s=config.deadlines.sample_s)
         found = asyncio.run_coroutine_threadsafe(asked, loop).result()
         assert found is not None, "an engine of a run with a parser has one"
         return found
