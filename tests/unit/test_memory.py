@@ -176,7 +176,7 @@ def test_on_several_gpus_an_update_needs_buffers_on_both_sides_and_deepspeed_nee
     assert places["host"]["the model, before it goes to the GPUs"] == 4 * 2.0
     small = {"learner rank": 80, "engine": 80, BESIDE: 1.5, "host": math.inf}
     with pytest.raises(
-        ValueError, match=r"beside its share of the GPU needs 1\.6 .*gpu_memory_utilization below 0\.85; a"
+        ValueError, match=r"next to its share of the GPU needs 1\.6 .*gpu_memory_utilization below 0\.85; a"
     ):
         check(config, places, small)
 

@@ -26,7 +26,7 @@ NCCL = 1.0
 """Buffers of NCCL in each process, on several GPUs; a guess, too."""
 REDUCED = 500_000_000
 """Most elements that DeepSpeed sums over the ranks at a time, in a buffer that it has under ZeRO 1 and 2."""
-BESIDE = "engine, beside its share of the GPU"
+BESIDE = "engine, next to its share of the GPU"
 """A place: `gpu_memory_utilization` does not hold what an update needs."""
 DRIVER = 1.0
 """The driver, Ray's own processes, and pages of files; measured in the same way."""
