@@ -98,9 +98,13 @@ def test_updates_over_nccl_arrive_bit_for_bit_while_engines_sample(run: Callable
         for _ in range(2):  # verified: digests of every tensor, and a probe of each engine against the trainer
             assert (await run.update()).verified
         sampling = asyncio.create_task(run.sample(4 * engines))
-        while not sampling.done():
+        for _ in range(4):
+            await asyncio.gather(
+                *(run.rollouts.sample(PROMPT, 1, seed=0, max_tokens=2, engine=e) for e in range(engines))
+            )
             report = await run.update()
             assert report.bytes > 4 * 60000, "every update has several chunks"
+            print(f"an update: {report.seconds:.2f} s, sampling stood still for {report.pause_seconds:.2f} s")
         versions = [set(completion.versions) for completion in await sampling]
         assert max(map(len, versions)) > 1, "no reply was under way in an update"
         counts = await run.cluster.ask_engines(lambda e: e.counters())
