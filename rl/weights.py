@@ -7,6 +7,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+SMALLEST_BUFFER = 256 << 20
+"""Bytes of the buffers that weights are packed into on GPUs, at least. CUDA IPC sends no tensor that is larger than its
+buffer, and each of NCCL's two grows by its last tensor."""
 _CHUNK = 1 << 20
 _HORNER = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
 

@@ -213,8 +213,12 @@ class Engine(Serving):
         return await self.call_workers(WorkerExtension.received_digests)
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Join the weight channel."""
+        """Join the weight channel, over NCCL while sampling goes on. Raises UpdateFailed when a worker cannot."""
         await self._await_vllm(self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info)))
+        while None in (errors := await self.call_workers(WorkerExtension.joined_channel)):
+            await asyncio.sleep(0.05)
+        for error in filter(None, errors):
+            raise UpdateFailed(f"the weight channel did not open: {error}")
 
     async def stage_weights(self, version: int) -> None:
         """On CPU: begin to receive a version into a second copy of the model, while sampling continues."""

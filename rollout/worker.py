@@ -42,6 +42,11 @@ class WorkerExtension:
         """Names that every update must contain, in terms of those that the trainer sends."""
         return sorted(expected(self.weight_transfer_engine.model, sent))
 
+    def joined_channel(self) -> str | None:
+        """None while the rendezvous of the weight channel goes on in a thread; then an error message, or ""."""
+        engine = self.weight_transfer_engine
+        return engine.joined() if isinstance(engine, NCCLEngine) else ""
+
     def digest_updates(self, on: bool) -> None:
         """Set whether the tensors of the next updates are digested as they arrive."""
         self.weight_transfer_engine.digesting = on

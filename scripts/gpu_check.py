@@ -46,7 +46,7 @@ def run_phase(args: argparse.Namespace) -> None:
 def supervise(name: str, arguments: list[str], work: str, limit: float) -> dict[str, Any]:
     """Run one phase in its own process group; at its time limit, end it with every process that it started."""
     result = Path(work) / f"{name}.json"
-    environ = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environ = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "UNISON_GPU_CHECK": f"{os.getpid()} {name}"}
     cpu = "cpu" in arguments
     if name in ("engines", "speed"):  # the other phases' engines get it from the cluster
         environ |= engine_env(device="cpu" if cpu else "cuda", backend="gloo" if cpu else "ipc", threads=cores())

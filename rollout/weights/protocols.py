@@ -20,3 +20,7 @@ class Sender(Protocol):
     """Sends the learner's current weights to every engine, as `client.version`; called on every rank."""
 
     def send_weights(self) -> None: ...
+
+    def close(self) -> None:
+        """Leave the channel; another sender takes its place."""
+        ...

@@ -95,6 +95,10 @@ class GlooSender:
             for _ in tensors:
                 pass
 
+    def close(self) -> None:
+        """Leave the engines' group."""
+        self.outbox = None
+
     def _send(self, outbox: Outbox, tensors: Iterator[tuple[str, Tensor]]) -> None:
         version = self.client.version
         began = perf_counter()

@@ -1,59 +1,110 @@
-"""vLLM's NCCL and CUDA IPC transfer engines, extended by a digest of every tensor that arrives."""
+"""vLLM's NCCL and CUDA IPC transfer engines, extended by deadlines and a digest of every tensor."""
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
 from rl.weights import digest
 from rollout.head import forget_heads
-from rollout.weights.group import check_usable
+from rollout.weights.group import in_thread, join, leave, watched
 
 
-class DigestingModel(nn.Module):
-    """Takes the model's place while weights arrive: digests each tensor, then loads it into the model."""
+class Arrivals(nn.Module):
+    """Takes the model's place while weights arrive: digests each tensor if wanted, then loads it into the model.
 
-    def __init__(self, model: nn.Module, digests: dict[str, str]) -> None:
+    After an error it loads nothing more and keeps the error. The rest must still arrive, because all members of a
+    group would wait for one that left.
+    """
+
+    def __init__(self, model: nn.Module, digests: dict[str, str] | None) -> None:
         super().__init__()
         self.model: Any = model
         self.digests = digests
+        self.error: Exception | None = None
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
-        weights = list(weights)
-        self.digests.update({name: digest(tensor) for name, tensor in weights})
-        return self.model.load_weights(weights)
+        if self.error:
+            return None
+        try:
+            weights = list(weights)
+            if self.digests is not None:
+                self.digests.update({name: digest(tensor) for name, tensor in weights})
+            return self.model.load_weights(weights)
+        except Exception as error:  # whatever it is, it is raised when all has arrived
+            self.error = error
 
 
 @contextmanager
-def digested(engine: "NCCLEngine | IPCEngine") -> Iterator[None]:
-    """Digest what the engine receives in this block, if it is `digesting`."""
+def arriving(engine: "NCCLEngine | IPCEngine") -> Iterator[None]:
+    """Let what the engine receives in this block go through `Arrivals`. Raises the error of the model at its end."""
     model = engine.model
-    if engine.digesting:
-        engine.model = DigestingModel(model, engine.digests)
+    engine.model = arrivals = Arrivals(model, engine.digests if engine.digesting else None)
     try:
         yield
     finally:
         engine.model = model
+    if arrivals.error:
+        raise arrivals.error
+
+
+@dataclass(kw_only=True)
+class NCCLInitInfo(NCCLWeightTransferInitInfo):
+    """vLLM's, and the seconds that the rendezvous and each update may take."""
+
+    timeout_s: float
 
 
 class NCCLEngine(NCCLWeightTransferEngine):
-    """vLLM's NCCL engine with digests; after an update it drops the head that was cast from the old weights."""
+    """vLLM's NCCL engine with deadlines and digests; after an update it drops the head cast from the old weights."""
 
+    init_info_cls = NCCLInitInfo
     digesting = False
+    joining: Future[Any] | None = None
+    """The group, once this worker has joined it."""
 
     def init_transfer_engine(self, init_info: Any) -> None:
-        super().init_transfer_engine(init_info)
-        check_usable(self.model_update_group)
+        """Begin to join in a thread, after leaving the group before. Returns at once: see `joined`."""
+        self.shutdown()
+        i = init_info
+        self.packed, self.timeout_s = i.packed, i.timeout_s
+        self.packed_buffer_size_bytes, self.packed_num_buffers = i.packed_buffer_size_bytes, i.packed_num_buffers
+        parallel = self.parallel_config
+        rank = i.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        device = torch.accelerator.current_device_index()
+        meet = partial(join, i.master_address, i.master_port, rank, i.world_size, i.timeout_s, device)
+        self.joining = in_thread(meet, "join the weight channel")
+
+    def joined(self) -> str | None:
+        """None while this worker waits for the others; then an error message, or ""."""
+        assert self.joining is not None, "init_transfer_engine comes first"
+        if not self.joining.done():
+            return None
+        if error := self.joining.exception():
+            return f"{type(error).__name__}: {error}"
+        self.model_update_group = self.joining.result()
+        return ""
+
+    def shutdown(self) -> None:
+        """Leave the group."""
+        if self.joining is not None:
+            self.joining.add_done_callback(leave)
+        self.joining = self.model_update_group = None
 
     def start_weight_update(self) -> None:
         super().start_weight_update()
         self.digests: dict[str, str] = {}
 
     def receive_weights(self, update_info: Any) -> None:
-        with digested(self):
+        with watched(self.model_update_group, self.timeout_s), arriving(self):
             super().receive_weights(update_info)
 
     def finish_weight_update(self) -> None:
@@ -71,7 +122,7 @@ class IPCEngine(IPCWeightTransferEngine):
         self.digests: dict[str, str] = {}
 
     def receive_weights(self, update_info: Any) -> None:
-        with digested(self):
+        with arriving(self):
             super().receive_weights(update_info)
 
     def finish_weight_update(self) -> None:

@@ -1,6 +1,10 @@
 """vLLM's own trainer engines as senders: NCCL between GPUs, CUDA IPC on one GPU."""
 
+import socket
 from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,15 +12,13 @@ from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, TrainerWeightTransferEngine, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-from vllm.utils.network_utils import get_open_port
+from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_payload
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine, NCCLWeightTransferUpdateInfo
 
-from rl.weights import check_complete
-from rollout.weights.group import check_usable
+from rl.protocols import UpdateFailed
+from rl.weights import SMALLEST_BUFFER, check_complete
+from rollout.weights.group import check_usable, in_thread, join, leave, watched
 from rollout.weights.protocols import Weights
-
-SMALLEST_BUFFER = 256 * 2**20
-"""Bytes of the buffer through which CUDA IPC sends, at least; no tensor may be larger than it."""
 
 
 class Source(WeightSource):
@@ -55,8 +57,88 @@ class Source(WeightSource):
             yield item
 
 
+class NCCLSender(NCCLTrainerWeightTransferEngine):
+    """vLLM's NCCL sender, in which no engine's failure is a hang: every wait ends, and every error arrives."""
+
+    joining: Future[Any] | None = None
+    """The group, once this rank has joined it."""
+
+    def connect(self, address: str, world_size: int, timeout_s: float) -> None:
+        """Meet the engines. Raises what an engine raised, or TimeoutError when not all have come in time."""
+        self.timeout_s = timeout_s
+        listener = socket.create_server(("", 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        port = listener.getsockname()[1]
+        info = NCCLWeightTransferInitInfo(
+            master_address=address,
+            master_port=port,
+            rank_offset=1,
+            world_size=world_size,
+            packed=self.packed,
+            packed_buffer_size_bytes=self.packed_buffer_size_bytes,
+            packed_num_buffers=self.packed_num_buffers,
+        )
+        device = torch.accelerator.current_device_index()
+        # In a thread, because NCCL waits for ever for an engine that does not come, and because vLLM's communicator
+        # makes a new CUDA stream the current one of its thread.
+        own = in_thread(partial(join, address, port, 0, world_size, timeout_s, device, listener), "join the engines")
+        told = worker_init_payload(info) | {"timeout_s": timeout_s}
+        theirs = in_thread(partial(self.client.init_weight_transfer_engine, told), "connect the engines")
+        self.joining = own
+        ended, late = wait([theirs, own], timeout_s, FIRST_EXCEPTION)
+        try:
+            for one in (theirs, own):
+                if one in ended:
+                    one.result()
+            if late:
+                raise TimeoutError(
+                    f"the weight channel did not open within {timeout_s:g} s: not every engine connected to "
+                    f"{address}:{port}"
+                )
+        except BaseException:
+            self.shutdown()
+            raise
+        self.model_update_group = own.result()
+
+    def shutdown(self) -> None:
+        """Leave the engines' group."""
+        if self.joining is not None:
+            self.joining.add_done_callback(leave)
+        self.joining = self.model_update_group = None
+
+    def send_weights(self) -> None:
+        """Send one update. The engines that received all of it commit, also where another one failed.
+
+        Raises the error of an engine, or UpdateFailed. After an abort this sender cannot be used again.
+        """
+        if not self.is_sender:
+            super().send_weights()
+            return
+        assert self.source is not None, "open_vllm_sender sets it"
+        meta = self.source.metadata()
+        check_usable(self.model_update_group)
+        info = NCCLWeightTransferUpdateInfo(
+            [m.name for m in meta], [str(m.dtype).removeprefix("torch.") for m in meta], [list(m.shape) for m in meta]
+        )
+        self.client.start_weight_update()
+        receiving = in_thread(partial(self.client.update_weights, asdict(info)), "engines receive")
+        try:
+            with watched(
+                self.model_update_group, self.timeout_s, lambda: receiving.exception() if receiving.done() else None
+            ):
+                self._broadcast(self.source, meta)
+            receiving.result()
+        except Exception as error:
+            client: Any = self.client
+            client.finish_received()
+            if isinstance(error, UpdateFailed) and error.__cause__:
+                raise error.__cause__ from None
+            raise
+        self.client.finish_weight_update()
+        self._post_send_sync()
+
+
 class DrainingSender:
-    """One of vLLM's senders. However an update ends, this rank takes part in gathering every tensor, because the other
+    """A sender through vLLM. However an update ends, this rank takes part in gathering every tensor, because the other
     ranks do so and would wait for it."""
 
     def __init__(self, sender: TrainerWeightTransferEngine[Any], source: Source) -> None:
@@ -71,25 +153,24 @@ class DrainingSender:
             for _ in self.source:
                 pass
 
+    def close(self) -> None:
+        """Leave the engines' group."""
+        self.sender.shutdown()
+
 
 def open_vllm_sender(
     backend: str, *, weights: Weights, expected: set[str], client: Any, rank: int, timeout_s: float, **where: Any
 ) -> DrainingSender:
-    """`rollout.weights.sender.open_sender` for "nccl" and "ipc". vLLM's rendezvous has its own deadline.
+    """`rollout.weights.sender.open_sender` for "nccl" and "ipc".
 
     Raises RuntimeError where NCCL is switched off or did not load: every broadcast would then do nothing.
     """
-    del timeout_s
     source = Source(weights, expected)
     if backend == "nccl":
-        # vLLM binds the port itself, a moment from now.
-        info = NCCLTrainerInitInfo(where["address"], get_open_port(), where["world_size"], rank=rank)
-    else:
-        largest = max(m.nbytes for m in weights.metadata())
-        info = IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=max(SMALLEST_BUFFER, largest))
-    # vLLM's communicator makes a new stream the current one of this thread; the learner goes on with its own.
-    with torch.cuda.stream(source.home):
-        sender = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
-    if backend == "nccl" and rank == 0:
-        check_usable(getattr(sender, "model_update_group", None))
-    return DrainingSender(sender, source)
+        sender = NCCLSender(client=client, source=source, is_sender=rank == 0, packed_buffer_size_bytes=SMALLEST_BUFFER)
+        if rank == 0:
+            sender.connect(where["address"], where["world_size"], timeout_s)
+        return DrainingSender(sender, source)
+    largest = max(m.nbytes for m in weights.metadata())
+    info = IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=max(SMALLEST_BUFFER, largest))
+    return DrainingSender(WeightTransferTrainerFactory.trainer_init(info, client=client, source=source), source)

@@ -2,23 +2,33 @@
 
 import argparse
 import asyncio
+import os
 import subprocess
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from echo_task import make_model
 from gpu.setting import Result, base_config, middle
 
 from trainer.cluster.cluster import Cluster
+from trainer.cluster.fleet import Fleet
 from trainer.cluster.placement import place
 from trainer.cluster.remote import RemoteLearner, RemoteRollouts
 
 UPDATES = 8
+MARK = "UNISON_GPU_CHECK"
+"""The variable by which a phase knows its own processes."""
 
 
 def update(args: argparse.Namespace) -> Result:
-    """Two verified updates, then `UPDATES` while long replies are being sampled; tokens say which weights made them."""
+    """Two verified updates, then `UPDATES` while long replies are being sampled; tokens say which weights made them.
+
+    At the end vLLM's process is killed while an update begins, and must be replaced.
+    """
     cuda = args.device == "cuda"
     # Qwen2.5-7B with four of its layers: its embedding is larger than 1 GiB.
     shape = {"hidden": 3584, "inner": 18944, "layers": 4, "vocabulary": 152064}
@@ -34,7 +44,9 @@ def update(args: argparse.Namespace) -> Result:
         try:
             cluster.boot()
             await cluster.start()
-            learner, rollouts = RemoteLearner(cluster, probe=list(range(3, 11))), RemoteRollouts(cluster)
+            fleet = Fleet(cluster)
+            learner = RemoteLearner(cluster, probe=list(range(3, 11)), fleet=fleet)
+            rollouts = RemoteRollouts(cluster, fleet)
             verified = [await learner.publish(version) for version in range(2)]
             before = used_gib(cuda)
             sampling = [asyncio.create_task(rollouts.sample([3, 4, 5 + i], 2, seed=i)) for i in range(4)]
@@ -47,6 +59,12 @@ def update(args: argparse.Namespace) -> Result:
             quiet = [await learner.publish(20 + i) for i in range(3)]
             last = (await rollouts.sample([3, 4, 5], 1, seed=0))[0]
             counts = await cluster.ask_engines(lambda e: e.counters())
+            updating, began = asyncio.create_task(learner.publish(23)), time.perf_counter()
+            await asyncio.sleep(0.02)
+            kill_engine(os.environ[MARK])
+            recovered = (await updating).verified and fleet.restarts == 1
+            recovery = time.perf_counter() - began
+            again = (await rollouts.sample([3, 4, 5], 1, seed=0))[0]
             return {
                 "backend": placement.backend,
                 "gib": verified[0].bytes / 2**30,
@@ -59,7 +77,9 @@ def update(args: argparse.Namespace) -> Result:
                 "versions in one reply, most": max(len(set(reply.versions)) for reply in replies),
                 "memory before and after, GiB": (before, used_gib(cuda)),
                 "aborted": counts[0]["aborted"],
-                "problems": problems(replies, last, counts[0]),
+                "seconds until a killed engine is back": recovery,
+                "problems": problems(replies, last, counts[0])
+                + ([] if recovered and set(again.versions) == {23} else ["the killed engine did not come back well"]),
             }
         finally:
             await cluster.close()
@@ -79,6 +99,15 @@ def problems(replies: list[Any], last: Any, counts: dict[str, int]) -> list[str]
     if set(last.versions) != {counts["version"]}:
         found.append(f"a reply after the updates carries {set(last.versions)}, the engine holds {counts['version']}")
     return found
+
+
+def kill_engine(mark: str) -> None:
+    """Kill vLLM's own process, which carries the mark of this check in its environment."""
+    for process in psutil.process_iter(["cmdline"]):
+        with suppress(psutil.Error):  # another user's, or one that has ended
+            command = " ".join(process.info["cmdline"] or [])
+            if command.startswith("VLLM::EngineCore") and process.environ().get(MARK) == mark:
+                process.kill()
 
 
 def used_gib(cuda: bool) -> float:

@@ -16,7 +16,7 @@ import torch
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rl.batch import collate, trajectory
-from rl.config import Config, Lora, TrainerConfig
+from rl.config import Config, Deadlines, Lora, TrainerConfig
 from rl.objectives import GRPO, PPO
 from rl.types import Batch, Completion, Data, Prompt
 from trainer.learner.learner import Learner, join_group
@@ -111,6 +111,6 @@ def answer(rank: int, request: dict) -> dict:
 
 if __name__ == "__main__":
     rank, ranks, port, listener = map(int, sys.argv[1:])
-    join_group(rank, ranks, "cpu", "127.0.0.1", port, 300.0, listener if rank == 0 else None)
+    join_group(rank, ranks, "cpu", "127.0.0.1", port, Deadlines(start_s=300.0), listener if rank == 0 else None)
     for line in sys.stdin:
         print("ANSWER " + json.dumps(answer(rank, {"ranks": ranks, **json.loads(line)})), flush=True)

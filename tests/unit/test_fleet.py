@@ -172,6 +172,71 @@ def test_when_one_dies_in_an_update_in_place_all_that_hold_half_of_it_are_starte
     assert set(cluster.holds.values()) == {1}
 
 
+def test_engines_are_started_again_at_the_same_time():
+    cluster = Cluster(3, deaths=[(1, "receive", 2)], in_place=True)
+    again, meeting = cluster.restart_engine, asyncio.Barrier(2)
+
+    async def restart(index):
+        await meeting.wait()  # both are here, or neither goes on
+        await again(index)
+
+    cluster.restart_engine = restart
+
+    async def main():
+        a = actors(cluster)
+        await a.learner.publish(0)
+        await a.learner.publish(1)
+
+    run(main())
+    assert sorted(restarted(cluster)) == [0, 1]
+
+
+def test_an_engine_that_cannot_be_started_again_ends_the_round_after_the_others():
+    cluster = Cluster(3, deaths=[(1, "receive", 2)], in_place=True, restarts=2)
+    again, tries = cluster.restart_engine, []
+
+    async def restart(index):
+        tries.append(index)
+        if tries == [0]:
+            raise EngineLost("engine 0 died in its start")
+        await again(index)
+
+    cluster.restart_engine = restart
+
+    async def main():
+        a = actors(cluster)
+        await a.learner.publish(0)
+        await a.learner.publish(1)
+
+    run(main())
+    assert (tries, restarted(cluster)) == ([0, 1, 0], [1, 0])
+    assert set(cluster.holds.values()) == {1}
+
+
+def test_engines_that_received_everything_are_not_started_again_when_another_could_not_load():
+    cluster = Cluster(3, in_place=True)
+    ask = cluster.ask_learners
+
+    async def one_cannot_load(what, *, deadline_s=None):
+        if recorded(what).method == "publish" and cluster.stages == 1:
+            cluster.stages += 1
+            cluster.updating.add(1)  # the sender let the others commit
+            cluster.holds |= {0: 1, 1: None, 2: 1}
+            raise MemoryError("engine 1 has no memory for the new weights")
+        return await ask(what, deadline_s=deadline_s)
+
+    cluster.ask_learners = one_cannot_load
+
+    async def main():
+        a = actors(cluster)
+        await a.learner.publish(0)
+        await a.learner.publish(1)
+
+    run(main())
+    assert restarted(cluster) == [1]
+    assert set(cluster.holds.values()) == {1}
+
+
 @pytest.mark.parametrize("phase", ["stage", "commit"])
 def test_when_one_dies_in_a_staged_update_the_others_go_on_and_get_it_again(phase):
     cluster = Cluster(3, deaths=[(1, phase, 2)])

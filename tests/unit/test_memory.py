@@ -18,7 +18,7 @@ from trainer.cluster.placement import place
 from trainer.learner.memory_meter import PeakMemory
 from trainer.model.files import model_config, without_weights
 from trainer.model.policy import load
-from trainer.plan.memory import DRIVER, Memory, Shape, available_memory, remedies, required_memory, shape_of
+from trainer.plan.memory import BESIDE, DRIVER, Memory, Shape, available_memory, remedies, required_memory, shape_of
 
 BILLION = Shape(parameters=2**30, layers=16, hidden=1024, inner=4096, vocabulary=2**15, adapted=2**20)
 
@@ -145,9 +145,9 @@ def test_on_cpu_the_host_holds_every_process_and_the_weights_on_their_way():
 
 def test_what_cannot_fit_is_refused_with_the_parts_and_only_with_remedies_that_are_left(monkeypatch):
     config, places = found(ranks=4, zero_stage=1)
-    check(config, places, {"learner rank": 80, "engine": 80, "host": math.inf})
+    check(config, places, {"learner rank": 80, "engine": 80, BESIDE: 12, "host": math.inf})
     message = r"the learner rank needs .* \(gradients 6\.00, .*8\.0 are available\..*zero_stage=2 or more; .*offload"
-    tight = {"learner rank": 8, "engine": 80, "host": math.inf}
+    tight = {"learner rank": 8, "engine": 80, BESIDE: 12, "host": math.inf}
     with pytest.raises(ValueError, match=message):
         check(config, places, tight)
     small = {"zero_stage": 3, "gradient_checkpointing": True, "micro_batch_tokens": 256, "offload": "optimizer"}
@@ -163,6 +163,35 @@ def test_too_large_a_cache_is_named_for_the_host():
     config, places = found(cuda=False, rollout=RolloutConfig(kv_cache_gib=500.0))
     with pytest.raises(ValueError, match=r"the host needs .* \(1 x engine 50\d.*rollout.kv_cache_gib below 500"):
         check(config, places, {"learner rank": math.inf, "engine": math.inf, "host": 64})
+
+
+def test_on_several_gpus_an_update_needs_buffers_on_both_sides_and_deepspeed_needs_its_bucket():
+    config, places = found(ranks=4, zero_stage=1, dtype="bfloat16")
+    embedding = 2 * 2**15 * 1024 / 2**30
+    under_way = {"weights under way": 2 * (0.25 + embedding), "NCCL": 1.0}
+    assert places[BESIDE] == under_way
+    assert under_way.items() <= places["learner rank"].items()
+    assert places["learner rank"]["DeepSpeed's reduce bucket"] == 4 * 5e8 / 2**30
+    assert found(ranks=4, zero_stage=2, dtype="bfloat16")[1]["learner rank"]["DeepSpeed's reduce bucket"] == 1e9 / 2**30
+    assert places["host"]["the model, before it goes to the GPUs"] == 4 * 2.0
+    small = {"learner rank": 80, "engine": 80, BESIDE: 1.5, "host": math.inf}
+    with pytest.raises(
+        ValueError, match=r"next to its share of the GPU needs 1\.6 .*gpu_memory_utilization below 0\.85; a"
+    ):
+        check(config, places, small)
+
+
+def test_on_a_shared_gpu_the_engine_can_give_the_learner_room():
+    one = {"share_gpu": True, "rollout": RolloutConfig(max_tokens=64, max_model_len=256)}
+    config, places = found(replace(BILLION, hidden=16384), zero_stage=1, dtype="bfloat16", **one)
+    assert BESIDE not in places
+    assert "NCCL" not in places["learner rank"]
+    assert places["learner rank"]["weights under way"] == 2 * 1.0  # the embedding is larger than the smallest buffer
+    with pytest.raises(ValueError, match=r"learner rank needs .*help: rollout\.gpu_memory_utilization below"):
+        check(config, places, {"learner rank": 12, "engine": 68, "host": math.inf})
+    config, places = found(ranks=1, zero_stage=1)  # with a GPU of its own that is no remedy
+    with pytest.raises(ValueError, match=r"What would help: trainer\.gradient_checkpointing"):
+        check(config, places, {"learner rank": 12, "engine": 68, BESIDE: 12, "host": math.inf})
 
 
 def test_gpus_that_this_machine_does_not_have_are_not_held_against_it():

@@ -35,6 +35,11 @@ class ActorShell:
         gc.enable()
         self.object = hosted(**kwargs)
 
+    def gpus(self) -> list[str]:
+        """This process's node, and its GPUs there."""
+        context = ray.get_runtime_context()
+        return [context.get_node_id(), *context.get_accelerator_ids()["GPU"]]
+
     @ray.method(concurrency_group="watch")
     def stacks(self) -> str:
         """The stacks of this process; a thread of its own answers."""
@@ -45,6 +50,8 @@ class LearnerActor(ActorShell):
     """The process of one learner rank."""
 
     listener: socket.socket | None = None
+    sender: Any = None
+    """The learner's end of the open weight channel."""
 
     def listen(self) -> tuple[str, int]:
         """This node's address, and a port on which this rank listens already: no other process can take it."""
@@ -68,11 +75,13 @@ class LearnerActor(ActorShell):
         return result
 
     def connect(self, client: EngineClient, channel: dict[str, Any]) -> None:
-        """Open the weight channel. Only this wing may hand rollout's sender to trainer's learner."""
+        """Open the weight channel, in place of one before. Only this wing may hand rollout's sender to a learner."""
         from rollout.weights.sender import open_sender
 
+        if self.sender is not None:
+            self.sender.close()
         weights, rank = self.object.weights, self.object.rank
-        sender = open_sender(weights=weights, rank=rank, client=client, **channel)
+        self.sender = sender = open_sender(weights=weights, rank=rank, client=client, **channel)
 
         class Channel:
             def send(self, version: int) -> None:

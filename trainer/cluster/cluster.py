@@ -20,7 +20,7 @@ from trainer import machine
 from trainer.cluster.actors import engine_process, learner_process
 from trainer.cluster.calls import answer, gather_answers, started
 from trainer.cluster.engine_client import EngineClient
-from trainer.cluster.placement import Placement, engine_threads, learner_threads
+from trainer.cluster.placement import Placement, check_shared, engine_threads, learner_threads
 from trainer.cluster.process_env import learner_env, without_functions
 from trainer.cluster.ray_session import log_folder, start_ray
 from trainer.cluster.reward_models import RewardModels
@@ -84,6 +84,9 @@ class Cluster:
     async def restart_engine(self, index: int) -> None:
         """Replace the process of an engine. The new one holds no weights, and no channel leads to it yet."""
         self.engines[index].kill()
+        if self.placement.backend == "ipc":
+            # vLLM wants its share of the GPU free, and torch keeps what the learner has freed.
+            await self.ask_learners(lambda rank: rank.free_cache())
         self.engines[index], building = self._boot_engine(index)
         await started(f"engine {index}", building, self.config.deadlines.start_s)
         await self.ask_engine(index, lambda e: e.start(), deadline_s=self.config.deadlines.sync_s)
@@ -152,6 +155,8 @@ class Cluster:
         names = (await self.ask_learners(lambda rank: rank.names()))[0]
         for index, expected in enumerate(await self.ask_engines(lambda e: e.expected_weights(names))):
             check_complete(names, expected, f"engine {index}")
+        if p.backend == "ipc":
+            check_shared(await self.engines[0].gpus(), await self.learners[0].gpus())
         client = EngineClient(self.engines, c.rollout.tensor_parallel, c.deadlines.sync_s)
         channel = {
             "backend": p.backend,
@@ -214,4 +219,4 @@ class Cluster:
         """Call every learner rank; StallError names the first that is late."""
         deadline_s = deadline_s or self.config.deadlines.step_s
         late = f"the driver waited {{s}} s for learner rank {{i}} to {recorded(ask).method}"
-        return await gather_answers([rank.ask(ask) for rank in self.learners], late, deadline_s, self.learners)
+        return await gather_answers(LearnerProcess.ask_all(self.learners, ask), late, deadline_s, self.learners)

@@ -3,10 +3,13 @@
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayError
 
 from rl.protocols import StallError
 from trainer.cluster.stubs import AskEngine, EngineProcess, recorded
+
+REST_S = 10.0
+"""Seconds in which the other engines end an update after one has failed in it."""
 
 
 class EngineClient:
@@ -15,6 +18,8 @@ class EngineClient:
     def __init__(self, engines: list[EngineProcess], workers_per_engine: int, deadline_s: float) -> None:
         self.engines, self.workers, self.deadline_s = engines, workers_per_engine, deadline_s
         self.version = 0
+        self.receiving: list[Any] = []
+        """The engines' answers to the last `update_weights`."""
 
     def _all(self, ask: AskEngine[Any]) -> None:
         self._wait([engine.ask(ask) for engine in self.engines], recorded(ask).method)
@@ -48,9 +53,25 @@ class EngineClient:
         self._all(lambda e: e.start_weight_update())
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive."""
-        self._all(lambda e: e.update_weights(update_info))
+        """Receive. Raises the first engine's error, while others may still receive."""
+        self.receiving = [engine.ask(lambda e: e.update_weights(update_info)) for engine in self.engines]
+        self._wait(self.receiving, "receive the weights")
+
+    def finish_received(self) -> None:
+        """After a failed update: commit and resume on the engines that received all of it."""
+        ray.wait(self.receiving, num_returns=len(self.receiving), timeout=REST_S)
+        whole = [engine for engine, answer in zip(self.engines, self.receiving, strict=True) if _came(answer)]
+        self._wait([engine.ask(lambda e: e.finish_weight_update(self.version)) for engine in whole], "commit")
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Commit as the version that `publish` set (vLLM's own senders give none), and resume."""
         self._all(lambda e: e.finish_weight_update(self.version))
+
+
+def _came(answer: Any) -> bool:
+    """Whether a call has ended, without an error."""
+    try:
+        ray.get(answer, timeout=0)
+    except (RayError, GetTimeoutError):
+        return False
+    return True

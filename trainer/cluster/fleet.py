@@ -65,7 +65,7 @@ class Fleet:
             await self._notify()
 
     async def revive(self) -> None:
-        """Replace the processes that are gone, and open a new weight channel to all. New engines hold no weights yet.
+        """Replace the processes that are gone, all at once, and open a new weight channel. New engines hold no weights.
 
         Raises StartError after `rollout.restarts` rounds, and EngineLost when another one dies meanwhile.
         """
@@ -77,11 +77,16 @@ class Fleet:
                     f"Output of all actors: {self.cluster.logs}"
                 )
             self.restarts += 1
-            for engine in sorted(self.gone):
-                self.restarts_of[engine] += 1
-                await self.cluster.restart_engine(engine)
-                self.gone.discard(engine)
+            replacing = [self._replace(engine) for engine in sorted(self.gone)]
+            for failed in await asyncio.gather(*replacing, return_exceptions=True):
+                if failed:
+                    raise failed
         await self.cluster.open_channel()
+
+    async def _replace(self, engine: int) -> None:
+        self.restarts_of[engine] += 1
+        await self.cluster.restart_engine(engine)
+        self.gone.discard(engine)
 
     async def look_for_lost(self) -> bool:
         """After a failed update, check that every engine lives and holds complete weights; True when one does not."""

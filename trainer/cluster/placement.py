@@ -132,3 +132,12 @@ def check_fits(placement: Placement, *, gpus: float) -> None:
             f"{gpus:g}. Lower rollout.engines, rollout.tensor_parallel or trainer.ranks; on one GPU use --share-gpu; "
             "add nodes with scripts/cluster"
         )
+
+
+def check_shared(engine: list[str], learner: list[str]) -> None:
+    """Raise ValueError unless engine and learner have the same node and GPU there, as CUDA IPC needs."""
+    if engine != learner:
+        raise ValueError(
+            f"engine and learner were to share a GPU, but Ray gave (node, GPU) {engine} to the engine and {learner} to "
+            "the learner: start the run again, or set share_gpu=False"
+        )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rl.agents.record import Opening, Record
 from rl.batch import collate, trajectory
-from rl.protocols import EngineLost, StallError, SyncReport, UpdateFailed
+from rl.protocols import EngineLost, SyncReport, UpdateFailed
 from rl.tokens import Rendering
 from rl.types import Batch, Completion, PolicyOutput, Prompt
 from rl.weights import WeightManifest, check_digests
@@ -192,9 +192,6 @@ class RemoteLearner:
             except StartError:
                 raise
             except Exception as error:
-                if isinstance(error, StallError) and self.cluster.placement.backend == "nccl":
-                    # NCCL never ends a broadcast that an engine has left: the learner's rank 0 stays in it.
-                    raise
                 # When no engine is lost the error is one of its own, such as a tensor without a name.
                 if await self.fleet.look_for_lost():
                     continue

@@ -63,6 +63,10 @@ class Process:
         """Make the hosted object: `target` is "module:Class"."""
         return self.actor.build.remote(target, sources, kwargs)
 
+    def gpus(self) -> ObjectRef[list[str]]:
+        """The process's node, and its GPUs there."""
+        return self.actor.gpus.remote()
+
     def stacks(self) -> ObjectRef[str]:
         """Where the process is now."""
         return self.actor.stacks.remote()
@@ -94,6 +98,12 @@ class LearnerProcess(Process):
     def ask(self, ask: AskLearner[R]) -> ObjectRef[R]:
         """Call a method of the learner."""
         return self.actor.call.remote(recorded(ask))
+
+    @staticmethod
+    def ask_all(ranks: list[LearnerProcess], ask: AskLearner[R]) -> list[ObjectRef[R]]:
+        """Call a method on every rank. Its arguments, such as a batch, are written once for all of them."""
+        call = ray.put(recorded(ask))
+        return [rank.actor.call.remote(call) for rank in ranks]
 
     def listen(self) -> ObjectRef[tuple[str, int]]:
         """The node's address, and a port on which the process listens from now on."""

@@ -36,6 +36,10 @@ def deepspeed_engine(config: Config, model: str, device: str, *, share_prompts: 
         trust_remote_code=config.trust_remote_code,
     )
     groups = parameter_groups(policy, t.value_lr)
+    if t.zero_stage in (1, 2):
+        # DeepSpeed's buffer has 500 million elements by default, however small the model is.
+        trained = sum(p.numel() for group in groups for p in group["params"])
+        settings["zero_optimization"]["reduce_bucket_size"] = min(500_000_000, trained)
     optimizer = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, weight_decay=t.weight_decay, fused=True)
     if t.zero_stage == 0:
         clip_before_step(optimizer, t.max_grad_norm)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rl.config import Config
+from rl.config import Config, Deadlines
 from rl.objectives.adaptive import coefficients
 from rl.parity.draws import Draws
 from rl.parity.evidence import LayerError, PartError, WitnessEvidence
@@ -59,7 +59,7 @@ class Learner:
         torch.set_num_threads(threads)
         memory = PeakMemory(torch.device(device))
         torch.manual_seed(config.seed)
-        join_group(rank, config.trainer.ranks, device, address, port, config.deadlines.start_s, listener)
+        join_group(rank, config.trainer.ranks, device, address, port, config.deadlines, listener)
         engine = deepspeed_engine(config, model, device, share_prompts=shares_prompts(config, device))
         self.parts = make_rank(config, rank=rank, engine=engine, memory=memory)
         check_own_forward(self.parts.policy, engine, name=config.model, dtype=config.dtype, device=self.parts.device)
@@ -83,6 +83,10 @@ class Learner:
         """Highest memory of this rank so far: see `PeakMemory`. 0 where it is not known."""
         with self.parts.memory.during("now"):
             return self.parts.memory.highest
+
+    def free_cache(self) -> None:
+        """Give the GPU memory back that torch keeps for later."""
+        torch.cuda.empty_cache()
 
     # -- forward passes ------------------------------------------------------------------------------------------
 
@@ -174,10 +178,10 @@ class Learner:
 
 
 def join_group(
-    rank: int, ranks: int, device: str, address: str, port: int, timeout_s: float, listener: int | None = None
+    rank: int, ranks: int, device: str, address: str, port: int, deadlines: Deadlines, listener: int | None = None
 ) -> None:
     """Set up torch.distributed ourselves: without `device_id`, which can hang next to a second group."""
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=deadlines.start_s)
     store = dist.TCPStore(address, port, ranks, is_master=rank == 0, timeout=timeout, master_listen_fd=listener)
     os.environ |= {
         "DS_ACCELERATOR": device,
@@ -194,5 +198,6 @@ def join_group(
         store=store,
         rank=rank,
         world_size=ranks,
-        timeout=timeout,
+        # After this torch ends the process, so the driver's own deadlines, which say what is late, come first.
+        timeout=timedelta(seconds=60 + max(deadlines.start_s, deadlines.step_s, deadlines.sync_s)),
     )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rl.config import Config
+from rl.weights import SMALLEST_BUFFER
 from trainer import machine
 from trainer.cluster.placement import Placement, reward_models_of
 from trainer.model.head import chunk_of
@@ -21,6 +22,12 @@ GIB = 2**30
 PROCESS = {"cpu": {"learner rank": 0.4, "engine": 1.4}, "cuda": {"learner rank": 0.8, "engine": 1.2}}
 """Libraries and working memory, on a GPU also its context, before any weight. Those of CPU were measured with
 scripts/bench/peak_memory.py; those of CUDA are guesses."""
+NCCL = 1.0
+"""Buffers of NCCL in each process, on several GPUs; a guess, too."""
+REDUCED = 500_000_000
+"""Most elements that DeepSpeed sums over the ranks at a time, in a buffer that it has under ZeRO 1 and 2."""
+BESIDE = "engine, next to its share of the GPU"
+"""A place: `gpu_memory_utilization` does not hold what an update needs."""
 DRIVER = 1.0
 """The driver, Ray's own processes, and pages of files; measured in the same way."""
 Needs = dict[str, dict[str, float]]
@@ -55,10 +62,13 @@ class Memory:
         for place, parts in self.required.items():
             if sum(parts.values()) <= self.available[place]:
                 continue
+            # On GPUs an update needs room on both sides; where they share one, all of it is the learner's.
+            shared = "weights under way" in self.required.get("learner rank", {}) and BESIDE not in self.required
+            helps = remedies(config, place, shared=shared)
             listed = ", ".join(f"{what} {gib:.2f}" for what, gib in sorted(parts.items(), key=lambda p: -p[1]))
             raise ValueError(
                 f"this run does not fit: the {place} needs {sum(parts.values()):.1f} GiB ({listed}), and "
-                f"{self.available[place]:.1f} are available. What would help: {'; '.join(remedies(config, place))}. "
+                f"{self.available[place]:.1f} are available. What would help: {'; '.join(helps)}. "
                 "UNISON_IGNORE_MEMORY=1 starts the run without this check"
             )
 
@@ -137,6 +147,16 @@ def required_memory(config: Config, placement: Placement, shape: Shape) -> Needs
         engine |= {"weights of an update": size * s.parameters, "KV cache": config.rollout.kv_cache_gib * GIB}
         host["weights under way"] = size * s.parameters
     places = {"learner rank": learner, "engine": engine, "host": host}
+    if placement.device == "cuda":
+        learner["DeepSpeed's reduce bucket"] = {1: 4, 2: size}.get(t.zero_stage, 0) * min(REDUCED, trained)
+        embedding = size * s.vocabulary * s.hidden
+        nccl = placement.backend == "nccl"
+        # Both ends lie on a shared GPU, and the engine copies what it reads.
+        under_way = 2 * (SMALLEST_BUFFER + embedding if nccl else max(SMALLEST_BUFFER, embedding))
+        channel = {"weights under way": under_way, "NCCL": NCCL * GIB * nccl}
+        learner |= channel
+        places |= {BESIDE: channel} if nccl else {}
+        host["the model, before it goes to the GPUs"] = size * s.parameters * placement.learners
     found = {place: {what: n / GIB for what, n in parts.items() if n} for place, parts in places.items()}
     process = PROCESS[placement.device]
     for place, gib in process.items():
@@ -173,7 +193,7 @@ def engines_memory(config: Config, placement: Placement, shape: Shape) -> Needs:
 def available_memory(config: Config, placement: Placement) -> dict[str, float]:
     """GiB that each place may use; infinite where this machine cannot know, as for other nodes of a cluster."""
     judges = {f"reward model {judge.label}": judge for judge in reward_models_of(config)}
-    limits = {"learner rank": math.inf, "engine": math.inf, "host": math.inf} | dict.fromkeys(judges, math.inf)
+    limits = dict.fromkeys(("learner rank", "engine", BESIDE, "host"), math.inf) | dict.fromkeys(judges, math.inf)
     if os.environ.get("RAY_ADDRESS") or (placement.device == "cuda" and not torch.cuda.is_available()):
         return limits
     limits["host"] = machine.memory() / GIB
@@ -181,12 +201,13 @@ def available_memory(config: Config, placement: Placement) -> dict[str, float]:
         gpu = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / GIB
         share = config.rollout.gpu_memory_utilization
         limits |= {place: judge.gpu_memory_utilization * gpu for place, judge in judges.items()}
-        limits |= {"engine": share * gpu, "learner rank": gpu * (1 - share if placement.backend == "ipc" else 1)}
+        limits |= {"engine": share * gpu, BESIDE: (1 - share) * gpu}
+        limits |= {"learner rank": gpu * (1 - share if placement.backend == "ipc" else 1)}
     return limits
 
 
-def remedies(config: Config, place: str) -> list[str]:
-    """Settings that lower the memory of a place and are not set yet."""
+def remedies(config: Config, place: str, *, shared: bool = False) -> list[str]:
+    """Settings that lower the memory of a place and are not set yet. `shared`: engine and learner share a GPU."""
     t, r = config.trainer, config.rollout
     rows = r.max_model_len >= t.tokens_per_pass("cpu" if config.device == "cpu" else "cuda")
     learner = {
@@ -199,12 +220,18 @@ def remedies(config: Config, place: str) -> list[str]:
         "trainer.offload=optimizer": place == "learner rank" and t.offload == "none" and t.zero_stage > 0,
         "dtype=bfloat16": config.dtype == "float32",
     }
+    share = {f"rollout.gpu_memory_utilization below {r.gpu_memory_utilization:g}": place == BESIDE or shared}
     engine = {
         f"rollout.kv_cache_gib below {r.kv_cache_gib:g}": place == "host",
         "fewer rollout.engines": place == "host" and r.engines > 1,
         "rollout.tensor_parallel": place == "engine",
     }
     smaller = {"a smaller model": True}
-    places = {"learner rank": learner | smaller, "engine": engine | smaller, "host": engine | learner | smaller}
+    places = {
+        "learner rank": share | learner | smaller,
+        "engine": engine | smaller,
+        BESIDE: share | smaller,
+        "host": engine | learner | smaller,
+    }
     options = places.get(place, {"a smaller reward model, or one behind a URL": True})
     return [remedy for remedy, helps in options.items() if helps]

@@ -20,7 +20,7 @@ from trainer.plan.memory import (
     required_memory,
     shape_of,
 )
-from trainer.plan.rules import check_build, check_rows, check_truncation
+from trainer.plan.rules import check_build, check_rows, check_shared_memory, check_truncation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +39,7 @@ class Plan:
         """Raise ValueError, with the remedy, when there are too few GPUs or none that this environment can use."""
         if not os.environ.get("RAY_ADDRESS"):
             check_build(self.placement.device)
+            check_shared_memory(self.placement)
         check_fits(self.placement, gpus=self.gpus)
 
     @cached_property

@@ -5,11 +5,14 @@ from pathlib import Path
 import torch
 
 from rl.config import Config
-from trainer.cluster.placement import Device
+from trainer.cluster.placement import Device, Placement
+from trainer.machine import shared_memory
 from trainer.model.files import model_config
 
 DRIVER = Path("/proc/driver/nvidia/version")
 """Exists where a GPU's driver is loaded."""
+LEAST_SHARED = 1 << 30
+"""Bytes that must be free in /dev/shm for several GPUs; Docker gives a container 64 MB."""
 
 
 def check_truncation(config: Config, device: Device) -> None:
@@ -47,6 +50,16 @@ def check_rows(config: Config) -> None:
         raise ValueError(
             f"trainer.share_prompts=True needs packed rows, and rows of {model.get_text_config().model_type} stay "
             "padded: leave it unset"
+        )
+
+
+def check_shared_memory(placement: Placement) -> None:
+    """Raise ValueError, with the remedy, where a run on several GPUs lacks shared memory."""
+    if placement.device == "cuda" and placement.gpus > 1 and shared_memory() < LEAST_SHARED:
+        raise ValueError(
+            f"/dev/shm has {shared_memory() / 2**30:.2f} GiB free, and a run on several GPUs needs 1 GiB there: NCCL "
+            "and vLLM's workers send through it. In Docker start the container with --shm-size=8g; in Kubernetes mount "
+            "an emptyDir with medium: Memory at /dev/shm"
         )
 
 
