@@ -38,6 +38,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 64,
     },
+    "OLMoE": {"family": "olmoe", "num_experts": 4, "num_experts_per_tok": 2},
     "Gemma": {"family": "gemma", "tied": True, "peak": 1.0, "head_dim": 32, "stops": [1, 3]},
     "Gemma-2": {
         "family": "gemma2",

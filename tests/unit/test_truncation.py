@@ -221,12 +221,12 @@ def said(support):
 def test_what_the_engine_kept_arrives_with_its_tokens():
     from rollout.completion import completion
 
-    assert completion(said([[4, 7], [9]]), 0).support == [[4, 7], [9]]
-    assert completion(said(None), 0).support is None
+    assert completion(said([[4, 7], [9]]), 3, 0).support == [[4, 7], [9]]
+    assert completion(said(None), 3, 0).support is None
     with pytest.raises(AssertionError, match="sampled a token outside of the set that it reports as kept"):
-        completion(said([[4, 7], [8]]), 0)
+        completion(said([[4, 7], [8]]), 3, 0)
     with pytest.raises(ValueError, match="shorter"):
-        completion(said([[4, 7]]), 0)
+        completion(said([[4, 7]]), 3, 0)
 
 
 @pytest.mark.slow
