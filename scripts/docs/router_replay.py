@@ -29,6 +29,7 @@ MODEL: dict[str, Any] = {
     "norm_topk_prob": True,
     "initializer_range": 0.06,
     "peak": 2.0,
+    "experts": 2.0,
 }
 
 

@@ -29,6 +29,7 @@ SIZES: dict[str, Any] = {
     "norm_topk_prob": True,
     "initializer_range": 0.06,
     "peak": 2.0,
+    "experts": 2.0,
 }
 
 
@@ -140,7 +141,7 @@ def test_an_update_under_way_changes_experts_with_the_weights(engine: Live, tiny
     new = load(str(tiny(family=family, **SIZES, seed=1)), dtype="float32", fp32_head=True, share_prompts=True)
     engine.update(engine.open_sender(LearnerWeights(old.hf, sharded=False)), 5)
     sender = engine.open_sender(LearnerWeights(new.hf, sharded=False))
-    running = engine.keep_sampling(PROMPT, 3, tokens=60)
+    running = engine.keep_sampling(PROMPT, 2, tokens=24)
     engine.update(sender, 6)
     across = [c for c in running.result(300) if set(c.versions) == {5, 6}]
     assert across
@@ -154,7 +155,7 @@ def test_an_update_under_way_changes_experts_with_the_weights(engine: Live, tiny
 
 def test_in_bf16_replay_is_worth_half_of_k3_or_more(live: Callable, model: Path) -> None:
     engine = live(config_of(model, "bfloat16"))
-    batch = batch_of(engine.sample(PROMPT, 24, seed=3, max_tokens=20))
+    batch = batch_of(engine.sample(PROMPT, 16, seed=3, max_tokens=16))
     engine.close()
     policy = load(str(model), dtype="bfloat16", fp32_head=True, share_prompts=True)
     with_replay, _ = differences(policy, batch, replayed=True)

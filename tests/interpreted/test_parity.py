@@ -118,7 +118,7 @@ def test_a_prefix_from_the_cache_changes_no_number(engine: Live) -> None:
 
 
 def test_the_first_tokens_are_draws_from_the_trainer_s_distribution(engine: Live, policy: Policy) -> None:
-    done = engine.sample(PROMPT, 96, seed=100, max_tokens=1)
+    done = engine.sample(PROMPT, 64, seed=100, max_tokens=1)
     batch = batch_of(done)
     with torch.no_grad():
         out = policy(batch.input_ids, batch.mask, 1.0, Truncation(top_p=0.99))
@@ -132,7 +132,7 @@ def test_an_update_under_way_mixes_no_versions(engine: Live, models: tuple[Path,
     """The last test of this engine, which holds the second model afterwards."""
     second = policy_of(models[1])
     sender = engine.open_sender(LearnerWeights(second.hf, sharded=False))
-    running = engine.keep_sampling(PROMPT, 4, tokens=60)
+    running = engine.keep_sampling(PROMPT, 2, tokens=24)
     engine.update(sender, 1)
     done = running.result(300)
     assert engine.wait(engine.engine.counters())["aborted"] == 0

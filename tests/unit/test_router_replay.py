@@ -18,7 +18,9 @@ from rl.validate import check
 from rollout.settings import engine_args
 from trainer.model.attention import NAME, packs
 from trainer.model.experts.replay import FAMILIES
+from trainer.model.packing import pack
 from trainer.model.policy import Policy, _checkpoint
+from trainer.model.ulysses import Ulysses
 from trainer.plan.rules import check_experts_reported, check_router
 
 VOCABULARY, EXPERTS, CHOSEN, LAYERS = 40, 5, 2, 2
@@ -237,6 +239,23 @@ def test_reported_experts_that_no_router_can_take_are_an_error():
         policy(IDS, MASK, 1.0, experts=some_experts())
 
 
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_ranks_that_share_a_row_take_the_experts_of_their_own_tokens(share_prompts):
+    row = pack(IDS, MASK, share_prompts=share_prompts)
+    flat = IDS[:, :-1].flatten()
+    assert torch.equal(flat[row.origin], row.input_ids[0])
+    found = []
+    for place in range(3):
+        ulysses = object.__new__(Ulysses)
+        ulysses.size, ulysses.place = 3, place
+        own, _ = ulysses.part(row)
+        assert len(own.origin) == own.input_ids.shape[1]
+        found.append(own)
+    ids, origin = (torch.cat(x) for x in ([o.input_ids[0] for o in found], [o.origin for o in found]))
+    tokens = row.input_ids.shape[1]
+    assert torch.equal(flat[origin[:tokens]], ids[:tokens])
+
+
 # -- how they travel ---------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +288,32 @@ def test_column_t_of_a_batch_has_the_experts_of_the_token_that_is_read_there():
         collate([long, replace(short, experts=None)])
     with pytest.raises(AssertionError, match="experts of 3 of 5 tokens"):
         collate([replace(long, experts=numbered(0, 3))])
+
+
+@pytest.mark.slow
+def test_what_vllm_reports_for_prompt_and_reply_arrives_with_the_completion():
+    from vllm.logprobs import Logprob
+    from vllm.outputs import CompletionOutput, WeightVersionSpan
+
+    from rollout.completion import completion as read
+
+    def said(experts):
+        return CompletionOutput(
+            index=0,
+            text="",
+            token_ids=[7, 9],
+            cumulative_logprob=None,
+            logprobs=[{7: Logprob(-0.5)}, {9: Logprob(-0.1)}],
+            finish_reason="stop",
+            weight_versions=[WeightVersionSpan(start=0, end=2, version="3")],
+            routed_experts=experts,
+        )
+
+    reported = numbered(0, 4)
+    assert torch.equal(read(said(reported.numpy()), 3, 0).experts, reported)
+    assert read(said(None), 3, 0).experts is None
+    with pytest.raises(AssertionError, match="the experts of 4 tokens, not of 5"):
+        read(said(reported.numpy()), 4, 0)
 
 
 def test_more_than_127_experts_keep_their_numbers():
