@@ -29,6 +29,7 @@ def trajectory(
         reward_parts=parts,
         finish_reason=completion.finish_reason,
         support=None if completion.support is None else [list[int]() for _ in range(p)] + completion.support,
+        experts=completion.experts,
         trained=not (mask_truncated and completion.finish_reason == "length"),
     )
 
@@ -60,6 +61,7 @@ def collate(trajectories: list[Trajectory]) -> Batch:
         rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float32),
         group_ids=torch.tensor([t.group for t in trajectories], dtype=torch.long),
         support=None if support is None else support[:, 1:],
+        experts=_experts(trajectories, length),
         **_of_episodes(trajectories, length),
     )
 
@@ -114,6 +116,20 @@ def _support(trajectories: list[Trajectory], length: int) -> Tensor | None:
     filled = torch.arange(int(counts.max())) < counts[..., None]
     ids = torch.tensor(list(chain.from_iterable(chain.from_iterable(known))), dtype=torch.int32)
     return torch.full(filled.shape, -1, dtype=torch.int32).masked_scatter_(filled, ids)
+
+
+def _experts(trajectories: list[Trajectory], length: int) -> Tensor | None:
+    """The experts of every token but the last [B, length - 1, layers, k], -1 behind a row; int16, because a long row of
+    a large model has millions."""
+    known = [t.experts for t in trajectories if t.experts is not None]
+    if not known:
+        return None
+    assert len(known) == len(trajectories), "some trajectories have the experts of their tokens, and some do not"
+    experts = torch.full((len(known), length - 1, *known[0].shape[1:]), -1, dtype=torch.int16)
+    for row, t, own in zip(experts, trajectories, known, strict=True):
+        assert len(own) == len(t.token_ids) - 1, f"group {t.group}: experts of {len(own)} of {len(t.token_ids)} tokens"
+        row[: len(own)] = own
+    return experts
 
 
 def integers(x: Tensor) -> list[int]:

@@ -61,6 +61,9 @@ class RolloutConfig(Checked):
     from others too, such as containers and other nodes. Each episode's address holds a secret."""
     prefix_cache: bool = True
     """Compute the prompt of a group once. Entries are keyed by weight version, so none is used after an update."""
+    router_replay: bool = False
+    """For mixture-of-experts models: in the trainer, send each token to the experts that the engine sent it to, weighed
+    by the trainer's router (R3, arXiv 2510.11370). Needs GPUs, whose engines report the experts."""
     recompute_kv: bool = False
     """At a weight update, recompute the context of running requests with the new weights, at the cost of one prefill
     each. Off: running requests continue on the KV cache of the old weights."""

@@ -60,6 +60,8 @@ class Completion:
     """What the engine sampled: `logprobs[i]` (nats) and `versions[i]` belong to `token_ids[i]`.
 
     `support[i]` are the vocabulary ids that truncation kept when token i was sampled, where the engine reports them.
+    `experts` [prompt + tokens - 1, layers, k] are the experts that each token went through, where the engine reports
+    them; the last token was sampled and went through none.
     """
 
     token_ids: list[int]
@@ -68,6 +70,7 @@ class Completion:
     finish_reason: FinishReason
     cached_prompt_tokens: int = 0
     support: list[list[int]] | None = None
+    experts: Tensor | None = field(default=None, repr=False, compare=False)
     parsed: Parsed | None = None
     """Set where the engine has a parser for tool calls or reasoning."""
     engine: int = 0
@@ -133,7 +136,8 @@ class Trajectory:
     """A scored sequence. All lists have the length of `token_ids`; entry i belongs to token i.
 
     `mask[i]` is True where the policy sampled token i. Outside the mask `logprobs` is 0, `versions` is -1,
-    and `support` (the ids kept by truncation, where the engine reports them) is empty.
+    and `support` (the ids kept by truncation, where the engine reports them) is empty. `experts`
+    [tokens - 1, layers, k] are those of every token but the last, sampled or not.
 
     An episode is one trajectory, or several where its history was edited: its rows. Each holds what the policy was
     given, and trains the tokens that were sampled for it; a sampled token is in the mask of one row only. All rows of
@@ -153,6 +157,7 @@ class Trajectory:
     reward_parts: Mapping[str, float] = field(default_factory=dict[str, float])
     finish_reason: FinishReason = "stop"
     support: list[list[int]] | None = None
+    experts: Tensor | None = field(default=None, repr=False, compare=False)
     trained: bool = True
     """Whether its tokens are trained on. False: its reward counts for the others of its group, and that is all."""
     turns: list[int] | None = None
@@ -174,6 +179,8 @@ class Batch:
     `token_rewards`, where set, is what each token is paid, and sums up to `rewards` over the rows of an episode; else
     all is paid at its end.
     `support` holds the vocabulary ids that a token was sampled from, padded with -1; None: the engine reports none.
+    `experts` holds the K experts of each layer that the engine sent `input_ids[:, t]` to, -1 outside the row; None: the
+    same.
     """
 
     input_ids: Int[Tensor, "B S"]
@@ -187,6 +194,7 @@ class Batch:
     values: Float[Tensor, "B T"] | None = None
     token_rewards: Float[Tensor, "B T"] | None = None
     support: Int[Tensor, "B T K"] | None = None
+    experts: Int[Tensor, "B T L E"] | None = None
     episode_ids: Int[Tensor, " B"] | None = None
     """Rows of one episode have one id, which no other episode of the step has. None: every row is an episode."""
     turns: Int[Tensor, "B T"] | None = None

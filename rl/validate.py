@@ -39,6 +39,8 @@ def check(config: Config) -> None:
     if r.truncation:
         r.truncation.check()
     check_stops(r)
+    if r.router_replay and not r.prefix_cache:
+        raise ValueError("rollout.router_replay=True needs rollout.prefix_cache=True: vLLM keeps experts by its blocks")
     if r.max_tokens >= r.max_model_len:
         raise ValueError(f"rollout.max_tokens={r.max_tokens} leaves no room for a prompt in {r.max_model_len} tokens")
     rows = config.prompts_per_step * config.group_size

@@ -1,12 +1,16 @@
 """What does one output of vLLM say? Its tokens, each with its log-probability and its weight version."""
 
+import torch
 from vllm.outputs import CompletionOutput
 
 from rl.types import Completion
 
 
-def completion(done: CompletionOutput, cached_prompt_tokens: int) -> Completion:
-    """vLLM's output as a `Completion`. A missing log-probability becomes NaN, which the loop quarantines."""
+def completion(done: CompletionOutput, prompt_tokens: int, cached_prompt_tokens: int) -> Completion:
+    """vLLM's output for a prompt of so many tokens as a `Completion`.
+
+    A missing log-probability becomes NaN, which the loop quarantines.
+    """
     token_ids = list(done.token_ids)
     steps = done.logprobs or [{}] * len(token_ids)
     spans = done.weight_versions or []
@@ -19,6 +23,10 @@ def completion(done: CompletionOutput, cached_prompt_tokens: int) -> Completion:
     if support is not None:
         kept = all(token in ids for token, ids in zip(token_ids, support, strict=True))
         assert kept, "vLLM sampled a token outside of the set that it reports as kept"
+    experts = None if done.routed_experts is None else torch.from_numpy(done.routed_experts)
+    if experts is not None:
+        expected = prompt_tokens + len(token_ids) - 1
+        assert len(experts) == expected, f"vLLM reports the experts of {len(experts)} tokens, not of {expected}"
     return Completion(
         token_ids=token_ids,
         logprobs=[
@@ -29,4 +37,5 @@ def completion(done: CompletionOutput, cached_prompt_tokens: int) -> Completion:
         finish_reason=reason,
         cached_prompt_tokens=cached_prompt_tokens,
         support=support,
+        experts=experts,
     )

@@ -131,7 +131,9 @@ class Engine(Serving):
                 "vLLM truncated the vocabulary but did not report which tokens it kept, so the trainer cannot replay "
                 "it. Set top_p=1, top_k=0, min_p=0"
             )
-        return completion(done, output.num_cached_tokens or 0)
+        if self.config.rollout.router_replay and done.token_ids and done.routed_experts is None:
+            raise RuntimeError("vLLM did not report the experts of a reply's tokens. Set rollout.router_replay=False")
+        return completion(done, len(token_ids), output.num_cached_tokens or 0)
 
     async def generate(self, token_ids: list[int], params: SamplingParams) -> RequestOutput:
         """The final output of one request. It uses cached prefixes of the current weights only."""

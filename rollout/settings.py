@@ -3,6 +3,7 @@
 from typing import Any
 
 from rl.config import Config
+from rl.sampling.reports import engine_reports
 
 TRANSFER_ENGINES = {"nccl": "unison_nccl", "ipc": "unison_ipc", "gloo": "unison_gloo"}
 
@@ -26,8 +27,9 @@ def engine_args(config: Config, *, device: str, backend: str, model: str) -> dic
         # By default V1 returns log-probabilities from before temperature and penalties; the loss needs those of the
         # distribution from which tokens are sampled.
         "logprobs_mode": "processed_logprobs",
-        # The tokens that truncation kept, for the trainer to replay; only vLLM's Model Runner V2 (GPU) reports them.
-        "return_sampling_mask": r.truncation is not None and not cpu,
+        # The tokens that truncation kept, and the experts of each token, for the trainer to replay.
+        "return_sampling_mask": r.truncation is not None and engine_reports(device),
+        "enable_return_routed_experts": r.router_replay,
         # Logits in fp32 on both sides: bf16 rounds them on a grid coarser than GSPO's clip range.
         "hf_overrides": {"head_dtype": "float32" if config.fp32_head else config.dtype},
         # A hit on KV from older weights would undo the update; `cache_salt` in engine.py keeps versions apart, and

@@ -7,6 +7,9 @@ trained in the first of them only.
 
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from rl.types import Completion, Trajectory
 
 
@@ -121,12 +124,26 @@ class Tree:
                     versions=columns.versions,
                     reward=reward,
                     support=columns.support if path[0].completion.support is not None else None,
+                    experts=_experts(path),
                     turns=columns.turns,
                     paid=paid,
                     **more,  # pyright: ignore[reportArgumentType]
                 )
             )
         return rows
+
+
+def _experts(path: list[Node]) -> Tensor | None:
+    """The experts of every token but the last of a path. Each turn reports those of its whole context, of which the
+    earlier turns sampled some tokens; a token's own turn comes first."""
+    parts: list[Tensor] = []
+    known = 0
+    for node in path:
+        if node.completion.experts is None:
+            return None
+        parts.append(node.completion.experts[known:])
+        known = node.length - 1
+    return torch.cat(parts)
 
 
 @dataclass

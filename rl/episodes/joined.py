@@ -49,11 +49,11 @@ class Layout:
         joined: dict[str, Any] = {
             name: x[self.first] if x.dim() == 1 else self.tokens(x)
             for name, x in columns(batch).items()
-            if name != "input_ids"
+            if name not in ("input_ids", "experts")
         }
         tokens = self.tokens(batch.input_ids[:, 1:]).clamp(min=0)
         joined["input_ids"] = torch.cat([batch.input_ids[self.first, :1], tokens], dim=1)
-        return replace(batch, **joined | {"mask": self.mask, "episode_ids": None})
+        return replace(batch, **joined | {"mask": self.mask, "episode_ids": None, "experts": None})
 
     def policy(self, policy: PolicyOutput) -> PolicyOutput:
         """The policy's numbers in the same places, with their gradients."""

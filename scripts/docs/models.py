@@ -55,6 +55,8 @@ Not measured here: models above 135M parameters, bf16 (see [the doctor](parity.m
 - Models with a soft cap in attention (Gemma-2) run transformers' eager attention, whose memory grows with the square of
   the row's length.
 - LoRA adapts linear layers; stacked experts stay frozen.
+- Routers of Qwen3-MoE, Qwen2-MoE, OLMoE and Mixtral can replay the engine's experts:
+  [mixture of experts](how-to/mixture-of-experts.md).
 """
 
 

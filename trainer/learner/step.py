@@ -89,6 +89,9 @@ class Stepper:
         rows = torch.cat(chosen)
         totals = Totals(tokens=int(batch.mask[rows].sum()), sequences=len(chosen), horizon=c.horizon)
         r.policy.tokens.zero_()
+        replay = r.policy.replay
+        if replay is not None:
+            replay.counts.zero_()
         live = rows
         if c.trainer.skip_zero_advantage and objective.may_skip:
             # The denominators still count these episodes, so leaving them out changes no gradient.
@@ -100,6 +103,10 @@ class Stepper:
         needed, computed = (float(n) for n in r.policy.tokens) if r.is_dp_leader else (0.0, 0.0)
         meter.merge_one("perf/useful_tokens_frac", needed, computed)
         meter.merge_one("perf/trained_tokens_count", needed, 1)
+        if replay is not None and batch.experts is not None:
+            moved, tokens, moved_pairs, pairs = map(float, integers(replay.counts))
+            meter.merge_one("rollout_corr/rerouted_tokens_frac", moved, tokens)
+            meter.merge_one("rollout_corr/rerouted_frac", moved_pairs, pairs)
         with r.memory.during("optimizer"):
             r.engine.step()
         grad_norm = float(r.engine.get_global_grad_norm())
@@ -117,7 +124,13 @@ class Stepper:
         warming_up = r.engine.global_steps < objective.critic_warmup
         part = take(batch, micro).to_device(r.device)
         answer: Answer = r.engine(
-            part.input_ids, part.mask, c.temperature, c.rollout.truncation, part.support, head_alone=warming_up
+            part.input_ids,
+            part.mask,
+            c.temperature,
+            c.rollout.truncation,
+            part.support,
+            experts=part.experts,
+            head_alone=warming_up,
         )
         policy = answer.output()
         if warming_up:
@@ -131,6 +144,8 @@ class Stepper:
         # A bare product would carry an infinity from outside the mask as 0 * inf. DeepSpeed averages over ranks.
         total = torch.where(part.mask, loss * weights, 0.0).sum() * r.ranks
         r.engine.backward(total)
+        if r.policy.replay is not None:
+            r.policy.replay.begin(None)
         if r.is_dp_leader:
             meter.add(metrics, part.mask)
             # Each data-parallel group holds a part of the step's loss: the parts add up, and the weights of all ranks

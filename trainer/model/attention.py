@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 NAME = "segments"
 """Name of this attention in transformers."""
 
-PLAIN = frozenset({"llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"})
+PLAIN = frozenset({"llama", "mistral", "mixtral", "olmo2", "olmoe", "qwen2", "qwen3", "qwen3_moe", "smollm3"})
 """Families in which attention is causal and nothing else mixes tokens. A test compares each with separate rows."""
 
 SPECIAL = ("sliding_window", "softcap", "s_aux", "position_bias")

@@ -24,6 +24,8 @@ class Packed:
     position_ids: Int[Tensor, "1 N"]
     segments: list[Segment]
     """Lengths of its sequences and their prompts; the lengths add up to N."""
+    origin: Int[Tensor, " N"]
+    """Which of the batch's B x T columns each column of the row is, counted row by row."""
     source: Int[Tensor, " M"]
     """Column of the row that predicts each masked column of the batch, in the batch's order."""
 
@@ -39,7 +41,7 @@ def pack(input_ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B T"], *, share_prom
     for row in sorted(mask.any(dim=1).nonzero()[:, 0].tolist(), key=lambda r: (last[r] - first[r], r)):
         shared = tuple(input_ids[row, : first[row] + 1].tolist()) if share_prompts else (row,)
         groups.setdefault(shared, []).append(row)
-    ids, positions, segments = [], [], []
+    ids, positions, origin, segments = [], [], [], []
     answers = torch.zeros(mask.shape, dtype=torch.long)
     column = 0
 
@@ -47,6 +49,7 @@ def pack(input_ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B T"], *, share_prom
         nonlocal column
         ids.append(input_ids[row, start:end])
         positions.append(torch.arange(start, end))
+        origin.append(torch.arange(start, end) + row * mask.shape[1])
         answers[row, start:end] = torch.arange(column, column + end - start)
         column += end - start
 
@@ -70,7 +73,11 @@ def pack(input_ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B T"], *, share_prom
         lay(0, 0, 1)
         segments.append(Segment(lengths=(1,)))
     return Packed(
-        input_ids=torch.cat(ids)[None], position_ids=torch.cat(positions)[None], segments=segments, source=answers[mask]
+        input_ids=torch.cat(ids)[None],
+        position_ids=torch.cat(positions)[None],
+        segments=segments,
+        origin=torch.cat(origin),
+        source=answers[mask],
     )
 
 

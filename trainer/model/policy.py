@@ -1,5 +1,8 @@
 """What is the policy in the trainer? A Hugging Face body, our head, and a value head if the objective has a critic."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -12,6 +15,7 @@ from rl.sampling.forbidden import Forbidden
 from rl.sampling.truncation import Truncation
 from trainer.model.answer import Answer
 from trainer.model.attention import packs, use_segments
+from trainer.model.experts.replay import FAMILIES, RouterReplay
 from trainer.model.files import remote_code
 from trainer.model.head import LogprobHead
 from trainer.model.lora import inject
@@ -36,6 +40,8 @@ class Policy(nn.Module):
         """Sequence parallelism, where ranks share each row."""
         self.forbidden: Forbidden | None = None
         """Tokens that the engine may not sample at some places; None: none."""
+        self.replay = RouterReplay(hf) if hf.config.get_text_config().model_type in FAMILIES else None
+        """Sends tokens to given experts; None: this family has none, or its routers are not known."""
         if self.packs:
             use_segments(hf)
         mapped = measure(hf)
@@ -53,6 +59,7 @@ class Policy(nn.Module):
         truncation: Truncation | None = None,
         support: Int[Tensor, "B T K"] | None = None,
         *,
+        experts: Int[Tensor, "B T L E"] | None = None,
         head_alone: bool = False,
         plain: bool | str = False,
     ) -> Answer:
@@ -60,13 +67,14 @@ class Policy(nn.Module):
 
         With truncated sampling, the softmax runs over the kept tokens: those in `support` (reported by the engine,
         padded with -1), else those that `truncation` keeps of the policy's own logits. `self.forbidden` takes tokens
-        out before that. With `head_alone` the gradient of the values stops at the value head and does not reach the
-        body. `plain` asks the model's own forward pass instead, to check all of this: see `trainer.model.own_forward`.
-        A string names the attention that it uses.
+        out before that. Tokens go to the given `experts` of each layer, else to those that the policy's own routers
+        choose; with gradients, the backward pass must come before the next forward pass. With `head_alone` the gradient
+        of the values stops at the value head and does not reach the body. `plain` asks the model's own forward pass
+        instead, to check all of this: see `trainer.model.own_forward`. A string names the attention that it uses.
         """
         if plain:
             return own_forward(self.hf, input_ids, mask, temperature, "eager" if plain is True else plain)
-        picked, mine = self._hidden(input_ids, mask)
+        picked, mine = self._hidden(input_ids, mask, experts)
         targets, support = input_ids[:, 1:][mask], None if support is None else support[mask]
         forbidden = None if self.forbidden is None else self.forbidden.ids(input_ids, mask)
         if mine is not None:
@@ -83,7 +91,7 @@ class Policy(nn.Module):
         return Answer(logprobs=logprobs, entropy=entropy, values=values[0] if values else None)
 
     def _hidden(
-        self, input_ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B T"]
+        self, input_ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B T"], experts: Int[Tensor, "B T L E"] | None
     ) -> tuple[Float[Tensor, "N H"], Bool[Tensor, " M"] | None]:
         """Last hidden states of the masked columns, in the batch's order. Where ranks share a row: only this rank's
         columns, and a mask of them."""
@@ -92,7 +100,8 @@ class Policy(nn.Module):
             # Rows are right-padded, so causal attention never sees padding and needs no mask.
             columns = torch.arange(1, mask.shape[1] + 1, device=device)
             self.tokens += torch.tensor([int((mask * columns).amax(dim=1).sum()), mask.numel()])
-            return body(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state[mask], None
+            with self._replayed(None if experts is None else experts.flatten(0, 1)):
+                return body(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state[mask], None
         packed = pack(input_ids.cpu(), mask.cpu(), share_prompts=self.share_prompts)
         # The dummy token of a rank without work does not count.
         self.tokens += packed.input_ids.numel() if len(packed.source) else 0
@@ -100,16 +109,32 @@ class Policy(nn.Module):
         if self.ulysses:
             packed, mine = self.ulysses.part(packed)
             mine = mine.to(device)
-        hidden = body(
-            input_ids=packed.input_ids.to(device),
-            position_ids=packed.position_ids.to(device),
-            segments=packed.segments,
-            split=self.ulysses,
-            use_cache=False,
-        ).last_hidden_state
+        if experts is not None:
+            experts = experts.flatten(0, 1).index_select(0, packed.origin.to(device))
+        with self._replayed(experts):
+            hidden = body(
+                input_ids=packed.input_ids.to(device),
+                position_ids=packed.position_ids.to(device),
+                segments=packed.segments,
+                split=self.ulysses,
+                use_cache=False,
+            ).last_hidden_state
         # index_select, not indexing: many sequences read their prompt's last column, and the backward of an index adds
         # up their gradients in the random order of threads.
         return hidden[0].index_select(0, packed.source.to(device)), mine
+
+    @contextmanager
+    def _replayed(self, experts: Int[Tensor, "N L E"] | None) -> Iterator[None]:
+        """A pass of tokens through given experts. They stay for a backward pass, which may run layers again."""
+        assert experts is None or self.replay is not None, "the engine reports experts, and the trainer knows no router"
+        if self.replay is None:
+            yield
+            return
+        self.replay.begin(experts)
+        yield
+        self.replay.count()
+        if not torch.is_grad_enabled():
+            self.replay.begin(None)
 
 
 class ValueHead(nn.Linear):

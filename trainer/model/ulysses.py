@@ -36,6 +36,7 @@ class Ulysses:
                 row,
                 input_ids=torch.cat([row.input_ids, fill], dim=1),
                 position_ids=torch.cat([row.position_ids, fill], dim=1),
+                origin=torch.cat([row.origin, fill[0]]),
                 segments=[*row.segments, Segment(lengths=(rest,))],
             )
         each = (length + rest) // self.size
@@ -45,6 +46,7 @@ class Ulysses:
             row,
             input_ids=row.input_ids[:, start : start + each],
             position_ids=row.position_ids[:, start : start + each],
+            origin=row.origin[start : start + each],
             source=row.source[mine] - start,
         )
         return own, mine

@@ -20,7 +20,14 @@ from trainer.plan.memory import (
     required_memory,
     shape_of,
 )
-from trainer.plan.rules import check_build, check_rows, check_shared_memory, check_truncation
+from trainer.plan.rules import (
+    check_build,
+    check_experts_reported,
+    check_router,
+    check_rows,
+    check_shared_memory,
+    check_truncation,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,6 +97,7 @@ class Plan:
             from trainer.model.measure import measure
 
             check_rows(self.config)
+            check_router(self.config)
             measure(self.skeleton)
         self.memory.check(self.config)
 
@@ -106,4 +114,5 @@ def make_plan(config: Config, *, learners: bool = True) -> Plan:
     placement = place(config, cuda=gpus > 0, gpus=gpus)
     placement = placement if learners else engines_alone(placement, config)
     check_truncation(config, placement.device)
+    check_experts_reported(config, placement.device)
     return Plan(config=config, placement=placement, gpus=gpus)

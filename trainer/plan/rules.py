@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from rl.config import Config
+from rl.sampling.reports import engine_reports
 from trainer.cluster.placement import Device, Placement
 from trainer.machine import shared_memory
 from trainer.model.files import model_config
@@ -18,8 +19,7 @@ LEAST_SHARED = 1 << 30
 def check_truncation(config: Config, device: Device) -> None:
     """Raise ValueError, with the remedy, where the trainer could not know which tokens truncated sampling kept."""
     r = config.rollout
-    # A GPU's engine reports them.
-    if r.truncation is None or device == "cuda":
+    if r.truncation is None or engine_reports(device):
         return
     wanted = f"truncated sampling (rollout.top_p={r.top_p:g}, top_k={r.top_k}, min_p={r.min_p:g}) on {device}"
     # The CPU engine reports no support, so the learner finds it from its own logits.
@@ -33,6 +33,29 @@ def check_truncation(config: Config, device: Device) -> None:
         raise ValueError(
             f"{wanted}: {reason}, and only the doctor shows that they are; set doctor=short, or sample without "
             "truncation"
+        )
+
+
+def check_experts_reported(config: Config, device: Device) -> None:
+    """Raise ValueError where router replay is asked for and the device's engines report no experts."""
+    if config.rollout.router_replay and not engine_reports(device):
+        raise ValueError(
+            f"rollout.router_replay=True on {device}: vLLM's model runner there (V1) does not report the experts of a "
+            "token; set it to False, or run on GPUs"
+        )
+
+
+def check_router(config: Config) -> None:
+    """Raise ValueError where router replay is asked for and the model has no experts, or its routers are not known."""
+    if not config.rollout.router_replay:
+        return
+    from trainer.model.experts.replay import FAMILIES
+
+    family = model_config(config.model, trust_remote_code=config.trust_remote_code).get_text_config().model_type
+    if family not in FAMILIES:
+        raise ValueError(
+            f"rollout.router_replay=True replays the routers of {', '.join(sorted(FAMILIES))}, and this model is "
+            f"{family}: set it to False"
         )
 
 
