@@ -18,6 +18,10 @@ COMMANDS = {
         "trainer.commands.evaluate:evaluate_model",
         "Evaluate the model of a recipe, or an exported one, on the recipe's held-out sets. Trains nothing.",
     ),
+    "cluster": (
+        "trainer.commands.cluster:cluster",
+        "Start, join, await and end the nodes of a Ray cluster, with a token and ports of its own.",
+    ),
     "serve": (
         "trainer.commands.serve:serve",
         "Serve a model behind the APIs of OpenAI and Anthropic, for chats and external benchmarks.",

@@ -12,6 +12,7 @@ from rollout.process import start_fork_server
 from trainer.cluster.engine_client import EngineClient
 from trainer.cluster.stacks import Heartbeat, stacks
 from trainer.cluster.stubs import Call, EngineProcess, LearnerProcess, ScorerProcess
+from trainer.node.ports import listener
 
 
 class ActorShell:
@@ -50,13 +51,13 @@ class LearnerActor(ActorShell):
     def listen(self) -> tuple[str, int]:
         """This node's address, and a port on which this rank listens already: no other process can take it."""
         address = ray.util.get_node_ip_address()
-        self.listener = socket.create_server(("", 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        self.listener = listener(address)
         return address, self.listener.getsockname()[1]
 
     def build(self, target: str, sources: str, kwargs: dict[str, Any]) -> None:
         """Make the rank. The ranks meet at the one that listens."""
-        listener = self.listener.detach() if self.listener else None
-        super().build(target, sources, kwargs | {"listener": listener})
+        descriptor = self.listener.detach() if self.listener else None
+        super().build(target, sources, kwargs | {"listener": descriptor})
 
     def preload(self, module: str) -> None:
         """Import what will be needed, while there is time."""

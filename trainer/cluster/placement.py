@@ -130,5 +130,5 @@ def check_fits(placement: Placement, *, gpus: float) -> None:
             f"this run needs {placement.gpus:g} GPUs ({placement.engines} engines x {placement.gpus_per_engine:g} + "
             f"{placement.learners} learner ranks x {placement.gpus_per_learner:g}{judges}), but the cluster has "
             f"{gpus:g}. Lower rollout.engines, rollout.tensor_parallel or trainer.ranks; on one GPU use --share-gpu; "
-            "add nodes with scripts/cluster"
+            "add nodes with `unison cluster join`"
         )

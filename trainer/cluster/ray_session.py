@@ -7,8 +7,10 @@ import ray
 import torch
 
 from trainer import machine
+from trainer.cluster.nodes.gcs import use_token
 from trainer.cluster.placement import Placement
 from trainer.cluster.process_env import ray_environment
+from trainer.node.attach import attach
 
 LEAST_STORE = 256 << 20
 """Bytes of the smallest object store in shared memory; batches and their log-probabilities pass through it."""
@@ -47,6 +49,8 @@ def object_store_bytes(free: int) -> int | None:
 
 def join_ray() -> None:
     """Connect to the cluster that RAY_ADDRESS names. Idempotent: GPUs are counted before the run connects."""
+    if token := attach():
+        use_token(token)
     ray.init(log_to_driver=False, logging_level="warning", ignore_reinit_error=True)
 
 
