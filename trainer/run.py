@@ -64,7 +64,7 @@ async def _run(plan: Plan, stop: Stop, resumed: Resumed | None, flags: Sequence[
             console.print(note, style="yellow", markup=False, highlight=False)
         with Run(config, cluster, prepared, stop=stop, resumed=resumed, flags=flags) as one:
             with status(f"starting {config.rollout.engines} engine(s) and {config.trainer.ranks} learner rank(s)"):
-                await cluster.start()
+                await cluster.start(one.folder)
             one.summary["start_seconds"] = time.perf_counter() - began
             await one.train()
             await one.evaluations.again()

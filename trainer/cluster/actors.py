@@ -3,16 +3,20 @@
 import gc
 import importlib
 import socket
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import ray
 
 from rl import checkout
 from rollout.process import start_fork_server
 from trainer.cluster.engine_client import EngineClient
+from trainer.cluster.nodes.code import on_this_node
 from trainer.cluster.stacks import Heartbeat, stacks
 from trainer.cluster.stubs import Call, EngineProcess, LearnerProcess, ScorerProcess
 from trainer.node.ports import listener
+
+R = TypeVar("R")
 
 
 class ActorShell:
@@ -30,6 +34,8 @@ class ActorShell:
                 f"node {socket.gethostname()} runs other sources of unison-rl ({checkout.ROOT}) than the driver: "
                 "put the same checkout there, and do not change it during a run"
             )
+        if (revision := kwargs.pop("revision", None)) is not None:
+            kwargs["model"] = on_this_node(kwargs["model"], revision)
         module, name = target.split(":")
         # An import leaves no garbage, and searching for it takes a tenth of the time.
         gc.disable()
@@ -58,6 +64,10 @@ class LearnerActor(ActorShell):
         """Make the rank. The ranks meet at the one that listens."""
         descriptor = self.listener.detach() if self.listener else None
         super().build(target, sources, kwargs | {"listener": descriptor})
+
+    def run(self, function: Callable[..., R], *args: Any) -> R:
+        """Run a function of ours in this process, before the rank is made."""
+        return function(*args)
 
     def preload(self, module: str) -> None:
         """Import what will be needed, while there is time."""

@@ -7,6 +7,7 @@ import ray
 import torch
 
 from trainer import machine
+from trainer.cluster.nodes.code import beside_recipe
 from trainer.cluster.nodes.gcs import use_token
 from trainer.cluster.placement import Placement
 from trainer.cluster.process_env import ray_environment
@@ -51,15 +52,17 @@ def join_ray() -> None:
     """Connect to the cluster that RAY_ADDRESS names. Idempotent: GPUs are counted before the run connects."""
     if token := attach():
         use_token(token)
-    ray.init(log_to_driver=False, logging_level="warning", ignore_reinit_error=True)
+    if ray.is_initialized():
+        return
+    ray.init(log_to_driver=False, logging_level="warning", runtime_env={"py_modules": beside_recipe()})
 
 
-def cluster_gpus() -> float:
-    """GPUs of the cluster that RAY_ADDRESS names, else of this machine."""
+def gpus_of_nodes() -> list[float]:
+    """GPUs of each node of the cluster that RAY_ADDRESS names, else of this machine."""
     if not os.environ.get("RAY_ADDRESS"):
-        return float(torch.cuda.device_count())
+        return [float(torch.cuda.device_count())]
     join_ray()
-    return ray.cluster_resources().get("GPU", 0.0)
+    return [node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]]
 
 
 def log_folder() -> str:
