@@ -22,6 +22,10 @@ COMMANDS = {
         "trainer.commands.cluster:cluster",
         "Start, join, await and end the nodes of a Ray cluster, with a token and ports of its own.",
     ),
+    "launch": (
+        "trainer.commands.launch:launch_on",
+        "Write one file that runs a recipe on SLURM, Kubernetes or SkyPilot, and send it if wanted.",
+    ),
     "serve": (
         "trainer.commands.serve:serve",
         "Serve a model behind the APIs of OpenAI and Anthropic, for chats and external benchmarks.",

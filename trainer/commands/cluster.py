@@ -21,11 +21,12 @@ def cluster(arguments: Sequence[str]) -> int:
         "cluster of yours on this node.",
         allow_abbrev=False,
     )
-    words = parser.add_subparsers(dest="word", required=True, metavar="head|join|wait|stop")
+    words = parser.add_subparsers(dest="word", required=True, metavar="head|join|wait|folder|stop")
     for word, text in (("head", "start a cluster on this node"), ("join", "join a cluster with this node")):
         one = words.add_parser(word, help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
         if word == "join":
             one.add_argument("address", metavar="HOST:PORT", help="the head's address")
+            one.add_argument("--timeout", type=float, default=0.0, help="seconds to wait for the head (default: 0)")
         one.add_argument("--token-file", metavar="FILE", help="file with the token (mode 0600); -: standard input. "
                          "Without it the variable UNISON_CLUSTER_TOKEN; a head makes one")  # fmt: skip
         one.add_argument("--interface", metavar="NAME|ADDRESS", help="network interface for Ray, gloo and NCCL "
@@ -43,10 +44,11 @@ def cluster(arguments: Sequence[str]) -> int:
     one.add_argument("nodes", nargs="+", metavar="N|HOST", help="how many nodes, or the names of all of them")
     one.add_argument("--timeout", type=float, default=300.0, help="seconds (default: 300)")
     two = words.add_parser("stop", help="end this node's part", description="End this node's part of a cluster.")
-    for each in (one, two):
+    three = words.add_parser("folder", help="print its folder here", description="Print a cluster's folder.")
+    for each in (one, two, three):
         each.add_argument("--port-base", type=int, metavar="PORT", help="which cluster, where there are several")
     asked = parser.parse_args(arguments)
-    return {"head": begin, "join": begin, "wait": wait, "stop": stop}[asked.word](asked)
+    return {"head": begin, "join": begin, "wait": wait, "folder": folder, "stop": stop}[asked.word](asked)
 
 
 def begin(asked: argparse.Namespace) -> int:
@@ -58,6 +60,9 @@ def begin(asked: argparse.Namespace) -> int:
     # Imported late: Ray takes seconds that `--help` does not need.
     from trainer.cluster.nodes.gcs import check_token
 
+    until = time.monotonic() + (asked.timeout if head else 0.0)
+    while head and time.monotonic() < until and not network.answers(*network.split(head)):
+        time.sleep(1)
     options = [f"--num-{kind}={n}" for kind in ("cpus", "gpus") if (n := getattr(asked, kind)) is not None]
     node = start(head, token=token, interface=asked.interface, base=asked.port_base, options=options, check=check_token)
     lines = [f"{'joined' if head else 'head of'} the cluster at {node.head}: folder {node.folder}"]
@@ -100,6 +105,12 @@ def wait(asked: argparse.Namespace) -> int:
         f"what `unison cluster join` printed on the missing node, and at `RAY_AUTH_MODE=token "
         f"RAY_AUTH_TOKEN_PATH={node.token} ray status --address {node.head}` here"
     )
+
+
+def folder(asked: argparse.Namespace) -> int:
+    """Print the folder, for scripts."""
+    print(chosen(asked.port_base).folder)
+    return 0
 
 
 def stop(asked: argparse.Namespace) -> int:

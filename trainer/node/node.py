@@ -14,6 +14,8 @@ from pathlib import Path
 from trainer.node import network, ports, processes
 from trainer.node.token import with_token, write_token
 
+JOB = "SLURM_JOB_ID"
+"""The variable with the job that a cluster belongs to, if any."""
 STARTS = 2
 """Ray gives up after 30 s, which a node that is busy with other work may need."""
 LOOK_S, LOOKS = 5.0, 3
@@ -68,6 +70,7 @@ def start(
     node = Node(ports.claim(base, head=head is None))
     (node.folder / "owner").write_text(str(os.getpid()))
     (node.folder / "id").write_text(secrets.token_hex(8))
+    (node.folder / "job").write_text(os.environ.get(JOB, ""))
     try:
         write_token(node.token, token)
         if host:

@@ -42,6 +42,10 @@ class Plan:
         """Raise ValueError, with the remedy, when there are too few GPUs or none that this environment can use."""
         if not os.environ.get("RAY_ADDRESS"):
             check_build(self.placement.device)
+        self.check_fits()
+
+    def check_fits(self) -> None:
+        """Raise ValueError, with the remedy, when the nodes have too few GPUs."""
         check_fits(self.placement, gpus=self.gpus, nodes=self.nodes)
 
     @cached_property
@@ -87,13 +91,17 @@ class Plan:
 
     def check_model(self) -> None:
         """Raise ValueError where the model cannot run as the settings ask, or does not fit. Takes seconds."""
+        self.check_rules()
+        self.memory.check(self.config)
+
+    def check_rules(self) -> None:
+        """Raise ValueError where the model cannot run as the settings ask, on whatever machine."""
         if self.placement.learners:
             # Imported late: transformers takes seconds, and --help needs no model.
             from trainer.model.measure import measure
 
             check_rows(self.config)
             measure(self.skeleton)
-        self.memory.check(self.config)
 
 
 def make_plan(config: Config, *, learners: bool = True, nodes: Sequence[float] | None = None) -> Plan:
