@@ -26,6 +26,10 @@ COMMANDS = {
         "trainer.commands.launch:launch_on",
         "Write one file that runs a recipe on SLURM, Kubernetes or SkyPilot, and send it if wanted.",
     ),
+    "preflight": (
+        "trainer.commands.preflight:preflight",
+        "Examine every node of a cluster before a run: sources, versions, folder, model, room, links.",
+    ),
     "serve": (
         "trainer.commands.serve:serve",
         "Serve a model behind the APIs of OpenAI and Anthropic, for chats and external benchmarks.",

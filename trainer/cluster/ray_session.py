@@ -54,7 +54,10 @@ def join_ray() -> None:
         use_token(token)
     if ray.is_initialized():
         return
-    ray.init(log_to_driver=False, logging_level="warning", runtime_env={"py_modules": beside_recipe()})
+    modules = beside_recipe()
+    # An empty list is an error of Ray's on every node.
+    shipped = {"py_modules": modules} if modules else None
+    ray.init(log_to_driver=False, logging_level="warning", runtime_env=shipped)
 
 
 def gpus_of_nodes() -> list[float]:
