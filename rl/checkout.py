@@ -2,10 +2,13 @@
 
 import hashlib
 import importlib.util
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("rl", "rollout", "trainer")
+INSTALLED = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+"""Folders of installed code, which has a version."""
 
 
 def verify() -> None:
@@ -27,3 +30,8 @@ def digest() -> str:
     for path in sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py")):
         h.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return h.hexdigest()[:16]
+
+
+def is_installed(file: Path) -> bool:
+    """Whether a file is of Python's own library, or of a package that was installed."""
+    return "site-packages" in file.parts or any(folder in file.parents for folder in INSTALLED)

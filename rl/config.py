@@ -128,6 +128,11 @@ class TrackingConfig(Checked):
     """Project in W&B."""
     samples_per_step: int = 4
     """Decoded trajectories per step in samples.jsonl."""
+    metrics_port: int | None = None
+    """Port of the driver on which `/metrics` (Prometheus) and `/health` are served. 0: a free one. None: nothing is."""
+    metrics_host: str = "127.0.0.1"
+    """Address for `metrics_port`. Another one than loopback needs the token of UNISON_METRICS_TOKEN, or one that is
+    made and printed."""
 
 
 @dataclass(frozen=True, kw_only=True)

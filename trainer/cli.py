@@ -18,6 +18,18 @@ COMMANDS = {
         "trainer.commands.evaluate:evaluate_model",
         "Evaluate the model of a recipe, or an exported one, on the recipe's held-out sets. Trains nothing.",
     ),
+    "cluster": (
+        "trainer.commands.cluster:cluster",
+        "Start, join, await and end the nodes of a Ray cluster, with a token and ports of its own.",
+    ),
+    "launch": (
+        "trainer.commands.launch:launch_on",
+        "Write one file that runs a recipe on SLURM, Kubernetes or SkyPilot, and send it if wanted.",
+    ),
+    "preflight": (
+        "trainer.commands.preflight:preflight",
+        "Examine every node of a cluster before a run: sources, versions, folder, model, room, links.",
+    ),
     "serve": (
         "trainer.commands.serve:serve",
         "Serve a model behind the APIs of OpenAI and Anthropic, for chats and external benchmarks.",

@@ -18,7 +18,6 @@ from rl.rewards.score import RewardError
 from rl.typed import shortened
 from trainer.cluster.start_error import StartError
 from trainer.doctor.finding import ParityError
-from trainer.runs.own_code import is_installed
 from trainer.runs.summary import MOST
 from trainer.tracking.terminal import console, flush_output
 
@@ -83,7 +82,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _is_users(file: str) -> bool:
     path = Path(file)
     ours = any(path.is_relative_to(checkout.ROOT / package) for package in checkout.PACKAGES)
-    return path.is_absolute() and not ours and not is_installed(path)
+    return path.is_absolute() and not ours and not checkout.is_installed(path)
 
 
 def _place(error: BaseException) -> str:

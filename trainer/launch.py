@@ -17,7 +17,7 @@ from trainer.flag_help import help_text
 from trainer.flags import override
 from trainer.home import prepare_home
 from trainer.plan.dry_run import dry_run
-from trainer.runs.resume import Resumed, resume
+from trainer.runs.resume import Resumed, newest, resume
 from trainer.runs.settings import resolved
 from trainer.tracking.terminal import console, escape_unencodable
 
@@ -44,8 +44,11 @@ def launch(config: Config, args: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _launch(config: Config, arguments: list[str]) -> dict[str, Any]:
-    folder, flags = option("--resume", arguments, "the folder of a run, such as runs/quickstart")
+    folder, flags = option("--resume", arguments, "the folder of a run, such as runs/quickstart, or auto")
     dry, flags = "--dry-run" in flags, [f for f in flags if f != "--dry-run"]
+    if folder == "auto":
+        wanted = configure(config, flags)[0]
+        folder = newest(Path(wanted.output_dir) / wanted.name)
     resumed = resume(Path(folder)) if folder is not None else None
     if resumed:
         resumed.check_flags(flags)

@@ -31,6 +31,7 @@ from trainer.runs.resume import Resumed, data_digest, state_of, write_history
 from trainer.runs.settings import config_digest, resolved, stack_versions
 from trainer.runs.summary import ending, summarise
 from trainer.stop import Stop, run_stoppable, stoppable
+from trainer.tracking.monitor import Monitor, serve
 from trainer.tracking.terminal import Lines, console, status
 from trainer.tracking.tracker import RunTracker
 
@@ -64,7 +65,7 @@ async def _run(plan: Plan, stop: Stop, resumed: Resumed | None, flags: Sequence[
             console.print(note, style="yellow", markup=False, highlight=False)
         with Run(config, cluster, prepared, stop=stop, resumed=resumed, flags=flags) as one:
             with status(f"starting {config.rollout.engines} engine(s) and {config.trainer.ranks} learner rank(s)"):
-                await cluster.start()
+                await cluster.start(one.folder)
             one.summary["start_seconds"] = time.perf_counter() - began
             await one.train()
             await one.evaluations.again()
@@ -112,6 +113,7 @@ class Run:
         """When training began, less what it had taken before."""
         self.loop: Loop | None = None
         self.fleet: Fleet | None = None
+        self.monitor: Monitor | None = None
         self.evaluations: Evaluations
         self.summary: dict[str, Any] = {
             "name": config.name,
@@ -129,7 +131,13 @@ class Run:
             raise
 
     def _tracker(self) -> RunTracker:
+        wanted, deadlines = self.config.tracking, self.config.deadlines
+        if wanted.metrics_port is not None:
+            # What is later than this has ended the run by itself, unless the driver hangs.
+            longest = deadlines.sample_s + deadlines.step_s + deadlines.sync_s
+            self.monitor = serve(wanted.metrics_host, wanted.metrics_port, deadline_s=longest, name=self.config.name)
         return RunTracker(
+            trackers=[self.monitor] if self.monitor else [],
             folder=self.folder,
             config=self.config.tracking,
             name=self.config.name,
@@ -152,6 +160,8 @@ class Run:
                 state = self.resumed.learner
                 await cluster.ask_learners(lambda rank: rank.load_state(state))
         await self._check(learner)
+        if self.monitor:
+            self.monitor.engines = rollouts.figures
         player = episodes_of(config, rollouts, self.prepared)
         self.evaluations = evaluations = Evaluations(
             cluster=cluster,

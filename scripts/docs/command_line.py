@@ -25,7 +25,7 @@ There are two ways to start something:
 |---|---|
 | `--help` | shows every setting with the recipe's own default, and starts nothing |
 | `--dry-run` | shows the settings, the placement and the memory that the run needs, and starts nothing |
-| `--resume FOLDER` | continues the run in `FOLDER` from its last checkpoint, with the flags it was started with |
+| `--resume FOLDER` | continues the run in `FOLDER` from its last checkpoint, with its flags; `auto`: its newest |
 | `--config FILE` | takes the settings from the `config.json` of a run, or from YAML; flags override it |
 
 - `unison COMMAND` does everything that is not a run. The program is `.venv/bin/unison`.

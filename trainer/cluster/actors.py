@@ -3,14 +3,19 @@
 import gc
 import importlib
 import socket
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import ray
 
 from rl import checkout
 from trainer.cluster.engine_client import EngineClient
+from trainer.cluster.nodes.code import on_this_node
 from trainer.cluster.stacks import Heartbeat, stacks
 from trainer.cluster.stubs import Call, EngineProcess, LearnerProcess, ScorerProcess
+from trainer.node.ports import listener
+
+R = TypeVar("R")
 
 
 class ActorShell:
@@ -28,6 +33,8 @@ class ActorShell:
                 f"node {socket.gethostname()} runs other sources of unison-rl ({checkout.ROOT}) than the driver: "
                 "put the same checkout there, and do not change it during a run"
             )
+        if (revision := kwargs.pop("revision", None)) is not None:
+            kwargs["model"] = on_this_node(kwargs["model"], revision)
         module, name = target.split(":")
         # An import leaves no garbage, and searching for it takes a tenth of the time.
         gc.disable()
@@ -56,13 +63,17 @@ class LearnerActor(ActorShell):
     def listen(self) -> tuple[str, int]:
         """This node's address, and a port on which this rank listens already: no other process can take it."""
         address = ray.util.get_node_ip_address()
-        self.listener = socket.create_server(("", 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        self.listener = listener(address)
         return address, self.listener.getsockname()[1]
 
     def build(self, target: str, sources: str, kwargs: dict[str, Any]) -> None:
         """Make the rank. The ranks meet at the one that listens."""
-        listener = self.listener.detach() if self.listener else None
-        super().build(target, sources, kwargs | {"listener": listener})
+        descriptor = self.listener.detach() if self.listener else None
+        super().build(target, sources, kwargs | {"listener": descriptor})
+
+    def run(self, function: Callable[..., R], *args: Any) -> R:
+        """Run a function of ours in this process, before the rank is made."""
+        return function(*args)
 
     def preload(self, module: str) -> None:
         """Import what will be needed, while there is time."""

@@ -8,6 +8,7 @@ from ray import ObjectRef
 from ray.exceptions import RayError, RayTaskError
 
 from rl.protocols import StallError
+from trainer.cluster.nodes.logs import output
 from trainer.cluster.ray_session import log_folder
 from trainer.cluster.start_error import StartError, root_cause
 from trainer.cluster.stubs import Process
@@ -58,8 +59,8 @@ async def started(who: str, ref: "ObjectRef[None]", deadline_s: float) -> None:
     except Exception as error:
         # An error of the actor's own constructor has Ray's report, which holds the actor's traceback, as its cause.
         report = error.__cause__ if isinstance(error.__cause__, RayError) else error
-        cause = root_cause(str(report), log_folder())
-        raise StartError(f"{who} did not start. {cause}\nOutput of all actors: {log_folder()}") from None
+        where, text = await output(str(report))
+        raise StartError(f"{who} did not start. {root_cause(str(report), text)}\nOutput of its node: {where}") from None
 
 
 async def gather_answers(

@@ -3,12 +3,13 @@
 import asyncio
 import os
 import sys
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rl import checkout
 from rl.config import Config
@@ -20,8 +21,11 @@ from trainer import machine
 from trainer.cluster.actors import engine_process, learner_process
 from trainer.cluster.calls import answer, gather_answers, started
 from trainer.cluster.engine_client import EngineClient
+from trainer.cluster.nodes.code import pinned
+from trainer.cluster.nodes.folder import answer_word, judge, write_word
+from trainer.cluster.nodes.seats import in_order, own_node, own_seat
 from trainer.cluster.placement import Placement, check_shared, engine_threads, learner_threads
-from trainer.cluster.process_env import learner_env, without_functions
+from trainer.cluster.process_env import learner_env, travelling, without_functions
 from trainer.cluster.ray_session import log_folder, start_ray
 from trainer.cluster.reward_models import RewardModels
 from trainer.cluster.stubs import AskEngine, AskLearner, EngineProcess, LearnerProcess, recorded
@@ -45,6 +49,8 @@ class Cluster:
         self.group: Any = None
         """The GPUs that are reserved for the actors."""
         self.started_ray = False
+        self.model, self.revision = config.model, None
+        """On a cluster: what every node takes, and the commit of a hub's model, "" for a folder."""
         self.logs = ""
         """Folder of the actors' output."""
         self.answered: dict[tuple[int, str], float] = {}
@@ -56,9 +62,12 @@ class Cluster:
         self.started_ray = start_ray(p)
         self.logs = log_folder()
         self.sources = checkout.digest()
+        if not self.started_ray:
+            self.model, self.revision = pinned(c.model)
         options = self._actor_options()
         # What the driver can import, the actors can: an objective may live in a file next to its recipe.
         env = {"PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *filter(None, sys.path)])}
+        env |= {} if self.started_ray else travelling(os.environ)
         cores = machine.cores()
         engine_vars = env | engine_env(device=p.device, backend=p.backend, threads=engine_threads(c, cores))
         self.learner_threads = learner_threads(c, cores)
@@ -93,15 +102,21 @@ class Cluster:
 
     def _common(self) -> dict[str, Any]:
         """What engines and ranks are built from alike."""
-        return {"config": without_functions(self.config), "model": self.config.model, "device": self.placement.device}
+        pin = {"revision": self.revision} if self.revision is not None else {}
+        return {"config": without_functions(self.config), "model": self.model, "device": self.placement.device} | pin
 
-    async def start(self) -> None:
-        """Build every rank, wait for the engines, and open the weight channel between them."""
+    async def start(self, folder: Path | None = None) -> None:
+        """Build every rank, wait for the engines, and open the weight channel between them.
+
+        On a cluster the ranks are first numbered by node and device, and must see the run's folder. Raises ValueError.
+        """
         deadline, p = self.config.deadlines.start_s, self.placement
         if self.group is not None:
             late = f"the driver waited {{s}} s for {p.gpus:g} free GPUs, see `ray status`"
             await answer(self.group.ready(), late, deadline)
         port = 0
+        if not self.started_ray:
+            await self._take_seats(folder)
         if self.learners:
             late = "the driver waited {s} s for the process of learner rank 0 to start"
             address, port = await answer(self.learners[0].listen(), late, deadline)
@@ -128,16 +143,42 @@ class Cluster:
         await self.ask_engines(lambda e: e.start())
         await self.open_channel()
 
+    async def _take_seats(self, folder: Path | None) -> None:
+        deadline, driver = self.config.deadlines.start_s, ray.get_runtime_context().get_node_id()
+        late = "the driver waited {s} s for the process of learner rank {i} to start"
+        seats = await gather_answers([one.run(own_seat) for one in self.learners], late, deadline, self.learners)
+        self.learners = [self.learners[i] for i in in_order(seats, driver, self.placement.sequence_parallel)]
+        if folder is None:
+            return
+        word = write_word(folder)
+        asked = [one.run(answer_word, str(folder.resolve()), i) for i, one in enumerate(self.learners)]
+        answers = await gather_answers(asked, late.replace("to start", "to read the run's folder"), 60, self.learners)
+        if wrong := [text for text in judge(folder.resolve(), word, answers) if text]:
+            raise ValueError(wrong[0])
+
     def _actor_options(self) -> list[dict[str, Any]]:
         p = self.placement
         if p.device == "cpu":
-            return [{"num_cpus": 1}] * p.actors
+            options: list[dict[str, Any]] = [{"num_cpus": 1}] * p.actors
+            if p.learners and not self.started_ray:
+                near = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+                options[p.engines] = {"num_cpus": 1, "scheduling_strategy": near}
+            return options
         gpus = [p.gpus_per_engine] * p.engines + [p.gpus_per_learner] * p.learners + [1.0] * p.reward_models
         if p.backend == "ipc":
             bundles = [{"GPU": 1.0, "CPU": 2.0}, *([{"GPU": 1.0, "CPU": 1.0}] * p.reward_models)]
             index = [0, 0, *range(1, 1 + p.reward_models)]
         else:
-            bundles, index = [{"GPU": n, "CPU": 1.0} for n in gpus], list(range(len(gpus)))
+            # A bundle lies on one node: an engine's GPUs are one, and those of ranks that share rows.
+            groups = p.learners // p.sequence_parallel
+            bundles = [{"GPU": n, "CPU": 1.0} for n in p.units]
+            for bundle in bundles[p.engines : p.engines + groups]:
+                bundle["CPU"] = float(p.sequence_parallel)
+            ranks = [p.engines + i // p.sequence_parallel for i in range(p.learners)]
+            index = [*range(p.engines), *ranks, *range(p.engines + groups, len(bundles))]
+            if groups and not self.started_ray and (here := own_node(p.sequence_parallel)):
+                # Rank 0 writes checkpoints and the model, next to what the driver writes.
+                bundles[p.engines][here] = 0.001
         self.group = group = placement_group(bundles, strategy="PACK")
         return [
             {"num_cpus": 1, "num_gpus": n, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, i)}

@@ -1,11 +1,13 @@
 """Which actor gets which device: arithmetic on the config, checked against the GPUs that exist."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from rl.config import Config
 from rl.judges import RewardModel
+from trainer.cluster.nodes.seats import packs
 
 Device = Literal["cpu", "cuda"]
 Backend = Literal["gloo", "nccl", "ipc"]
@@ -23,6 +25,15 @@ class Placement:
     gpus_per_learner: float
     reward_models: int = 0
     """Each has one GPU, or one CPU process."""
+    sequence_parallel: int = 1
+    """Ranks that must be on one node."""
+
+    @property
+    def units(self) -> list[float]:
+        """GPUs that must be on one node each: an engine's, those of ranks that share rows, a judge's."""
+        ranks = self.learners // self.sequence_parallel
+        units = [self.gpus_per_engine] * self.engines + [self.gpus_per_learner * self.sequence_parallel] * ranks
+        return units + ([1.0] * self.reward_models if self.device == "cuda" else [])
 
     @property
     def gpus(self) -> float:
@@ -86,7 +97,13 @@ def _engines_and_ranks(config: Config, *, cuda: bool, gpus: float) -> Placement:
             )
         return Placement(device="cuda", backend="ipc", engines=1, learners=1, gpus_per_engine=0.5, gpus_per_learner=0.5)
     return Placement(
-        device="cuda", backend="nccl", engines=engines, learners=ranks, gpus_per_engine=tp, gpus_per_learner=1
+        device="cuda",
+        backend="nccl",
+        engines=engines,
+        learners=ranks,
+        gpus_per_engine=tp,
+        gpus_per_learner=1,
+        sequence_parallel=config.trainer.sequence_parallel,
     )
 
 
@@ -99,7 +116,9 @@ def engines_alone(placement: Placement, config: Config) -> Placement:
     """The engines of a placement without a learner: nothing shares their GPUs."""
     gpus = config.rollout.tensor_parallel if placement.device == "cuda" else 0
     backend: Backend = "gloo" if placement.device == "cpu" else "nccl"
-    return replace(placement, backend=backend, learners=0, gpus_per_engine=gpus, gpus_per_learner=0)
+    return replace(
+        placement, backend=backend, learners=0, gpus_per_engine=gpus, gpus_per_learner=0, sequence_parallel=1
+    )
 
 
 def default_threads(config: Config, cores: int) -> int:
@@ -122,15 +141,22 @@ def learner_threads(config: Config, cores: int) -> int:
     return config.trainer.threads or shared or default_threads(config, cores)
 
 
-def check_fits(placement: Placement, *, gpus: float) -> None:
-    """Raise ValueError, naming both numbers, when a run asks for more GPUs than the cluster has."""
+def check_fits(placement: Placement, *, gpus: float, nodes: Sequence[float] = ()) -> None:
+    """Raise ValueError, naming both numbers, when a run asks for more GPUs than the cluster has, or than one node has
+    for what may not be divided."""
     if placement.gpus > gpus:
         judges = f" + {placement.reward_models} reward models x 1" if placement.reward_models else ""
         raise ValueError(
             f"this run needs {placement.gpus:g} GPUs ({placement.engines} engines x {placement.gpus_per_engine:g} + "
             f"{placement.learners} learner ranks x {placement.gpus_per_learner:g}{judges}), but the cluster has "
             f"{gpus:g}. Lower rollout.engines, rollout.tensor_parallel or trainer.ranks; on one GPU use --share-gpu; "
-            "add nodes with scripts/cluster"
+            "add nodes with `unison cluster join`"
+        )
+    if nodes and not packs(placement.units, nodes):
+        raise ValueError(
+            f"this run cannot be laid on nodes with {', '.join(f'{n:g}' for n in nodes)} GPUs: an engine "
+            f"(rollout.tensor_parallel={placement.gpus_per_engine:g}) is on one node, and so are ranks that share rows "
+            f"(trainer.sequence_parallel={placement.sequence_parallel}). Lower these, or take larger nodes"
         )
 
 

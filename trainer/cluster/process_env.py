@@ -1,7 +1,7 @@
 """What the processes of a run start with: environment variables, and a config that can be sent to actors."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
@@ -26,6 +26,21 @@ def ray_environment() -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+TRAVELS = ("NCCL_", "TORCH_NCCL_", "GLOO_", "HF_", "VLLM_", "CUDA_DEVICE_MAX_", "TOKENIZERS_")
+"""Beginnings of the variables that reach the actors of other nodes, which else have the environment of their node."""
+SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
+"""Parts of names that do not travel: Ray prints the environment of actors in its logs."""
+
+
+def travelling(environment: Mapping[str, str]) -> dict[str, str]:
+    """The driver's variables that actors on other nodes get."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(TRAVELS) and not any(part in name for part in SECRET)
+    }
 
 
 def learner_env(threads: int, device: Device) -> dict[str, str]:

@@ -7,8 +7,11 @@ import ray
 import torch
 
 from trainer import machine
+from trainer.cluster.nodes.code import beside_recipe
+from trainer.cluster.nodes.gcs import use_token
 from trainer.cluster.placement import Placement
 from trainer.cluster.process_env import ray_environment
+from trainer.node.attach import attach
 
 LEAST_STORE = 256 << 20
 """Bytes of the smallest object store in shared memory; batches and their log-probabilities pass through it."""
@@ -47,15 +50,22 @@ def object_store_bytes(free: int) -> int | None:
 
 def join_ray() -> None:
     """Connect to the cluster that RAY_ADDRESS names. Idempotent: GPUs are counted before the run connects."""
-    ray.init(log_to_driver=False, logging_level="warning", ignore_reinit_error=True)
+    if token := attach():
+        use_token(token)
+    if ray.is_initialized():
+        return
+    modules = beside_recipe()
+    # An empty list is an error of Ray's on every node.
+    shipped = {"py_modules": modules} if modules else None
+    ray.init(log_to_driver=False, logging_level="warning", runtime_env=shipped)
 
 
-def cluster_gpus() -> float:
-    """GPUs of the cluster that RAY_ADDRESS names, else of this machine."""
+def gpus_of_nodes() -> list[float]:
+    """GPUs of each node of the cluster that RAY_ADDRESS names, else of this machine."""
     if not os.environ.get("RAY_ADDRESS"):
-        return float(torch.cuda.device_count())
+        return [float(torch.cuda.device_count())]
     join_ray()
-    return ray.cluster_resources().get("GPU", 0.0)
+    return [node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]]
 
 
 def log_folder() -> str:

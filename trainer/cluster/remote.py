@@ -64,6 +64,14 @@ class RemoteRollouts:
         finally:
             self.load[index] -= n
 
+    def figures(self) -> list[dict[str, float]]:
+        """Of each engine: samples under way, restarts, and 1 where it is lost."""
+        fleet = self.fleet
+        return [
+            {"samples": float(self.load[i]), "restarts": float(fleet.restarts_of[i]), "lost": float(i in fleet.lost)}
+            for i in range(len(self.load))
+        ]
+
 
 class RemoteEndpoints:
     """`rl.agents.play.Endpoints` over the engines. An episode stays with one: its cache holds the history."""

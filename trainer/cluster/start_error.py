@@ -1,7 +1,6 @@
 """Why an actor did not start: the line of its traceback, or of its children's output, that a user can act on."""
 
 import re
-from pathlib import Path
 
 ERROR = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt)): (.+(?:\n  +\S.*)*)", re.MULTILINE)
 CHILD = "Engine core initialization failed"
@@ -12,15 +11,14 @@ class StartError(RuntimeError):
     """An actor could not be built; the message holds the cause and the path of its full output."""
 
 
-def root_cause(traceback: str, logs: str) -> str:
+def root_cause(traceback: str, output: str) -> str:
     """The last error named in an actor's traceback, at most 600 characters.
 
-    Where that only points at vLLM's core process, the last one in the actor's output (files in `logs`, by pid).
+    Where that only points at vLLM's core process, the last one in the actor's output.
     """
     found = ERROR.findall(traceback)
-    if found and CHILD in found[-1][1] and (pid := re.search(r"pid=(\d+)", traceback)):
-        for file in Path(logs).glob(f"worker-*-{pid[1]}.*"):
-            found += [e for e in ERROR.findall(_plain(file.read_text(errors="replace"))) if CHILD not in e[1]]
+    if found and CHILD in found[-1][1]:
+        found += [each for each in ERROR.findall(_plain(output)) if CHILD not in each[1]]
     if not found:
         return traceback.strip().splitlines()[-1][:600]
     kind, message = found[-1]

@@ -109,6 +109,10 @@ class LearnerProcess(Process):
         """The node's address, and a port on which the process listens from now on."""
         return self.actor.listen.remote()
 
+    def run(self, function: Callable[..., R], *args: Any) -> ObjectRef[R]:
+        """Run a function there."""
+        return self.actor.run.remote(function, *args)
+
     def preload(self, module: str) -> None:
         """Import a module while there is time. Returns at once."""
         self.actor.preload.remote(module)

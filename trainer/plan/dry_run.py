@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from rl.config import Config
-from trainer.plan.plan import make_plan
+from trainer.plan.plan import Plan, make_plan
 from trainer.runs.settings import plain_config
 from trainer.tracking.terminal import console
 
@@ -29,10 +29,16 @@ def dry_run(config: Config) -> None:
     for row in plan.memory.rows():
         table.add_row(*row)
     if config.save_every:
-        # Adam's two moments and the masters, each in fp32; a new checkpoint is complete before an old one goes.
-        disk = (config.keep_last + 1) * 12 * trained / 2**30
-        table.add_row("disk for checkpoints", f"{disk:.2f} GiB, one every {config.save_every} steps")
+        table.add_row("disk for checkpoints", f"{disk_gib(plan):.2f} GiB, one every {config.save_every} steps")
     console.print(table)
     for note in plan.notes():
         console.print(note, style="yellow", markup=False, highlight=False)
     plan.check_model()
+
+
+def disk_gib(plan: Plan) -> float:
+    """GiB of a run's checkpoints. Raises OSError where there is no model."""
+    config, shape = plan.config, plan.memory.shape
+    trained = config.trainer.lora.rank * shape.adapted or shape.parameters
+    # Adam's two moments and the masters, each in fp32; a new checkpoint is complete before an old one goes.
+    return (config.keep_last + 1) * 12 * trained / 2**30 if config.save_every else 0.0

@@ -1,6 +1,7 @@
 """What a run asks of its machines, worked out once. Run, dry run and doctor read the same value."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 from rl.config import Config
 from rl.validate import check
 from trainer.cluster.placement import Placement, check_fits, engines_alone, place, reward_models_of
-from trainer.cluster.ray_session import LEAST_STORE, cluster_gpus, object_store_bytes
+from trainer.cluster.ray_session import LEAST_STORE, gpus_of_nodes, object_store_bytes
 from trainer.machine import shared_memory
 from trainer.model.files import check_model_folder, model_config, scoring_parameters, without_weights
 from trainer.plan.memory import (
@@ -41,13 +42,19 @@ class Plan:
     placement: Placement
     gpus: float
     """GPUs that the machine or the cluster has."""
+    nodes: Sequence[float] = ()
+    """Those of each node."""
 
     def check_gpus(self) -> None:
         """Raise ValueError, with the remedy, when there are too few GPUs or none that this environment can use."""
         if not os.environ.get("RAY_ADDRESS"):
             check_build(self.placement.device)
             check_shared_memory(self.placement)
-        check_fits(self.placement, gpus=self.gpus)
+        self.check_fits()
+
+    def check_fits(self) -> None:
+        """Raise ValueError, with the remedy, when the nodes have too few GPUs."""
+        check_fits(self.placement, gpus=self.gpus, nodes=self.nodes)
 
     @cached_property
     def skeleton(self) -> "PreTrainedModel":
@@ -92,6 +99,11 @@ class Plan:
 
     def check_model(self) -> None:
         """Raise ValueError where the model cannot run as the settings ask, or does not fit. Takes seconds."""
+        self.check_rules()
+        self.memory.check(self.config)
+
+    def check_rules(self) -> None:
+        """Raise ValueError where the model cannot run as the settings ask, on whatever machine."""
         if self.placement.learners:
             # Imported late: transformers takes seconds, and --help needs no model.
             from trainer.model.measure import measure
@@ -99,20 +111,21 @@ class Plan:
             check_rows(self.config)
             check_router(self.config)
             measure(self.skeleton)
-        self.memory.check(self.config)
 
 
-def make_plan(config: Config, *, learners: bool = True) -> Plan:
+def make_plan(config: Config, *, learners: bool = True, nodes: Sequence[float] | None = None) -> Plan:
     """Check the settings and place the run; takes no time. Raises ValueError or FileNotFoundError, with the remedy.
 
-    Without learners it is an evaluation: engines alone, which read the model themselves.
+    Without learners it is an evaluation: engines alone, which read the model themselves. `nodes` are the GPUs of each
+    node where the run will be; by default they are counted here.
     """
     check(config)
     for model in (config.model, *(judge.model for judge in reward_models_of(config))):
         check_model_folder(model)
-    gpus = cluster_gpus() if config.device != "cpu" else 0.0
+    nodes = (gpus_of_nodes() if nodes is None else nodes) if config.device != "cpu" else ()
+    gpus = float(sum(nodes))
     placement = place(config, cuda=gpus > 0, gpus=gpus)
     placement = placement if learners else engines_alone(placement, config)
     check_truncation(config, placement.device)
     check_experts_reported(config, placement.device)
-    return Plan(config=config, placement=placement, gpus=gpus)
+    return Plan(config=config, placement=placement, gpus=gpus, nodes=nodes)

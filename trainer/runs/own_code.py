@@ -9,7 +9,6 @@ import inspect
 import json
 import re
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from functools import partial
@@ -22,8 +21,6 @@ from rl.config import Config
 from rl.data import Eval
 from trainer.runs.settings import name_of, plain
 
-INSTALLED = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-"""Folders of installed code, which has a version instead."""
 CONSTANTS = (bool, int, float, complex, str, bytes, tuple, frozenset, list, dict, set, re.Pattern, type(None))
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -136,9 +133,4 @@ def _own(value: Any) -> bool:
     if str(name).partition(".")[0] in (*checkout.PACKAGES, "builtins", "None"):
         return False
     file = getattr(sys.modules.get(str(name)), "__file__", None)
-    return file is None or not is_installed(Path(file).resolve())
-
-
-def is_installed(file: Path) -> bool:
-    """Whether a file is of Python's own library, or of a package that was installed."""
-    return "site-packages" in file.parts or any(folder in file.parents for folder in INSTALLED)
+    return file is None or not checkout.is_installed(Path(file).resolve())

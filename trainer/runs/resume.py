@@ -140,6 +140,14 @@ def resume(run: Path) -> Resumed:
     return Resumed(run=run, checkpoint=found, progress=progress, history=history)
 
 
+def newest(wanted: Path) -> Path | None:
+    """The last folder of a run (NAME, NAME-2, ...) that has a checkpoint; None where none has."""
+    number = {folder: folder.name.removeprefix(f"{wanted.name}-") for folder in wanted.parent.glob(f"{wanted.name}-*")}
+    again = sorted((int(n), folder) for folder, n in number.items() if n.isdigit())
+    folders = [wanted, *(folder for _, folder in again)]
+    return next((each for each in reversed(folders) if checkpoint.finished(each / "checkpoints")), None)
+
+
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two fingerprints, in words. What only one of them has is not compared."""
     found = []
