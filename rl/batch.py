@@ -29,6 +29,7 @@ def trajectory(
         finish_reason=completion.finish_reason,
         support=None if completion.support is None else [list[int]() for _ in range(p)] + completion.support,
         trained=not (mask_truncated and completion.finish_reason == "length"),
+        engine=completion.engine,
     )
 
 

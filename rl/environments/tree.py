@@ -123,6 +123,7 @@ class Tree:
                     support=columns.support if path[0].completion.support is not None else None,
                     turns=columns.turns,
                     paid=paid,
+                    engine=path[-1].completion.engine,
                     **more,  # pyright: ignore[reportArgumentType]
                 )
             )
