@@ -1,6 +1,6 @@
 """What does a run with a problem look like? Makes the run of docs/tutorials/reading-a-run.md, and its pictures.
 
-python scripts/docs/reading_a_run.py run                   # the quickstart with an engine that reuses stale KV
+python scripts/docs/reading_a_run.py run                   # the quickstart with an engine that uses stale KV
 python scripts/docs/reading_a_run.py pictures FOLDER       # docs/images/view-*.png; needs Chromium
 """
 
@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-for folder in (ROOT, ROOT / "recipes", ROOT / "scripts" / "four_fixes", ROOT / "tests" / "support"):
+for folder in (ROOT, ROOT / "recipes", ROOT / "tests" / "support"):
     sys.path.insert(0, str(folder))
 PICTURES = ROOT / "docs" / "images"
 
 
 def run(*flags: str) -> None:
-    """The quickstart on eight prompts, one step behind, with an engine whose prefix cache ignores updates."""
+    """The quickstart on eight prompts, one step behind, with an engine whose prefix cache ignores updates, but
+    not the first two, which a run verifies."""
     from quickstart import config, products
 
     from rl.objectives import GRPO
@@ -26,7 +27,7 @@ def run(*flags: str) -> None:
     def eight() -> Data:
         return Data(train=products().train[:8])
 
-    faulty = replace(config.rollout, engine_class="faulty_engines:UnsaltedPrefixes", max_tokens=24)
+    faulty = replace(config.rollout, engine_class="stale_engine:StalePrefixes", max_tokens=24)
     objective = GRPO()
     planted = replace(config, name="reading", data=eight, rollout=faulty, objective=objective, max_staleness=1)
     launch(replace(planted, doctor="off", steps=10, eval_every=0, save_every=0, save_final=False), args=[*flags])

@@ -1,7 +1,12 @@
 """The rollout record: why a token did not learn, files that a kill leaves readable, and a thread that blocks nobody."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -183,3 +188,48 @@ def test_the_tokens_of_one_row_are_read_alone(tmp_path):
     assert len(found["ids"]) == 2 + 3 + 1 + 1
     assert set(found) == {*writer.LISTS}
     assert pq.read_schema(tmp_path / entry.file).names[0] == "state"
+
+
+WRITES = """
+import os, sys
+from pathlib import Path
+from planted_run import row
+from trainer.record.table import Told
+from trainer.record.writer import Writer
+
+for folder in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        one = Writer(Path(folder.strip()), keep="some", most_bytes=1e9, after=0, alerts=set)
+        step = 0
+        while True:
+            step += 1
+            one._waiting.put((step, [Told(trajectory=row(g)) for g in range(3)], []))
+    print(pid, flush=True)
+    os.waitpid(pid, 0)
+"""
+
+
+@pytest.mark.slow
+def test_fifty_writers_that_are_killed_leave_records_that_can_be_read(tmp_path):
+    paths = os.pathsep.join([os.getcwd(), str(Path(__file__).parents[1] / "support")])
+    command = [sys.executable, "-c", WRITES]
+    environment = os.environ | {"PYTHONPATH": paths}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as forks:
+        assert forks.stdin is not None
+        assert forks.stdout is not None
+        for n in range(50):
+            folder = tmp_path / str(n)
+            forks.stdin.write(f"{folder}\n")
+            forks.stdin.flush()
+            pid = int(forks.stdout.readline())
+            # Killed at another size of the manifest each time, which lies in a line, at its end or between files.
+            path = folder / manifest.NAME
+            while not (path.exists() and path.stat().st_size > 37 * n):
+                threading.Event().wait(0.0005)
+            os.kill(pid, signal.SIGKILL)
+            kept = manifest.entries(folder)
+            rows = {step: scalars(folder / each.file)["step"].to_pylist() for step, each in kept.items()}
+            assert rows == {step: [step] * each.rows for step, each in kept.items()}, n
+            assert list(kept) == list(range(1, len(kept) + 1)), n
+        forks.stdin.close()

@@ -21,7 +21,7 @@ pc: Any = compute
 """pyarrow states no types of its functions."""
 WAITING = 4
 """Steps that may wait for the disk. A further one is left out, and counted."""
-CLOSE_S = 20.0
+CLOSE_S = 10.0
 """Seconds in which the last steps must be written when a run ends."""
 
 
@@ -60,8 +60,8 @@ class Writer:
     def close(self) -> None:
         """Write what waits, for at most CLOSE_S seconds."""
         with suppress(queue.Full):
-            self._waiting.put(None, timeout=CLOSE_S)
-        self._thread.join(CLOSE_S)
+            self._waiting.put(None, timeout=CLOSE_S / 2)
+        self._thread.join(CLOSE_S / 2)
 
     def _work(self) -> None:
         try:

@@ -40,15 +40,20 @@ class Rollouts:
         return vocabulary.load(self.folder)
 
     def refresh(self) -> None:
-        """Read the steps that are new. A file that goes meanwhile, thinned by its run, is read the next time."""
+        """See which steps there are now."""
+        self.entries = manifest.entries(self.folder)
+
+    def table(self, step: int | None = None) -> pa.Table:
+        """Scalars of a step's rows, or of all. A file that goes meanwhile, thinned by its run, is left out."""
+        entries = [self.entries[step]] if step in self.entries else [*self.entries.values()] if step is None else []
+        names = [each.file for each in entries]
         with self._lock:
-            entries = manifest.entries(self.folder)
-            names = {each.file for each in entries.values()}
+            new = [name for name in names if name not in self.files]
             with ThreadPoolExecutor(8) as pool:
-                new = {name: pool.submit(self._scalars, name) for name in names - self.files.keys()}
-            read = {name: table for name, job in new.items() if (table := job.result()) is not None}
-            self.files = {name: table for name, table in (self.files | read).items() if name in names}
-            self.entries = {step: each for step, each in entries.items() if each.file in self.files}
+                read = zip(new, pool.map(self._scalars, new), strict=True)
+                self.files |= {name: table for name, table in read if table is not None}
+        tables = [self.files[name] for name in names if name in self.files]
+        return pa.concat_tables(tables) if tables else COLUMNS
 
     def _scalars(self, name: str) -> pa.Table | None:
         try:
@@ -56,12 +61,6 @@ class Rollouts:
         except (OSError, pa.ArrowException):
             return None
         return table.append_column("place", pa.array(np.arange(len(table))))
-
-    def table(self, step: int | None = None) -> pa.Table:
-        """Scalars of a step's rows, or of all."""
-        chosen = [self.entries[step]] if step in self.entries else [] if step is not None else self.entries.values()
-        tables = [self.files[each.file] for each in chosen]
-        return pa.concat_tables(tables) if tables else COLUMNS
 
     def find(
         self, step: int | None, where: str = "", sort: str = "", *, falling: bool = False, limit: int = 500
