@@ -138,4 +138,4 @@ def scalars(file: Path) -> pa.Table:
 
 def tokens(file: Path, place: int) -> dict[str, Any]:
     """The tokens of one row of a file."""
-    return pq.read_table(file, columns=list(LISTS), memory_map=True).slice(place, 1).to_pylist()[0]
+    return pq.ParquetFile(file).read(columns=list(LISTS)).slice(place, 1).to_pylist()[0]

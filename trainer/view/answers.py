@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from trainer.record import timeline
@@ -62,6 +63,8 @@ class Answers:
 
     def _run(self) -> dict[str, Any]:
         self.rollouts.refresh()
+        # What a search over all steps needs, while the reader looks at the curves.
+        Thread(target=self.rollouts.table, daemon=True).start()
         summary, metrics = as_json(self.run / "summary.json"), read_lines(self.run / "metrics.jsonl")
         names = list(dict.fromkeys(name for row in metrics for name in row))
         written = (self.run / "metrics.jsonl").stat().st_mtime

@@ -57,7 +57,7 @@ class Rollouts:
 
     def _scalars(self, name: str) -> pa.Table | None:
         try:
-            table = pq.read_table(self.folder / name, columns=list(SCALARS))
+            table = pq.ParquetFile(self.folder / name).read(columns=list(SCALARS))
         except (OSError, pa.ArrowException):
             return None
         return table.append_column("place", pa.array(np.arange(len(table))))

@@ -70,7 +70,7 @@ const ended = s => s.state === "trained" ? "" : `The group was ${s.state} (${s.r
 
 // -- curves ---------------------------------------------------------------------------------------------------------
 function curve(lines, alerts, go) {
-  const W = 340, H = 120, L = 44, B = 18, points = lines.flat().filter(([, y]) => y != null);
+  const W = 340, H = 120, L = 50, B = 18, points = lines.flat().filter(([, y]) => y != null);
   if (!points.length) return h("p", { class: "soft" }, "no values");
   const xs = points.map(p => p[0]), ys = points.map(p => p[1]);
   const least = Math.min(...ys), most = Math.max(...ys), [x0, x1, y0] = [Math.min(...xs), Math.max(...xs), least], y1 = most > least ? most : least + 1;
@@ -103,7 +103,7 @@ function curve(lines, alerts, go) {
 const series = name => run.metrics.step.map((x, i) => [x, (run.metrics[name] || [])[i] ?? null]).filter(([, y]) => y != null);
 function card(name) {
   const line = series(name);
-  return h("section", { class: "card" }, h("h2", {}, name, h("span", {}, line.length ? String(line.at(-1)[1]).slice(0, 9) : "")),
+  return h("section", { class: "card" }, h("h2", {}, name, h("span", {}, line.length ? number(line.at(-1)[1]) : "")),
     curve([line], run.alerts, step => run.steps.some(s => s[0] === step) && (location.hash = `#/step/${step}`)));
 }
 async function showRun() {
@@ -217,7 +217,7 @@ function about(s, i) {
   if (sampled) pairs.push(["version", `v${s.version[i]}`], ["turn", s.turn[i] + 1], ["engine, log-probability", number(s.rollout[i])], ["trainer, before the step", number(old)],
     ["trainer, last pass", number(old == null ? null : old + s.moved[i])], ["gap", number(gap)], ["moved", number(s.moved[i])], ["ratio", s.moved[i] == null ? "n/a" : number(ratio(s, i))],
     ["advantage", number(s.advantage_at[i])], ["weight", number(s.weight_at[i])], ["entropy", number(s.entropy_at[i])]);
-  return [h("b", {}, s.text[i] === "" ? "part of a character" : visible(s.text[i])),
+  return [h("b", {}, s.text[i] === "" ? "part of a character" : visible(s.text[i]).replaceAll(" ", "␣")),
     h("p", { class: why.length ? "bad" : "good", id: "why" }, why.length ? why.join(" ") : "It learned."),
     h("dl", {}, pairs.map(([k, v]) => [h("dt", {}, k), h("dd", {}, String(v))]))];
 }
@@ -345,7 +345,7 @@ async function showTime() {
       c.strokeStyle = INKS[q]; c.lineWidth = 1.5; c.beginPath();
       let y = Q + 68;
       depths.forEach(([t, n], i) => { if (i) c.lineTo(X(t), y); y = Q + 68 - 50 * n[q] / deepest; c.lineTo(X(t), y); });
-      c.stroke(); c.fillStyle = INKS[q]; c.restore(); c.fillText(`${state}`, 2, Q + 30 + 13 * q); c.save(); c.beginPath(); c.rect(L, 0, W, H); c.clip();
+      c.stroke(); c.restore(); c.fillStyle = INKS[q]; c.fillText(state, 2, Q + 30 + 13 * q); c.save(); c.beginPath(); c.rect(L, 0, W, H); c.clip();
     });
     c.restore(); c.fillStyle = style.color; c.fillText(`groups, at most ${deepest}`, L, Q + 14);
     for (let k = 0; k <= 4; k++) c.fillText(((from + (until - from) * k / 4 - first) / 1e6).toFixed(1) + " s", Math.min(W - 40, L + (W - L) * k / 4), H - 4);
