@@ -68,7 +68,13 @@ def table_of(step: int, told: list[Told], seen: list[Seen]) -> pa.Table:
     rank's, and empty where the learner saw nothing."""
     places = {int(row): (of, i) for of in seen for i, row in enumerate(of.rows.tolist())}
     rows = [_row(step, one, places.get(i)) for i, one in enumerate(told)]
-    return pa.Table.from_pydict({name: [row[name] for row in rows] for name in SCHEMA.names}, schema=SCHEMA)
+    starts = pa.array(np.cumsum([0, *(len(row["ids"]) for row in rows)]), pa.int32())
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in SCALARS}
+    for name in LISTS:
+        flat = np.concatenate([row[name] for row in rows]) if rows else np.empty(0)
+        flat = shortened(flat, BITS[name]) if name in BITS else flat.astype(COUNTS[name])
+        columns[name] = pa.ListArray.from_arrays(starts, flat)
+    return pa.Table.from_pydict(columns, schema=SCHEMA)
 
 
 def _row(step: int, told: Told, place: tuple[Seen, int] | None) -> dict[str, Any]:
@@ -130,7 +136,7 @@ def _row(step: int, told: Told, place: tuple[Seen, int] | None) -> dict[str, Any
         "flags": flags,
         "version": versions,
         "turn": turns,
-        **{name: shortened(np.where(mask, value, np.float32(0)), BITS[name]) for name, value in lists.items()},
+        **{name: np.where(mask, value, np.float32(0)) for name, value in lists.items()},
     }
 
 
