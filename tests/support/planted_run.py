@@ -152,4 +152,4 @@ def write(run: Path, steps: dict[int, tuple[list[Told], list[Seen]]], tokenizer:
         moves = [("sampling", round((1e9 + step) * 1e6)), ("ready", round((1e9 + step + 0.7) * 1e6))]
         timeline.span("groups", 0, f"group {step}", 1e9 + step, 1e9 + step + 1, end="trained", moves=moves)
     with (run / NAME).open("a") as file:
-        file.write(timeline.take())
+        file.writelines(timeline.take())

@@ -22,7 +22,7 @@ from trainer.record import manifest, vocabulary, writer
 from trainer.record.manifest import Entry
 from trainer.record.recorder import RunRecord
 from trainer.record.table import Told, shortened, table_of, untold
-from trainer.record.writer import Writer, scalars, tokens
+from trainer.record.writer import Writer, tokens
 
 
 def test_each_reason_of_a_token_is_found_where_it_was_planted():
@@ -58,6 +58,7 @@ def test_what_is_not_trained_on_says_why():
         Told(trajectory=row(group=1)),
         Told(trajectory=read, end="filtered(zero_advantage)"),
         Told(trajectory=untold(9, [4, 5]), end="failed(env_error)", error="no database"),
+        Told(trajectory=untold(10, []), end="filtered(too_old)"),
     ]
     table = table_of(2, told, [])
     flags = table["flags"].to_pylist()
@@ -68,6 +69,7 @@ def test_what_is_not_trained_on_says_why():
     assert [*zip(table["state"].to_pylist(), table["reason"].to_pylist(), strict=True)][2:] == [
         ("filtered", "zero_advantage"),
         ("failed", "env_error"),
+        ("filtered", "too_old"),
     ]
     assert (table["error"].to_pylist()[3], table["ids"].to_pylist()[3]) == ("no database", [4, 5])
 
@@ -83,7 +85,7 @@ def test_short_numbers_keep_three_digits_and_what_is_not_finite():
 def written(folder, steps, *, keep="all", most=1e9, alerts=(), sampled=3, after=0):
     one = Writer(folder, keep=keep, most_bytes=most, after=after, alerts=lambda: set(alerts))
     for step in steps:
-        one._put((step, [Told(trajectory=row(g, e, sampled + g + e)) for g in range(3) for e in range(2)], []))
+        one.put((step, [Told(trajectory=row(g, e, sampled + g + e)) for g in range(3) for e in range(2)], []))
         while not one._waiting.empty() and one._thread.is_alive():
             threading.Event().wait(0.001)
     one.close()
@@ -119,7 +121,7 @@ def test_a_full_folder_is_thinned_from_its_oldest_step_and_alerts_stay(tmp_path)
     size = written(tmp_path / "a", [1], sampled=2000)[1].bytes
     kept = written(tmp_path / "b", [1, 2, 3, 4, 5], most=4.9 * size, alerts=[1], sampled=2000)
     assert {step: each.kept for step, each in kept.items()} == {1: "all", 2: "some", 3: "all", 4: "all", 5: "all"}
-    table = scalars(tmp_path / "b" / kept[2].file)
+    table = pq.read_table(tmp_path / "b" / kept[2].file)
     assert 3 <= len(table) < 6
     assert max(table["tokens"].to_pylist()) == 2003  # the longest
     groups = table["group"].to_pylist()
@@ -146,7 +148,7 @@ def test_a_disk_that_hangs_holds_up_no_step_and_is_reported_once(tmp_path, monke
     kept = manifest.entries(tmp_path / "rollouts")
     assert 1 in kept
     assert len(kept) <= writer.WAITING + 2
-    assert scalars(tmp_path / "rollouts" / kept[1].file)["began"].to_pylist()[0] > 1e9
+    assert pq.read_table(tmp_path / "rollouts" / kept[1].file)["began"].to_pylist()[0] > 1e9
 
 
 def test_a_folder_that_cannot_be_written_is_one_alert(tmp_path):
@@ -229,7 +231,7 @@ def test_fifty_writers_that_are_killed_leave_records_that_can_be_read(tmp_path):
                 threading.Event().wait(0.0005)
             os.kill(pid, signal.SIGKILL)
             kept = manifest.entries(folder)
-            rows = {step: scalars(folder / each.file)["step"].to_pylist() for step, each in kept.items()}
+            rows = {step: pq.read_table(folder / each.file)["step"].to_pylist() for step, each in kept.items()}
             assert rows == {step: [step] * each.rows for step, each in kept.items()}, n
             assert list(kept) == list(range(1, len(kept) + 1)), n
         forks.stdin.close()

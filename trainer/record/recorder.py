@@ -58,7 +58,7 @@ class RunRecord:
             alerts=lambda: {alert["step"] for alert in [*alerts]},
         )
         if self.on:
-            self.writer.also(lambda folder: vocabulary.save(tokenizer, folder))
+            self.writer.put(lambda folder: vocabulary.save(tokenizer, folder))
 
     def moved(self, ordinal: int, state: str) -> None:
         """A group has a new state."""
@@ -86,8 +86,8 @@ class RunRecord:
         times = {row.group: self.times.pop(row.group) for row in rows if row.group in self.times}
         told = [Told(trajectory=row, **_span(times.get(row.group))) for row in rows]
         left, self.left, seen, self.seen, self.step = self.left, [], self.seen, [], step
-        if self.on:
-            self.writer.put(step, told + left, seen)
+        if self.on and not self.writer.put((step, told + left, seen)):
+            self.writer.problem = f"the disk takes longer than the steps; step {step} is left out, and others may be"
         self.free = time.time()
         self._flush(0)
         return rows
@@ -118,14 +118,15 @@ class RunRecord:
     def close(self) -> None:
         """Write what is left; a run that fails between two steps has its last groups as one more step."""
         if self.on and self.left:
-            self.writer.put(self.step + 1, self.left, [])
+            self.writer.put((self.step + 1, self.left, []))
         self._flush(0)
         self.writer.close()
 
     def _flush(self, least: int) -> None:
         if len(self.timeline.lines) > least:
-            text = self.timeline.take()
-            self.writer.also(lambda folder: add_lines(folder.parent / NAME, text))
+            lines = self.timeline.take()
+            if not self.writer.put(lambda folder: add_lines(folder.parent / NAME, "".join(lines))):
+                self.timeline.lines = lines
         problem, self.writer.problem = self.writer.problem, ""
         if problem and not self.reported:
             self.reported = True

@@ -40,12 +40,12 @@ class Timeline:
 
     def _add(self, name: str, kind: str, lane: str, thread: int, at: float, **more: Any) -> None:
         event = {"name": name, "ph": kind, "pid": LANES[lane], "tid": thread, "ts": round(at * 1e6), **more}
-        self.lines.append(json.dumps(event))
+        self.lines.append(json.dumps(event) + "\n")
 
-    def take(self) -> str:
+    def take(self) -> list[str]:
         """The lines since the last call."""
         lines, self.lines = self.lines, []
-        return "".join(line + "\n" for line in lines)
+        return lines
 
 
 def read(run: Path, most: int = 60_000) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import pyarrow.parquet as pq
 from rl.episodes.seen import Seen
 from trainer.record import manifest
 from trainer.record.manifest import Entry
-from trainer.record.table import BITS, LISTS, SCALARS, Told, table_of
+from trainer.record.table import BITS, LISTS, Told, table_of
 
 pc: Any = compute
 """pyarrow states no types of its functions."""
+Step = tuple[int, list[Told], list[Seen]]
 WAITING = 4
-"""Steps that may wait for the disk. A further one is left out, and counted."""
+"""Steps that may wait for the disk. A further one is left out."""
 CLOSE_S = 10.0
 """Seconds in which the last steps must be written when a run ends."""
 
@@ -35,27 +37,17 @@ class Writer:
         self.folder, self.keep, self.most_bytes, self.after, self.alerts = folder, keep, most_bytes, after, alerts
         self.problem = ""
         """What the run must report; it takes it away."""
-        self.left_out = 0
-        self._waiting: queue.Queue[tuple[int, list[Told], list[Seen]] | Callable[[Path], None] | None] = queue.Queue(
-            WAITING
-        )
+        self.kept: dict[int, Entry] = {}
+        self._waiting: queue.Queue[Step | Callable[[Path], None] | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._work, name="rollout record", daemon=True)
         self._thread.start()
 
-    def put(self, step: int, told: list[Told], seen: list[Seen]) -> None:
-        """Give the rows of a step. Never waits."""
-        self._put((step, told, seen))
-
-    def also(self, write: Callable[[Path], None]) -> None:
-        """Let the thread write something else into the folder."""
-        self._put(write)
-
-    def _put(self, job: Any) -> None:
-        try:
+    def put(self, job: Step | Callable[[Path], None]) -> bool:
+        """Give the rows of a step, or what else writes into the folder; False if too much waits. Never waits."""
+        with suppress(queue.Full):
             self._waiting.put_nowait(job)
-        except queue.Full:
-            self.left_out += 1
-            self.problem = f"the disk takes longer than the steps: {self.left_out} steps are left out so far"
+            return True
+        return False
 
     def close(self) -> None:
         """Write what waits, for at most CLOSE_S seconds."""
@@ -64,13 +56,8 @@ class Writer:
         self._thread.join(CLOSE_S / 2)
 
     def _work(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.after:
-                manifest.add(self.folder, {"after": self.after})
-        except OSError as error:
-            self.problem = str(error)
-        while (job := self._waiting.get()) is not None:
+        jobs = iter(self._waiting.get, None)
+        for job in chain([self._begin], jobs):
             try:
                 if callable(job):
                     job(self.folder)
@@ -78,8 +65,14 @@ class Writer:
                     step, told, seen = job
                     self._write(step, table_of(step, told, seen), "all")
                     self._make_room(step)
-            except (OSError, pa.ArrowException) as error:
+            except Exception as error:  # whatever is wrong with a record, it is not worth a run
                 self.problem = f"{type(error).__name__}: {error}"
+
+    def _begin(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.after:
+            manifest.add(folder, {"after": self.after})
+        self.kept = manifest.entries(folder)
 
     def _write(self, step: int, table: pa.Table, kept: str) -> None:
         """Write a file, then its line: what is killed between has a file without a line."""
@@ -99,24 +92,24 @@ class Writer:
         finally:
             partial.unlink(missing_ok=True)
         size, tokens = (self.folder / name).stat().st_size, int(pc.sum(pc.list_value_length(table["ids"])).as_py() or 0)
-        entry = Entry(step=step, file=name, bytes=size, rows=len(table), tokens=tokens, kept=kept)
-        manifest.add(self.folder, entry)
+        self.kept[step] = Entry(step=step, file=name, bytes=size, rows=len(table), tokens=tokens, kept=kept)
+        manifest.add(self.folder, self.kept[step])
 
     def _make_room(self, step: int) -> None:
         """Thin the oldest steps while the folder is too full; with `some`, all but the newest. At last they go."""
-        alerts, kept = self.alerts(), manifest.entries(self.folder)
-        total = sum(each.bytes for each in kept.values())
-        for old in [e for e in kept.values() if e.kept == "all" and e.step < step and e.step not in alerts]:
+        alerts, total = self.alerts(), sum(each.bytes for each in self.kept.values())
+        for old in [e for e in self.kept.values() if e.kept == "all" and e.step < step and e.step not in alerts]:
             if self.keep == "all" and total <= self.most_bytes:
                 return
             self._write(old.step, thinned(pq.read_table(self.folder / old.file), old.step), "some")
             (self.folder / old.file).unlink()
-            total += manifest.entries(self.folder)[old.step].bytes - old.bytes
-        for old in [e for e in manifest.entries(self.folder).values() if e.step < step]:
+            total += self.kept[old.step].bytes - old.bytes
+        for old in [e for e in self.kept.values() if e.step < step]:
             if total <= self.most_bytes:
                 return
             manifest.add(self.folder, {"gone": old.step})
             (self.folder / old.file).unlink()
+            del self.kept[old.step]
             total -= old.bytes
 
 
@@ -129,11 +122,6 @@ def thinned(table: pa.Table, seed: int) -> pa.Table:
     if len(trained):
         chosen |= table["group"].to_numpy() == np.random.default_rng(seed).choice(trained)
     return table.filter(pa.array(chosen))
-
-
-def scalars(file: Path) -> pa.Table:
-    """The rows of a file without their tokens."""
-    return pq.read_table(file, columns=list(SCALARS), memory_map=True)
 
 
 def tokens(file: Path, place: int) -> dict[str, Any]:

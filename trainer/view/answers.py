@@ -53,7 +53,7 @@ class Answers:
             found = self.rollouts.sequences(number["step"], number["group"], number.get("episode"))
             return [compact(each) for each in found]
         if path == "time":
-            return timeline.read(self.run)
+            return timeline.trace(timeline.read(self.run))["traceEvents"]
         if path == "doctor":
             return as_json(self.run / "doctor.json")
         if path == "compare" and self.other:

@@ -311,20 +311,12 @@ async function showGroup(step, group) {
 // -- time, doctor, compare ------------------------------------------------------------------------------------------
 const LANES = { 1: "engine", 2: "groups", 3: "learner rank", 4: "run" }, INKS = ["#2a6296", "#b4570a", "#2d6a3e", "#7a5195", "#a05a2c", "#4b8f8c", "#8a8a2a"];
 const QUEUES = ["sampling", "scoring", "ready"];
-function queues(events) { // [time, groups in each queue] after each change
-  const changes = [], now = [0, 0, 0];
-  for (const e of events) if (e.pid === 2 && e.dur != null) e.args.moves.forEach(([state, t], i) => {
-    const q = QUEUES.indexOf(state);
-    if (q >= 0) changes.push([t, q, 1], [(e.args.moves[i + 1] || [0, e.ts + e.dur])[1], q, -1]);
-  });
-  return changes.sort((a, b) => a[0] - b[0]).map(([t, q, by]) => { now[q] += by; return [t, [...now]]; });
-}
 async function showTime() {
-  const events = (await get("time")).filter(e => e.ph !== "M"), first = events[0]?.ts ?? 0, end = Math.max(...events.map(e => e.ts + (e.dur || 0)));
+  const all = await get("time"), events = all.filter(e => e.ph === "X" || e.ph === "i"), first = events[0]?.ts ?? 0, end = events.reduce((t, e) => Math.max(t, e.ts + (e.dur || 0)), 0);
   if (!events.length) return put(main, h("p", {}, "No times are recorded."));
   let from = first, until = end;
   const canvas = h("canvas", { class: "lanes" }), said = h("p", { class: "soft" }, "Wheel: zoom. Drag: move. Colours stand for names."), inks = new Map();
-  const depths = queues(events), deepest = Math.max(1, ...depths.map(d => Math.max(...d[1])));
+  const depths = all.filter(e => e.ph === "C"), deepest = depths.reduce((n, e) => Math.max(n, ...Object.values(e.args)), 1);
   const lanes = [...new Set(events.map(e => e.pid * 1e9 + e.tid))].sort((a, b) => (a >= 4e9 ? a - 9e9 : a) - (b >= 4e9 ? b - 9e9 : b)), row = new Map(lanes.map((x, i) => [x, i])), R = 14, L = 96;
   const ink = name => { const k = name.replace(/[\d.]+/g, ""); if (!inks.has(k)) inks.set(k, INKS[inks.size % INKS.length]); return inks.get(k); };
   let boxes = [];
@@ -344,7 +336,7 @@ async function showTime() {
     QUEUES.forEach((state, q) => { // how many groups are in each queue, under the lanes
       c.strokeStyle = INKS[q]; c.lineWidth = 1.5; c.beginPath();
       let y = Q + 68;
-      depths.forEach(([t, n], i) => { if (i) c.lineTo(X(t), y); y = Q + 68 - 50 * n[q] / deepest; c.lineTo(X(t), y); });
+      depths.forEach((e, i) => { if (i) c.lineTo(X(e.ts), y); y = Q + 68 - 50 * e.args[state] / deepest; c.lineTo(X(e.ts), y); });
       c.stroke(); c.restore(); c.fillStyle = INKS[q]; c.fillText(state, 2, Q + 30 + 13 * q); c.save(); c.beginPath(); c.rect(L, 0, W, H); c.clip();
     });
     c.restore(); c.fillStyle = style.color; c.fillText(`groups, at most ${deepest}`, L, Q + 14);
