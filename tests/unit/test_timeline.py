@@ -1,13 +1,19 @@
 """The timeline: spans that do not overlap in a lane, whole lines after a kill, queue depths, a file for Perfetto."""
 
+import asyncio
 import json
+from types import SimpleNamespace
 
-from planted_run import Letters, row
+import pyarrow.parquet as pq
+
+from planted_run import Letters, clipped, row
+from rl.batch import collate
 from rl.config import Config
+from rl.protocols import SyncReport
 from rl.types import Data
-from trainer.record import timeline
+from trainer.record import manifest, timeline
 from trainer.record.lines import add_lines
-from trainer.record.recorder import RunRecord
+from trainer.record.recorder import Recorded, RunRecord
 from trainer.record.timeline import LANES, SLOTS, Timeline, queues, read, trace
 
 
@@ -61,3 +67,51 @@ def test_groups_leave_their_states_and_give_the_depths_of_the_queues(tmp_path):
     # What Perfetto needs of every event.
     assert all({"name", "ph", "pid"} <= event.keys() for event in made["traceEvents"])
     assert all(event["dur"] >= 0 for event in made["traceEvents"] if event["ph"] == "X")
+
+
+class Ranks:
+    """A learner of two ranks, of which the first saw the batch; an engine is lost in its second update."""
+
+    def __init__(self, seen):
+        self.version, self.seen, self.fleet = 0, seen, SimpleNamespace(causes=[])
+
+    async def step(self, batch):
+        return {"actor/loss": 0.5}
+
+    async def told(self):
+        return [(self.seen, [("gradients", 5.0, 6.0)]), (None, [("gradients", 5.0, 7.0)])]
+
+    async def publish(self, version):
+        self.version = version
+        if version == 2:
+            self.fleet.causes.append("engine 0 was lost: it died")
+        return SyncReport(seconds=1.0, pause_seconds=0.25, bytes=1, verified=True)
+
+
+def test_a_learner_that_is_recorded_gives_its_rows_phases_updates_and_lost_engines(tmp_path):
+    config = Config(name="t", model="m", data=lambda: Data(train=[]), reward=len)
+    record = RunRecord(tmp_path, config, tokenizer=Letters(), after=0, alert=print, alerts=[])
+    rows, seen = clipped()
+    ranks = Ranks(seen)
+    learner = Recorded(ranks, ranks, record)
+
+    async def train():
+        for step in (1, 2):
+            assert await learner.step(collate(rows)) == {"actor/loss": 0.5}
+            assert (await learner.publish(step)).seconds == 1.0
+            record.trained(step, rows)
+            assert await record.timed("evaluation", asyncio.sleep(0, "measured")) == "measured"
+        assert record.timed("evaluation", None) is None
+
+    asyncio.run(train())
+    record.close()
+    kept = manifest.entries(tmp_path / "rollouts")
+    for step in (1, 2):
+        assert pq.read_table(tmp_path / "rollouts" / kept[step].file)["silent"].to_pylist() == [1, 2, 3, 3]
+    events = read(tmp_path)
+    names = [event["name"] for event in events if event["pid"] == LANES["run"]]
+    assert {"learn step 1", "learn step 2", "update to v1", "wait for samples", "evaluation"} <= {*names}
+    assert names.count("engine 0 was lost: it died") == 1
+    assert [e["args"]["pause_s"] for e in events if e["name"] == "update to v2"] == [0.25]
+    phases = [(e["tid"], e["dur"]) for e in events if e["pid"] == LANES["learner rank"]]
+    assert sorted(phases) == [(0, 1_000_000)] * 2 + [(SLOTS, 2_000_000)] * 2

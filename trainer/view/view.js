@@ -180,7 +180,7 @@ async function showStep(step) {
   put(main, h("h1", {}, `Step ${step}`), facts(again.filter(([name]) => of(name) != null).map(([name]) => [name, of(name)])),
     h("details", {}, h("summary", {}, "The same figures from the recorded rows"), h("div", { id: "again" }, facts(again.map(([k, v]) => [k, v == null ? "n/a" : v])))),
     run.alerts.filter(a => a.step === step).map(a => h("p", {}, h("b", { class: "bad" }, a.title), ". ", a.text)),
-    h("p", {}, i > 0 ? link(`step/${steps[i - 1]}`, "← step " + steps[i - 1]) : null, " ", i >= 0 && i + 1 < steps.length ? link(`step/${steps[i + 1]}`, `step ${steps[i + 1]} →`) : null),
+    h("p", {}, i > 0 ? link(`step/${steps[i - 1]}`, "← step " + steps[i - 1]) : null, " \u2003 ", i >= 0 && i + 1 < steps.length ? link(`step/${steps[i + 1]}`, `step ${steps[i + 1]} →`) : null),
     i < 0 ? h("p", { class: "soft" }, "No row of this step is kept.") : h("section", {}, h("h2", {}, "Groups"), h("div", { class: "scroll" }, table), h("h2", {}, "Rows"), await rows(step)));
   keys.n = () => i + 1 < steps.length && (location.hash = `#/step/${steps[i + 1]}`);
   keys.p = () => i > 0 && (location.hash = `#/step/${steps[i - 1]}`);
