@@ -203,7 +203,8 @@ function tokens(s, from = 0, until = s.ids.length, differs = -1) {
     }
     const el = document.createElement("span");
     el.textContent = text === "" ? "◦" : visible(text);
-    el.className = (text === "" ? "part " : "") + (f & 1 ? "given" : f & 2 ? "read" : (f & 28 ? "clip " : "") + (f & 1248 ? "cut " : "") + (f ? "silent" : "")) + (i === differs ? " differs" : "");
+    // A token from right to left must not turn its neighbours around.
+    el.className = (text === "" ? "part " : /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/.test(text) ? "right " : "") + (f & 1 ? "given" : f & 2 ? "read" : (f & 28 ? "clip " : "") + (f & 1248 ? "cut " : "") + (f ? "silent" : "")) + (i === differs ? " differs" : "");
     el.i = i; el.s = s;
     paint(el, s, i);
     made.append(el);
