@@ -31,6 +31,7 @@ def trajectory(
         support=None if completion.support is None else [list[int]() for _ in range(p)] + completion.support,
         experts=completion.experts,
         trained=not (mask_truncated and completion.finish_reason == "length"),
+        engine=completion.engine,
     )
 
 

@@ -133,6 +133,12 @@ class TrackingConfig(Checked):
     metrics_host: str = "127.0.0.1"
     """Address for `metrics_port`. Another one than loopback needs the token of UNISON_METRICS_TOKEN, or one that is
     made and printed."""
+    rollouts: Literal["all", "some", "off"] = "all"
+    """Episodes whose tokens are kept in the run's folder under rollouts/, for `unison view`. all: every trained,
+    filtered and failed one, until the folder is full. some: of each step the one with the largest gap, the longest, and
+    one group at random; steps with an alert stay whole."""
+    rollouts_gib: float = 5.0
+    """GiB that rollouts/ may fill. Above it the oldest steps are thinned as by `some`, and after that they go."""
 
 
 @dataclass(frozen=True, kw_only=True)

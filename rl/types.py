@@ -168,6 +168,8 @@ class Trajectory:
     `reward`. None: all of it at the last sampled token."""
     verdicts: tuple[Verdict, ...] = ()
     """What judges said about it."""
+    engine: int = -1
+    """The engine that sampled its last token; -1: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Can these settings work together? The rules of the run itself; objectives, rewards and filters state their own."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,6 +80,9 @@ def _check_counts(config: Config) -> None:
     for name in ("lr", "value_lr", "warmup_steps", "weight_decay"):
         if (getattr(t, name) or 0.0) < 0:
             raise ValueError(f"trainer.{name}={getattr(t, name)} must not be negative")
+    if not 0 < config.tracking.rollouts_gib < math.inf:
+        given = config.tracking.rollouts_gib
+        raise ValueError(f"tracking.rollouts_gib={given:g} must be above 0; tracking.rollouts=off keeps none")
     off = {
         "save_every": (config.save_every, "makes no checkpoint"),
         "eval_every": (config.eval_every, "evaluates at the start and the end only"),

@@ -34,6 +34,10 @@ COMMANDS = {
         "trainer.commands.serve:serve",
         "Serve a model behind the APIs of OpenAI and Anthropic, for chats and external benchmarks.",
     ),
+    "view": (
+        "trainer.commands.view:view",
+        "Show a run in the browser, from its curves down to each token and why it did not learn.",
+    ),
     "what-if": ("trainer.commands.what_if:what_if", "Compare objectives on one recorded step of a run."),
 }
 """Where each command is, and what it does. It takes the arguments after its name and returns the exit status."""

@@ -24,6 +24,7 @@ from trainer.evaluations import Evaluations, evaluation_in
 from trainer.outcome import export_model, how_to_resume, leave
 from trainer.plan.plan import Plan, make_plan
 from trainer.prompts import Prepared, read
+from trainer.record.recorder import Recorded, RunRecord
 from trainer.runs import checkpoint
 from trainer.runs.files import Reserve, make_folder, write_json
 from trainer.runs.records import Recorder
@@ -114,6 +115,7 @@ class Run:
         self.loop: Loop | None = None
         self.fleet: Fleet | None = None
         self.monitor: Monitor | None = None
+        self.record: RunRecord | None = None
         self.evaluations: Evaluations
         self.summary: dict[str, Any] = {
             "name": config.name,
@@ -162,6 +164,11 @@ class Run:
         await self._check(learner)
         if self.monitor:
             self.monitor.engines = rollouts.figures
+        alert, after = self.tracker.alert, self.progress.version
+        record = RunRecord(
+            self.folder, config, tokenizer=tokenizer, after=after, alert=alert, alerts=self.tracker.alerts
+        )
+        self.record, rollouts.called = record, record.called
         player = episodes_of(config, rollouts, self.prepared)
         self.evaluations = evaluations = Evaluations(
             cluster=cluster,
@@ -175,21 +182,23 @@ class Run:
         self.loop = Loop(
             config=config,
             rollouts=rollouts,
-            learner=self._recorded(learner),
+            learner=Recorded(self._recorded(learner), learner, record),
             prompts=self.prepared.stream(config.seed, self.progress.ends),
             data_metrics=lambda: self.prepared.metrics() | (player.metrics() if player else {}),
             decode=self.prepared.decode,
             tracker=self.tracker,
-            evaluate=evaluations.due,
+            evaluate=lambda step: record.timed("evaluation", evaluations.due(step)),
             keep=evaluations.keep,
             player=player,
-            on_samples=lambda step, trajectories: self.tracker.samples(step, trajectories, tokenizer.decode),
+            on_samples=lambda step, rows: self.tracker.samples(step, record.trained(step, rows), tokenizer.decode),
+            on_left=record.ended,
+            on_move=record.moved,
             progress=self.progress,
-            save=self._save,
+            save=lambda progress: record.timed("checkpoint", self._save(progress)),
         )
         if not self.resumed:
             with status("evaluating the start model"):
-                due = evaluations.due(0)
+                due = record.timed("evaluation", evaluations.due(0))
                 metrics = await due if due else {}
                 self.tracker.log(0, metrics | await agreements(config.judges))
         summary["eval_before"] = evaluation_in(self.tracker.history[0])
@@ -279,6 +288,8 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         summary, loop = self.summary, self.loop
+        if self.record:
+            self.record.close()
         summary |= ending(error, logs=self.cluster.logs)
         summary |= summarise(
             self.tracker.history,

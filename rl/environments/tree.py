@@ -127,6 +127,7 @@ class Tree:
                     experts=_experts(path),
                     turns=columns.turns,
                     paid=paid,
+                    engine=path[-1].completion.engine,
                     **more,  # pyright: ignore[reportArgumentType]
                 )
             )

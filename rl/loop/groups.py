@@ -20,6 +20,9 @@ from rl.protocols import StallError
 from rl.typed import show
 from rl.types import Prompt, Trajectory
 
+Left = Callable[[int, str, list[int], list[Trajectory], str], None]
+"""Hears of a group that is not trained on: its ordinal, its end, the prompt's tokens and its rows, as far as they are
+known, and the error."""
 RECENT = 50
 """Groups among which those are counted that failed because of their environment or their judge."""
 
@@ -67,6 +70,7 @@ class Groups:
     set_aside: Callable[[list[Trajectory]], None]
     """Keeps a group with log-probabilities that are NaN or infinite, for inspection."""
     admission: Admission
+    left: Left = lambda ordinal, end, prompt, rows, error: None
     ready: dict[int, list[Trajectory]] = field(init=False, default_factory=dict[int, list[Trajectory]])
     in_flight: InFlight = field(init=False, default_factory=InFlight)
     tally: Tally = field(init=False, default_factory=Tally)
@@ -96,10 +100,15 @@ class Groups:
         async with self._changed:
             self.in_flight.end(prompt.ordinal)
             self.tally.replayed += group.replayed
-            if group.failed:
-                self.admission.move(prompt.ordinal, f"failed({group.failed})")
-            else:
-                self._settle(prompt.ordinal, group.rows, group.samples)
+            try:
+                if group.failed:
+                    self.admission.move(prompt.ordinal, f"failed({group.failed})")
+                else:
+                    self._settle(prompt.ordinal, group.rows, group.samples)
+            finally:
+                if prompt.ordinal not in self.ready:
+                    end, error = self.admission.ledger.states[prompt.ordinal], str(group.error or "")
+                    self.left(prompt.ordinal, end, prompt.token_ids, group.rows, error)
             self._check_environment(prompt, group)
             self._settled += 1
             self._changed.notify_all()
@@ -138,7 +147,7 @@ class Groups:
         async with self._changed:
             for late in self.admission.publish():
                 self.in_flight.cancel(late)
-                self.ready.pop(late, None)
+                self.left(late, "filtered(too_old)", [], self.ready.pop(late, []), "")
             self._changed.notify_all()
 
     async def stop(self) -> None:

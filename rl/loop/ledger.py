@@ -1,6 +1,7 @@
 """In which state is every prompt? Each ordinal of the stream is in exactly one, and only known moves are allowed."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 NEXT = {
@@ -14,18 +15,24 @@ NEXT = {
 other states are ends: `trained`, `filtered(reason)` and `failed(reason)`."""
 
 
+Moved = Callable[[int, str], None]
+"""Hears of an ordinal's new state."""
+
+
 @dataclass
 class Ledger:
     """States by ordinal, and how many prompts are in each."""
 
     states: dict[int, str] = field(default_factory=dict[int, str])
     counts: Counter[str] = field(default_factory=Counter[str])
+    moved: Moved = field(default=lambda ordinal, state: None, compare=False)
 
     def admit(self, ordinal: int) -> None:
         """A prompt leaves the stream; it must be new."""
         assert ordinal not in self.states, f"prompt {ordinal} was admitted twice"
         self.states[ordinal] = "admitted"
         self.counts["admitted"] += 1
+        self.moved(ordinal, "admitted")
 
     def move(self, ordinal: int, state: str) -> None:
         """A prompt moves to its next state."""
@@ -34,6 +41,7 @@ class Ledger:
         self.states[ordinal] = state
         self.counts[before] -= 1
         self.counts[state] += 1
+        self.moved(ordinal, state)
 
     def count(self, *states: str) -> int:
         """Prompts in any of these states."""

@@ -12,7 +12,8 @@ from rl.episodes.rows import first_rows
 from rl.judges.desk import judge_metrics
 from rl.loop.admission import Admission
 from rl.loop.errors import first_error
-from rl.loop.groups import Groups, Tally
+from rl.loop.groups import Groups, Left, Tally
+from rl.loop.ledger import Moved
 from rl.loop.players import Player, Replies, Score
 from rl.loop.progress import Progress, progress_of
 from rl.loop.step_metrics import (
@@ -56,6 +57,9 @@ class Loop:
     evaluate: Evaluate = lambda step: None
     on_samples: Callable[[int, list[Trajectory]], None] = lambda step, trajectories: None
     """Called with the trajectories of each step, and with step -1 for groups whose log-probabilities are not finite."""
+    # Both hear of every group, for the record and the timeline of a run.
+    on_left: Left = lambda ordinal, end, prompt, rows, error: None
+    on_move: Moved = lambda ordinal, state: None
     data_metrics: Callable[[], dict[str, float]] = dict
     """Metrics of the data that the stream has read so far, logged with every step."""
     score: Score = score_in_time
@@ -77,6 +81,8 @@ class Loop:
 
     def __post_init__(self) -> None:
         c, p = self.config, self.progress
+        ledger = p.ledger()
+        ledger.moved = self.on_move
         self.groups = Groups(
             config=c,
             player=self.player or Replies(config=c, rollouts=self.rollouts, decode=self.decode, score=self.score),
@@ -88,8 +94,9 @@ class Loop:
                 steps=c.steps,
                 late=c.late_groups,
                 version=p.version,
-                ledger=p.ledger(),
+                ledger=ledger,
             ),
+            left=self.on_left,
         )
         self.trained_tokens, self._owes_evaluation, self._saved = p.trained_tokens, p.owes_evaluation, p.version
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from processes import assert_gone
+from recorded import figures_agree
 from runs import finish, printed, start, wait_for, wait_for_step
 from trainer.runs.checkpoint import finished
 
@@ -109,6 +110,7 @@ def test_a_users_objective_learns_and_every_step_agrees_with_the_engine(killed: 
     assert sum(row["reward/mean"] for row in rows[:3]) / 3 < 0.4
     assert sum(row["reward/mean"] for row in rows[-5:]) / 5 > 0.8
     assert summary["eval_after"]["eval/digits/avg@4"] - summary["eval_before"]["eval/digits/avg@4"] > 0.4
+    figures_agree(killed.resumed.folder / "echo", rows)
     # The engine had each step's new weights, and both sides say the same, at every step.
     assert max(row["rollout_corr/logprob_abs_diff_mean"] for row in rows) <= 1e-5
     assert [row["weight_sync/version"] for row in rows] == list(range(1, STEPS + 1))

@@ -9,6 +9,7 @@ import pytest
 
 from cases import nightly_unless
 from processes import assert_gone, kill_one
+from recorded import figures_agree
 from runs import (
     AN_AGENT,
     RECIPE,
@@ -81,6 +82,7 @@ def test_an_asynchronous_run_of_two_engines_and_two_ranks_survives_ctrl_c_and_a_
         assert {"the same engine, asked twice", "prefix cache hit | miss"} <= tried
         assert "in flight: begun after it | trainer's new weights" in tried
     assert (run / "doctor.html").stat().st_size > 10_000
+    figures_agree(run, rows)
     if not resumes:
         return
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from urllib.request import ProxyHandler, build_opener
@@ -11,13 +11,17 @@ from torch import Tensor
 
 from rl.agents.record import Opening, Record
 from rl.batch import collate, trajectory
-from rl.protocols import EngineLost, SyncReport, UpdateFailed
+from rl.episodes.seen import Seen
+from rl.protocols import EngineLost, StallError, SyncReport, UpdateFailed
 from rl.tokens import Rendering
 from rl.types import Batch, Completion, PolicyOutput, Prompt
 from rl.weights import WeightManifest, check_digests
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.fleet import Fleet
 from trainer.cluster.start_error import StartError
+
+Span = tuple[str, float, float]
+"""A phase of a rank, and when it began and ended: seconds since 1970."""
 
 PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
 """Mean |trainer - engine| in nats of the probe after a verified update; bf16 is noisy even against itself."""
@@ -35,6 +39,8 @@ class RemoteRollouts:
         self.cluster = cluster
         self.fleet = fleet or Fleet(cluster)
         self.load = [0] * len(cluster.engines)
+        self.called: Callable[[int, int, float], None] = lambda engine, samples, began: None
+        """Hears of each call of an engine when it ends, and when it began (seconds since 1970)."""
 
     async def sample(
         self,
@@ -52,6 +58,7 @@ class RemoteRollouts:
         index = engine if engine in serving else min(serving, key=lambda i: self.load[i])
         restarts = self.fleet.restarts_of[index]
         self.load[index] += n
+        began = time.time()
         try:
             deadline = self.cluster.config.deadlines.sample_s
             completions = await self.cluster.ask_engine(
@@ -63,6 +70,7 @@ class RemoteRollouts:
             raise
         finally:
             self.load[index] -= n
+            self.called(index, n, began)
 
     def figures(self) -> list[dict[str, float]]:
         """Of each engine: samples under way, restarts, and 1 where it is lost."""
@@ -80,6 +88,7 @@ class RemoteEndpoints:
         self.rollouts, self.rendering = rollouts, rendering
         self.restarts: dict[str, int] = {}
         """How often the engine of each open episode had been restarted when it was opened."""
+        self.opened: dict[str, float] = {}
         self.reached: set[str] = set()
         """Addresses of engines that were reached from here."""
 
@@ -88,7 +97,7 @@ class RemoteEndpoints:
         load, fleet = self.rollouts.load, self.rollouts.fleet
         engine = min(await fleet.serving(), key=load.__getitem__)
         load[engine] += 1
-        self.restarts[opening.secret] = fleet.restarts_of[engine]
+        self.restarts[opening.secret], self.opened[opening.secret] = fleet.restarts_of[engine], time.time()
         try:
             deadline = fleet.cluster.config.deadlines.sample_s
             ask = fleet.cluster.ask_engine
@@ -129,6 +138,7 @@ class RemoteEndpoints:
 
     def _left(self, engine: int, secret: str, error: BaseException | None) -> None:
         self.rollouts.load[engine] -= 1
+        self.rollouts.called(engine, 1, self.opened.pop(secret))
         restarts = self.restarts.pop(secret)
         if isinstance(error, EngineLost):
             self.rollouts.fleet.mark_lost(engine, restarts, str(error))
@@ -155,6 +165,10 @@ class RemoteLearner:
         """Train on one step's batch; all ranks return the same metrics. Only `publish` may follow."""
         await self.published.acquire()
         return (await self.cluster.ask_learners(lambda rank: rank.step(batch)))[0]
+
+    async def told(self) -> list[tuple[Seen | None, list[Span]]]:
+        """What the last step gave, of each rank."""
+        return await self.cluster.ask_learners(lambda rank: rank.told())
 
     async def answer(self, batch: Batch) -> PolicyOutput:
         """The current policy's output for a batch: [B, T] each, on CPU; `values` is None without a critic."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rl.config import Config, Deadlines
+from rl.episodes.seen import Seen
 from rl.objectives.adaptive import coefficients
 from rl.parity.draws import Draws
 from rl.parity.evidence import LayerError, PartError, WitnessEvidence
@@ -20,7 +21,7 @@ from rl.types import Batch, PolicyOutput
 from rl.weights import WeightManifest
 from trainer.learner import closer, examine, export, state
 from trainer.learner.deepspeed_engine import deepspeed_engine
-from trainer.learner.memory_meter import PeakMemory
+from trainer.learner.memory_meter import PeakMemory, Span
 from trainer.learner.passes import Passes, shares_prompts
 from trainer.learner.rank import make_rank
 from trainer.learner.step import Stepper
@@ -74,6 +75,11 @@ class Learner:
     def step(self, batch: Batch) -> dict[str, float]:
         """Take all optimizer steps of one batch. Returns its metrics, the same on every rank."""
         return self.stepper.step(batch)
+
+    def told(self) -> tuple[Seen | None, list[Span]]:
+        """What the last step's passes gave on this rank, and how long its phases took; None where nothing is kept."""
+        watching, self.stepper.watching = self.stepper.watching, None
+        return watching.seen() if watching else None, self.parts.memory.take_spans()
 
     def use_old_logprobs(self, source: Literal["recompute", "rollout"]) -> None:
         """Decide what `Config.old_logprobs="auto"` means."""

@@ -1,11 +1,14 @@
-"""How much memory does a learner rank need in each phase of its work?"""
+"""How much memory and time does a learner rank need in each phase of its work?"""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
+Span = tuple[str, float, float]
+"""A phase, and when it began and ended: seconds since 1970."""
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -16,18 +19,26 @@ class PeakMemory:
         self.device = device
         self.phases: dict[str, float] = {}
         self.highest = 0.0
+        self.spans: list[Span] = []
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """Measure the peak within a phase. Phases do not nest."""
         self.highest = max(self.highest, self._peak())
         self._forget()
+        began = time.time()
         try:
             yield
         finally:
             peak = self._peak()
             self.phases[phase] = max(self.phases.get(phase, 0.0), peak)
             self.highest = max(self.highest, peak)
+            self.spans = [*self.spans[-999:], (phase, began, time.time())]
+
+    def take_spans(self) -> list[Span]:
+        """When the phases since the last call were, at most the last 1000."""
+        spans, self.spans = self.spans, []
+        return spans
 
     def report(self) -> dict[str, float]:
         """Peaks since the last report, as metrics; the maximum over ranks counts."""

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rl.batch import episodes, integers, take, trained_rows
-from rl.episodes.joined import joined
+from rl.episodes.joined import joined, layout
+from rl.episodes.seen import Watching
 from rl.loss import critic_alone, full_loss, prepare
 from rl.objectives.adaptive import coefficients, next_objective
 from rl.parity.mismatch import finish
@@ -29,6 +30,8 @@ class Stepper:
         self.rank, self.passes = rank, passes
         self.objective = config.objective
         """With the current coefficients."""
+        self.watching: Watching | None = None
+        """What the passes of the last step gave, where the run records its rollouts."""
         self.old_logprobs: Literal["recompute", "rollout"] = (
             "recompute" if config.old_logprobs == "auto" else config.old_logprobs
         )
@@ -40,6 +43,8 @@ class Stepper:
         several = t.epochs * t.minibatches > 1
         batch = self._with_start_of_step(batch, several)
         batch, advantages = prepare(objective, batch)
+        if r.config.tracking.rollouts != "off":
+            self.watching = Watching(batch.mask.shape, self.old_logprobs == "rollout")
         whole, meter, grad_norms = episodes(batch, trained_rows(batch)), Meter(), []
         parts = min(t.minibatches, len(whole))  # episodes that are not trained on may leave fewer than minibatches
         for epoch in range(t.epochs):
@@ -133,13 +138,20 @@ class Stepper:
             head_alone=warming_up,
         )
         policy = answer.output()
+        watching = self.watching if r.is_dp_leader else None
+        if watching and policy.logprobs.requires_grad:
+            mask = part.mask
+            policy.logprobs.register_hook(lambda gradient: watching.gradient(micro, mask, gradient))
         if warming_up:
             policy = critic_alone(policy)
         given = torch.zeros_like(policy.logprobs)
         given[: len(micro)] = advantages[micro, : part.mask.shape[1]].to(r.device)
+        at = layout(part) if watching else None
         part, policy, given = joined(part, policy, given)
         old_is_rollout = self.old_logprobs == "rollout"
         loss, metrics = full_loss(objective, c.correction, policy, part, given, old_is_rollout=old_is_rollout)
+        if watching:
+            watching.add(micro, at, part, policy, given, metrics)
         weights = loss_weights(part.mask, objective.average_over, totals)
         # A bare product would carry an infinity from outside the mask as 0 * inf. DeepSpeed averages over ranks.
         total = torch.where(part.mask, loss * weights, 0.0).sum() * r.ranks

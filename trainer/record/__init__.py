@@ -1,0 +1,1 @@
+"""What is recorded of a run besides its metrics: every episode with its tokens, and when everything happened."""
