@@ -22,6 +22,7 @@ COMMANDS = {
         "trainer.commands.serve:serve",
         "Serve a model behind the APIs of OpenAI and Anthropic, for chats and external benchmarks.",
     ),
+    "watch": ("trainer.commands.watch:watch", "Follow a run in the terminal, or look at one that has ended."),
     "what-if": ("trainer.commands.what_if:what_if", "Compare objectives on one recorded step of a run."),
 }
 """Where each command is, and what it does. It takes the arguments after its name and returns the exit status."""
