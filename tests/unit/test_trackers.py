@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -381,6 +381,74 @@ def test_wandb_offline_holds_the_run(tmp_path, patient):
     assert rows[2]["samples/_type"] == "table-file"
     assert rows[2]["samples/nrows"] == 3
     assert "artifact" in kinds
+
+
+class OnlineWandb:
+    """What `wandb.init` returns, for a server that takes everything."""
+
+    offline, entity, project = False, "me", "p"
+
+    def __init__(self):
+        self.summary, self.used, self.kept, self.ended = {}, [], [], []
+
+    def define_metric(self, *names, **more):
+        pass
+
+    def log(self, row):
+        pass
+
+    def alert(self, **more):
+        pass
+
+    def use_artifact(self, artifact):
+        self.used.append((artifact.type, artifact.name, dict(artifact.metadata)))
+
+    def log_artifact(self, artifact):
+        self.kept.append((artifact.type, sorted(artifact.manifest.entries)))
+
+    def finish(self, exit_code):
+        self.ended.append(exit_code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("artifacts", ["none", "small", "model"])
+def test_wandb_online_keeps_the_files_that_were_asked_for_and_what_the_run_began_with(
+    tmp_path, monkeypatch, patient, artifacts
+):
+    import wandb
+
+    online, views = OnlineWandb(), []
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    monkeypatch.setattr(wandb, "init", lambda **given: online)
+    fakes = {name: ModuleType(f"wandb_workspaces{name}") for name in ("", ".workspaces", ".reports", ".reports.v2")}
+    for name, module in fakes.items():
+        monkeypatch.setitem(sys.modules, f"wandb_workspaces{name}", module)
+    fakes[".reports.v2"].LinePlot = fakes[".workspaces"].Section = lambda **given: given
+    fakes[".workspaces"].Workspace = lambda **given: SimpleNamespace(save=lambda: views.append(given))
+    monkeypatch.setattr("trainer.tracking.wandb_files.find_spec", lambda name: True)
+    for number in (1, 2):
+        folder = tmp_path / f"run{number}"
+        (folder / "model").mkdir(parents=True)
+        for name in ("config.json", "summary.json", "model/README.md", "model/model.safetensors", "samples.jsonl"):
+            (folder / name).write_text(name)
+        tracker = RunTracker(
+            folder=folder,
+            config=TrackingConfig(to=("wandb",), artifacts=artifacts, end_s=300.0),
+            name="t",
+            settings={},
+            inputs={"model": "models/a b", "dataset": "0123"},
+        )
+        tracker.close({"status": "failed", "reward_last": 0.5})
+        assert tracker.alerts == []
+    small = ("run", ["README.md", "config.json", "summary.json"])
+    model = ("model", ["README.md", "model.safetensors"])
+    wanted = {"none": [], "small": [small], "model": [small, model]}[artifacts]
+    assert online.kept == wanted * 2
+    used = [("model", "models-a-b", {"model": "models/a b"}), ("dataset", "0123", {"dataset": "0123"})]
+    assert online.used == (used * 2 if wanted else [])
+    assert online.ended == [1, 1]
+    assert online.summary["reward_last"] == 0.5
+    assert [(v["name"], v["entity"], v["project"]) for v in views] == [("unison overview 1", "me", "p")], "made once"
 
 
 @needs("tensorboard")

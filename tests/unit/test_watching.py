@@ -92,12 +92,14 @@ def test_a_live_run_shows_every_figure_that_people_look_at(run):
         assert part in text, part
 
 
-def test_a_run_whose_process_is_gone_was_killed_and_one_with_a_summary_has_ended(run):
+def test_a_run_whose_process_is_gone_was_killed_and_one_with_a_summary_has_ended(run, capsys):
     assert "killed" in shown(run)[0]
-    assert "Its process is gone" in "\n".join(shown(run))
+    assert watch([str(run), "--once"]) == 1
+    assert "Its process is gone" in capsys.readouterr().out
     (run / "summary.json").write_text(json.dumps({"status": "interrupted", "resume": "python a.py --resume 'x y'"}))
     assert "interrupted" in shown(run)[0]
-    assert "resume with: python a.py --resume 'x y'" in "\n".join(shown(run))
+    assert watch([str(run), "--once"]) == 1
+    assert capsys.readouterr().out.endswith("resume with: python a.py --resume 'x y'\n")
     # Resumed, and then killed: the summary is that of the earlier try.
     os.utime(run / "summary.json", (1, 1))
     assert "killed" in shown(run)[0]
@@ -121,6 +123,12 @@ def test_a_run_that_has_not_made_a_step_is_shown(run):
     held.close()
     assert "0 of 10" in text
     assert "no step has ended yet" in text
+
+
+def test_a_message_that_holds_control_characters_moves_no_cursor(run):
+    append(run / "alerts.jsonl", {"step": 3, "title": "\x1b[2J", "text": "\x1b]0;title\x07 \u202e \r gone"})
+    text = "\n".join(shown(run))
+    assert not set(text) & set("\x1b\x07\r\u202e")
 
 
 def test_figures_that_are_not_numbers_are_shown_as_such(run):

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.live import Live
 
 from trainer.runs.reading import Reading
-from trainer.tracking.board import board
+from trainer.tracking.board import board, farewell
 from trainer.tracking.terminal import Lines, Terminal, alert_line, console
 
 EVERY_S = 1.0
@@ -34,13 +34,15 @@ def watch(arguments: Sequence[str]) -> int:
     run.refresh()
     try:
         if asked.once:
-            console.print(board(run, console))
+            console.print(board(run, console), soft_wrap=not console.is_terminal)
         elif console.is_terminal:
             _follow(run)
         else:
             _print_lines(run)
     except KeyboardInterrupt:
         pass
+    if text := farewell(run):
+        console.print(text, markup=False, highlight=False)
     return 0 if run.status in ("running", "finished") else 1
 
 

@@ -41,21 +41,30 @@ def board(run: Reading, console: Console) -> Group:
     if run.alerts.rows:
         alert = run.alerts.rows[-1]
         more = f" ({len(run.alerts.rows)} alerts in all)" if len(run.alerts.rows) > 1 else ""
-        parts.append(Text(f"alert at step {alert['step']}: {alert['title']}. {alert['text']}{more}", style="red"))
-    parts += [Text(each.text, style="yellow") for each in advise(run.rows, run.settings, run.idle_s)]
+        parts.append(_line(f"alert at step {alert['step']}: {alert['title']}. {alert['text']}{more}", "red"))
+    parts += [_line(each.text, "yellow") for each in advise(run.rows, run.settings, run.idle_s)]
     if error := run.summary.get("error"):
-        parts.append(Text(error.splitlines()[0], style="red"))
-    if resume := run.summary.get("resume"):
-        parts.append(Text(f"resume with: {resume}"))
-    elif run.status == "killed":
-        parts.append(Text("Its process is gone, and wrote no summary. Resume it with its recipe and --resume."))
+        parts.append(_line(error.splitlines()[0], "red"))
     return Group(*parts)
+
+
+def farewell(run: Reading) -> str:
+    """How to continue a run that has not finished; the user copies it, so nothing may wrap it."""
+    if resume := run.summary.get("resume"):
+        return f"resume with: {resume}"
+    gone = "Its process is gone, and wrote no summary. Resume it with its recipe and --resume."
+    return gone if run.status == "killed" else ""
 
 
 def ends_in(rows: Sequence[dict[str, Any]], steps: int) -> float | None:
     """Seconds to the last step at the median pace of the last 20, without evaluations and checkpoints."""
     seconds = [row["timing_s/step"] for row in rows[-20:] if row.get("timing_s/step") is not None]
     return median(seconds) * (steps - rows[-1]["step"]) if seconds else None
+
+
+def _line(text: str, style: str) -> Text:
+    """One line of text; what a reply or a library put into a message moves no cursor."""
+    return Text("".join(c if c.isprintable() else " " for c in text), style=style)
 
 
 def _head(run: Reading) -> Text:
