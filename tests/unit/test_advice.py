@@ -35,8 +35,8 @@ def examined(runs, capsys):
 
 def test_planted_causes_are_named_and_no_other(capsys):
     runs, missed, wrong = examined(map(planted, range(5 * len(CAUSES))), capsys)
-    assert len(missed) <= 0.05 * len(runs), missed
-    assert len(wrong) <= 0.03 * len(runs), wrong
+    assert len(missed) <= 0.04 * len(runs), missed
+    assert len(wrong) <= 0.02 * len(runs), wrong
 
 
 def test_odd_runs_that_nothing_holds_back_get_no_advice(capsys):

@@ -240,8 +240,8 @@ def test_a_tracker_that_fails_costs_one_warning_and_the_others_go_on(tmp_path, c
 @pytest.mark.parametrize("how", ["raises", "disk full", "hangs"])
 @pytest.mark.parametrize("call", sorted(WHAT))
 def test_a_tracker_that_fails_costs_at_most_one_second(tmp_path, call, how):
-    began = time.perf_counter()
-    record(tmp_path, trackers={"bad": failing(call, how)}, upload_samples=True, end_s=0.8)
+    began, end_s = time.perf_counter(), 0.8 if call in ("begin", "end") else 60.0
+    record(tmp_path, trackers={"bad": failing(call, how)}, upload_samples=True, end_s=end_s)
     assert time.perf_counter() - began <= 1.0
 
 
