@@ -11,9 +11,10 @@ from rl.objectives import GSPO, Objective
 from rl.objectives.corrections import Correction, Uncorrected
 from rl.rewards.score import Reward
 from rl.sampling.truncation import Truncation
+from rl.settings.tracking import TrackingConfig as TrackingConfig
+from rl.settings.trainer import Lora as Lora
+from rl.settings.trainer import TrainerConfig
 from rl.tools import MCP
-from rl.trainer_config import Lora as Lora
-from rl.trainer_config import TrainerConfig
 from rl.typed import Checked
 from rl.types import Data
 
@@ -116,29 +117,6 @@ class Deadlines(Checked):
     """Seconds for one weight update of all engines."""
     stop_s: float = 30.0
     """Seconds from SIGTERM to the end of the checkpoint that it starts. Schedulers wait about 30 s before they kill."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackingConfig(Checked):
-    """Where the metrics are written."""
-
-    wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """Weights & Biases. auto: online if you are logged in, else offline. It never asks for a key."""
-    project: str = "unison-rl"
-    """Project in W&B."""
-    samples_per_step: int = 4
-    """Decoded trajectories per step in samples.jsonl."""
-    metrics_port: int | None = None
-    """Port of the driver on which `/metrics` (Prometheus) and `/health` are served. 0: a free one. None: nothing is."""
-    metrics_host: str = "127.0.0.1"
-    """Address for `metrics_port`. Another one than loopback needs the token of UNISON_METRICS_TOKEN, or one that is
-    made and printed."""
-    rollouts: Literal["all", "some", "off"] = "all"
-    """Episodes whose tokens are kept in the run's folder under rollouts/, for `unison view`. all: every trained,
-    filtered and failed one, until the folder is full. some: of each step the one with the largest gap, the longest, and
-    one group at random; steps with an alert stay whole."""
-    rollouts_gib: float = 5.0
-    """GiB that rollouts/ may fill. Above it the oldest steps are thinned as by `some`, and after that they go."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-from rl.types import Batch, Completion, Trajectory
+from rl.types import Batch, Completion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,22 +72,6 @@ class Tracker(Protocol):
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record one step."""
-        ...
-
-    def alert(self, step: int, title: str, text: str) -> None:
-        """Show the user what needs attention."""
-        ...
-
-    def table(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Show rows, which have the same keys, as a table."""
-        ...
-
-    def samples(self, step: int, trajectories: list[Trajectory], decode: Callable[[list[int]], str]) -> None:
-        """Keep trajectories as text; step -1 means that they were set aside as broken."""
-        ...
-
-    def close(self, summary: dict[str, Any]) -> None:
-        """Finish the record with the run's summary."""
         ...
 
 

@@ -38,6 +38,7 @@ COMMANDS = {
         "trainer.commands.view:view",
         "Show a run in the browser, from its curves down to each token and why it did not learn.",
     ),
+    "watch": ("trainer.commands.watch:watch", "Follow a run in the terminal, or look at one that has ended."),
     "what-if": ("trainer.commands.what_if:what_if", "Compare objectives on one recorded step of a run."),
 }
 """Where each command is, and what it does. It takes the arguments after its name and returns the exit status."""

@@ -19,7 +19,7 @@ from trainer.prompts import Prepared, read
 from trainer.runs import best
 from trainer.runs.model_card import write_card
 from trainer.runs.problems import problems_at
-from trainer.tracking.terminal import status
+from trainer.tracking.terminal import status, working
 from trainer.tracking.tracker import RunTracker
 
 
@@ -43,7 +43,9 @@ class Evaluations:
 
     async def _measured(self, step: int, due: Mapping[str, HeldOut]) -> dict[str, float]:
         prepared = self.prepared
-        found = await evaluate(self.cluster.config, self.rollouts, prepared.decode, due, prepared.means)
+        config, total = self.cluster.config, sum(len(each.prompts) for each in due.values())
+        with working(f"evaluating after step {step}", total) as done:
+            found = await evaluate(config, self.rollouts, prepared.decode, due, prepared.means, done=done)
         self.tracker.problems(step, found.problems)
         return found.metrics
 
@@ -132,8 +134,10 @@ async def evaluated_alone(
         rollouts = RemoteRollouts(cluster, fleet)
         sets = held_out_sets(config, rollouts, prepared, episodes_of(config, rollouts, prepared))
         sets = {name: each for name, each in sets.items() if not only or name in only}
-        with status(f"sampling {sum(len(each.prompts) for each in sets.values())} problems"):
-            return await evaluate(config, rollouts, prepared.decode, sets, prepared.means, seeds=seeds), sets
+        total = sum(len(each.prompts) for each in sets.values())
+        with status(f"sampling {total} problems", total) as done:
+            found = await evaluate(config, rollouts, prepared.decode, sets, prepared.means, seeds=seeds, done=done)
+            return found, sets
     finally:
         await asyncio.shield(cluster.close())
 

@@ -50,7 +50,10 @@ SYNONYMS = {
     "name": "run-name experiment-name wandb-name",
     "model": "model-path model-name model-name-or-path pretrain",
     "tracking.project": "wandb-project project-name",
-    "tracking.wandb": "report-to use-wandb",
+    "tracking.to": "report-to logger loggers log-with tracker trackers",
+    "tracking.wandb": "use-wandb",
+    "tracking.entity": "wandb-entity workspace",
+    "tracking.upload-samples": "log-completions log-samples",
     "resume": "resume-from resume-from-checkpoint checkpoint load",
 }
 """What other libraries call a flag of ours."""

@@ -17,7 +17,7 @@ from trainer.pages.curves import plot
 from trainer.runs import checkpoint
 from trainer.runs.files import Reserve, without_nan, write_json
 from trainer.runs.model_card import write_card
-from trainer.tracking.terminal import closing_table, console
+from trainer.tracking.terminal import as_typed, closing_table, console
 from trainer.tracking.tracker import RunTracker
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def how_to_resume(folder: Path) -> str | None:
     """The command, once there is a checkpoint to resume from."""
     if not checkpoint.finished(folder / "checkpoints"):
         return None
-    return f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}"
+    return shlex.join([as_typed(Path(sys.executable)), sys.argv[0], "--resume", str(folder)])
 
 
 def leave(folder: Path, summary: dict[str, Any], tracker: RunTracker, reserve: Reserve) -> None:
@@ -92,7 +92,7 @@ def leave(folder: Path, summary: dict[str, Any], tracker: RunTracker, reserve: R
     tracker.write_waiting()
     if summary["steps"]:
         try:
-            plot(tracker.history, folder / "curves.png", summary["name"])
+            plot(tracker.history, folder / "curves.png", summary["name"], tracker.alerts)
         except Exception as error:  # matplotlib may lack a home, a font, memory or space
             text = f"{type(error).__name__}: {shortened(str(error), 300)}. The numbers are in metrics.jsonl."
             tracker.alert(summary["steps"], "curves.png cannot be drawn", text)

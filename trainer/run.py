@@ -10,6 +10,7 @@ from rl.config import Config
 from rl.judges.agreement import agreements
 from rl.loop.loop import Loop
 from rl.loop.progress import Progress
+from rl.parity.advice import advise
 from rl.parity.watch import Watch
 from rl.typed import shortened
 from trainer.cluster.cluster import Cluster
@@ -26,6 +27,7 @@ from trainer.plan.plan import Plan, make_plan
 from trainer.prompts import Prepared, read
 from trainer.record.recorder import Recorded, RunRecord
 from trainer.runs import checkpoint
+from trainer.runs.code_state import keep_code
 from trainer.runs.files import Reserve, make_folder, write_json
 from trainer.runs.records import Recorder
 from trainer.runs.resume import Resumed, data_digest, state_of, write_history
@@ -33,7 +35,7 @@ from trainer.runs.settings import config_digest, resolved, stack_versions
 from trainer.runs.summary import ending, summarise
 from trainer.stop import Stop, run_stoppable, stoppable
 from trainer.tracking.monitor import Monitor, serve
-from trainer.tracking.terminal import Lines, console, status
+from trainer.tracking.terminal import Lines, console, status, working
 from trainer.tracking.tracker import RunTracker
 
 
@@ -126,6 +128,7 @@ class Run:
         }
         try:
             write_json(self.folder / "config.json", self.settings)
+            self.summary["code"] = keep_code(self.folder)
             self.tracker = self._tracker()
         except BaseException as error:
             self.reserve.free()
@@ -143,10 +146,11 @@ class Run:
             folder=self.folder,
             config=self.config.tracking,
             name=self.config.name,
-            settings=self.settings,
-            show=Lines(self.config),
+            settings=self.settings | {"code": self.summary["code"]},
+            show=Lines(self.config.steps),
             watch=self.watch,
-            wandb_id=self.resumed.saved("wandb_id") if self.resumed else None,
+            inputs={"model": self.config.model, "dataset": self.data},
+            id=self.resumed.saved("wandb_id") if self.resumed else None,
             history=self.resumed.history if self.resumed else [],
         )
 
@@ -184,7 +188,9 @@ class Run:
             rollouts=rollouts,
             learner=Recorded(self._recorded(learner), learner, record),
             prompts=self.prepared.stream(config.seed, self.progress.ends),
-            data_metrics=lambda: self.prepared.metrics() | (player.metrics() if player else {}),
+            data_metrics=lambda: (
+                self.prepared.metrics() | rollouts.speeds.metrics() | (player.metrics() if player else {})
+            ),
             decode=self.prepared.decode,
             tracker=self.tracker,
             evaluate=lambda step: record.timed("evaluation", evaluations.due(step)),
@@ -234,19 +240,20 @@ class Run:
             prepared=self.prepared.state(),
             fingerprint=self.prepared.fingerprint,
             cwd=str(Path.cwd()),
-            wandb_id=self.tracker.wandb_id,
+            wandb_id=self.tracker.id,
             old_logprobs=self.summary.get("old_logprobs"),
             train_seconds=began - self.began,
             stack=self.summary["stack"],
         )
         try:
-            draft = checkpoint.draft(self.folder, progress.version)
-            write_history(draft, self.tracker.history)
-            target = str((draft / "learner").resolve())
-            await self.cluster.ask_learners(lambda rank: rank.save_state(target))
-            # In a thread: it reads every byte again, and the engines are spoken to meanwhile.
-            keep = self.config.keep_last
-            done = await asyncio.to_thread(checkpoint.commit, draft, progress.version, state, keep_last=keep)
+            with working(f"saving the checkpoint of step {progress.version}"):
+                draft = checkpoint.draft(self.folder, progress.version)
+                write_history(draft, self.tracker.history)
+                target = str((draft / "learner").resolve())
+                await self.cluster.ask_learners(lambda rank: rank.save_state(target))
+                # In a thread: it reads every byte again, and the engines are spoken to meanwhile.
+                keep = self.config.keep_last
+                done = await asyncio.to_thread(checkpoint.commit, draft, progress.version, state, keep_last=keep)
         except OSError as error:
             checkpoint.sweep(self.folder)  # the draft may be what fills the disk
             self.tracker.alert(progress.version, "no checkpoint could be made", f"{error}. The last good one is kept.")
@@ -300,5 +307,6 @@ class Run:
             engines_lost=(self.fleet.causes if self.fleet else []) + self.cluster.reward_models.causes,
             resume=how_to_resume(self.folder) if summary["status"] != "finished" else None,
         )
+        summary["advice"] = [advice.text for advice in advise(self.tracker.history, self.settings)]
         leave(self.folder, summary, self.tracker, self.reserve)
         self.lock.close()

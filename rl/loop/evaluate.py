@@ -85,8 +85,10 @@ async def evaluate(
     means: Means = NO_MEANS,
     *,
     seeds: int = EVALUATION,
+    done: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Sample and score every set, one after the other. Seeds do not change between calls with the same `seeds`.
+    """Sample and score every set, one after the other. Seeds do not change between calls with the same `seeds`. `done`
+    is called after each problem.
 
     A problem whose environment or judge fails is left out and counted in failed_frac; above `config.max_failed` of them
     the set has no score, and EnvError is raised when none is left.
@@ -95,7 +97,7 @@ async def evaluate(
     measured: dict[str, Problems] = {}
     scoring = asyncio.Semaphore(MAX_SCORING)
     for name, each in sets.items():
-        found = await _Sampling(config, rollouts, decode, each, scoring, config.seed + seeds).all()
+        found = await _Sampling(config, rollouts, decode, each, scoring, config.seed + seeds, done).all()
         tried = {p.ordinal: t for p, t in zip(each.prompts, found, strict=True) if not isinstance(t, EnvError)}
         if failures := [t for t in found if isinstance(t, EnvError)]:
             metrics[f"eval/{name}/failed_frac"] = len(failures) / len(found)
@@ -144,6 +146,7 @@ class _Sampling:
     set: HeldOut
     scoring: asyncio.Semaphore
     seed: int
+    done: Callable[[], None]
 
     async def all(self) -> list[tuple[Rewards, Sequence[Any] | None] | EnvError]:
         r = self.config.rollout
@@ -152,6 +155,8 @@ class _Sampling:
         try:
             async with asyncio.TaskGroup() as tasks:
                 asked = [tasks.create_task(self.problem(prompt, sampling)) for prompt in self.set.prompts]
+                for task in asked:
+                    task.add_done_callback(lambda _: self.done())
         except BaseExceptionGroup as group:
             first = first_error(group)
             raise first from first.__cause__

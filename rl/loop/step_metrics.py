@@ -57,6 +57,9 @@ def batch_metrics(trajectories: list[Trajectory], version: int, group_size: int)
     }
     for age in range(max(ages) + 1):
         metrics[f"staleness/frac_at_{age}"] = ages[age] / tokens
+    if len(groups) > 1:
+        # Samples of one prompt are alike, so its group counts once.
+        metrics["reward/mean_se"] = stdev(fmean(g) for g in groups.values()) / math.sqrt(len(groups))
     if group_size > 1:
         metrics["reward/frac_zero_std"] = fmean(same(g) for g in groups.values())
     for name in sorted({name for t in first for name in t.reward_parts}):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from written import ROOT, write_or_check
 
-SOURCES = ("rl/environments/types.py", "rl/trainer_config.py", "rl/config.py")
+SOURCES = ("rl/environments/types.py", "rl/settings/trainer.py", "rl/settings/tracking.py", "rl/config.py")
 JUDGES = {"OpenAIJudge": "rl/judges/chat.py", "RewardModel": "rl/judges/reward_model.py", "Calls": "rl/judges/desk.py"}
 """Classes that are values of `judges` and of `calls`, and where they are."""
 PAGE = ROOT / "docs" / "reference" / "configuration.md"

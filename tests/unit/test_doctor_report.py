@@ -27,7 +27,6 @@ from trainer.doctor.doctor import DoctorReport, variations
 from trainer.doctor.finding import Finding
 from trainer.doctor.report import as_dict, bit_for_bit, save, show, token_table
 from trainer.tracking.tracker import RunTracker
-from trainer.tracking.wandb_run import WandbRun
 
 # Two prompts of three tokens, a reply of four and one of three; column t is about token t + 1.
 IDS = torch.tensor([[1, 2, 3, 10, 11, 12, 13], [1, 2, 4, 20, 21, 22, 0]])
@@ -419,33 +418,38 @@ def test_a_token_that_the_trainer_has_no_number_for_counts_as_the_largest_differ
     assert (rows[0]["sequence"], rows[0]["position"]) == (0, 2)
 
 
-class Wandb:
-    """Takes what W&B's run takes."""
+class Tables:
+    """A tracker that keeps tables."""
 
     def __init__(self):
-        self.rows = []
+        self.tables = []
 
-    def log(self, metrics, step):
-        self.rows.append((step, metrics))
+    def begin(self, run):
+        pass
+
+    def log(self, step, values):
+        pass
+
+    def table(self, step, name, rows):
+        self.tables.append((step, name, rows))
+
+    def end(self, status, summary):
+        pass
 
 
-def test_wandb_gets_the_table_under_the_current_step_and_nobody_else_does(tmp_path):
-    config = TrackingConfig(wandb="off")
-    tracker = RunTracker(folder=tmp_path, config=config, name="t", settings={})
+def test_trackers_get_the_tokens_under_the_current_step_where_the_user_wants_it_and_nobody_else_does(tmp_path):
     rows = token_table(make_report(), decode, most=2)
-    tracker.table("doctor", rows)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "samples.jsonl"]
-    run = Wandb()
-    tracker.trackers = [WandbRun(run)]
-    tracker.table("doctor", [])
-    assert run.rows == []
-    tracker.table("doctor", rows)
-    tracker.log(3, {})
-    tracker.table("doctor", rows)
-    assert [step for step, _ in run.rows] == [0, 3, 3]
-    table = run.rows[0][1]["doctor"]
-    assert table.columns == list(rows[0])
-    assert table.data == [list(row.values()) for row in rows]
+    for upload in (False, True):
+        kept, folder = Tables(), tmp_path / str(upload)
+        config = TrackingConfig(to=(), upload_samples=upload)
+        tracker = RunTracker(folder=folder, config=config, name="t", settings={}, trackers={"kept": lambda k=kept: k})
+        tracker.table("doctor", [])
+        tracker.table("doctor", rows)
+        tracker.log(3, {})
+        tracker.table("doctor", rows)
+        tracker.close({})
+        assert sorted(p.name for p in folder.iterdir()) == ["metrics.jsonl", "samples.jsonl"]
+        assert kept.tables == ([(0, "doctor", rows), (3, "doctor", rows)] if upload else [])
 
 
 @pytest.mark.parametrize("recipe", ["quickstart", "quickstart_grpo"])

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -219,3 +220,27 @@ def test_sigterm_is_a_question_first_and_an_end_after_the_grace_period():
     assert told_to_stop(0.1, gently=True, saves=False) == "cancelled"
     assert told_to_stop(60.0) == "cancelled", "nothing to save"
     assert EXIT_CODE == 143
+
+
+def test_the_changes_of_the_recipes_repository_are_kept_with_the_run(tmp_path, monkeypatch):
+    from trainer.runs.code_state import code_state, keep_code
+
+    repository, run = tmp_path / "a repository", tmp_path / "run"
+    repository.mkdir()
+    run.mkdir()
+    recipe = repository / "recipe.py"
+    recipe.write_text("a = 1\n")
+    monkeypatch.setattr("sys.argv", [str(recipe)])
+    assert code_state(repository) == ("", ""), "no repository"
+    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    first = keep_code(run)
+    assert len(first["commit"]) == 40
+    assert not first["changed"]
+    assert not (run / "code.diff").exists()
+    recipe.write_text("a = 2\n")
+    assert keep_code(run) == {"commit": first["commit"], "changed": True}
+    assert "-a = 1\n+a = 2" in (run / "code.diff").read_text()
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert code_state(repository) == ("", ""), "no git"

@@ -12,6 +12,7 @@ from torch import Tensor
 from rl.agents.record import Opening, Record
 from rl.batch import collate, trajectory
 from rl.episodes.seen import Seen
+from rl.loop.speeds import Speeds
 from rl.protocols import EngineLost, StallError, SyncReport, UpdateFailed
 from rl.tokens import Rendering
 from rl.types import Batch, Completion, PolicyOutput, Prompt
@@ -41,6 +42,7 @@ class RemoteRollouts:
         self.load = [0] * len(cluster.engines)
         self.called: Callable[[int, int, float], None] = lambda engine, samples, began: None
         """Hears of each call of an engine when it ends, and when it began (seconds since 1970)."""
+        self.speeds = Speeds(len(cluster.engines))
 
     async def sample(
         self,
@@ -56,20 +58,23 @@ class RemoteRollouts:
         """n completions of one prompt. Raises EngineLost when the engine is gone before it answers."""
         serving = await self.fleet.serving()
         index = engine if engine in serving else min(serving, key=lambda i: self.load[i])
-        restarts = self.fleet.restarts_of[index]
+        restarts, tokens = self.fleet.restarts_of[index], 0
         self.load[index] += n
         began = time.time()
+        self.speeds.begin(index)
         try:
             deadline = self.cluster.config.deadlines.sample_s
             completions = await self.cluster.ask_engine(
                 index, lambda e: e.sample(token_ids, n, seed, temperature, max_tokens, tools=tools), deadline_s=deadline
             )
+            tokens = sum(len(completion.token_ids) for completion in completions)
             return [replace(completion, engine=index) for completion in completions]
         except EngineLost as error:
             self.fleet.mark_lost(index, restarts, str(error))
             raise
         finally:
             self.load[index] -= n
+            self.speeds.end(index, tokens)
             self.called(index, n, began)
 
     def figures(self) -> list[dict[str, float]]:

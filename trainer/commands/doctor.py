@@ -36,7 +36,7 @@ def doctor(arguments: Sequence[str]) -> int:
     from trainer.runs.settings import resolved
     from trainer.stop import run_stoppable, stoppable
     from trainer.tracking.tracker import RunTracker
-    from trainer.tracking.wandb_run import wandb_mode
+    from trainer.tracking.wandb_mode import wandb_mode
 
     plan = make_plan(config)
     plan.check_gpus()

@@ -2,19 +2,21 @@
 
 import math
 import os
+import shlex
+import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from rl.config import Config
 from rl.loop.estimates import headlines
 
 
@@ -63,12 +65,51 @@ def flush_output() -> None:
 
 
 @contextmanager
-def status(message: str) -> Iterator[None]:
-    """Print what is in progress, and how long it took."""
+def status(message: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+    """Print what is in progress, and how long it took. Gives a function that counts one of `total` parts as done."""
     began = time.perf_counter()
     console.print(f"[dim]{message} ...[/]")
-    yield
+    with working(message, total) as done:
+        yield done
     console.print(f"[dim]... {time.perf_counter() - began:.1f} s[/]")
+
+
+@contextmanager
+def working(message: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+    """While this runs, a terminal shows a bar: the seconds so far, and how many of `total` parts are done. Any other
+    output gets nothing, and a bar within another one is not shown."""
+    if not console.is_terminal or console.is_dumb_terminal or console.quiet or _shown:
+        yield lambda: None
+        return
+    bars = [BarColumn(), MofNCompleteColumn()] if total else []
+    with Progress(
+        SpinnerColumn("line"),
+        "{task.description}",
+        *bars,
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        refresh_per_second=4,
+    ) as progress:
+        task = progress.add_task(message, total=total)
+        _shown.append(message)
+        try:
+            yield lambda: progress.advance(task)
+        finally:
+            _shown.pop()
+
+
+_shown: list[str] = []
+"""The bar that is on the terminal."""
+
+
+def as_typed(program: Path) -> str:
+    """A program as its user would type it here: its name where the shell finds it, else the shorter path to it."""
+    found = shutil.which(program.name)
+    if found and os.path.abspath(found) == os.path.abspath(program):
+        return program.name
+    near = os.path.relpath(program)
+    return str(program) if near.startswith("..") else near
 
 
 COLUMNS = [
@@ -89,8 +130,8 @@ COLUMNS = [
 class Lines:
     """One line per step, of those columns that the run's objective has."""
 
-    def __init__(self, config: Config) -> None:
-        self.steps = config.steps
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
         cells = [f"{label} {metrics[name]:{form}}" for label, name, form in COLUMNS if name in metrics]
@@ -118,6 +159,14 @@ def with_error(value: float, error: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}" + (f" {plus_minus()} {error:.{digits}f}" if known else "")
 
 
+def as_minutes(seconds: float) -> str:
+    """A time in its largest unit, or two."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def closing_table(summary: dict[str, Any], folder: Path) -> None:
     """Print the run's results in a dozen lines, and its files."""
     table = Table(title=f"{summary['name']}: {summary['status']}", show_header=False, title_justify="left")
@@ -143,6 +192,11 @@ def closing_table(summary: dict[str, Any], folder: Path) -> None:
         if (folder / file).exists():
             table.add_row("look at", str(folder / file))
     console.print(table)
+    for text in summary.get("advice", ()):
+        console.print(f"advice: {text}", markup=False, highlight=False, style="yellow")
+    # Outside the table, which would cut the lines: the user copies them.
+    if kept := sorted((folder / "wandb").glob("offline-run-*")):
+        words = [as_typed(Path(sys.executable).with_name("wandb")), "sync", *map(str, kept)]
+        console.print(f"send to W&B with: {shlex.join(words)}", markup=False, highlight=False)
     if summary.get("resume"):
-        # Outside the table, which would cut the line: the user copies it.
         console.print(f"resume with: {summary['resume']}", markup=False, highlight=False)

@@ -1,7 +1,8 @@
 """Where do a run's numbers go? Files in its folder, the terminal, and trackers such as Weights & Biases."""
 
 import json
-from collections.abc import Callable, Mapping
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,21 +11,22 @@ from typing import Any
 from rl.config import TrackingConfig
 from rl.loop.estimates import Problems
 from rl.parity.watch import Alert
-from rl.protocols import Tracker
-from rl.typed import shortened
 from rl.types import Trajectory
 from trainer.runs.files import Rows
 from trainer.runs.problems import rows_of
+from trainer.tracking.backend import About, Backend, maker
+from trainer.tracking.guard import Call, Guard
+from trainer.tracking.samples import histograms, parts, worth_a_look
 from trainer.tracking.terminal import alert_line
-from trainer.tracking.wandb_run import open_wandb
+from trainer.tracking.wandb_mode import INSIST_S, insists, wandb_mode
 
 
 @dataclass(kw_only=True)
 class RunTracker:
-    """`rl.protocols.Tracker` that writes files, and passes everything on to `trackers`.
+    """`rl.protocols.Tracker` that writes files at once, and passes everything on to the trackers that `config` names.
 
-    `close` may be called at any moment and leaves readable files. A resumed run brings its `history` and its
-    `wandb_id`, and its files keep what they hold. A full disk, or a tracker that fails, is an alert and ends no run.
+    `close` may be called at any moment and leaves readable files. A resumed run brings its `history` and its `id`, and
+    its files keep what they hold. A full disk, or a tracker that fails, is an alert and ends no run.
     """
 
     folder: Path
@@ -36,11 +38,16 @@ class RunTracker:
     """Gives the alerts of each step."""
     alerts: list[dict[str, Any]] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
-    wandb_id: str | None = None
-    trackers: list[Tracker] = field(default_factory=list)
-    """W&B joins them where `config` asks for it."""
+    id: str | None = None
+    """The run's id in the trackers; a new run makes one."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """What the run begins with, by kind: model and data."""
+    trackers: Mapping[str, Callable[[], Backend]] = field(default_factory=dict)
+    """More trackers than those of `config`, by name."""
     _full: set[str] = field(default_factory=set)
     """Files that could not be written, each of which was reported."""
+    _histograms: dict[str, list[float]] = field(default_factory=dict)
+    """Those of the step that is logged next."""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -49,30 +56,41 @@ class RunTracker:
         self.files = {name: self._open(name) for name in ("metrics", "samples")}
         for row in self.history:
             self.watch(row)  # it must not repeat earlier alerts
-        step = int(self.history[-1]["step"]) if self.history else 0
-        wandb, note = open_wandb(
-            self.config,
-            folder=self.folder,
+        self.id = self.id or secrets.token_hex(4)
+        about = About(
             name=self.name,
+            id=self.id,
+            folder=self.folder,
+            config=self.config,
             settings=self.settings,
-            resume_id=self.wandb_id,
-            step=step,
+            step=self._step,
+            resumed=bool(self.history),
+            inputs=self.inputs,
         )
-        if wandb is not None:
-            self.wandb_id = wandb.run.id
-            self.trackers = [*self.trackers, wandb]
-        if note:
-            self.alert(step, "W&B is not online", note)
+        off = "wandb" if wandb_mode(self.config) == "disabled" else ""
+        makers = {name: maker(name) for name in self.config.to if name != off} | dict(self.trackers)
+        self.guards = [Guard(name, make, about) for name, make in makers.items()]
+        for guard in self.guards:
+            if guard.name == "wandb" and insists(self.config):
+                guard.begun.wait(INSIST_S + 10)
+                if guard.error:
+                    raise guard.error
+
+    @property
+    def _step(self) -> int:
+        return int(self.history[-1]["step"]) if self.history else 0
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record one step everywhere. A NaN is written as null, which JSON can hold."""
         row = {"step": float(step), **metrics}
         self.history.append(row)
         self._write("metrics", row, step)
-        self._tell(step, lambda tracker: tracker.log(step, metrics))
+        values, self._histograms = {**metrics, **self._histograms}, {}
+        self._tell(lambda tracker: tracker.log(step, values))
         self.show(step, metrics)
         for alert in self.watch(metrics):
             self.alert(step, alert.title, alert.text)
+        self._report()
 
     def alert(self, step: int, title: str, text: str) -> None:
         """Show the user what needs attention: on the terminal, in alerts.jsonl, and in every tracker."""
@@ -80,19 +98,29 @@ class RunTracker:
         self.alerts.append(row)
         alert_line(step, title, text)
         self._write("alerts", row, step)
-        self._tell(step, lambda tracker: tracker.alert(step, title, text))
+        self._tell(lambda tracker: tracker.alert(step, title, text))
 
     def table(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Show rows, which have the same keys, as a table in every tracker; no file is written."""
-        self._tell(int(self.history[-1]["step"]) if self.history else 0, lambda tracker: tracker.table(name, rows))
+        """Show rows of tokens or texts, which have the same keys, in the trackers where the user wants that. No file is
+        written."""
+        if rows and self.config.upload_samples:
+            step = self._step
+            self._tell(lambda tracker: tracker.table(step, name, rows))
 
-    def samples(self, step: int, trajectories: list[Trajectory], decode: Callable[[list[int]], str]) -> None:
-        """Keep a few trajectories as text; all of them when step is -1 (set aside as broken)."""
+    def samples(
+        self,
+        step: int,
+        trajectories: list[Trajectory],
+        decode: Callable[[list[int]], str],
+        gaps: Sequence[float] | None = None,
+    ) -> None:
+        """Keep a few trajectories as text; all of them when step is -1 (set aside as broken).
+
+        `gaps` has the largest |trainer - engine| of each in nats, where it is known.
+        """
         kept = trajectories if step < 0 else trajectories[: self.config.samples_per_step]
         for t in kept:
-            # What an episode read between its turns stays between them.
-            first = t.mask.index(True) if True in t.mask else len(t.mask)
-            prompt, reply = t.token_ids[:first], t.token_ids[first:]
+            prompt, reply = parts(t)
             row = {
                 "step": step,
                 "prompt_ordinal": t.group,
@@ -108,7 +136,12 @@ class RunTracker:
                 sampled = [i for i, m in zip(t.token_ids, t.mask, strict=True) if m]
                 row |= {"token_ids": sampled, "logprobs": [repr(x) for x in t.logprobs]}
             self._write("samples", row, step)
-        self._tell(step, lambda tracker: tracker.samples(step, trajectories, decode))
+        if step < 0 or not self.guards:
+            return
+        self._histograms = histograms(step, trajectories, gaps)
+        if self.config.upload_samples:
+            rows = worth_a_look(step, trajectories, decode, gaps)
+            self._tell(lambda tracker: tracker.table(step, "samples", rows))
 
     def problems(self, step: int, measured: Mapping[str, Problems]) -> None:
         """Keep the figures of every held-out problem, for comparisons."""
@@ -122,14 +155,21 @@ class RunTracker:
                 rows.write()
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Close every tracker with the summary, and the files."""
-        step = int(self.history[-1]["step"]) if self.history else 0
-        self._tell(step, lambda tracker: tracker.close(summary))
+        """Close every tracker with the summary, and the files. Waits `tracking.end_s` seconds at most for a tracker."""
+        told = dict(summary)
+        if "error" in told and not self.config.upload_samples:
+            told["error"] = str(told["error"]).partition(":")[0]  # the message may quote a prompt
+        status = str(summary.get("status", "failed"))
+        for guard in self.guards:
+            guard.end(lambda tracker: tracker.end(status, told))
+        for guard in self.guards:
+            guard.wait()
+        self._report()
         for rows in self.files.values():
             try:
                 rows.close()
             except OSError as error:
-                alert_line(step, f"{rows.path.name} lacks its last rows", str(error))
+                alert_line(self._step, f"{rows.path.name} lacks its last rows", str(error))
 
     def _open(self, name: str) -> Rows:
         return Rows(self.folder / f"{name}.jsonl")
@@ -146,12 +186,11 @@ class RunTracker:
                 text = f"{error}. Its rows are kept in memory, and written when there is space again."
                 self.alert(step, f"{name}.jsonl cannot be written", text)
 
-    def _tell(self, step: int, call: Callable[[Tracker], None]) -> None:
-        """Call every tracker. One that fails is left out from then on."""
-        for tracker in list(self.trackers):
-            try:
-                call(tracker)
-            except Exception as error:  # a tracker's own errors are of any kind, and none is worth a run
-                self.trackers.remove(tracker)
-                text = f"{type(error).__name__}: {shortened(str(error), 300)}. The files in the run's folder are whole."
-                self.alert(step, f"{type(tracker).__name__} takes no more metrics", text)
+    def _tell(self, call: Call) -> None:
+        for guard in self.guards:
+            guard.tell(call)
+
+    def _report(self) -> None:
+        """Show what happened to the trackers since the last step."""
+        for title, text in [problem for guard in self.guards for problem in guard.problems()]:
+            self.alert(self._step, title, text)
