@@ -1,8 +1,8 @@
 """All that the loop sees of the engines, the trainer and the tracker. Its unit tests use fakes of these protocols."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from rl.types import Batch, Completion
 

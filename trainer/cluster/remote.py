@@ -13,7 +13,7 @@ from rl.agents.record import Opening, Record
 from rl.batch import collate, trajectory
 from rl.episodes.seen import Seen
 from rl.loop.speeds import Speeds
-from rl.protocols import EngineLost, StallError, SyncReport, UpdateFailed
+from rl.protocols import EngineLost, SyncReport, UpdateFailed
 from rl.tokens import Rendering
 from rl.types import Batch, Completion, PolicyOutput, Prompt
 from rl.weights import WeightManifest, check_digests
