@@ -7,7 +7,7 @@ from typing import Any
 from rl.environments.observations import call
 from rl.environments.types import Messages
 from rl.typed import show
-from rollout.endpoint.asked import Answer, Asked, Body, Refused, function, given, number, records, text_of
+from rollout.endpoint.asked import Answer, Asked, Body, Refused, function, given, number, records, stops_of, text_of
 from rollout.endpoint.chat import Event
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
@@ -27,6 +27,7 @@ def read(body: Body) -> Asked:
         messages=messages,
         tools=[_tool(each) for each in records(body, "tools")] if shown else [],
         max_tokens=number(body, "max_tokens"),
+        stop=stops_of(body),
         stream=bool(given(body, "stream", bool)),
     )
 
@@ -67,7 +68,7 @@ def write(answer: Answer, model: str) -> dict[str, Any]:
         "model": model,
         "content": _blocks(answer),
         "stop_reason": _reason(answer),
-        "stop_sequence": None,
+        "stop_sequence": answer.stop,
         "usage": _usage(answer),
     }
 
@@ -90,7 +91,7 @@ def events(answer: Answer, model: str, body: Body) -> Iterator[Event]:
         yield event("content_block_start", index=index, content_block=empty)
         yield event("content_block_delta", index=index, delta=delta)
         yield event("content_block_stop", index=index)
-    ended = {"stop_reason": _reason(answer), "stop_sequence": None}
+    ended = {"stop_reason": _reason(answer), "stop_sequence": answer.stop}
     yield event("message_delta", delta=ended, usage={"output_tokens": answer.completion_tokens})
     yield event("message_stop")
 
@@ -107,7 +108,8 @@ def _blocks(answer: Answer) -> list[dict[str, Any]]:
 
 
 def _reason(answer: Answer) -> str:
-    return "max_tokens" if not answer.finished else "tool_use" if answer.calls else "end_turn"
+    ended = "stop_sequence" if answer.stop else "end_turn"
+    return "max_tokens" if not answer.finished else "tool_use" if answer.calls else ended
 
 
 def _usage(answer: Answer) -> dict[str, int]:

@@ -17,6 +17,7 @@ T = TypeVar("T")
 SAME = ("temperature", "top_p", "top_k", "min_p")
 """Settings that a request may repeat, and not change."""
 AUTO = {"type": "auto"}
+STOPS = ("stop", "stop_sequences")
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -67,6 +68,8 @@ class Asked:
     tools: Sequence[Mapping[str, Any]] = ()
     max_tokens: int | None = None
     seed: int | None = None
+    stop: tuple[str, ...] = ()
+    """Texts that end the reply, and are no part of what the client gets."""
     stream: bool = False
 
 
@@ -84,6 +87,8 @@ class Answer:
     """With an id each."""
     finished: bool
     """False: a limit of tokens cut it off, and it has no calls."""
+    stop: str | None
+    """The text of the request's `stop` that ended it."""
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
@@ -92,7 +97,8 @@ class Answer:
 
 
 def check_settings(body: Body, run: Mapping[str, Any]) -> None:
-    """Raise Refused for the first setting that would change the distribution. `run` has the values of `SAME`."""
+    """Raise Refused for the first setting that would change the distribution. `run` has the values of `SAME`, and the
+    texts of `stop`."""
     for name, value in body.items():
         if name in HARMLESS or value is None or value == []:
             continue
@@ -104,6 +110,8 @@ def check_settings(body: Body, run: Mapping[str, Any]) -> None:
                     "it out, or change the run",
                     setting=name,
                 )
+        elif name in STOPS and run.get("stop") and {*stops_of(body)} == {*run["stop"]}:
+            continue
         elif value not in NEUTRAL.get(name, ()):
             raise Refused(
                 f"{name}={show(value)} is not served here: it may change what the policy samples, and a trainer would "
@@ -130,6 +138,15 @@ def given(body: Body, name: str, kind: type[T]) -> T | None:
     if value is not None and type(value) is not kind:
         raise Refused(f"{name}={show(value)} must be of type {kind.__name__}", setting=name, code="invalid_type")
     return value
+
+
+def stops_of(body: Body) -> tuple[str, ...]:
+    """The texts at which a client wants its reply to end. Raises Refused for what is no text."""
+    value: Any = next((body[name] for name in STOPS if body.get(name)), [])
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise Refused(f"stop={show(value)} must be a text, or a list of texts", setting="stop", code="invalid_type")
+    return tuple(texts)
 
 
 def records(body: Body, name: str, *, needed: bool = False) -> list[dict[str, Any]]:

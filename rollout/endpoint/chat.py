@@ -6,7 +6,7 @@ from typing import Any
 
 from rl.environments.observations import call
 from rl.typed import show
-from rollout.endpoint.asked import Answer, Asked, Body, Refused, function, given, number, records, text_of
+from rollout.endpoint.asked import Answer, Asked, Body, Refused, function, given, number, records, stops_of, text_of
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 Event = tuple[str, dict[str, Any] | str]
@@ -21,6 +21,7 @@ def read(body: Body) -> Asked:
         tools=[tool(each) for each in records(body, "tools")] if shown else [],
         max_tokens=number(body, "max_completion_tokens", "max_tokens"),
         seed=given(body, "seed", int),
+        stop=stops_of(body),
         stream=bool(given(body, "stream", bool)),
     )
 

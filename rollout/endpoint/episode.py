@@ -103,7 +103,7 @@ class OpenEpisode:
         if self.ended:
             raise Refused("the episode has ended", status=410, code="episode_ended")
         history = History.of(asked)
-        key = _sha256(f"{history.beginnings[-1]} {asked.max_tokens} {asked.seed}")
+        key = _sha256(f"{history.beginnings[-1]} {asked.max_tokens} {asked.seed} {asked.stop}")
         reply = self.replies.get(key)
         if reply is None:
             answering = asyncio.create_task(self._answer(key, asked, history))
@@ -151,16 +151,20 @@ class OpenEpisode:
         parsed = self.policy.read(context, done, asked.tools)
         finished = done.finish_reason == "stop"
         calls = [] if not finished else _with_ids(parsed.calls, key)
-        said = spoken(parsed.text, calls)
+        ends = {parsed.text.find(text): text for text in asked.stop if text in parsed.text}
+        first = min(ends, default=None)
+        text, stop = parsed.text[:first], None if first is None else ends[first]
+        said = spoken(text, calls)
         returned = history.then(said)
         self.histories[returned.beginnings[-1]] = node, returned
         return Answer(
             id=key[:24],
             created=int(time.time()),
-            text=parsed.text,
+            text=text,
             reasoning=parsed.reasoning,
             calls=tuple(calls),
             finished=finished,
+            stop=stop,
             prompt_tokens=len(context),
             cached_tokens=done.cached_prompt_tokens,
             completion_tokens=len(done.token_ids),

@@ -11,7 +11,7 @@ from rl.agents.record import Opening
 from rl.environments.template import Chat
 from rl.typed import show
 from rl.types import Completion, Parsed
-from rollout.endpoint.asked import Refused, check_settings
+from rollout.endpoint.asked import Refused, check_settings, stops_of
 from rollout.endpoint.episode import OpenEpisode
 from rollout.endpoint.server import Endpoint
 
@@ -52,11 +52,8 @@ class PublicEndpoint(Endpoint):
         if rest.get("seed") is not None:
             # The same request has the same reply then.
             episode.opening = replace(episode.opening, seed=(0, 0, 0))
-        stop = rest.pop("stop", None) or rest.pop("stop_sequences", None) or []
-        policy.stop = [stop] if isinstance(stop, str) else stop
-        if not isinstance(stop, str | list) or not all(isinstance(text, str) and text for text in policy.stop):
-            raise Refused(f"stop={show(stop)} must be texts", setting="stop")
-        check_settings(rest, {})
+        policy.stop = list(stops_of(rest))
+        check_settings(rest, {"stop": policy.stop})
 
 
 class Choosing:
@@ -81,12 +78,5 @@ class Choosing:
         return await self.endpoint.sample(token_ids, seed, temperature, most, **more)
 
     def read(self, context: list[int], done: Completion, tools: Sequence[Mapping[str, Any]]) -> Parsed:
-        """What the policy said, up to the first of the stop texts."""
-        found = self.endpoint.read(context, done, tools)
-        ends = [found.text.find(text) for text in self.stop if text in found.text]
-        return Parsed(
-            text=found.text[: min(ends, default=None)],
-            reasoning=found.reasoning,
-            calls=found.calls,
-            malformed=found.malformed,
-        )
+        """What the policy said."""
+        return self.endpoint.read(context, done, tools)

@@ -186,7 +186,7 @@ class Endpoint:
         c = self.config
         temperature = episode.opening.temperature
         own = {"temperature": c.temperature if temperature is None else temperature}
-        check_settings(body, {name: own.get(name, getattr(c.rollout, name, None)) for name in SAME})
+        check_settings(body, {name: own.get(name, getattr(c.rollout, name, None)) for name in (*SAME, "stop")})
 
     def _asked(self, dialect: ModuleType, body: Mapping[str, Any], episode: OpenEpisode) -> Asked:
         if dialect is not responses:

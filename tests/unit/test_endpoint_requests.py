@@ -170,6 +170,28 @@ def test_what_is_refused_has_the_name_of_the_field_in_the_form_of_its_client(tmp
     assert run(work, tmp_path) == []
 
 
+@pytest.mark.parametrize(("path", "name"), [(CHAT, "stop"), (MESSAGES, "stop_sequences")])
+def test_the_texts_that_end_the_replies_of_the_run_may_be_repeated_and_are_not_shown(tmp_path, path, name):
+    async def work(address, engine):
+        for other in ("Observation:", ["<", "Observation:", "x"]):
+            assert (await ask(address, path, said(ASK, max_tokens=9, **{name: other})))[0] == 400
+        asked = said(ASK, max_tokens=30, **{name: ["<", "Observation:"]})
+        status, answer = await ask(address, path, asked)
+        assert status == 200
+        shown = answer["content"][0]["text"] if path == MESSAGES else answer["choices"][0]["message"]["content"]
+        more = said(ASK, {"role": "assistant", "content": shown}, ASK, max_tokens=30, **{name: ["<", "Observation:"]})
+        assert (await ask(address, path, more))[0] == 200
+        return shown, answer, engine
+
+    says = ["look Observation:", "more"]
+    shown, answer, engine = run(work, tmp_path, says=says, stop=("Observation:", "<"))
+    assert shown == "look "
+    if path == MESSAGES:
+        assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", "Observation:")
+    # What was sampled stays, and the next turn goes on from it.
+    assert "assistant:look Observation:<end>user:hello<end>" in engine.tokenizer.decode(engine.asked[1][0])
+
+
 def test_stock_clients_raise_their_own_errors(tmp_path):
     async def work(address, engine):
         api = openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
