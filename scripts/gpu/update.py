@@ -27,7 +27,7 @@ MARK = "UNISON_GPU_CHECK"
 def update(args: argparse.Namespace) -> Result:
     """Two verified updates, then `UPDATES` while long replies are being sampled; tokens say which weights made them.
 
-    At the end vLLM's process is killed while an update begins, and must be replaced.
+    At the end the engine is killed while an update begins, and must be replaced.
     """
     cuda = args.device == "cuda"
     # Qwen2.5-7B with four of its layers: its embedding is larger than 1 GiB.
@@ -61,7 +61,7 @@ def update(args: argparse.Namespace) -> Result:
             counts = await cluster.ask_engines(lambda e: e.counters())
             updating, began = asyncio.create_task(learner.publish(23)), time.perf_counter()
             await asyncio.sleep(0.02)
-            kill_engine(os.environ[MARK])
+            kill_engine(os.environ[MARK], "VLLM::EngineCore" if cuda else "ray::EngineActor")
             recovered = (await updating).verified and fleet.restarts == 1
             recovery = time.perf_counter() - began
             again = (await rollouts.sample([3, 4, 5], 1, seed=0))[0]
@@ -101,12 +101,12 @@ def problems(replies: list[Any], last: Any, counts: dict[str, int]) -> list[str]
     return found
 
 
-def kill_engine(mark: str) -> None:
-    """Kill vLLM's own process, which carries the mark of this check in its environment."""
+def kill_engine(mark: str, name: str) -> None:
+    """Kill the process in which vLLM computes; it carries the mark of this check in its environment."""
     for process in psutil.process_iter(["cmdline"]):
         with suppress(psutil.Error):  # another user's, or one that has ended
             command = " ".join(process.info["cmdline"] or [])
-            if command.startswith("VLLM::EngineCore") and process.environ().get(MARK) == mark:
+            if command.startswith(name) and process.environ().get(MARK) == mark:
                 process.kill()
 
 
