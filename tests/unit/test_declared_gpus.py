@@ -40,6 +40,7 @@ def test_every_engine_and_rank_has_gpus_of_its_own_unless_one_is_shared(eight_gp
     made = {"name": "t", "model": "m", "data": Data(train=[]), "reward": lambda reply: 0.0}
     config = Config(**made, rollout=rollout, trainer=trainer, **more)
     cluster = Cluster(config, place(config, cuda=True, gpus=8))
+    cluster.started_ray = True  # on one machine no rank must be near the driver
     ours = {"runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT)}}}
     actors = [watched(ActorShell).options(**options, **ours).remote() for options in cluster._actor_options()]
     try:

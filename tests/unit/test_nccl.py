@@ -238,8 +238,10 @@ def test_an_engine_that_dies_while_tensors_arrive_ends_the_update_on_both_sides(
     client, weights = Client(3), Weights()
     sender = opened(client, weights)
     client.engines[1].dead["receive"] = EngineLost("vLLM's own process has ended")
+    began = time.monotonic()
     with pytest.raises(EngineLost, match="vLLM's own process has ended"):
         sender.send_weights()
+    assert time.monotonic() - began < LATE_S / 2, "only the deadline ended it"
     for engine in (client.engines[0], client.engines[2]):
         assert not engine.held, "half an update was committed"
     for answer in (client.receiving[0], client.receiving[2]):
