@@ -1,8 +1,9 @@
-"""Why vLLM V0's numbers at top_p = 0.9 are 2.6e-5 nats off under the GPU's model runner (4e-6 under V1): one token.
+"""Why vLLM V0's numbers at top_p = 0.9 can be 2.6e-5 nats off under the GPU's model runner (4e-6 under V1): one token.
 
 V2's kernel searches the nucleus' border by halving a range of probabilities at most 18 times. At one of the 255 tokens
 of V0's reference the last token inside has the probability 5.02731e-3 and the first outside 5.02698e-3, too near for
-that. V2 keeps one of them more or less. The engine's mask shows it, and a trainer that replays the mask agrees.
+that. The last bits of the logits decide then whether V2 keeps 19 tokens, as V0, or one less or more. The engine's mask
+shows it, and a trainer that replays the mask agrees.
 """
 
 import json
@@ -49,7 +50,8 @@ def test_two_tokens_at_the_border_are_too_near_for_the_kernel_and_its_mask_shows
         return float(logits[0, token] - logits[0, kept].logsumexp(0))
 
     assert abs(over(own[0].nonzero()[:, 0].tolist()) - item["logprobs"][14]) <= 2e-5
-    assert len(mask) in (18, 20)
+    assert len(mask) in (18, 19, 20)
     assert abs(over(mask) - said) <= 1e-5
-    # Of 255 tokens this one alone makes 2e-5 of the mean.
-    assert abs(said - item["logprobs"][14]) / 255 == pytest.approx(2.2e-5, rel=0.1)
+    # One token less or more, and this one of 255 alone makes 2e-5 of their mean.
+    off = abs(said - item["logprobs"][14])
+    assert off <= 2e-5 if len(mask) == 19 else off / 255 == pytest.approx(2.2e-5, rel=0.1)
