@@ -103,7 +103,7 @@ def test_a_job_that_slurm_asks_to_end_saves_is_queued_again_and_continues(nodes:
     assert json.loads((job.run / "summary.json").read_text())["status"] == "finished"
     every_prompt_was_trained_once(job.run, prompts=2 * STEPS, samples=4)
     # Nothing is left on the nodes.
-    assert not nodes.run("bash", "-c", "ls -d /tmp/unison-ray-* 2> /dev/null || true")
+    assert not nodes.run("srun", "-N2", "bash", "-c", "ls -d /tmp/unison-ray-* 2> /dev/null || true")
 
 
 @pytest.mark.nightly
