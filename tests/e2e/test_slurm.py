@@ -42,6 +42,7 @@ class Job:
         command += ["--output-dir", str(self.folder / "runs"), "--device", "cpu", "--steps", str(STEPS)]
         command += ["--save-every", "1", "--tracking.wandb", "off", "--rollout.engines", str(engines)]
         command += ["--doctor", "off", "--group-size", "4", "--prompts-per-step", "2", "--no-save-final"]
+        command += ["--tracking.samples-per-step", "8"]
         written = subprocess.run(command, capture_output=True, text=True, cwd=self.folder)
         assert written.returncode == 0, written.stdout + written.stderr
         self.id = nodes.run("sbatch", "--parsable", str(self.folder / "job.sbatch"), cwd=self.folder)
