@@ -19,14 +19,21 @@ from trainer.node.token import read_token, with_token, write_token
 def folders(tmp_path, monkeypatch):
     """Where clusters have their folders, and ports that no test beside this one uses."""
     monkeypatch.setattr(ports, "FOLDERS", tmp_path)
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
     return tmp_path
 
 
 def cluster(folders: Path, base: int, head: str = "10.0.0.1:10000") -> Node:
     folder = folders / f"{ports.NAME}{base}"
     folder.mkdir()
-    for name, text in {"id": f"{base}", "owner": str(os.getpid()), "address": head, "token": "secret"}.items():
+    for name, text in {
+        "id": f"{base}",
+        "owner": str(os.getpid()),
+        "address": head,
+        "token": "secret",
+        "job": "",
+    }.items():
         (folder / name).write_text(text)
     return Node(folder)
 
@@ -149,6 +156,21 @@ def test_a_driver_finds_the_token_of_the_cluster_that_it_names(folders, monkeypa
     assert chosen(10_400).head == "10.0.0.2:10400"
     with pytest.raises(ValueError, match="no such cluster: there is --port-base 10000"):
         chosen(12_345)
+
+
+def test_a_job_means_the_cluster_of_its_own_attempt(folders, monkeypatch):
+    """SLURM may end the first attempt before it has removed its folder."""
+    for base, attempt in ((10_000, "7.0"), (10_400, "7.1"), (10_800, "8.0")):
+        (cluster(folders, base).folder / "job").write_text(attempt)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert chosen(None).base == 10_000
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert chosen(None).base == 10_400
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (folders / f"{ports.NAME}10400" / "owner").write_text(str(dead.pid))
+    with pytest.raises(ValueError, match="no such cluster"):
+        chosen(None)
 
 
 def test_an_interface_is_named_or_refused_with_those_that_exist():

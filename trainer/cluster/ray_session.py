@@ -57,7 +57,7 @@ def join_ray() -> None:
     modules = beside_recipe()
     # An empty list is an error of Ray's on every node.
     shipped = {"py_modules": modules} if modules else None
-    ray.init(log_to_driver=False, logging_level="warning", runtime_env=shipped)
+    ray.init(log_to_driver=False, logging_level="error", runtime_env=shipped)
 
 
 def gpus_of_nodes() -> list[float]:

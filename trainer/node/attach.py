@@ -5,15 +5,15 @@ import socket
 from pathlib import Path
 
 from trainer.node import ports
-from trainer.node.node import JOB, Node
+from trainer.node.node import Node, job
 
 
 def chosen(base: int | None) -> Node:
     """This user's cluster here with these ports, or of this job, or the only one. Raises ValueError."""
     found = [Node(folder) for folder in ports.mine()]
     wanted = [node for node in found if base in (None, node.base)]
-    if base is None and (job := os.environ.get(JOB)):
-        wanted = [node for node in found if (node.folder / "job").read_text() == job]
+    if base is None and job():
+        wanted = [node for node in found if (node.folder / "job").read_text() == job()]
     if len(wanted) == 1:
         return wanted[0]
     known = ", ".join(f"--port-base {node.base} ({node.head})" for node in found)

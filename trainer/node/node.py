@@ -14,8 +14,6 @@ from pathlib import Path
 from trainer.node import network, ports, processes
 from trainer.node.token import with_token, write_token
 
-JOB = "SLURM_JOB_ID"
-"""The variable with the job that a cluster belongs to, if any."""
 STARTS = 2
 """Ray gives up after 30 s, which a node that is busy with other work may need."""
 LOOK_S, LOOKS = 5.0, 3
@@ -50,6 +48,12 @@ class Node:
         return count
 
 
+def job() -> str:
+    """The attempt of SLURM's job that this process belongs to; "" outside of one."""
+    number = os.environ.get("SLURM_JOB_ID", "")
+    return f"{number}.{os.environ.get('SLURM_RESTART_COUNT', '0')}" if number else ""
+
+
 def start(
     head: str | None,
     *,
@@ -70,7 +74,7 @@ def start(
     node = Node(ports.claim(base, head=head is None))
     (node.folder / "owner").write_text(str(os.getpid()))
     (node.folder / "id").write_text(secrets.token_hex(8))
-    (node.folder / "job").write_text(os.environ.get(JOB, ""))
+    (node.folder / "job").write_text(job())
     try:
         write_token(node.token, token)
         if host:

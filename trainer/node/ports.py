@@ -102,8 +102,8 @@ def _is_free(port: int) -> bool:
 
 
 def mine() -> Iterator[Path]:
-    """The folders of this user's clusters on this node."""
+    """The folders of this user's clusters on this node that are alive."""
     for folder in sorted(FOLDERS.glob(f"{NAME}[0-9]*")):
         with suppress(OSError):
-            if folder.stat().st_uid == os.getuid() and (folder / "address").exists():
+            if folder.stat().st_uid == os.getuid() and (folder / "address").exists() and is_alive(folder):
                 yield folder
