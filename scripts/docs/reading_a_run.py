@@ -1,4 +1,4 @@
-"""What does a run with a problem look like? Makes the run of docs/tutorials/reading-a-run.md, and its pictures.
+"""What does a run with a problem look like? Makes such a run, and the pictures of docs/tutorials/reading-a-run.md.
 
 python scripts/docs/reading_a_run.py run                   # the quickstart with an engine that uses stale KV
 python scripts/docs/reading_a_run.py pictures FOLDER       # docs/images/view-*.png; needs Chromium
@@ -52,11 +52,11 @@ def pictures(folder: str) -> None:
         for name, view in views.items():
             browser.go(view)
             browser.picture(PICTURES / f"view-{name}.png")
-        browser.go(f"#/row/{step}/{group}/{episode}/{row}")
-        browser.key("n")
+        browser.size(1360, 660)
+        browser.go(f"#/row/{step}/{group}/{episode}/{row}/{rows[0]['prompt_tokens']}")
         browser.js("scrollTo(0, 0)")
         browser.picture(PICTURES / "view-row.png")
-        browser.size(1360, 860, dark=True)
+        browser.size(1360, 660, dark=True)
         browser.picture(PICTURES / "view-dark.png")
     finally:
         browser.close()

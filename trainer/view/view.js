@@ -77,7 +77,7 @@ function curve(lines, alerts, go) {
   const X = x => L + (W - L - 8) * (x - x0) / (x1 - x0 || 1), Y = y => 8 + (H - B - 8) * (1 - (y - y0) / (y1 - y0));
   const svg = h("svg", { viewBox: `0 0 ${W} ${H}`, role: "img" });
   for (const y of [y0, y1]) svg.append(h("line", { class: "rule", x1: L, x2: W - 8, y1: Y(y), y2: Y(y) }),
-    h("text", { x: L - 5, y: Y(y) + 3, "text-anchor": "end" }, number(y)));
+    h("text", { x: L - 5, y: Y(y) + 3, "text-anchor": "end" }, number(+y.toPrecision(3))));
   for (const x of new Set([x0, x1])) svg.append(h("text", { x: X(x), y: H - 4, "text-anchor": x === x1 && x1 > x0 ? "end" : "start" }, number(x)));
   for (const a of alerts) if (a.step >= x0 && a.step <= x1) svg.append(h("line", { class: "mark", x1: X(a.step), x2: X(a.step), y1: 8, y2: H - B },
     h("title", {}, `step ${a.step}: ${a.title}`)));
