@@ -1,4 +1,4 @@
-"""What does a run with a problem look like? Makes the run of docs/tutorials/reading-a-run.md, and its pictures.
+"""What does a run with a problem look like? Makes such a run, and the pictures of docs/tutorials/reading-a-run.md.
 
 python scripts/docs/reading_a_run.py run                   # the quickstart with an engine that uses stale KV
 python scripts/docs/reading_a_run.py pictures FOLDER       # docs/images/view-*.png; needs Chromium
@@ -33,8 +33,8 @@ def run(*flags: str) -> None:
     launch(replace(planted, doctor="off", steps=10, eval_every=0, save_every=0, save_final=False), args=[*flags])
 
 
-def pictures(folder: str) -> None:
-    """One picture of each page."""
+def pictures(folder: str, at: str = "") -> None:
+    """One picture of each page, for the row of a step with the largest gap."""
     from browser import Browser
     from trainer.view.answers import Answers
     from trainer.view.server import server
@@ -42,7 +42,8 @@ def pictures(folder: str) -> None:
     answers = Answers(Path(folder))
     made, url = server(answers)
     threading.Thread(target=made.serve_forever, daemon=True).start()
-    rows = answers.answer("rows", {"sort": "gap_max", "falling": "1", "limit": "1"})["rows"]
+    asked = {"sort": "gap_max", "falling": "1", "limit": "1"} | ({"step": at} if at else {})
+    rows = answers.answer("rows", asked)["rows"]
     step, group, episode, row = (rows[0][name] for name in ("step", "group", "episode", "row"))
     PICTURES.mkdir(exist_ok=True)
     browser = Browser(1360, 860)
@@ -52,11 +53,11 @@ def pictures(folder: str) -> None:
         for name, view in views.items():
             browser.go(view)
             browser.picture(PICTURES / f"view-{name}.png")
-        browser.go(f"#/row/{step}/{group}/{episode}/{row}")
-        browser.key("n")
+        browser.size(1360, 660)
+        browser.go(f"#/row/{step}/{group}/{episode}/{row}/{rows[0]['prompt_tokens']}")
         browser.js("scrollTo(0, 0)")
         browser.picture(PICTURES / "view-row.png")
-        browser.size(1360, 860, dark=True)
+        browser.size(1360, 660, dark=True)
         browser.picture(PICTURES / "view-dark.png")
     finally:
         browser.close()

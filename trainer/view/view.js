@@ -20,7 +20,7 @@ const REASONS = {
   not_applicable: "the reward did not apply to any reply", overlong: "too many replies were cut off", too_hard: "its mean reward is too low",
   too_easy: "its mean reward is too high", engine_lost: "its engines died too often", env_error: "its environment failed too often",
   judge_error: "its judge failed too often", deadline: "the time of its episode was over while it waited" };
-const signed = (x, top) => x == null ? "" : `rgba(${x < 0 ? "38,110,190" : "224,120,20"},${(Math.min(1, Math.abs(x) / top) ** .6 * .75).toFixed(3)})`;
+const signed = (x, top) => x == null ? "" : `rgba(${x < 0 ? "38,110,190" : "224,120,20"},${(Math.min(1, Math.abs(x) / top) ** .6 * .75).toFixed(2)})`;
 const ratio = (s, i) => Math.exp(s.moved[i]);
 // Values by which tokens are coloured. The scales are fixed, so that a quiet run looks quiet.
 const COLOURS = {
@@ -77,7 +77,7 @@ function curve(lines, alerts, go) {
   const X = x => L + (W - L - 8) * (x - x0) / (x1 - x0 || 1), Y = y => 8 + (H - B - 8) * (1 - (y - y0) / (y1 - y0));
   const svg = h("svg", { viewBox: `0 0 ${W} ${H}`, role: "img" });
   for (const y of [y0, y1]) svg.append(h("line", { class: "rule", x1: L, x2: W - 8, y1: Y(y), y2: Y(y) }),
-    h("text", { x: L - 5, y: Y(y) + 3, "text-anchor": "end" }, number(y)));
+    h("text", { x: L - 5, y: Y(y) + 3, "text-anchor": "end" }, number(+y.toPrecision(3))));
   for (const x of new Set([x0, x1])) svg.append(h("text", { x: X(x), y: H - 4, "text-anchor": x === x1 && x1 > x0 ? "end" : "start" }, number(x)));
   for (const a of alerts) if (a.step >= x0 && a.step <= x1) svg.append(h("line", { class: "mark", x1: X(a.step), x2: X(a.step), y1: 8, y2: H - B },
     h("title", {}, `step ${a.step}: ${a.title}`)));
@@ -191,6 +191,7 @@ function paint(el, s, i) {
   const value = COLOURS[colour].of(s, i), sampled = !(s.flags[i] & 3);
   el.style.backgroundColor = sampled ? signed(value, COLOURS[colour].top) : "";
 }
+const known = new Map(), RIGHT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/; // these must not turn their neighbours around
 function tokens(s, from = 0, until = s.ids.length, differs = -1) {
   const box = h("div", { class: "tokens" }), made = document.createDocumentFragment();
   let last = null;
@@ -202,9 +203,10 @@ function tokens(s, from = 0, until = s.ids.length, differs = -1) {
       last = s.version[i];
     }
     const el = document.createElement("span");
-    el.textContent = text === "" ? "◦" : visible(text);
-    // A token from right to left must not turn its neighbours around.
-    el.className = (text === "" ? "part " : /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/.test(text) ? "right " : "") + (f & 1 ? "given" : f & 2 ? "read" : (f & 28 ? "clip " : "") + (f & 1248 ? "cut " : "") + (f ? "silent" : "")) + (i === differs ? " differs" : "");
+    if (!known.has(text)) known.set(text, [text === "" ? "◦" : visible(text), text === "" ? "part " : RIGHT.test(text) ? "right " : ""]);
+    const [shown, kind] = known.get(text);
+    el.textContent = shown;
+    el.className = kind + (f & 1 ? "given" : f & 2 ? "read" : (f & 28 ? "clip " : "") + (f & 1248 ? "cut " : "") + (f ? "silent" : "")) + (i === differs ? " differs" : "");
     el.i = i; el.s = s;
     paint(el, s, i);
     made.append(el);
