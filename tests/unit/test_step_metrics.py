@@ -1,5 +1,7 @@
 """What a batch says before training, by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from rl.loop.step_metrics import batch_metrics, trainer_speed
@@ -31,6 +33,14 @@ def test_ages_count_tokens_from_the_version_of_the_step():
             "staleness/frac_at_2": 2 / 8,
         }
     )
+
+
+def test_the_error_of_the_reward_counts_each_prompt_once():
+    rewards = {0: (1.0, 1.0), 1: (0.0, 0.0), 2: (1.0, 0.0)}  # means 1, 0 and 1/2: standard deviation 1/2
+    rows = [replace(sampled_by(0, reward=r), group=group) for group, of in rewards.items() for r in of]
+    rows = [replace(row, episode=i % 2) for i, row in enumerate(rows)]
+    assert batch_metrics(rows, 0, group_size=2)["reward/mean_se"] == pytest.approx(0.5 / 3**0.5)
+    assert "reward/mean_se" not in batch_metrics(rows[:2], 0, group_size=2), "one prompt shows no spread"
 
 
 def test_the_speed_of_learning_is_what_was_done_over_the_time_it_took():

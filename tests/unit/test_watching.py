@@ -167,10 +167,11 @@ def test_a_growing_file_is_read_by_whole_lines_and_again_from_its_begin_when_it_
         file.write('ep": 2}\nbroken\n')
     assert (lines.more(), lines.rows) == (1, [{"step": 1}, {"step": 2}])
     other = tmp_path / "other"
-    other.write_text('{"step": 1}\n')
-    other.replace(path)
-    lines.more()
-    assert lines.rows == [{"step": 1}], "a resumed run has gone back"
+    for rows in ([{"step": 1}], [{"step": s, "again": True} for s in range(9)]):
+        other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        other.replace(path)
+        lines.more()
+        assert lines.rows == rows, "a resumed run has gone back, and may have written more since"
 
 
 def test_without_a_terminal_each_step_and_alert_is_a_line_and_the_command_ends_with_the_run(run, capsys, monkeypatch):
@@ -263,6 +264,33 @@ def test_a_terminal_shows_how_many_parts_are_done_and_nothing_else_does(monkeypa
         assert ("evaluating" in text) == is_terminal
         assert ("2/3" in text) == is_terminal
         assert "within" not in text, "one bar at a time"
+
+
+class Hangup(io.StringIO):
+    """A terminal whose window was closed."""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        raise OSError(5, "Input/output error")
+
+    def flush(self):
+        raise OSError(5, "Input/output error")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_terminal_that_is_gone_ends_no_work(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(terminal, "console", Terminal(file=Hangup(), force_terminal=True))
+    steps = []
+    for _ in range(2):
+        with working("evaluating", total=1) as done:
+            done()
+            steps.append(1)
+    assert steps == [1, 1]
+    with pytest.raises(RuntimeError, match="mine"), working("failing"):
+        raise RuntimeError("mine")
 
 
 # -- the closing table -------------------------------------------------------------------------------------------------

@@ -82,21 +82,18 @@ def working(message: str, total: int | None = None) -> Iterator[Callable[[], Non
         yield lambda: None
         return
     bars = [BarColumn(), MofNCompleteColumn()] if total else []
-    with Progress(
-        SpinnerColumn("line"),
-        "{task.description}",
-        *bars,
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        refresh_per_second=4,
-    ) as progress:
-        task = progress.add_task(message, total=total)
-        _shown.append(message)
-        try:
-            yield lambda: progress.advance(task)
-        finally:
-            _shown.pop()
+    columns = (SpinnerColumn("line"), "{task.description}", *bars, TimeElapsedColumn())
+    progress = Progress(*columns, console=console, transient=True, refresh_per_second=4)
+    task = progress.add_task(message, total=total)
+    _shown.append(message)
+    with suppress(OSError, ValueError):  # the terminal is gone
+        progress.start()
+    try:
+        yield lambda: progress.advance(task)
+    finally:
+        _shown.pop()
+        with suppress(OSError, ValueError):
+            progress.stop()
 
 
 _shown: list[str] = []

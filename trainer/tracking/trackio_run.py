@@ -1,6 +1,5 @@
 """The run in Trackio: `trackio show`."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +38,7 @@ class Run:
         self.run.alert(title=title, text=f"Step {step}: {text}")
 
     def end(self, status: str, summary: Mapping[str, Any]) -> None:
-        """Record how the run ended, and finish it."""
-        self.run.alert(title=status, text=json.dumps(dict(summary), default=str), level=self.trackio.AlertLevel.INFO)
+        """Record how the run ended, with the numbers of its summary, and finish it."""
+        numbers = ", ".join(f"{name} {value:.6g}" for name, value in scalars(summary).items())
+        self.run.alert(title=status, text=numbers, level=self.trackio.AlertLevel.INFO)
         self.run.finish()
