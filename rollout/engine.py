@@ -23,7 +23,7 @@ from rollout.completion import completion
 from rollout.core import async_llm
 from rollout.endpoint.serving import Serving
 from rollout.parse import Parsers
-from rollout.settings import engine_args
+from rollout.settings import engine_args, sampling_settings
 from rollout.worker import WorkerExtension
 
 T = TypeVar("T")
@@ -91,33 +91,15 @@ class Engine(Serving):
         prefixes. With `tools`, the schemas that the prompt shows, the run's parsers read the replies. `more` are
         settings of vLLM, and what is sampled with them must not be trained on.
         """
-        sampling = self._sampling(temperature, max_tokens) | {"skip_reading_prefix_cache": fresh} | more
+        sampling = (
+            sampling_settings(self.config, self.stop_ids, temperature, max_tokens)
+            | {"skip_reading_prefix_cache": fresh}
+            | more
+        )
         seeds = [None if seed is None else seed + i for i in range(n)]
         found = await asyncio.gather(*(self._complete(token_ids, seed=s, **sampling) for s in seeds))
         parser = None if tools is None else self.parsers.of(tools)
         return [replace(each, parsed=parser(token_ids, each)) for each in found] if parser else list(found)
-
-    def _sampling(self, temperature: float | None, max_tokens: int | None) -> dict[str, Any]:
-        r = self.config.rollout
-        longest = max_tokens or r.max_tokens
-        sampling: dict[str, Any] = {
-            "temperature": self.config.temperature if temperature is None else temperature,
-            "max_tokens": longest,
-            "top_p": r.top_p,
-            "top_k": r.top_k,
-            "min_p": r.min_p,
-            "min_tokens": min(r.min_tokens, longest),
-            "stop_token_ids": sorted({*self.stop_ids, *r.stop_token_ids}),
-            "bad_words": list(r.bad_words),
-            "detokenize": False,
-        }
-        if r.stop:
-            # vLLM looks for stop texts in the decoded reply; with special tokens, because a stop text may be one.
-            sampling |= {"stop": list(r.stop), "detokenize": True, "skip_special_tokens": False}
-        if r.truncation and sampling["temperature"] == 0:
-            # An engine that reports the kept tokens refuses greedy requests; top_k=1 is equivalent.
-            sampling |= {"temperature": 1.0, "top_p": 1.0, "top_k": 1, "min_p": 0.0}
-        return sampling
 
     async def _complete(self, token_ids: list[int], **sampling: Any) -> Completion:
         """One completion of one prompt."""
@@ -286,7 +268,9 @@ class Engine(Serving):
 
     async def describe(self, prompt: Given, rendering: Rendering) -> dict[str, Any]:
         """Settings that this engine really runs with, and one prompt of the run in token ids of its own tokenizer."""
-        return examine.describe(self.llm, SamplingParams(**self._sampling(None, None)), prompt, rendering)
+        return examine.describe(
+            self.llm, SamplingParams(**sampling_settings(self.config, self.stop_ids)), prompt, rendering
+        )
 
     async def parse(
         self, reply: list[int], finish_reason: FinishReason, tools: Sequence[Mapping[str, Any]]

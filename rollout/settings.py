@@ -1,5 +1,6 @@
 """How vLLM V1 is set up so that its log-probabilities mean what the loss thinks: one place, each line with a reason."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from rl.config import Config
@@ -78,3 +79,29 @@ def engine_env(*, device: str, backend: str, threads: int) -> dict[str, str]:
             "TORCHDYNAMO_DISABLE": "1",
         }
     return env
+
+
+def sampling_settings(
+    config: Config, stop_ids: Iterable[int], temperature: float | None = None, max_tokens: int | None = None
+) -> dict[str, Any]:
+    """Keyword arguments of `SamplingParams` for one request of a run, with its temperature and length by default."""
+    r = config.rollout
+    longest = max_tokens or r.max_tokens
+    sampling: dict[str, Any] = {
+        "temperature": config.temperature if temperature is None else temperature,
+        "max_tokens": longest,
+        "top_p": r.top_p,
+        "top_k": r.top_k,
+        "min_p": r.min_p,
+        "min_tokens": min(r.min_tokens, longest),
+        "stop_token_ids": sorted({*stop_ids, *r.stop_token_ids}),
+        "bad_words": list(r.bad_words),
+        "detokenize": False,
+    }
+    if r.stop:
+        # vLLM looks for stop texts in the decoded reply; with special tokens, because a stop text may be one.
+        sampling |= {"stop": list(r.stop), "detokenize": True, "skip_special_tokens": False}
+    if r.truncation and sampling["temperature"] == 0:
+        # An engine that reports the kept tokens refuses greedy requests; top_k=1 is equivalent.
+        sampling |= {"temperature": 1.0, "top_p": 1.0, "top_k": 1, "min_p": 0.0}
+    return sampling

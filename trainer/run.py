@@ -29,12 +29,12 @@ from trainer.record.recorder import Recorded, RunRecord
 from trainer.runs import checkpoint
 from trainer.runs.code_state import keep_code
 from trainer.runs.files import Reserve, make_folder, write_json
-from trainer.runs.records import Recorder
+from trainer.runs.records import recorded
 from trainer.runs.resume import Resumed, data_digest, state_of, write_history
 from trainer.runs.settings import config_digest, resolved, stack_versions
 from trainer.runs.summary import ending, summarise
 from trainer.stop import Stop, run_stoppable, stoppable
-from trainer.tracking.monitor import Monitor, serve
+from trainer.tracking.monitor import Monitor, monitor_of
 from trainer.tracking.terminal import Lines, console, status, working
 from trainer.tracking.tracker import RunTracker
 
@@ -136,11 +136,7 @@ class Run:
             raise
 
     def _tracker(self) -> RunTracker:
-        wanted, deadlines = self.config.tracking, self.config.deadlines
-        if wanted.metrics_port is not None:
-            # What is later than this has ended the run by itself, unless the driver hangs.
-            longest = deadlines.sample_s + deadlines.step_s + deadlines.sync_s
-            self.monitor = serve(wanted.metrics_host, wanted.metrics_port, deadline_s=longest, name=self.config.name)
+        self.monitor = monitor_of(self.config)
         return RunTracker(
             trackers=[self.monitor] if self.monitor else [],
             folder=self.folder,
@@ -168,10 +164,8 @@ class Run:
         await self._check(learner)
         if self.monitor:
             self.monitor.engines = rollouts.figures
-        alert, after = self.tracker.alert, self.progress.version
-        record = RunRecord(
-            self.folder, config, tokenizer=tokenizer, after=after, alert=alert, alerts=self.tracker.alerts
-        )
+        alert, alerts, after = self.tracker.alert, self.tracker.alerts, self.progress.version
+        record = RunRecord(self.folder, config, tokenizer=tokenizer, after=after, alert=alert, alerts=alerts)
         self.record, rollouts.called = record, record.called
         player = episodes_of(config, rollouts, self.prepared)
         self.evaluations = evaluations = Evaluations(
@@ -186,7 +180,7 @@ class Run:
         self.loop = Loop(
             config=config,
             rollouts=rollouts,
-            learner=Recorded(self._recorded(learner), learner, record),
+            learner=Recorded(recorded(learner, self.folder, config, self.tracker.alert), learner, record),
             prompts=self.prepared.stream(config.seed, self.progress.ends),
             data_metrics=lambda: (
                 self.prepared.metrics() | rollouts.speeds.metrics() | (player.metrics() if player else {})
@@ -222,12 +216,6 @@ class Run:
             with status("exporting the model"):
                 await export_model(cluster, tokenizer, self.folder, config, summary, self.settings)
         summary["engines"] = await fleet.counters()
-
-    def _recorded(self, learner: RemoteLearner) -> RemoteLearner | Recorder:
-        """The learner, with a record of its steps where the config asks for one."""
-        if not self.config.record_batches:
-            return learner
-        return Recorder(learner, self.folder / "batches", self.config, self.tracker.alert)
 
     async def _save(self, progress: Progress) -> None:
         """Make a checkpoint. One that cannot be written is an alert, and no reason to lose the run."""

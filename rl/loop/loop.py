@@ -193,7 +193,7 @@ class Loop:
             return {}
         seconds = time.perf_counter() - began
         self._accounted += seconds
-        metrics = evaluating.result() | {"timing_s/evaluate": seconds}
+        metrics = evaluating.result() and evaluating.result() | {"timing_s/evaluate": seconds}
         await self.keep(step, metrics)
         return metrics
 

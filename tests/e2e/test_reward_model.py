@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from models import make_model
-from processes import assert_gone, kill_child, kill_one
+from processes import assert_gone, kill_one
 from reward_models import make_reward_model
 from runs import RECIPE, finish, printed, start, wait_for_step
 
@@ -36,7 +36,7 @@ def test_a_reward_model_that_is_killed_is_started_again_and_costs_no_reward(tmp_
     flags = "--tracking.wandb off --no-save-final --doctor off --steps 12 --tracking.samples-per-step 4"
     process, mark = start(model, tmp_path, *flags.split(), recipe=RECIPE.with_name("judged.py"))
     wait_for_step(process, tmp_path, 1)
-    kill_child(mark, "ray::ScorerActor", "VLLM::EngineCore")
+    kill_one(mark, "ray::ScorerActor")
     wait_for_step(process, tmp_path, 5)
     kill_one(mark, "ray::ScorerActor")
     code, summary, rows = finish(process, tmp_path)

@@ -12,6 +12,7 @@ from live import Live
 from planted_fault import Plant
 from planted_worker import wrapped
 from rl.types import Completion
+from rollout.settings import sampling_settings
 
 # -- in the requests
 
@@ -19,9 +20,7 @@ from rl.types import Completion
 @contextmanager
 def in_settings(live: Live, **changes: Any) -> Iterator[None]:
     """The engine's sampling parameters are other ones, and the engine reports them."""
-    engine = live.engine
-    one = engine._sampling
-    with patch.object(engine, "_sampling", lambda *args: one(*args) | changes):
+    with patch("rollout.engine.sampling_settings", lambda *args: sampling_settings(*args) | changes):
         yield
 
 

@@ -27,9 +27,3 @@ def assert_gone(mark: str, within_s: float = 300) -> None:
 def kill_one(mark: str, name: str) -> None:
     """Kill -9 a process whose command line begins with `name`."""
     next(process for process, command in marked(mark) if command.startswith(name)).kill()
-
-
-def kill_child(mark: str, parent: str, name: str) -> None:
-    """Kill -9 a descendant of a process; both by how their command lines begin."""
-    above = next(process for process, command in marked(mark) if command.startswith(parent))
-    next(each for each in above.children(recursive=True) if " ".join(each.cmdline()).startswith(name)).kill()

@@ -44,7 +44,7 @@ class Fleet:
 
 
 def endpoints(fleet):
-    rollouts = SimpleNamespace(load=[3, 1], fleet=fleet, cluster=fleet.cluster)
+    rollouts = SimpleNamespace(load=[3, 1], fleet=fleet, cluster=fleet.cluster, called=lambda *_: None)
     return RemoteEndpoints(rollouts, Rendering()), rollouts
 
 

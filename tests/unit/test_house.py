@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LINT_IMPORTS = Path(sys.executable).with_name("lint-imports")
 PACKAGES = ("rl", "rollout", "trainer")
-MOST_FILES, MOST_LINES, MOST_CODE_LINES = 14, 300, 24_000
+MOST_FILES, MOST_LINES, MOST_CODE_LINES = 14, 300, 24_900
 BY_STRING = re.compile(
     r"""(\.call\.remote|\bask_\w+|\.ask|collective_rpc)\((\w+(\.\w+)*, *)?f?["']|getattr\([^()]*["'][^()]*\)\("""
 )

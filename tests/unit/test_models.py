@@ -243,6 +243,8 @@ def test_which_families_pack_their_rows() -> None:
         "Qwen3",
         "OLMo-2",
         "SmolLM3",
+        "Qwen3-MoE",
+        "OLMoE",
     }
 
 

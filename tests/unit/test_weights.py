@@ -1,5 +1,7 @@
 """Digests detect every fault, errors name the tensor, and buckets keep every bit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -167,6 +169,16 @@ def test_a_sender_gathers_every_tensor_even_when_an_engine_refuses(refused_after
         assert gathered == list("abcd")
 
 
+class IntactGroup:
+    """Of NCCL, and nobody has aborted it."""
+
+    available, disabled = True, False
+
+    @property
+    def group(self):
+        return SimpleNamespace(store=SimpleNamespace(check=lambda keys: False))
+
+
 @pytest.mark.parametrize("digesting", [True, False])
 @pytest.mark.parametrize("name", ["NCCLEngine", "IPCEngine"])
 def test_a_gpu_engine_digests_what_it_loads_and_gets_its_model_back(monkeypatch, name, digesting):
@@ -182,6 +194,7 @@ def test_a_gpu_engine_digests_what_it_loads_and_gets_its_model_back(monkeypatch,
     monkeypatch.setattr(vllms, "receive_weights", lambda self, update: self.model.load_weights(iter(update)))
     engine, model = object.__new__(engine_class), Model()
     engine.model, engine.digesting = model, digesting
+    engine.model_update_group, engine.timeout_s = IntactGroup(), 10.0
     engine.start_weight_update()
     engine.receive_weights([("w", torch.ones(3))])
     assert model.loaded["w"].tolist() == [1.0, 1.0, 1.0]

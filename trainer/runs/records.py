@@ -128,3 +128,10 @@ class Recorder:
     async def publish(self, version: int) -> SyncReport:
         """Publish through the learner."""
         return await self.learner.publish(version)
+
+
+def recorded(
+    learner: RemoteLearner, folder: Path, config: Config, alert: Callable[[int, str, str], None]
+) -> RemoteLearner | Recorder:
+    """The learner, with a record of its steps in the run's `folder` where the config asks for one."""
+    return Recorder(learner, folder / "batches", config, alert) if config.record_batches else learner

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from rl.config import Config
 from trainer.tracking.terminal import console
 
 TOKEN = "UNISON_METRICS_TOKEN"
@@ -80,6 +81,16 @@ class Monitor:
             lines.append(f"# TYPE {_named('engine/' + name)} gauge")
             lines += [f'{_named("engine/" + name)}{{{run},engine="{i}"}} {e[name]!r}' for i, e in enumerate(engines)]
         return "\n".join(lines) + "\n"
+
+
+def monitor_of(config: Config) -> Monitor | None:
+    """The monitor that a run asks for. Raises ValueError where it cannot listen."""
+    wanted, deadlines = config.tracking, config.deadlines
+    if wanted.metrics_port is None:
+        return None
+    # What is later than this has ended the run by itself, unless the driver hangs.
+    longest = deadlines.sample_s + deadlines.step_s + deadlines.sync_s
+    return serve(wanted.metrics_host, wanted.metrics_port, deadline_s=longest, name=config.name)
 
 
 def serve(host: str, port: int, *, deadline_s: float, name: str) -> Monitor:
