@@ -1,6 +1,6 @@
 """GSPO and GRPO on a tiny mixture of experts in bf16, with and without router replay; prints a table.
 
-    scripts/interpreted scripts/docs/router_replay.py [--steps N]     # some ten minutes on two cores
+    python scripts/docs/router_replay.py     # as `scripts/interpreted scripts/docs/router_replay.py`; ten minutes
 
 A real vLLM engine (Model Runner V2, which reports experts; on CPU through Triton's interpreter) and a real DeepSpeed
 learner in one process. The reward is the share of a reply's tokens in the lower half of the vocabulary. All figures:

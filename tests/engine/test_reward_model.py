@@ -1,12 +1,13 @@
 """A reward model in vLLM's pooling engine has the scores of transformers, without a sigmoid."""
 
 import asyncio
+from unittest.mock import patch
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-import live  # noqa: F401  (the environment of an engine, before vLLM is imported)
+from live import in_own_process  # it sets the environment of an engine, before vLLM is imported
 from reward_models import make_reward_model
 from rl.judges import JudgeError, RewardModel
 from rollout.scorer import Scorer, encoded
@@ -25,7 +26,8 @@ def test_scores_are_those_of_transformers(tmp_path):
 
     async def scored() -> list[float]:
         judge = RewardModel(model=str(tmp_path), dtype="float32", max_model_len=200, kv_cache_gib=0.05)
-        scorer = Scorer(judge, device="cpu", trust_remote_code=False)
+        with patch("rollout.scorer.async_llm", in_own_process):
+            scorer = Scorer(judge, device="cpu", trust_remote_code=False)
         await scorer.start()
         try:
             scores = await asyncio.gather(*(scorer.score(prompt, reply) for prompt, reply in CASES))

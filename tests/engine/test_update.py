@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from live import Live, engine_config
+from live import THREAD, Live, engine_config
 from pair import make_learner
 from rl.batch import collate, trajectory
 from rl.config import RolloutConfig
@@ -41,7 +41,7 @@ def gap(model: str, completions: list[Completion]) -> float:
 def pair(request: pytest.FixtureRequest, live: Callable, tiny: Callable) -> tuple[Live, Path, Path]:
     family, tying = request.param.split("-")
     old, new = (tiny(family=family, tied=tying == "tied", seed=seed) for seed in (0, 1))
-    return live(engine_config(old), thread=True), old, new
+    return live(engine_config(old)), old, new
 
 
 def test_an_update_under_way_keeps_every_request_and_switches_versions_inside_sequences(
@@ -82,7 +82,7 @@ def test_an_update_under_way_keeps_every_request_and_switches_versions_inside_se
 def test_with_recompute_kv_what_follows_an_update_is_the_new_weights_alone(live: Callable, tiny: Callable) -> None:
     old, new = (tiny(family="qwen2", tied=False, seed=seed) for seed in (0, 1))
     config = engine_config(old)
-    engine = live(replace(config, rollout=replace(config.rollout, recompute_kv=True)), thread=True)
+    engine = live(replace(config, rollout=replace(config.rollout, recompute_kv=True)))
     sender = engine.open_sender(LearnerWeights(AutoModelForCausalLM.from_pretrained(new), sharded=False))
     running = engine.keep_sampling(PROMPT, 8)
     engine.update(sender, 1)
@@ -150,7 +150,7 @@ def test_a_request_that_waits_for_its_turn_over_an_update_finds_nothing_of_the_o
 ) -> None:
     old, new = (tiny(family="qwen2", tied=False, seed=seed) for seed in (0, 1))
     rollout = RolloutConfig(max_tokens=100, max_model_len=320, max_num_seqs=2, kv_cache_gib=0.25)
-    engine = live(engine_config(old, rollout=rollout), thread=True)
+    engine = live(engine_config(old, rollout=rollout))
     sender = engine.open_sender(LearnerWeights(AutoModelForCausalLM.from_pretrained(new), sharded=False))
     # Its prompt is in the cache now, under the old weights.
     assert set(engine.sample(PROMPT, 1, seed=1, max_tokens=1)[0].versions) == {0}
@@ -182,11 +182,13 @@ def test_a_request_that_comes_in_during_a_pause_waits_and_runs_on_the_new_versio
 
 def test_an_engine_keeps_no_memory_of_past_updates_committed_or_not(live: Callable, tiny: Callable) -> None:
     model = tiny(intermediate_size=16384)
-    engine = live(engine_config(model), thread=True)
+    engine = live(engine_config(model))
     hf = AutoModelForCausalLM.from_pretrained(model)
     megabytes = sum(p.nbytes for p in hf.parameters()) / 1e6
     assert megabytes > 45
-    process = psutil.Process()  # the model lives in this process
+    core = engine.engine.llm.engine_core
+    # The process that holds the model.
+    process = psutil.Process() if THREAD else psutil.Process(core.resources.engine_manager.processes[0].pid)
     sender = engine.open_sender(LearnerWeights(hf, sharded=False))
     rss = []
     for update in range(1, 17):
@@ -208,7 +210,7 @@ def test_an_exported_model_is_one_that_transformers_and_vllm_load(
     learner.export(str(tmp_path))
     learner.perturb(2)
     load_tokenizer(learner.config.model).save_pretrained(tmp_path)
-    said = live(engine_config(tmp_path), thread=True).sample(PROMPT, 4, seed=1)
+    said = live(engine_config(tmp_path)).sample(PROMPT, 4, seed=1)
     assert gap(str(tmp_path), said) <= 1e-5
     assert gap(learner.config.model, said) > 1e-3
 

@@ -18,6 +18,9 @@ for name, value in engine_env(device="cpu", backend="gloo", threads=1).items():
     os.environ.setdefault(name, value)
 
 
+THREAD = os.environ.get("UNISON_CORE") == "thread"
+
+
 def in_own_process(args: dict[str, Any], *, device: str) -> Any:
     """vLLM's engine with its core in a process of its own, forked from a server that has imported vLLM."""
     import vllm.v1.engine.utils
@@ -32,9 +35,9 @@ def in_own_process(args: dict[str, Any], *, device: str) -> Any:
 class Live:
     """An engine with blocking calls, its weights read from disk as version 0; it has a sender's control calls too."""
 
-    def __init__(self, config: Config, version: int = 0, *, thread: bool = False, **overrides: Any) -> None:
-        """With `thread` vLLM's core is a thread of this process, as in an actor. Without it is a process of its own, so
-        that what a test plants in vLLM reaches no trainer beside it."""
+    def __init__(self, config: Config, version: int = 0, **overrides: Any) -> None:
+        """vLLM's core is a process of its own: vLLM and DeepSpeed each want the one group of a process, and what a test
+        plants in vLLM must not reach the trainer. With UNISON_CORE=thread it is a thread, as in an actor."""
         from rollout.engine import Engine
 
         self.config, self.closed = config, False
@@ -46,11 +49,11 @@ class Live:
             engine = Engine(
                 config, device="cpu", backend="gloo", model=config.model, version=version, overrides=options
             )
-            engine.generations = 0 if thread else 1
+            engine.generations = 0 if THREAD else 1
             await engine.start()
             return engine
 
-        with nullcontext() if thread else patch("rollout.engine.async_llm", in_own_process):
+        with nullcontext() if THREAD else patch("rollout.engine.async_llm", in_own_process):
             self.engine = self.wait(make())
         self.version = version
 

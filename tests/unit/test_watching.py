@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -187,7 +188,8 @@ def test_without_a_terminal_each_step_and_alert_is_a_line_and_the_command_ends_w
             (run / "summary.json").write_text(json.dumps({"status": "finished"}))
             held.close()
 
-    monkeypatch.setattr(command.time, "sleep", sleep)
+    # The command's own clock: other threads of this process sleep too.
+    monkeypatch.setattr(command, "time", SimpleNamespace(**vars(time) | {"sleep": sleep}))
     assert watch([str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     steps = [line for line in lines if line.startswith("step ") and "/" in line]
