@@ -110,6 +110,7 @@ class Shopping:
         return float(result == "alive" or psutil.Process(int(result)).ppid() == os.getpid() != self.task["driver"])
 
 
+@pytest.mark.nightly
 def test_each_worker_calls_an_mcp_server_of_its_own(tmp_path):
     def parses(said):
         name, _, file = said.partition(" ")

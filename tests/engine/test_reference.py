@@ -163,6 +163,7 @@ def test_a_greedy_evaluation_of_a_truncated_run_takes_the_best_token(processed: 
     assert not gaps(policy, batch, 1.0, Truncation(top_k=1)).any()
 
 
+@pytest.mark.nightly
 def test_in_bf16_with_fp32_heads_on_both_sides_k3_stays_small(live: Callable) -> None:
     engine = live(replace(CONFIG, dtype="bfloat16"))
     policy = load(str(MODEL), dtype="bfloat16", fp32_head=True, share_prompts=False)

@@ -258,7 +258,7 @@ def test_with_updates_between_turns_each_turn_agrees_from_the_first_token_to_the
 
 
 @pytest.mark.parametrize("tying", BOTH)
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_with_updates_inside_turns_each_turn_agrees_on_all_that_stands_on_its_own_version(
     versions: Callable[[str], Versions], tying: str, recompute: bool
 ) -> None:
