@@ -190,7 +190,7 @@ class Run:
             evaluate=lambda step: record.timed("evaluation", evaluations.due(step)),
             keep=evaluations.keep,
             player=player,
-            on_samples=lambda step, rows: self.tracker.samples(step, record.trained(step, rows), tokenizer.decode),
+            on_samples=lambda step, of: self.tracker.samples(step, of, tokenizer.decode, record.trained(step, of)),
             on_left=record.ended,
             on_move=record.moved,
             progress=self.progress,

@@ -287,7 +287,7 @@ class _Play:
     def _encoded(self, what: str, encode: Callable[[], list[int]]) -> list[int]:
         try:
             return encode()
-        except Exception as error:  # the template is other people's code
+        except Exception as error:  # template and tokenizer are other people's code, and the text is the environment's
             raise fault(f"the chat template, given {what},", error) from error
 
     def _now(self, **changes: Any) -> None:

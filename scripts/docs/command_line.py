@@ -9,7 +9,7 @@ import re
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 
-from written import ROOT, write_or_check
+from written import ROOT, only_check, write_or_check
 
 PAGE = ROOT / "docs" / "reference" / "command-line.md"
 HEAD = """# Command line
@@ -71,4 +71,5 @@ def page() -> str:
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     os.environ |= {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
-    sys.exit(write_or_check(PAGE, page(), sys.argv[1:]))
+    check = only_check(__doc__)
+    sys.exit(write_or_check(PAGE, page(), check=check))

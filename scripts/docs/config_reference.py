@@ -8,7 +8,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from written import ROOT, write_or_check
+from written import ROOT, only_check, write_or_check
 
 SOURCES = ("rl/environments/types.py", "rl/settings/trainer.py", "rl/settings/tracking.py", "rl/config.py")
 JUDGES = {"OpenAIJudge": "rl/judges/chat.py", "RewardModel": "rl/judges/reward_model.py", "Calls": "rl/judges/desk.py"}
@@ -114,4 +114,5 @@ def _row(setting: Setting, prefix: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(write_or_check(PAGE, page(source()), sys.argv[1:]))
+    check = only_check(__doc__)
+    sys.exit(write_or_check(PAGE, page(source()), check=check))

@@ -78,7 +78,7 @@ def main(words: list[str]) -> int:
         ordered = {name: found["runs"][name] for name in sorted(found["runs"], key=[*RUNS, *asked.runs].index)}
         found = {"command": "python scripts/docs/episodes.py", "machine": machine(), "runs": ordered}
         DATA.write_text(json.dumps(found, indent=1) + "\n")
-    return write_or_check(PAGE, page(found["runs"]), ["--check"] if asked.check else [])
+    return write_or_check(PAGE, page(found["runs"]), check=asked.check)
 
 
 if __name__ == "__main__":

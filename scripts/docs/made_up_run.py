@@ -1,8 +1,9 @@
 """A made-up run with the marks of a stale prefix cache, in seconds and without an engine: for pictures and trials.
 
-python scripts/docs/made_up_run.py FOLDER
+python scripts/docs/made_up_run.py runs/made-up
 """
 
+import argparse
 import json
 import sys
 from dataclasses import replace
@@ -25,13 +26,20 @@ SAYS = (
 TASK = "Solve the following multiplication: {a} * {b}. Give only the result as your final answer."
 
 
-def main(folder: str) -> None:
+def main() -> None:
     """Write the run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of the run, which is made")
+    made_up(parser.parse_args().folder)
+
+
+def made_up(run: Path) -> None:
+    """Write a run into a folder."""
     from planted_run import write
     from trainer.prompts import load_tokenizer
 
     tokenizer = load_tokenizer(str(ROOT / "models" / "smollm2-135m"))
-    rng, run = np.random.default_rng(1), Path(folder)
+    rng = np.random.default_rng(1)
     made = {step: step_of(step, tokenizer, rng) for step in range(1, STEPS + 1)}
     write(run, {step: (told, seen) for step, (told, seen, _) in made.items()}, tokenizer)
     (run / "metrics.jsonl").write_text(
@@ -135,4 +143,4 @@ def times(rng) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -6,6 +6,7 @@ Each family is a tiny random model that goes through the whole framework with a 
 tests/support/family.py. The figures are kept in docs/data/models.json.
 """
 
+import argparse
 import json
 import sys
 import tempfile
@@ -62,7 +63,9 @@ Not measured here: models above 135M parameters, bf16 (see [the doctor](parity.m
 
 def main() -> None:
     """Measure, or only write the page from the stored figures with `--page`."""
-    if "--page" not in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", action="store_true", help="measure nothing: the page from the stored figures")
+    if not parser.parse_args().page:
         DATA.write_text(json.dumps(measured(), indent=1) + "\n")
     PAGE.write_text(page(json.loads(DATA.read_text())))
 

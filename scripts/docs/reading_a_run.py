@@ -4,6 +4,7 @@ python scripts/docs/reading_a_run.py run                   # the quickstart with
 python scripts/docs/reading_a_run.py pictures FOLDER       # docs/images/view-*.png; needs Chromium
 """
 
+import argparse
 import sys
 import threading
 from dataclasses import replace
@@ -13,6 +14,21 @@ ROOT = Path(__file__).parents[2]
 for folder in (ROOT, ROOT / "recipes", ROOT / "tests" / "support"):
     sys.path.insert(0, str(folder))
 PICTURES = ROOT / "docs" / "images"
+
+
+def main() -> None:
+    """Make the run, or its pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(required=True, metavar="run|pictures")
+    parts.add_parser("run", help="make the run; other flags are a run's", add_help=False).set_defaults(made=run)
+    of = parts.add_parser("pictures", help="make the pictures of a run")
+    of.add_argument("folder", type=Path, help="folder of the run")
+    of.add_argument("step", nargs="?", default="", help="default: that of the row with the largest gap")
+    of.set_defaults(made=None)
+    asked, flags = parser.parse_known_args()
+    if asked.made:
+        return run(*flags)
+    return pictures(asked.folder, asked.step)
 
 
 def run(*flags: str) -> None:
@@ -33,13 +49,13 @@ def run(*flags: str) -> None:
     launch(replace(planted, doctor="off", steps=10, eval_every=0, save_every=0, save_final=False), args=[*flags])
 
 
-def pictures(folder: str, at: str = "") -> None:
+def pictures(folder: Path, at: str) -> None:
     """One picture of each page, for the row of a step with the largest gap."""
     from browser import Browser
     from trainer.view.answers import Answers
     from trainer.view.server import server
 
-    answers = Answers(Path(folder))
+    answers = Answers(folder)
     made, url = server(answers)
     threading.Thread(target=made.serve_forever, daemon=True).start()
     asked = {"sort": "gap_max", "falling": "1", "limit": "1"} | ({"step": at} if at else {})
@@ -65,4 +81,4 @@ def pictures(folder: str, at: str = "") -> None:
 
 
 if __name__ == "__main__":
-    {"run": run, "pictures": pictures}[sys.argv[1]](*sys.argv[2:])
+    main()

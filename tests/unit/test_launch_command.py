@@ -33,7 +33,9 @@ def model(tmp_path_factory):
 @pytest.fixture
 def run(model, tmp_path):
     def made(settings: dict[str, str], *, nodes: int = 2, gpus: int = 4, gpu: str = "H100", gpu_gib=None, **parts):
-        rollout = RolloutConfig(engines=parts.pop("engines", 4), tensor_parallel=parts.pop("tp", 1), max_tokens=8)
+        share, tp = parts.pop("share", 0.5), parts.pop("tp", 1)
+        engines = {"engines": parts.pop("engines", 4), "tensor_parallel": tp, "gpu_memory_utilization": share}
+        rollout = RolloutConfig(max_tokens=8, **engines)
         trainer = TrainerConfig(ranks=parts.pop("ranks", 4))
         config = Config(
             name="My_run",
@@ -91,6 +93,8 @@ def test_the_task_of_sky_is_valid_yaml_whose_script_a_shell_reads(run, tmp_path)
         ({"nodes": 0}, "one node or more"),
         ({"device": "cpu"}, "device=cpu, and --gpus-per-node 4"),
         ({"gpu_gib": 0.01}, "does not fit"),
+        ({"gpu_gib": 80, "share": 0.999}, "the engine, next to its share of the GPU needs"),
+        ({"gpu_gib": 80, "gpus": 0}, "leave --gpu-gib out"),
     ],
 )
 def test_what_cannot_fit_is_refused_before_anything_is_written(run, wanted, message):

@@ -22,7 +22,7 @@ from rl.types import Data
 from trainer.record import manifest, vocabulary, writer
 from trainer.record.manifest import Entry
 from trainer.record.recorder import RunRecord
-from trainer.record.table import Told, shortened, table_of, untold
+from trainer.record.table import Told, shortened, table_of, untold, worst_gaps
 from trainer.record.writer import Writer, tokens
 
 
@@ -36,6 +36,7 @@ def test_each_reason_of_a_token_is_found_where_it_was_planted():
     assert found[2][2:] == [Why.ZERO_ADVANTAGE | Why.NO_GRADIENT] * 3
     assert found[3][4] == Why.REJECTED | Why.ZERO_ADVANTAGE | Why.NO_GRADIENT
     assert table["gap_max"].to_pylist()[3] == 3.0
+    assert worst_gaps(rows, [seen]) == table["gap_max"].to_pylist()
     assert table["silent"].to_pylist() == [1, 2, 3, 3]
     assert table["clip_frac"].to_pylist()[:2] == [pytest.approx(1 / 3), pytest.approx(1 / 3)]
 
@@ -62,6 +63,7 @@ def test_what_is_not_trained_on_says_why():
         Told(trajectory=untold(10, []), end="filtered(too_old)"),
     ]
     table = table_of(2, told, [])
+    assert str(worst_gaps([one.trajectory for one in told[:2]], [])) == "[nan, nan]"
     flags = table["flags"].to_pylist()
     assert flags[0][2:] == [Why.MASKED] * 3
     assert flags[1][2:] == [Why.ZERO_ADVANTAGE] * 3  # no pass needed the row

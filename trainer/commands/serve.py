@@ -26,7 +26,7 @@ def serve(arguments: Sequence[str]) -> int:
         prog="unison serve",
         usage="unison serve [-h] [--host HOST] [--port PORT] RUN|MODEL [FLAGS of a run]",
         description="Serve a model: POST /v1/chat/completions, /v1/responses and /v1/messages, GET /v1/models. A "
-        "request may choose temperature, top_p, top_k, min_p, stop and seed. Nothing is trained.",
+        "request may choose temperature, top_p, top_k, min_p, stop, seed and max_tokens. Nothing is trained.",
         epilog="All flags of a run work here too, such as --rollout.max-model-len 4096 or --dtype float32. On another "
         f"address than loopback a key is required: the variable {KEY}, or else one that is made and printed.",
         allow_abbrev=False,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rl import checkout
 from rl.config import Config
+from trainer.plan.memory import memory_of_gpus
 from trainer.plan.plan import Plan, make_plan
 
 LEAST_GRACE = 30
@@ -66,6 +67,8 @@ def facts(
     """Check that a run fits. Raises ValueError, with the remedy, for what cannot run there."""
     if nodes < 1 or gpus < 0:
         raise ValueError(f"--nodes {nodes} and --gpus-per-node {gpus}: a run needs one node or more")
+    if gpu_gib is not None and not gpus:
+        raise ValueError(f"--gpu-gib {gpu_gib:g} and --gpus-per-node 0: leave --gpu-gib out")
     if gpus and config.device == "cpu":
         raise ValueError(f"device=cpu, and --gpus-per-node {gpus}: ask for none, or set --device cuda")
     if bad := {"--resume", "--dry-run", "--help"} & {flag.partition("=")[0] for flag in flags}:
@@ -74,9 +77,7 @@ def facts(
     if plan.placement.device == "cuda":
         plan.check_fits()
     if gpu_gib is not None:
-        share = config.rollout.gpu_memory_utilization
-        own = {"engine": share * gpu_gib}
-        own["learner rank"] = gpu_gib * (1 - share if plan.placement.backend == "ipc" else 1)
+        own = memory_of_gpus(config, plan.placement, gpu_gib)
         replace(plan.memory, available=dict.fromkeys(plan.memory.required, math.inf) | own).check(config)
     plan.check_rules()
     return Facts(

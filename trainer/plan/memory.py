@@ -192,18 +192,23 @@ def engines_memory(config: Config, placement: Placement, shape: Shape) -> Needs:
 
 def available_memory(config: Config, placement: Placement) -> dict[str, float]:
     """GiB that each place may use; infinite where this machine cannot know, as for other nodes of a cluster."""
-    judges = {f"reward model {judge.label}": judge for judge in reward_models_of(config)}
-    limits = dict.fromkeys(("learner rank", "engine", BESIDE, "host"), math.inf) | dict.fromkeys(judges, math.inf)
+    judges = {f"reward model {judge.label}": math.inf for judge in reward_models_of(config)}
+    limits = dict.fromkeys(("learner rank", "engine", BESIDE, "host"), math.inf) | judges
     if os.environ.get("RAY_ADDRESS") or (placement.device == "cuda" and not torch.cuda.is_available()):
         return limits
     limits["host"] = machine.memory() / GIB
     if placement.device == "cuda":
         gpu = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / GIB
-        share = config.rollout.gpu_memory_utilization
-        limits |= {place: judge.gpu_memory_utilization * gpu for place, judge in judges.items()}
-        limits |= {"engine": share * gpu, BESIDE: (1 - share) * gpu}
-        limits |= {"learner rank": gpu * (1 - share if placement.backend == "ipc" else 1)}
+        limits |= memory_of_gpus(config, placement, gpu)
     return limits
+
+
+def memory_of_gpus(config: Config, placement: Placement, gpu: float) -> dict[str, float]:
+    """GiB that each place may use on GPUs of `gpu` GiB."""
+    share = config.rollout.gpu_memory_utilization
+    judges = {f"reward model {judge.label}": judge.gpu_memory_utilization * gpu for judge in reward_models_of(config)}
+    learner = gpu * (1 - share if placement.backend == "ipc" else 1)
+    return judges | {"engine": share * gpu, BESIDE: (1 - share) * gpu, "learner rank": learner}
 
 
 def remedies(config: Config, place: str, *, shared: bool = False) -> list[str]:

@@ -13,7 +13,7 @@ from rl.types import Batch, Trajectory
 from trainer.cluster.remote import RemoteLearner
 from trainer.record import vocabulary
 from trainer.record.lines import add_lines
-from trainer.record.table import Told, untold
+from trainer.record.table import Told, untold, worst_gaps
 from trainer.record.timeline import NAME, Timeline
 from trainer.record.writer import Writer
 
@@ -79,10 +79,10 @@ class RunRecord:
         for row in rows or [untold(ordinal, prompt)]:
             self.left.append(Told(trajectory=row, end=end, error=error, began=began, ended=ended))
 
-    def trained(self, step: int, rows: list[Trajectory]) -> list[Trajectory]:
-        """A step is done. Returns its rows."""
+    def trained(self, step: int, rows: list[Trajectory]) -> list[float]:
+        """A step is done. Returns the largest gap of each row in nats, and nothing where the learner saw none."""
         if step < 0:
-            return rows  # they are not finite, and `ended` has them
+            return []  # they are not finite, and `ended` has them
         times = {row.group: self.times.pop(row.group) for row in rows if row.group in self.times}
         told = [Told(trajectory=row, **_span(times.get(row.group))) for row in rows]
         left, self.left, seen, self.seen, self.step = self.left, [], self.seen, [], step
@@ -90,7 +90,7 @@ class RunRecord:
             self.writer.problem = f"the disk takes longer than the steps; step {step} is left out, and others may be"
         self.free = time.time()
         self._flush(0)
-        return rows
+        return worst_gaps(rows, seen) if seen else []
 
     def called(self, engine: int, samples: int, began: float) -> None:
         """A call of an engine has ended."""

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from rl.episodes.rows import turns_of
-from rl.episodes.seen import Seen, Why
+from rl.episodes.seen import NUMBERS, Seen, Why
 from rl.types import Trajectory
 
 TEXTS = ("state", "reason", "finish", "parts", "paid", "verdicts", "error")
@@ -63,10 +63,23 @@ def untold(ordinal: int, prompt: list[int]) -> Trajectory:
     )
 
 
+def worst_gaps(rows: Sequence[Trajectory], seen: list[Seen]) -> list[float]:
+    """The largest |trainer - engine| of each row of a batch in nats; NaN where the learner computed no token of it."""
+    places, worst = _places(seen), []
+    for i, t in enumerate(rows):
+        if not t.trained or i not in places:
+            worst.append(math.nan)
+            continue
+        numbers, _ = _seen(places[i], len(t.token_ids), ("old", "now"))
+        passed = np.array(t.mask, bool) & np.isfinite(numbers["now"])
+        worst.append(_largest(_gap(numbers, places[i][0], np.array(t.logprobs, np.float32))[passed]))
+    return worst
+
+
 def table_of(step: int, told: list[Told], seen: list[Seen]) -> pa.Table:
     """The rows of a step: those of its batch in their order, then those that are not trained on. `seen` is each
     rank's, and empty where the learner saw nothing."""
-    places = {int(row): (of, i) for of in seen for i, row in enumerate(of.rows.tolist())}
+    places = _places(seen)
     rows = [_row(step, one, places.get(i)) for i, one in enumerate(told)]
     starts = pa.array(np.cumsum([0, *(len(row["ids"]) for row in rows)]), pa.int32())
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in SCALARS}
@@ -94,8 +107,7 @@ def _row(step: int, told: Told, place: tuple[Seen, int] | None) -> dict[str, Any
     elif place is None:
         flags[mask] |= Why.ZERO_ADVANTAGE
     old_is_rollout = bool(place and place[0].old_is_rollout)
-    # The same two numbers that the metrics of mismatch compare.
-    gap = (numbers["now"] if old_is_rollout else numbers["old"]) - rollout
+    gap = _gap(numbers, place[0] if place else None, rollout)
     moved = numbers["now"] - numbers["old"]
     passed = mask & np.isfinite(numbers["now"]) if place else np.zeros(n, bool)
     versions = np.array(t.versions, np.int32)
@@ -127,7 +139,7 @@ def _row(step: int, told: Told, place: tuple[Seen, int] | None) -> dict[str, Any
         "silent": int((flags[mask] != 0).sum()),
         "advantage": _mean(numbers["advantage"][passed]),
         "gap_mean": _mean(np.abs(gap[passed])),
-        "gap_max": float(np.abs(gap[passed]).max()) if passed.any() else math.nan,
+        "gap_max": _largest(gap[passed]),
         "clip_frac": _mean((flags[passed] & CLIPPED) > 0),
         "weight": _mean(numbers["weight"][passed]),
         "entropy": _mean(numbers["entropy"][passed]),
@@ -140,9 +152,15 @@ def _row(step: int, told: Told, place: tuple[Seen, int] | None) -> dict[str, Any
     }
 
 
-def _seen(place: tuple[Seen, int] | None, n: int) -> tuple[Mapping[str, np.ndarray], np.ndarray]:
+def _places(seen: list[Seen]) -> dict[int, tuple[Seen, int]]:
+    """Where the numbers of each of the batch's rows are."""
+    return {row: (of, i) for of in seen for i, row in enumerate(of.rows.tolist())}
+
+
+def _seen(
+    place: tuple[Seen, int] | None, n: int, names: tuple[str, ...] = NUMBERS
+) -> tuple[Mapping[str, np.ndarray], np.ndarray]:
     """The learner's numbers and flags [n] of a row's tokens: column t of the batch belongs to token t + 1."""
-    names = ("old", "now", "entropy", "weight", "advantage")
     numbers = {name: np.full(n, np.nan, np.float32) for name in names}
     flags = np.zeros(n, np.int16)
     if place:
@@ -159,6 +177,15 @@ def shortened(x: np.ndarray, bits: int) -> np.ndarray:
     whole = x.astype(np.float32).view(np.uint32)
     near = ((whole + np.uint32(1 << (cut - 1))) >> np.uint32(cut)) << np.uint32(cut)
     return np.where(np.isfinite(x), near.view(np.float32), x.astype(np.float32))
+
+
+def _gap(numbers: Mapping[str, np.ndarray], seen: Seen | None, rollout: np.ndarray) -> np.ndarray:
+    """Trainer - engine [n] in nats: of the same two numbers that the metrics of mismatch compare."""
+    return (numbers["now"] if seen and seen.old_is_rollout else numbers["old"]) - rollout
+
+
+def _largest(x: np.ndarray) -> float:
+    return float(np.abs(x).max()) if x.size else math.nan
 
 
 def _mean(x: np.ndarray) -> float:

@@ -1,5 +1,6 @@
 """Which replies are worth a look? The shortest, the longest, the worst gap, and one random group of each step."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 
@@ -22,19 +23,19 @@ def parts(t: Trajectory) -> tuple[list[int], list[int]]:
 
 
 def worth_a_look(
-    step: int, trajectories: Sequence[Trajectory], decode: Decode, gaps: Sequence[float] | None = None
+    step: int, trajectories: Sequence[Trajectory], decode: Decode, gaps: Sequence[float] = ()
 ) -> list[dict[str, str]]:
     """Rows of a table, all texts: random rows alone would hide the bad ones.
 
-    `gaps` has the largest |trainer - engine| of each row in nats, where it is known; without it no row is the worst.
+    `gaps` has the largest |trainer - engine| of each row in nats, NaN where it is not known, or is empty.
     """
     if not trajectories:
         return []
     order = range(len(trajectories))
     lengths = [sampled(t) for t in trajectories]
     chosen = [("shortest", min(order, key=lengths.__getitem__)), ("longest", max(order, key=lengths.__getitem__))]
-    if gaps:
-        chosen.append(("worst gap", max(order, key=gaps.__getitem__)))
+    if known := [i for i in order if gaps and not math.isnan(gaps[i])]:
+        chosen.append(("worst gap", max(known, key=gaps.__getitem__)))
     groups = sorted({t.group for t in trajectories})
     group = random.Random(step).choice(groups)
     chosen += [("group", i) for i in order if trajectories[i].group == group]
@@ -54,14 +55,12 @@ def worth_a_look(
     ]
 
 
-def histograms(
-    step: int, trajectories: Sequence[Trajectory], gaps: Sequence[float] | None = None
-) -> dict[str, list[float]]:
+def histograms(step: int, trajectories: Sequence[Trajectory], gaps: Sequence[float] = ()) -> dict[str, list[float]]:
     """Of the rows of a step: the age of the oldest token in weight versions, sampled tokens, and the largest gap."""
     versions = [[v for v, m in zip(t.versions, t.mask, strict=True) if m] for t in trajectories]
     found = {
         "histogram/age": [float(step - 1 - min(of)) for of in versions if of],
         "histogram/length": [float(sampled(t)) for t in trajectories],
-        "histogram/gap": [float(gap) for gap in gaps or ()],
+        "histogram/gap": [float(gap) for gap in gaps if math.isfinite(gap)],
     }
     return {name: values for name, values in found.items() if values}

@@ -112,11 +112,11 @@ class RunTracker:
         step: int,
         trajectories: list[Trajectory],
         decode: Callable[[list[int]], str],
-        gaps: Sequence[float] | None = None,
+        gaps: Sequence[float] = (),
     ) -> None:
         """Keep a few trajectories as text; all of them when step is -1 (set aside as broken).
 
-        `gaps` has the largest |trainer - engine| of each in nats, where it is known.
+        `gaps` has the largest |trainer - engine| of each in nats, NaN where it is not known, or is empty.
         """
         kept = trajectories if step < 0 else trajectories[: self.config.samples_per_step]
         for t in kept:
