@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from psutil import NoSuchProcess
 from transformers import PretrainedConfig
 from vllm import SamplingParams, TokensPrompt
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
@@ -249,7 +250,10 @@ class Engine(Serving):
     async def close(self) -> None:
         """End vLLM's processes. They hold no state to save, so they get 1 s; vLLM's own shutdown takes several."""
         await self.end_serving()
-        self.llm.shutdown(timeout=1.0)
+        try:
+            self.llm.shutdown(timeout=1.0)
+        except NoSuchProcess:  # vLLM kills a process that has ended by itself a moment before, and leaves the rest
+            self.llm.engine_core.resources()
         del self.llm
 
     async def score(self, token_ids: list[int], reply: list[int], **sampling: Any) -> list[float]:

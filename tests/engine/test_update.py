@@ -1,8 +1,10 @@
 """New weights reach a sampling engine whole, and what it samples afterwards is what the trainer would say."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,6 +17,7 @@ from rl.batch import collate, trajectory
 from rl.config import RolloutConfig
 from rl.types import Completion, Prompt
 from rl.weights import TensorMeta, check_digests
+from rollout.engine import Engine
 from trainer.learner.weights import LearnerWeights
 from trainer.model.policy import load
 from trainer.prompts import load_tokenizer
@@ -251,3 +254,21 @@ def test_an_update_that_fails_gathers_to_its_end_so_that_no_rank_waits_for_the_s
     with pytest.raises(ConnectionError, match="engine 0 is gone"):
         sender.send_weights()
     assert weights.left == []
+
+
+def test_a_core_that_ends_as_it_is_killed_leaves_nothing_open() -> None:
+    closed = []
+
+    class Late:
+        """vLLM raises this out of its shutdown, whose last part then has not run."""
+
+        def shutdown(self, timeout: float) -> None:
+            raise psutil.NoSuchProcess(1)
+
+        engine_core = SimpleNamespace(resources=lambda: closed.append("resources"))
+
+    engine = Engine.__new__(Engine)
+    engine.endpoint, engine.llm = None, Late()
+    asyncio.run(engine.close())
+    assert closed == ["resources"]
+    assert not hasattr(engine, "llm")
