@@ -71,8 +71,8 @@ def head_computes_in_bf16(pair: Pair) -> Iterator[None]:
     """The product of the head is in bf16, although the head is reported as fp32."""
     one = head_module._logits
 
-    def rounded(hidden: Any, w: Any, *args: Any, **kwargs: Any) -> None:
-        one(hidden, w.bfloat16(), *args, **kwargs)
+    def rounded(hidden: Any, w: Any, dtype: Any, *args: Any, **kwargs: Any) -> None:
+        one(hidden, w.bfloat16(), torch.bfloat16, *args, **kwargs)
 
     with patch.object(head_module, "_logits", rounded):
         yield
@@ -93,9 +93,9 @@ def targets_shifted(pair: Pair) -> Iterator[None]:
     policy, seen = pair.learner.parts.policy, []
     one = policy._hidden
 
-    def hidden(input_ids: Any, mask: Any) -> Any:
+    def hidden(input_ids: Any, mask: Any, *more: Any) -> Any:
         seen[:] = [input_ids[:, :-1][mask]]
-        return one(input_ids, mask)
+        return one(input_ids, mask, *more)
 
     with patch.object(policy, "_hidden", hidden), head_asked(pair, targets=lambda _: seen[0]):
         yield
@@ -213,7 +213,8 @@ def padded_on_the_left(pair: Pair) -> Iterator[None]:
     policy = pair.learner.parts.policy
     body = policy.hf.get_decoder()
 
-    def hidden(input_ids: Any, mask: Any) -> Any:
+    def hidden(input_ids: Any, mask: Any, experts: Any) -> Any:
+        assert experts is None
         columns = torch.arange(1, mask.shape[1] + 1)
         spare = (mask.shape[1] - (mask * columns).amax(dim=1)).tolist()
         moved = torch.stack([row.roll(n) for row, n in zip(input_ids[:, :-1], spare, strict=True)])
