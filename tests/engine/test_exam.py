@@ -9,6 +9,8 @@ from clean_runs import CleanBench, CleanRun, clean_runs
 from exam import Bench, rows, run_row
 from planted import FAULTS
 from planted_fault import Fault
+from rl.batch import collate, trajectory
+from rl.types import Completion, Prompt
 
 GATE = {"temperature applied twice", "log2", "BOS doubled", "a tensor sent scaled", "attention scale", "packs leak"}
 """One of each kind."""
@@ -36,6 +38,32 @@ def test_a_planted_fault_is_seen_and_undone(bench: Bench, name: str, model: str,
     if row.hurts:
         assert row.verdict != "silent"
     assert row.verdict != "wrong", row.text
+
+
+def test_every_fault_of_the_trainer_can_be_planted(bench: Bench) -> None:
+    """A fault replaces a function of the product: one that no longer fits raises, and the doctor is blamed for it."""
+    pair = bench.pair("qwen2-untied", "float32")
+    rows = [trajectory(prompt(n), sampled(n), 0.0, {}) for n in (3, 5)]
+    tried = 0
+    for fault in FAULTS.values():
+        if (
+            fault.side == "trainer"
+            and "qwen2-untied" in fault.models
+            and fault.setting == "plain"
+            and not fault.prepare
+        ):
+            with fault.plant(pair):
+                pair.learner.logprobs(collate(rows))
+            tried += 1
+    assert tried > 20
+
+
+def prompt(n: int) -> Prompt:
+    return Prompt(ordinal=n, token_ids=[*range(5, 5 + n)], task={})
+
+
+def sampled(n: int) -> Completion:
+    return Completion(token_ids=[*range(9, 9 + n)], logprobs=[-1.0] * n, versions=[0] * n, finish_reason="length")
 
 
 @pytest.fixture(scope="module")
