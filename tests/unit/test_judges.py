@@ -7,6 +7,7 @@ import pickle
 import time
 from dataclasses import replace
 from email.utils import formatdate
+from threading import Event
 
 import pytest
 
@@ -261,15 +262,30 @@ def together(judge, replies):
     return asyncio.run(all_of_them())
 
 
+def when_full(bound):
+    """A judge whose calls end once `bound` of them have run at the same time, in whatever event loops."""
+    full = Event()
+
+    async def answer(number):
+        if judge.now == bound:
+            full.set()
+        while not full.is_set():
+            await asyncio.sleep(0.001)
+        return 1.0
+
+    judge = Kind(answer, concurrency=bound)
+    return judge
+
+
 @pytest.mark.parametrize("bound", [1, 3])
 def test_no_more_calls_than_the_bound_run_at_a_time(bound):
-    judge = Kind(float, concurrency=bound)
+    judge = when_full(bound)
     together(judge, range(12))
     assert (judge.asked, judge.most) == (12, bound)
 
 
 def test_the_bound_holds_for_all_event_loops_together():
-    judge = Kind(float, concurrency=2)
+    judge = when_full(2)
 
     async def from_two_loops():
         await asyncio.gather(*(asyncio.to_thread(together, judge, [f"{i} {j}" for j in range(4)]) for i in range(2)))
