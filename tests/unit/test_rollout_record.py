@@ -107,8 +107,7 @@ def test_a_file_that_is_not_whole_is_left_out_at_every_byte(tmp_path):
         rollouts = Rollouts(tmp_path)
         rollouts.refresh()
         assert {row["step"] for row in rollouts.find(None)["rows"]} == {1}, cut
-        with pytest.raises(ValueError, match="Parquet"):
-            rollouts.sequences(2, 0)
+        assert rollouts.sequences(2, 0) == []
 
 
 def test_a_resumed_run_takes_the_steps_after_its_checkpoint_back(tmp_path):

@@ -62,7 +62,7 @@ def _curves(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> list[str]:
 def _metrics(run: Reading) -> list[dict[str, Any]]:
     run.refresh()
     episodes = (run.settings.get("prompts_per_step") or 0) * (run.settings.get("group_size") or 0)
-    return [row | {"episodes": episodes} for row in run.rows]
+    return [{n: x for n, x in row.items() if x is not None} | {"episodes": episodes} for row in run.rows]
 
 
 def _prompt(a: Rollouts, b: Rollouts) -> list[list[dict[str, Any]]] | None:
