@@ -133,10 +133,11 @@ def page(folder: Path) -> Figures:
             rows = iter(range(8))
             paint = clock.of(lambda: painted(browser, f"#/row/1/0/{next(rows)}/0"), 8)
             found["one sequence of 4,096 tokens on the page, s"] = (paint, 0.2)
+            complaints = browser.complaints()
         own = (url, (folder / "long.html").as_uri(), "about:", "data:")
         others = [asked for asked in browser.requests() if not asked.startswith(own)]
         found["requests to other hosts"] = ((len(others),), 0)
-        found["errors of scripts and of the policy"] = ((len(browser.complaints()),), 0)
+        found["errors of scripts and of the policy"] = ((len(complaints),), 0)
     finally:
         browser.close()
     return found
@@ -372,16 +373,17 @@ def long_replies(folder: Path) -> float:
     import numpy as np
     import torch
 
-    from planted_run import row, write
+    from planted_run import row
     from rl.episodes.seen import NUMBERS, Seen
-    from trainer.record.table import Told
-    from trainer.record.writer import entries
+    from trainer.record.table import Told, table_of
+    from trainer.record.writer import Writer
 
     rng, n, rows = np.random.default_rng(0), 350, []
+    words = rng.permutation(49_000)
     for i in range(512):
         one = row(group=i // 8, episode=i % 8, sampled=n, prompt=60, reward=float(i % 3 == 0))
         sampled = (-np.minimum(rng.lognormal(-2.0, 2.0, n), 20.0)).tolist()
-        ids = rng.permutation(49_000)[rng.zipf(1.3, n + 60) % 49_000].tolist()
+        ids = words[rng.zipf(1.3, n + 60) % 49_000].tolist()
         rows.append(replace(one, logprobs=[0.0] * 60 + sampled, token_ids=ids))
     told = [Told(trajectory=one) for one in rows]
     rollout = torch.tensor([one.logprobs[1:] for one in rows])
@@ -390,8 +392,10 @@ def long_replies(folder: Path) -> float:
     numbers |= {"entropy": -rollout * torch.rand(rollout.shape), "advantage": torch.randn(512, 1).expand(rollout.shape)}
     flags = torch.zeros(rollout.shape, dtype=torch.int16)
     seen = Seen(rows=torch.arange(512), numbers={k: numbers[k] for k in NUMBERS}, flags=flags, old_is_rollout=False)
-    write(folder / "long", {1: (told, [seen])})
-    return entries(folder / "long" / "rollouts")[1].bytes / (512 * (n + 60))
+    writer = Writer(folder, keep="all", most_bytes=1e12, after=0, alerts=set)
+    writer.close()
+    writer._write(1, table_of(1, told, [seen]), "all")
+    return writer.kept[1].bytes / (512 * (n + 60))
 
 
 def paired(folder: Path, steps: list[Any], tokenizer: Any, pairs: int) -> list[float]:

@@ -67,9 +67,7 @@ def _metrics(run: Reading) -> list[dict[str, Any]]:
 
 def _prompt(a: Rollouts, b: Rollouts) -> list[list[dict[str, Any]]] | None:
     """The rows of each run for the last prompt that both have, newest step first."""
-    others: dict[tuple[int, ...], dict[str, Any]] = {}
-    for ids, row in _prompts(b):
-        others.setdefault(ids, row)
+    others = dict(reversed([*_prompts(b)]))
     for ids, row in _prompts(a):
         if ids and ids in others:
             pairs = ((a, row), (b, others[ids]))

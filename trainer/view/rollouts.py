@@ -21,8 +21,7 @@ from trainer.runs.files import without_nan
 pc: Any = compute
 CONDITION = re.compile(r"([a-z_]+)(<=|>=|!=|=|<|>)(.+)")
 COMPARE = {"<": "less", ">": "greater", "<=": "less_equal", ">=": "greater_equal", "=": "equal", "!=": "not_equal"}
-EMPTY = pa.schema([SCHEMA.field(name) for name in SCALARS]).empty_table()
-COLUMNS = EMPTY.append_column("place", pa.array([], pa.int64()))
+COLUMNS = pa.schema([*(SCHEMA.field(name) for name in SCALARS), pa.field("place", pa.int64())]).empty_table()
 
 
 class Rollouts:

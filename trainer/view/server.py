@@ -5,6 +5,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,6 @@ def digest(text: str) -> str:
 def serve(answers: Answers, port: int, show: Callable[[str], None]) -> None:
     """Serve until Ctrl-C. `show` gets the URL."""
     made, url = server(answers, port)
-    with made:
+    with made, suppress(KeyboardInterrupt):
         show(url)
-        try:
-            made.serve_forever()
-        except KeyboardInterrupt:
-            return
+        made.serve_forever()

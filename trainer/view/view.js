@@ -320,8 +320,9 @@ function reading(box, more, drawn) {
     turn: () => { choice.selectedIndex = (choice.selectedIndex + 1) % choice.length; choice.onchange(); } };
 }
 async function showRow(step, group, episode, row, token) {
-  const all = await get(`sequences?step=${step}&group=${group}`);
-  const i = all.findIndex(x => x.episode === +episode && x.row === +row), s = all[i];
+  const whole = `sequences?step=${step}&group=${group}`;
+  const of = async e => HELD ? (await get(whole)).filter(x => x.episode === e) : get(`${whole}&episode=${e}`);
+  const all = await of(+episode), i = all.findIndex(x => x.row === +row), s = all[i];
   if (!s) return put(main, h("p", {}, "This row is not kept."));
   const paid = JSON.parse(s.paid || "[]"), parts = Object.entries(JSON.parse(s.parts || "{}"));
   const box = h("div", {}, turns(s).map(([what, from, until]) => {
@@ -348,7 +349,10 @@ async function showRow(step, group, episode, row, token) {
     here.tools, h("div", { class: "card" }, line), here.body);
   line.draw();
   if (token) here.show(+token);
-  const to = by => { const next = all[i + by]; if (next) go(`row/${step}/${group}/${next.episode}/${next.row}`); };
+  const to = async by => {
+    const next = all[i + by] ?? (await of(+episode + by)).at(by > 0 ? 0 : -1);
+    if (next) go(`row/${step}/${group}/${next.episode}/${next.row}`);
+  };
   keys = { j: () => to(1), k: () => to(-1), c: here.turn,
     n: () => here.show(marked.find(k => k > here.at()) ?? marked[0]),
     p: () => here.show(marked.findLast(k => k < here.at()) ?? marked.at(-1)) };
