@@ -82,7 +82,7 @@ class Clock:
             with suppress(OSError):  # it has ended
                 fields = file.read_text().rpartition(")")[2].split()
                 pid = int(file.parent.name)
-                parents[pid], spent[pid] = int(fields[1]), sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+                parents[pid], spent[pid] = int(fields[1]), sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
         return sum(spent[pid] for pid in spent if self._ours(pid, parents))
 
     def _ours(self, pid: int, parents: dict[int, int]) -> bool:
@@ -302,8 +302,10 @@ def record(pairs: int) -> Figures:
         "share of a step": ((own / step_s,), 0.02),
         "bytes a token of 48 replies of some 15 tokens": ((size,), None),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        found["bytes a token of 512 replies of 350 tokens"] = ((long_replies(Path(folder)),), 6.0)
+    for passes, moved in (("one pass a step, as by default", 0.0), ("several passes a step", 1e-2)):
+        with tempfile.TemporaryDirectory() as folder:
+            size = long_replies(Path(folder), moved)
+        found[f"bytes a token of 512 replies of 350 tokens, {passes}"] = ((size,), 6.0)
     if pairs:
         with tempfile.TemporaryDirectory() as folder:
             shares = paired(Path(folder), steps, tokenizer, pairs)
@@ -368,8 +370,9 @@ def own_work(folder: Path, steps: list[Any], tokenizer: Any) -> tuple[float, flo
     return statistics.median(seconds[1:]), sum(each.bytes for each in kept.writer.kept.values()) / tokens
 
 
-def long_replies(folder: Path) -> float:
-    """Bytes of a token of 512 replies of 350 tokens whose numbers are spread as those of a real model."""
+def long_replies(folder: Path, moved: float) -> float:
+    """Bytes of a token of 512 replies of 350 tokens, whose numbers are spread as those of a real model; `moved` nats is
+    what the step's passes changed."""
     import numpy as np
     import torch
 
@@ -388,7 +391,7 @@ def long_replies(folder: Path) -> float:
     told = [Told(trajectory=one) for one in rows]
     rollout = torch.tensor([one.logprobs[1:] for one in rows])
     old = rollout + torch.randn(rollout.shape) * 1e-6
-    numbers = {"old": old, "now": old + torch.randn(rollout.shape) * 1e-2, "weight": torch.ones(rollout.shape)}
+    numbers = {"old": old, "now": old + torch.randn(rollout.shape) * moved, "weight": torch.ones(rollout.shape)}
     numbers |= {"entropy": -rollout * torch.rand(rollout.shape), "advantage": torch.randn(512, 1).expand(rollout.shape)}
     flags = torch.zeros(rollout.shape, dtype=torch.int16)
     seen = Seen(rows=torch.arange(512), numbers={k: numbers[k] for k in NUMBERS}, flags=flags, old_is_rollout=False)

@@ -166,9 +166,10 @@ def test_a_million_rows_are_searched_and_sorted_within_a_second(tmp_path):
         rollouts.entries[step] = Entry(step=step, file=str(step), bytes=0, kept="all")
     seconds = []
     for where, sort in (("reward<0.001", ""), ("", "gap_max"), ("entropy>0.5 tokens=7", "reward")):
-        began = time.perf_counter()
+        began = time.process_time()
         answer = rollouts.find(None, where, sort, falling=True)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
         assert answer["rows"]
-    print(seconds)
+    print("CPU seconds", [round(s, 3) for s in seconds])
+    assert max(seconds) < 1.0, "CPU seconds of all threads: other work on the machine changes them little"
     assert rollouts.find(None, "")["total"] == 1_000_000
