@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from rl.batch import collate
 from rl.episodes.joined import joined, layout
@@ -29,7 +30,7 @@ class Letters:
             return json.dumps({"decoder": {"type": "ByteLevel"}})
 
     def get_vocab(self) -> dict[str, int]:
-        return dict(vocabulary.letters_of_bytes()) | {"<|end|>": 300}
+        return {letter: byte for byte, letter in bytes_to_unicode().items()} | {"<|end|>": 300}
 
     def get_added_vocab(self) -> dict[str, int]:
         return {"<|end|>": 300}

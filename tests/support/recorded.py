@@ -8,13 +8,13 @@ from statistics import fmean
 import pyarrow.parquet as pq
 import pytest
 
-from trainer.record import manifest
+from trainer.record.writer import entries as entries_of
 
 
 def figures_agree(run: Path, rows: list[dict]) -> None:
     """Every step of a run with one pass a step has its rows, and they have its figures."""
     folder = run / "rollouts"
-    entries = manifest.entries(folder)
+    entries = entries_of(folder)
     assert {int(row["step"]) for row in rows} <= entries.keys()
     for row in rows:
         step = int(row["step"])

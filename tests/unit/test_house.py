@@ -87,6 +87,26 @@ def test_the_product_stays_below_its_size_in_lines_of_code():
     assert sum(without_blanks_and_docs(path.read_text()) for path in sources(*PACKAGES)) < MOST_CODE_LINES
 
 
+WATCHING = (
+    *("trainer/record/*.py", "trainer/view/*.*", "trainer/commands/view.py", "trainer/commands/watch.py"),
+    *("trainer/runs/reading.py", "trainer/runs/code_state.py", "trainer/tracking/[!m]*.py"),
+    *("trainer/tracking/mlflow_run.py", "rl/episodes/seen.py", "rl/settings/tracking.py"),
+)
+"""The record, the page, `unison watch` and the trackers. EARLIER of their lines are older than these."""
+EARLIER, WIDEST = 324, 120
+
+
+def test_the_page_is_no_denser_than_the_rest_of_the_code():
+    files = [path for pattern in WATCHING for path in sorted(ROOT.glob(pattern))]
+    page = [path for path in files if path.suffix != ".py"]
+    lines = [line for path in page for line in path.read_text().splitlines()]
+    assert len(page) == 3
+    assert [line for line in lines if len(line) > WIDEST] == []
+    code = sum(bool(line.strip()) and not line.strip().startswith("//") for line in lines)
+    code += sum(without_blanks_and_docs(path.read_text()) for path in files if path.suffix == ".py")
+    print(f"record, page, watch and trackers: {code - EARLIER} lines of code")
+
+
 def test_no_module_imports_itself_by_way_of_others():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["b", "c"]]
     assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []

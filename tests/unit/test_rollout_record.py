@@ -19,11 +19,12 @@ from rl.episodes.seen import Why
 from rl.objectives import GRPO
 from rl.objectives.corrections import IcePop
 from rl.types import Data
-from trainer.record import manifest, vocabulary, writer
-from trainer.record.manifest import Entry
+from trainer.record import vocabulary, writer
 from trainer.record.recorder import RunRecord
 from trainer.record.table import Told, shortened, table_of, untold, worst_gaps
-from trainer.record.writer import Writer, tokens
+from trainer.record.writer import Entry, Writer, entries, tokens
+from trainer.view.answers import Answers
+from trainer.view.rollouts import Rollouts
 
 
 def test_each_reason_of_a_token_is_found_where_it_was_planted():
@@ -93,31 +94,27 @@ def written(folder, steps, *, keep="all", most=1e9, alerts=(), sampled=3, after=
             threading.Event().wait(0.001)
     one.close()
     assert one.problem == ""
-    return manifest.entries(folder)
+    return entries(folder)
 
 
-def test_every_cut_of_the_tail_leaves_what_was_whole_before(tmp_path):
-    entries = written(tmp_path, [1, 2])
-    assert [*entries] == [1, 2]
-    lines = (tmp_path / manifest.NAME).read_bytes()
-    first = lines.index(b"\n") + 1
-    for cut in range(first, len(lines)):
-        (tmp_path / manifest.NAME).write_bytes(lines[:cut])
-        assert [*manifest.entries(tmp_path)] == [1], cut
-        # A run that goes on behind the cut loses nothing of its own.
-        manifest.add(tmp_path, replace(entries[2], step=3))
-        assert [*manifest.entries(tmp_path)] == [1, 3] if cut < len(lines) - 1 else [1, 2, 3], cut
-    (tmp_path / manifest.NAME).write_bytes(lines)
-    file = tmp_path / entries[2].file
+def test_a_file_that_is_not_whole_is_left_out_at_every_byte(tmp_path):
+    kept = written(tmp_path / "rollouts", [1, 2])
+    file = tmp_path / "rollouts" / kept[2].file
     data = file.read_bytes()
     for cut in (0, 1, len(data) // 2, len(data) - 1):
+        # The writer's own partial file has another name; this one is what a crash of the machine leaves.
         file.write_bytes(data[:cut])
-        assert [*manifest.entries(tmp_path)] == [1], cut
+        rollouts = Rollouts(tmp_path)
+        rollouts.refresh()
+        assert {row["step"] for row in rollouts.find(None)["rows"]} == {1}, cut
+        assert rollouts.sequences(2, 0) == []
 
 
 def test_a_resumed_run_takes_the_steps_after_its_checkpoint_back(tmp_path):
     written(tmp_path, [1, 2, 3])
+    (tmp_path / ".step-000004.all.parquet").touch()
     assert [*written(tmp_path, [2], after=1)] == [1, 2]
+    assert len([*tmp_path.iterdir()]) == 2, "nothing of later steps, and no partial file, is left"
 
 
 def test_a_full_folder_is_thinned_from_its_oldest_step_and_alerts_stay(tmp_path):
@@ -148,7 +145,7 @@ def test_a_disk_that_hangs_holds_up_no_step_and_is_reported_once(tmp_path, monke
     go.set()
     record.close()
     assert [alert[1] for alert in alerts] == ["rollouts cannot be recorded"]
-    kept = manifest.entries(tmp_path / "rollouts")
+    kept = entries(tmp_path / "rollouts")
     assert 1 in kept
     assert len(kept) <= writer.WAITING + 2
     assert pq.read_table(tmp_path / "rollouts" / kept[1].file)["began"].to_pylist()[0] > 1e9
@@ -205,7 +202,7 @@ from trainer.record.writer import Writer
 for folder in sys.stdin:
     pid = os.fork()
     if not pid:
-        one = Writer(Path(folder.strip()), keep="some", most_bytes=1e9, after=0, alerts=set)
+        one = Writer(Path(folder.strip()) / "rollouts", keep="some", most_bytes=1e9, after=0, alerts=set)
         step = 0
         while True:
             step += 1
@@ -229,13 +226,17 @@ def test_writers_that_are_killed_leave_records_that_can_be_read(tmp_path, writer
             forks.stdin.write(f"{folder}\n")
             forks.stdin.flush()
             pid = int(forks.stdout.readline())
-            # Killed at another size of the manifest each time, which lies in a line, at its end or between files.
-            path = folder / manifest.NAME
-            while not (path.exists() and path.stat().st_size > 37 * n):
-                threading.Event().wait(0.0005)
+            # Killed at another moment each time: in a file, at its end or between files.
+            rollouts = folder / "rollouts"
+            while len(entries(rollouts)) <= n // 3:
+                threading.Event().wait(0.0005 * (n % 7))
             os.kill(pid, signal.SIGKILL)
-            kept = manifest.entries(folder)
-            rows = {step: pq.read_table(folder / each.file)["step"].to_pylist() for step, each in kept.items()}
-            assert rows == {step: [step] * each.rows for step, each in kept.items()}, n
+            kept = entries(rollouts)
             assert list(kept) == list(range(1, len(kept) + 1)), n
+            (folder / "config.json").write_text("{}")
+            answers = Answers(folder)
+            shown = [step for step, _ in answers.answer("run", {})["steps"]]
+            rows = answers.answer("rows", {})["rows"]
+            assert shown == sorted({row["step"] for row in rows}) == list(kept), n
+            assert all(answers.answer("sequences", {"step": step, "group": rows[0]["group"]}) for step in shown[-1:]), n
         forks.stdin.close()

@@ -11,10 +11,10 @@ from rl.batch import collate
 from rl.config import Config
 from rl.protocols import SyncReport
 from rl.types import Data
-from trainer.record import manifest, timeline
-from trainer.record.lines import add_lines
+from trainer.record import timeline
 from trainer.record.recorder import Recorded, RunRecord
-from trainer.record.timeline import LANES, SLOTS, Timeline, queues, read, trace
+from trainer.record.timeline import LANES, SLOTS, Timeline, add_lines, queues, read, trace
+from trainer.record.writer import entries
 
 
 def test_spans_that_overlap_get_places_of_their_own_and_free_places_are_used_again():
@@ -105,7 +105,7 @@ def test_a_learner_that_is_recorded_gives_its_rows_phases_updates_and_lost_engin
 
     asyncio.run(train())
     record.close()
-    kept = manifest.entries(tmp_path / "rollouts")
+    kept = entries(tmp_path / "rollouts")
     for step in (1, 2):
         assert pq.read_table(tmp_path / "rollouts" / kept[step].file)["silent"].to_pylist() == [1, 2, 3, 3]
     events = read(tmp_path)

@@ -12,8 +12,9 @@ import pytest
 
 from planted_run import planted, row, write
 from trainer.commands.view import view
-from trainer.record.manifest import Entry
 from trainer.record.table import SCHEMA, Told
+from trainer.record.writer import Entry
+from trainer.runs import checkpoint
 from trainer.view.answers import Answers
 from trainer.view.rollouts import Rollouts
 from trainer.view.server import HERE, export, server
@@ -49,15 +50,18 @@ def test_rows_are_filtered_by_numbers_states_and_words(run):
 def test_a_run_that_goes_on_is_followed_and_a_dead_one_is_read(run, tmp_path):
     folder = tmp_path / "live"
     write(folder, {1: ([Told(trajectory=row())], [])})
+    (folder / "alerts.jsonl").write_text('{"step": 1, "title": "a", "text": "b"}\n')
     answers = Answers(folder)
     before = answers.answer("pulse", {})
     assert [step[0] for step in answers.answer("run", {})["steps"]] == [1]
     write(folder, {2: ([Told(trajectory=row())], [])})
     assert answers.answer("pulse", {}) != before
     assert [step[0] for step in answers.answer("run", {})["steps"]] == [1, 2]
-    assert answers.answer("run", {})["live"]
+    assert answers.answer("run", {})["status"] == "killed"
+    with checkpoint.lock(folder):
+        assert answers.answer("run", {})["status"] == "running"
     # Whatever byte a kill left as the last one, the run can be read.
-    for name in ("metrics.jsonl", "rollouts/manifest.jsonl"):
+    for name in ("metrics.jsonl", "alerts.jsonl"):
         text = (folder / name).read_bytes()
         for cut in range(len(text) // 2 + 1, len(text)):
             (folder / name).write_bytes(text[:cut])
@@ -108,7 +112,7 @@ def test_an_export_has_the_page_and_its_data_and_ends_no_script_early(run, tmp_p
     assert json.loads((tmp_path / "a.json").read_text())["traceEvents"]
     with pytest.raises(ValueError, match="must end in"):
         view([str(run), "--export", str(tmp_path / "a.txt")])
-    with pytest.raises(FileNotFoundError, match="no folder of a run"):
+    with pytest.raises(ValueError, match="no folder of a run"):
         view([str(tmp_path), "--export", str(tmp_path / "b.html")])
 
 
@@ -159,12 +163,13 @@ def test_a_million_rows_are_searched_and_sorted_within_a_second(tmp_path):
                 columns[field.name] = [False] * 1000
         table = pa.table({**columns, "place": np.arange(1000)})
         rollouts.files[str(step)] = table
-        rollouts.entries[step] = Entry(step=step, file=str(step), bytes=0, rows=1000, tokens=0, kept="all")
+        rollouts.entries[step] = Entry(step=step, file=str(step), bytes=0, kept="all")
     seconds = []
     for where, sort in (("reward<0.001", ""), ("", "gap_max"), ("entropy>0.5 tokens=7", "reward")):
-        began = time.perf_counter()
+        began = time.process_time()
         answer = rollouts.find(None, where, sort, falling=True)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
         assert answer["rows"]
-    print(seconds)
+    print("CPU seconds", [round(s, 3) for s in seconds])
+    assert max(seconds) < 1.0, "CPU seconds of all threads: other work on the machine changes them little"
     assert rollouts.find(None, "")["total"] == 1_000_000

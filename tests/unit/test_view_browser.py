@@ -34,8 +34,8 @@ def browser():
 def serving():
     started = []
 
-    def serve(run):
-        made, url = server(Answers(run))
+    def serve(run, other=None):
+        made, url = server(Answers(run, other))
         threading.Thread(target=made.serve_forever, daemon=True).start()
         started.append(made)
         return url
@@ -218,6 +218,20 @@ def test_a_run_that_goes_on_is_followed_and_the_scheme_is_the_readers(browser, s
     browser.wait("pulse !== ''")
     write(run, {8: ([Told(trajectory=row())], [])})
     browser.wait("run.steps.at(-1)[0] === 8")
+
+
+def test_two_runs_are_compared_and_what_is_not_known_draws_no_line(browser, serving, tmp_path):
+    for name, reward in (("a", 0.25), ("b", 0.75)):
+        write(tmp_path / name, {step: ([Told(trajectory=row())], []) for step in (1, 2)})
+        rows = [{"step": 1.0, "reward/mean": None}, {"step": 2.0, "reward/mean": reward, "reward/std": 0.1}]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    browser.events.clear()
+    browser.open(serving(tmp_path / "a", tmp_path / "b"))
+    text = browser.text()
+    assert "at step 2" in text
+    assert text.count(", step 2") == 2, "the same prompt in both"
+    assert browser.js("[...document.querySelectorAll('circle')].map(c => c.getAttribute('cx'))") == ["50", "50"]
+    assert browser.complaints() == []
 
 
 @pytest.mark.nightly

@@ -12,9 +12,8 @@ from rl.protocols import Learner, SyncReport
 from rl.types import Batch, Trajectory
 from trainer.cluster.remote import RemoteLearner
 from trainer.record import vocabulary
-from trainer.record.lines import add_lines
 from trainer.record.table import Told, untold, worst_gaps
-from trainer.record.timeline import NAME, Timeline
+from trainer.record.timeline import NAME, Timeline, add_lines
 from trainer.record.writer import Writer
 
 T = TypeVar("T")

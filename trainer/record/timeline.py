@@ -7,9 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from trainer.record.lines import read_lines
+from trainer.runs.reading import Lines
 
-LANES = {"engine": 1, "groups": 2, "learner rank": 3, "run": 4}
+LANES = {"run": 1, "engine": 2, "groups": 3, "learner rank": 4}
 """Processes of the trace. A lane is a thread: a place of an engine or of the groups at the same time, or a rank."""
 SLOTS = 1000
 """Threads of each engine."""
@@ -48,9 +48,20 @@ class Timeline:
         return lines
 
 
+def add_lines(path: Path, text: str) -> None:
+    """Add lines, on a line of their own also where a killed writer left one incomplete. Raises OSError."""
+    with path.open("ab+") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 1))
+        whole = file.read(1) in (b"", b"\n")
+        file.write((b"" if whole else b"\n") + text.encode())
+
+
 def read(run: Path, most: int = 60_000) -> list[dict[str, Any]]:
     """The last events of a run, without a last incomplete line."""
-    return sorted(read_lines(run / NAME)[-most:], key=lambda event: event["ts"])
+    lines = Lines(run / NAME)
+    lines.more()
+    return sorted(lines.rows[-most:], key=lambda event: event["ts"])
 
 
 def trace(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -58,15 +69,13 @@ def trace(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     events = list(events)
     threads = {(event["pid"], event["tid"]) for event in events}
     names = {number: lane for lane, number in LANES.items()}
-    made: list[dict[str, Any]] = []
-    for pid in sorted({pid for pid, _ in threads}):
-        made.append({"name": "process_name", "ph": "M", "pid": pid, "args": {"name": names[pid]}})
-    for pid, tid in sorted(threads):
-        made.append(
-            {"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": f"{names[pid]} {tid // SLOTS}"}}
-        )
-    for at, depths in queues(events):
-        made.append({"name": "groups", "ph": "C", "pid": LANES["run"], "ts": at, "args": depths})
+
+    def named(kind: str, pid: int, name: str, **more: int) -> dict[str, Any]:
+        return {"name": kind, "ph": "M", "pid": pid, "args": {"name": name}, **more}
+
+    made = [named("process_name", pid, names[pid]) for pid in sorted({pid for pid, _ in threads})]
+    made += [named("thread_name", pid, f"{names[pid]} {tid // SLOTS}", tid=tid) for pid, tid in sorted(threads)]
+    made += [{"name": "groups", "ph": "C", "pid": LANES["run"], "ts": at, "args": n} for at, n in queues(events)]
     return {"traceEvents": made + events, "displayTimeUnit": "ms"}
 
 

@@ -29,11 +29,13 @@ def load(folder: Path) -> list[bytes]:
 def token_bytes(tokenizer: Any) -> list[bytes]:
     """The bytes of each id of a tokenizer, by what its decoder does: bytes behind letters, or pieces with a sign for
     the space. An id without a token has none."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     added = {str(token): id for token, id in tokenizer.get_added_vocab().items()}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     by_letters = backend is not None and '"ByteLevel"' in json.dumps(json.loads(backend.to_str()).get("decoder"))
-    letters = letters_of_bytes()
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
     found = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for token, id in vocabulary.items():
         if token in added:
@@ -45,13 +47,6 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
         else:
             found[id] = token.replace("\u2581", " ").encode("utf-8", "replace")
     return found
-
-
-def letters_of_bytes() -> dict[str, int]:
-    """The letter by which byte-level BPE writes each byte: itself if it can be printed, else one from 256 on."""
-    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printed]
-    return {chr(b): b for b in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def pieces(ids: list[int], vocabulary: list[bytes]) -> list[str]:
@@ -71,8 +66,6 @@ def pieces(ids: list[int], vocabulary: list[bytes]) -> list[str]:
                 text = state.decode(known)
             except UnicodeDecodeError:
                 state = decode("strict")
-                text = (
-                    "".join(c if c != "\ufffd" else "" for c in known.decode("utf-8", "replace")) + f"\u27e8{id}\u27e9"
-                )
+                text = known.decode("utf-8", "replace").replace("\ufffd", "") + f"\u27e8{id}\u27e9"
             found.append(text)
     return found

@@ -1,9 +1,11 @@
 """How is the rollout record written? By a thread that the run never waits for, into a folder of bounded size."""
 
 import queue
+import re
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,38 @@ import pyarrow.compute as compute
 import pyarrow.parquet as pq
 
 from rl.episodes.seen import Seen
-from trainer.record import manifest
-from trainer.record.manifest import Entry
 from trainer.record.table import BITS, LISTS, Told, table_of
 
 pc: Any = compute
 """pyarrow states no types of its functions."""
 Step = tuple[int, list[Told], list[Seen]]
+NAME = re.compile(r"step-(\d+)\.(all|some)\.parquet")
 WAITING = 4
 """Steps that may wait for the disk. A further one is left out."""
 CLOSE_S = 10.0
 """Seconds in which the last steps must be written when a run ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """The file of one step."""
+
+    step: int
+    file: str
+    bytes: int
+    kept: str
+    """all, or some: what `thinned` left."""
+
+
+def entries(folder: Path) -> dict[int, Entry]:
+    """What a folder holds, by step and in their order: a file gets its name when it is whole."""
+    found: dict[int, Entry] = {}
+    for file in sorted(folder.glob("step-*.parquet")):
+        if match := NAME.fullmatch(file.name):
+            with suppress(OSError):  # its run has thinned it meanwhile
+                step, size = int(match[1]), file.stat().st_size
+                found[step] = Entry(step=step, file=file.name, bytes=size, kept=match[2])
+    return dict(sorted(found.items()))
 
 
 class Writer:
@@ -70,12 +93,14 @@ class Writer:
 
     def _begin(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        if self.after:
-            manifest.add(folder, {"after": self.after})
-        self.kept = manifest.entries(folder)
+        self.kept = {step: each for step, each in entries(folder).items() if step <= self.after}
+        whole = {each.file for each in self.kept.values()}
+        # What a kill left, and steps after the checkpoint, which are made again.
+        for file in folder.glob("*step-*") if self.after else ():
+            if file.name not in whole:
+                file.unlink()
 
     def _write(self, step: int, table: pa.Table, kept: str) -> None:
-        """Write a file, then its line: what is killed between has a file without a line."""
         name = f"step-{step:06d}.{kept}.parquet"
         partial = self.folder / f".{name}"
         try:
@@ -91,9 +116,7 @@ class Writer:
             partial.replace(self.folder / name)
         finally:
             partial.unlink(missing_ok=True)
-        size, tokens = (self.folder / name).stat().st_size, int(pc.sum(pc.list_value_length(table["ids"])).as_py() or 0)
-        self.kept[step] = Entry(step=step, file=name, bytes=size, rows=len(table), tokens=tokens, kept=kept)
-        manifest.add(self.folder, self.kept[step])
+        self.kept[step] = Entry(step=step, file=name, bytes=(self.folder / name).stat().st_size, kept=kept)
 
     def _make_room(self, step: int) -> None:
         """Thin the oldest steps while the folder is too full; with `some`, all but the newest. At last they go."""
@@ -107,7 +130,6 @@ class Writer:
         for old in [e for e in self.kept.values() if e.step < step]:
             if total <= self.most_bytes:
                 return
-            manifest.add(self.folder, {"gone": old.step})
             (self.folder / old.file).unlink()
             del self.kept[old.step]
             total -= old.bytes

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from rl.settings.tracking import TRACKERS, TrackingConfig
+from trainer.runs.resume import flat
 
 Values = Mapping[str, float | Sequence[float]]
 Rows = Sequence[Mapping[str, Any]]
@@ -76,10 +77,6 @@ def scalars(values: Values) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def texts(settings: Mapping[str, Any]) -> dict[str, str]:
     """Settings as text by their dotted names."""
-    found: dict[str, str] = {}
-    for name, value in settings.items():
-        inner = isinstance(value, Mapping) and value
-        found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": str(value)}
-    return found
+    return {name: str(value) for name, value in flat(dict(settings)).items()}

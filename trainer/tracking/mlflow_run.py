@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.tracking.backend import About, Rows, Values, flat, scalars
+from trainer.tracking.backend import About, Rows, Values, scalars, texts
 
 MOST, LONGEST = 100, 500
 """Settings in one call, and characters of one setting: limits of older servers."""
@@ -36,7 +36,7 @@ class Run:
         if not found:
             from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
 
-            settings = [Param(_name(n), text[:LONGEST]) for n, text in flat(run.settings).items()]
+            settings = [Param(_name(n), text[:LONGEST]) for n, text in texts(run.settings).items()]
             for i in range(0, len(settings), MOST):
                 self.client.log_batch(self.id, params=settings[i : i + MOST])
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.tracking.backend import About, Rows, Values, flat, scalars
+from trainer.tracking.backend import About, Rows, Values, scalars, texts
 
 ENDS = {"finished": "success", "interrupted": "aborted"}
 
@@ -24,7 +24,7 @@ class Run:
         if mode == "online":
             more |= {"id": f"{run.id:0>21}", "resume": "allow"}
         folder = str(run.folder / "swanlog")
-        self.run = swanlab.init(config=flat(run.settings), log_dir=folder, tags=list(config.tags) or None, **more)
+        self.run = swanlab.init(config=texts(run.settings), log_dir=folder, tags=list(config.tags) or None, **more)
         return None if mode == "online" else f"swanlab is not online: send it later with `swanlab sync {folder}/run-*`"
 
     def log(self, step: int, values: Values) -> None:

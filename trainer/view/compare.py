@@ -1,12 +1,12 @@
 """How do two runs differ? Their settings, the step at which their curves part, and their replies to one prompt."""
 
-import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.record.lines import read_lines
 from trainer.record.writer import tokens
+from trainer.runs.reading import Reading
 from trainer.runs.resume import flat
 from trainer.view.rollouts import Rollouts, compact
 
@@ -18,9 +18,9 @@ def compared(a: Path, rollouts_a: Rollouts, b: Path, rollouts_b: Rollouts) -> di
     """The settings that differ, where each curve parts, and the last prompt that both were given."""
     rollouts_a.refresh()
     rollouts_b.refresh()
-    settings = [flat(json.loads((run / "config.json").read_text())) for run in (a, b)]
+    runs = [Reading(a), Reading(b)]
+    settings, rows = [flat(run.settings) for run in runs], [_metrics(run) for run in runs]
     names = sorted(settings[0].keys() | settings[1].keys())
-    rows = [_metrics(run, config) for run, config in zip((a, b), settings, strict=True)]
     return {
         "names": [str(a), str(b)],
         "settings": [[n, *(s.get(n) for s in settings)] for n in names if settings[0].get(n) != settings[1].get(n)],
@@ -59,28 +59,26 @@ def _curves(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> list[str]:
     return [n for n in sorted(first & second) if n == "reward/mean" or f"{n}_se" in first & second]
 
 
-def _metrics(run: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
-    episodes = (config.get("prompts_per_step") or 0) * (config.get("group_size") or 0)
-    return [row | {"episodes": episodes} for row in read_lines(run / "metrics.jsonl")]
+def _metrics(run: Reading) -> list[dict[str, Any]]:
+    run.refresh()
+    episodes = (run.settings.get("prompts_per_step") or 0) * (run.settings.get("group_size") or 0)
+    return [{n: x for n, x in row.items() if x is not None} | {"episodes": episodes} for row in run.rows]
 
 
 def _prompt(a: Rollouts, b: Rollouts) -> list[list[dict[str, Any]]] | None:
     """The rows of each run for the last prompt that both have, newest step first."""
-    seen: dict[tuple[int, ...], list[dict[str, Any]]] = {}
-    for step in sorted(b.entries, reverse=True)[:20]:
-        for row in b.table(step).filter(_first_members(b, step)).to_pylist():
-            ids = tokens(b.folder / b.entries[step].file, row["place"])["ids"][: row["prompt_tokens"]]
-            seen.setdefault(tuple(ids), row)
-    for step in sorted(a.entries, reverse=True)[:20]:
-        for row in a.table(step).filter(_first_members(a, step)).to_pylist():
-            ids = tokens(a.folder / a.entries[step].file, row["place"])["ids"][: row["prompt_tokens"]]
-            other: Any = seen.get(tuple(ids))
-            if ids and other:
-                pairs = ((a, row), (b, other))
-                return [[compact(s) for s in r.sequences(one["step"], one["group"])] for r, one in pairs]
+    others = dict(reversed([*_prompts(b)]))
+    for ids, row in _prompts(a):
+        if ids and ids in others:
+            pairs = ((a, row), (b, others[ids]))
+            return [[compact(s) for s in r.sequences(one["step"], one["group"])] for r, one in pairs]
     return None
 
 
-def _first_members(rollouts: Rollouts, step: int) -> Any:
-    table, seen = rollouts.table(step), set[int]()
-    return [not (g in seen or seen.add(g)) for g in table["group"].to_pylist()]
+def _prompts(rollouts: Rollouts) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
+    """The prompt of each group, and one of its rows, newest of the last 20 steps first."""
+    for step in sorted(rollouts.entries, reverse=True)[:20]:
+        first = {row["group"]: row for row in reversed(rollouts.table(step).to_pylist())}
+        for row in reversed(first.values()):
+            ids = tokens(rollouts.folder / rollouts.entries[step].file, row["place"])["ids"]
+            yield tuple(ids[: row["prompt_tokens"]]), row

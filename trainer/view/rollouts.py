@@ -13,16 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as compute
 import pyarrow.parquet as pq
 
-from trainer.record import manifest, vocabulary
+from trainer.record import vocabulary
 from trainer.record.table import LISTS, SCALARS, SCHEMA, TEXTS
-from trainer.record.writer import tokens
+from trainer.record.writer import Entry, entries, tokens
 from trainer.runs.files import without_nan
 
 pc: Any = compute
 CONDITION = re.compile(r"([a-z_]+)(<=|>=|!=|=|<|>)(.+)")
 COMPARE = {"<": "less", ">": "greater", "<=": "less_equal", ">=": "greater_equal", "=": "equal", "!=": "not_equal"}
-EMPTY = pa.schema([SCHEMA.field(name) for name in SCALARS]).empty_table()
-COLUMNS = EMPTY.append_column("place", pa.array([], pa.int64()))
+COLUMNS = pa.schema([*(SCHEMA.field(name) for name in SCALARS), pa.field("place", pa.int64())]).empty_table()
 
 
 class Rollouts:
@@ -31,7 +30,7 @@ class Rollouts:
     def __init__(self, run: Path) -> None:
         self.folder = run / "rollouts"
         self.files: dict[str, pa.Table] = {}
-        self.entries: dict[int, manifest.Entry] = {}
+        self.entries: dict[int, Entry] = {}
         self._lock = Lock()
 
     @cached_property
@@ -41,12 +40,11 @@ class Rollouts:
 
     def refresh(self) -> None:
         """See which steps there are now."""
-        self.entries = manifest.entries(self.folder)
+        self.entries = entries(self.folder)
 
     def table(self, step: int | None = None) -> pa.Table:
         """Scalars of a step's rows, or of all. A file that goes meanwhile, thinned by its run, is left out."""
-        entries = [self.entries[step]] if step in self.entries else [*self.entries.values()] if step is None else []
-        names = [each.file for each in entries]
+        names = [each.file for each in self.entries.values() if step in (None, each.step)]
         with self._lock:
             new = [name for name in names if name not in self.files]
             with ThreadPoolExecutor(8) as pool:
@@ -78,16 +76,11 @@ class Rollouts:
             kept &= np.asarray(pc.fill_null(said, False))
         places = np.flatnonzero(kept)
         if sort:
-            key = table[sort].take(places)
-            if sort not in TEXTS and sort != "old_is_rollout":
-                # NaN last, whatever the order is.
-                key = pc.if_else(pc.is_finite(key), key, -math.inf if falling else math.inf)
-            order = "descending" if falling else "ascending"
-            first = pc.select_k_unstable(pa.table({"key": key}), k=limit, sort_keys=[("key", order)])
-            shown = places[np.asarray(first)]
-        else:
-            shown = places[:limit]
-        return {"total": len(places), "rows": table.take(shown).to_pylist()}
+            keys = table.select([sort]).take(places)
+            # What is not known comes last in both orders.
+            order = [(sort, "descending" if falling else "ascending")]
+            places = places[np.asarray(pc.select_k_unstable(keys, k=limit, sort_keys=order))]
+        return {"total": int(kept.sum()), "rows": table.take(places[:limit]).to_pylist()}
 
     def _compared(self, table: pa.Table, name: str, sign: str, value: str) -> Any:
         if name not in table.column_names:

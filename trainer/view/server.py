@@ -5,6 +5,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from urllib.parse import parse_qsl, urlsplit
 from trainer.view.answers import Answers
 
 HERE = Path(__file__).parent
-FILES = {
-    "": ("page.html", "text/html"),
-    "view.js": ("view.js", "text/javascript"),
-    "view.css": ("view.css", "text/css"),
-}
+FILES = {"": ("page.html", "html"), "view.js": ("view.js", "javascript"), "view.css": ("view.css", "css")}
 POLICY = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+HEADERS = {
+    "Content-Security-Policy": f"{POLICY}; script-src 'self'; style-src 'self'; connect-src 'self'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
 ENOUGH = 24 << 20
 """Bytes of an export, from which on no more tokens are added."""
 
@@ -36,29 +39,24 @@ def server(answers: Answers, port: int = 0) -> tuple[ThreadingHTTPServer, str]:
             # Another name for this host is a page of somebody else's that asks through the user's browser.
             at_home = self.headers.get("Host") in hosts
             if not at_home or not secrets.compare_digest(given.encode(), secret.encode()):
-                return self._send(404, "text/plain", b"use the address that unison view printed\n")
+                return self._send(404, b"use the address that unison view printed\n")
             path = "/".join(rest)
             if path in FILES:
                 name, kind = FILES[path]
-                return self._send(200, kind, (HERE / name).read_bytes())
+                return self._send(200, (HERE / name).read_bytes(), f"text/{kind}")
             try:
                 value = answers.answer(path, dict(parse_qsl(url.query)))
             except KeyError:
-                return self._send(404, "text/plain", b"there is no such answer\n")
+                return self._send(404, b"there is no such answer\n")
             except (ValueError, OSError) as error:
-                return self._send(400, "text/plain", str(error).encode())
-            return self._send(200, "application/json", json.dumps(value).encode())
+                return self._send(400, str(error).encode())
+            return self._send(200, json.dumps(value).encode(), "application/json")
 
-        def _send(self, status: int, kind: str, body: bytes) -> None:
+        def _send(self, status: int, body: bytes, kind: str = "text/plain") -> None:
             self.send_response(status)
-            self.send_header("Content-Type", f"{kind}; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header(
-                "Content-Security-Policy", f"{POLICY}; script-src 'self'; style-src 'self'; connect-src 'self'"
-            )
-            for name, value in (("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")):
+            more = {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(body))}
+            for name, value in {**HEADERS, **more}.items():
                 self.send_header(name, value)
-            self.send_header("Cache-Control", "no-store")
             self.end_headers()
             self.wfile.write(body)
 
@@ -90,7 +88,6 @@ def export(answers: Answers) -> str:
         for group in dict.fromkeys(row["group"] for row in held[f"rows?step={step}&limit=5000"]["rows"]):
             if room > 0:
                 room -= keep("sequences", {"step": step, "group": group})
-    held["run"]["live"] = False
     script, style = ((HERE / name).read_text(encoding="utf-8") for name in ("view.js", "view.css"))
     policy = f"{POLICY.partition('; frame')[0]}; script-src '{digest(script)}'; style-src '{digest(style)}'"
     # In a script element only the letter < could end it.
@@ -110,9 +107,6 @@ def digest(text: str) -> str:
 def serve(answers: Answers, port: int, show: Callable[[str], None]) -> None:
     """Serve until Ctrl-C. `show` gets the URL."""
     made, url = server(answers, port)
-    with made:
+    with made, suppress(KeyboardInterrupt):
         show(url)
-        try:
-            made.serve_forever()
-        except KeyboardInterrupt:
-            return
+        made.serve_forever()
