@@ -61,7 +61,7 @@ def start(
     interface: str | None,
     base: int | None,
     options: list[str],
-    check: Callable[[str, Path], None],
+    check: Callable[[str, Path], object],
 ) -> Node:
     """Start a head, or join one; `check` gets its address and the token's file before anything starts.
 
@@ -75,6 +75,7 @@ def start(
     (node.folder / "owner").write_text(str(os.getpid()))
     (node.folder / "id").write_text(secrets.token_hex(8))
     (node.folder / "job").write_text(job())
+    (node.folder / "here").write_text(address)
     try:
         write_token(node.token, token)
         if host:
