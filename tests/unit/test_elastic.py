@@ -218,6 +218,8 @@ class Elastic:
 
 async def three_two_four(run):
     """One of three is drained or lost; then two nodes join."""
+    while not run.cluster.sizes:
+        await asyncio.sleep(0.1)
     await asyncio.sleep(run.cluster.random.uniform(0, 15))
     if run.cluster.random.random() < 0.5:
         run.cluster.lose()
@@ -278,10 +280,9 @@ def test_an_engine_whose_node_is_drained_returns_its_groups_before_it_ends():
         assert 1 not in asked, "it got a new group"
 
     async def main():
-        run = Elastic(0)
+        run = Elastic(0, restarts=0)  # a node that is drained is no loss
         await run.run(story)
         run.check()
-        assert not run.fleet.restarts
 
     run_seeded(main(), 0)
     assert ended == [0]
