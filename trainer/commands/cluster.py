@@ -122,8 +122,7 @@ def stop(asked: argparse.Namespace) -> int:
     if asked.drain:
         from trainer.cluster.nodes.gcs import drain
 
-        here = (node.folder / "here").read_text()
-        drain(node.head, node.token, (here, node.base + 1), asked.drain)
+        drain(node, asked.drain)
         while time.monotonic() < until and has_engines(node.folder):
             time.sleep(0.5)
     console.print(f"{node.folder}: {node.end()} processes ended", highlight=False)

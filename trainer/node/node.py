@@ -75,7 +75,6 @@ def start(
     (node.folder / "owner").write_text(str(os.getpid()))
     (node.folder / "id").write_text(secrets.token_hex(8))
     (node.folder / "job").write_text(job())
-    (node.folder / "here").write_text(address)
     try:
         write_token(node.token, token)
         if host:

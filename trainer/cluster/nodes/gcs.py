@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import ray._private.state
 import ray._raylet
 from ray.exceptions import AuthenticationError, RpcError
 
+from trainer.node.node import Node
 from trainer.node.token import with_token
 
 raylet: Any = ray._raylet  # compiled, without stubs
@@ -32,14 +34,15 @@ def alive_nodes(head: str, token: Path) -> list[Any]:
     return [node for node in found.values() if node.state == 0]
 
 
-def drain(head: str, token: Path, place: tuple[str, int], seconds: float) -> None:
-    """Tell a cluster that one of its nodes, by address and port, ends in so many seconds: runs take their engines away.
+def drain(node: Node, seconds: float) -> None:
+    """Tell a cluster that this machine's node of it ends in so many seconds: runs take their engines away.
 
-    Raises as `alive_nodes`, and KeyError where it has no such node.
+    Raises as `alive_nodes`, and KeyError where the cluster has no such node.
     """
-    nodes = {(node.node_manager_address, node.node_manager_port): node for node in alive_nodes(head, token)}
+    nodes = {(each.node_manager_hostname, each.temp_dir): each for each in alive_nodes(node.head, node.token)}
+    place = socket.gethostname(), str(node.folder / "r")
     until = int((time.time() + seconds) * 1000)
-    raylet.GcsClient(address=head).drain_node(nodes[place].node_id.hex(), PREEMPTION, "unison cluster stop", until)
+    raylet.GcsClient(address=node.head).drain_node(nodes[place].node_id.hex(), PREEMPTION, "unison cluster stop", until)
 
 
 def use_token(file: Path) -> None:
