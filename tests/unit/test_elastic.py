@@ -3,7 +3,9 @@ orders. No prompt is lost or trained twice, nobody serves without weights, and a
 
 import asyncio
 import random
+import socket
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,10 +19,12 @@ from rl.types import Completion, Data, Prompt
 from rl.validate import check
 from rl.weights import WeightManifest
 from trainer.cluster.fleet import LOOK_S, Fleet
+from trainer.cluster.nodes import gcs
 from trainer.cluster.placement import place
 from trainer.cluster.remote import RemoteLearner, RemoteRollouts
 from trainer.cluster.start_error import StartError
 from trainer.cluster.stubs import recorded
+from trainer.commands import cluster as commands
 
 pytestmark = pytest.mark.usefixtures("unchecked_types")
 BOOT_S, STEP_S, SEND_S = 30.0, 5.0, 1.0
@@ -356,3 +360,25 @@ def test_most_engines_are_no_fewer_than_those_at_the_start_and_share_no_gpu():
     lone = Config(**{**vars(lone), "rollout": RolloutConfig(engines=1, max_engines=2)})
     assert place(lone, cuda=True, gpus=1).backend == "nccl"
     assert place(Config(**{**vars(lone), "rollout": RolloutConfig()}), cuda=True, gpus=1).backend == "ipc"
+
+
+def test_a_node_that_stops_with_drain_names_itself_and_ends_when_its_engines_have_left(tmp_path, monkeypatch, capsys):
+    here, other = tmp_path / "unison-ray-10400", "/tmp/unison-ray-10400"
+    mine = socket.gethostname()
+    nodes = [
+        SimpleNamespace(node_manager_hostname=host, temp_dir=f"{folder}/r", node_id=name)
+        for host, folder, name in ((mine, other, b"a"), ("another", here, b"b"), (mine, here, b"c"))
+    ]
+    order, engines = [], [True, True, False]
+    client = SimpleNamespace(drain_node=lambda name, reason, why, until: order.append(("drain", name, reason)))
+    node = SimpleNamespace(folder=here, head="h:1", token=tmp_path, end=lambda: order.append("end") or 3)
+    monkeypatch.setattr(gcs, "alive_nodes", lambda head, token: nodes)
+    monkeypatch.setattr(gcs, "raylet", SimpleNamespace(GcsClient=lambda address: client))
+    monkeypatch.setattr(commands, "chosen", lambda base: node)
+    monkeypatch.setattr(commands, "has_engines", lambda folder: order.append("look") or engines.pop(0))
+    monkeypatch.setattr(commands, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda seconds: None))
+    assert commands.cluster(["stop", "--drain", "60"]) == 0
+    assert order == [("drain", b"c".hex(), gcs.PREEMPTION), "look", "look", "look", "end"]
+    order.clear()
+    assert commands.cluster(["stop"]) == 0
+    assert order == ["end"]
