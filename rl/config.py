@@ -24,7 +24,10 @@ class RolloutConfig(Checked):
     """The engines: how vLLM samples."""
 
     engines: int = 1
-    """Number of vLLM engines. Each is one Ray actor."""
+    """Number of vLLM engines with which the run starts. Each is one Ray actor."""
+    max_engines: int | None = None
+    """The engines follow the nodes of the cluster, up to this number: more start where a node has room or joins, and
+    those of a node that is drained or lost end, without losing a group. Default: `engines`, as fixed number."""
     tensor_parallel: int = 1
     """GPUs per engine."""
     max_tokens: int = 256
@@ -83,9 +86,15 @@ class RolloutConfig(Checked):
     retries: int = 3
     """How many times a group is sampled again after its engine was lost. After that it counts as failed."""
     restarts: int = 3
-    """How many lost engines are restarted in one run, and how often each reward model. After that the run ends."""
+    """How many lost engines are restarted in one run, and how often each reward model. After that the run ends. With
+    `max_engines` losses are counted from the last update on."""
     engine_class: str = "rollout.engine:Engine"
     """Class of the engines, "module:Class". An experiment may name its own class, in a file next to its recipe."""
+
+    @property
+    def most(self) -> int:
+        """Most engines that there can be at the same time."""
+        return self.max_engines or self.engines
 
     @property
     def truncation(self) -> Truncation | None:

@@ -42,6 +42,9 @@ def check(config: Config) -> None:
     check_stops(r)
     if r.router_replay and not r.prefix_cache:
         raise ValueError("rollout.router_replay=True needs rollout.prefix_cache=True: vLLM keeps experts by its blocks")
+    if r.max_engines is not None and (r.max_engines < r.engines or config.share_gpu):
+        least = f"must be at least rollout.engines={r.engines}, and is not for share_gpu=True"
+        raise ValueError(f"rollout.max_engines={r.max_engines} {least}")
     if r.max_tokens >= r.max_model_len:
         raise ValueError(f"rollout.max_tokens={r.max_tokens} leaves no room for a prompt in {r.max_model_len} tokens")
     rows = config.prompts_per_step * config.group_size

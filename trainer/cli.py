@@ -81,7 +81,7 @@ def main() -> None:
         print(f"unknown command {word!r}{meant}\n\n{usage()}" if word else usage(), file=sys.stderr)
         sys.exit(2)
     from trainer.errors import readable_errors
-    from trainer.launch import prepare_process
+    from trainer.tracking.terminal import prepare_process
 
     prepare_process()
     module, _, function = COMMANDS[word][0].partition(":")

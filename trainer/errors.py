@@ -11,19 +11,12 @@ from pathlib import Path
 from pickle import PicklingError
 
 from rl import checkout
-from rl.environments.types import EnvError
 from rl.loop.errors import first_error
-from rl.protocols import EngineLost, StallError, UpdateFailed
-from rl.rewards.score import RewardError
 from rl.typed import shortened
-from trainer.cluster.start_error import StartError
-from trainer.doctor.finding import ParityError
 from trainer.runs.summary import MOST
 from trainer.tracking.terminal import console, flush_output
 
-_OURS = (RewardError, EnvError, ParityError, StallError, StartError, EngineLost, UpdateFailed)
-USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, PicklingError, *_OURS)
-"""What a user can fix: shown as one message. UNISON_TRACEBACK=1 shows where it came from."""
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, PicklingError)
 LINES = 3
 """Frames of the user's code that are shown."""
 _FRAME = re.compile(r'File "(.+)", line (\d+), in (\S+)\n +(.+)')
@@ -42,9 +35,19 @@ def readable_errors() -> Iterator[None]:
         first = first_error(error) if isinstance(error, ExceptionGroup) else error
         console.print(f"[bold red]{type(first).__name__}[/]: ", end="")
         console.print(explained(first), markup=False, highlight=False)
-        sys.exit(2 if isinstance(first, USER_ERRORS) else 1)
+        sys.exit(2 if can_be_fixed(first) else 1)
     finally:
         flush_output()
+
+
+def can_be_fixed(error: BaseException) -> bool:
+    """Whether a user can fix it: shown as one message. UNISON_TRACEBACK=1 shows where it came from.
+
+    So are the RuntimeErrors that our packages define, such as StallError. Importing them would take torch, and seconds
+    of `unison cluster`, which needs none.
+    """
+    ours = any(each.__module__.partition(".")[0] in checkout.PACKAGES for each in type(error).__mro__)
+    return isinstance(error, USER_ERRORS) or (ours and isinstance(error, RuntimeError))
 
 
 def explained(error: BaseException) -> str:
@@ -55,7 +58,7 @@ def explained(error: BaseException) -> str:
     lines = list(users_lines(error))
     if lines:
         text.append("It was raised in your code:\n" + "\n".join(lines[-LINES:]))
-    elif not isinstance(error, USER_ERRORS):
+    elif not can_be_fixed(error):
         text.append(
             f"It was raised at {_place(error)}, in no code of yours. UNISON_TRACEBACK=1 shows the whole traceback; "
             "please report it"

@@ -2,7 +2,6 @@
 
 import asyncio
 import builtins
-import gc
 import sys
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +14,10 @@ from trainer.config_file import from_file
 from trainer.errors import readable_errors
 from trainer.flag_help import help_text
 from trainer.flags import override
-from trainer.home import prepare_home
 from trainer.plan.dry_run import dry_run
 from trainer.runs.resume import Resumed, newest, resume
 from trainer.runs.settings import resolved
-from trainer.tracking.terminal import console, escape_unencodable
+from trainer.tracking.terminal import console, prepare_process
 
 _importing: list[str] = []
 """The recipe files that a `unison` command is importing."""
@@ -78,15 +76,6 @@ def configure(config: Config, arguments: Sequence[str]) -> tuple[Config, list[st
     # Resuming may happen in another folder.
     full = str(Path(path).resolve())
     return override(from_file(config, path), flags), ["--config", full, *flags]
-
-
-def prepare_process() -> None:
-    """Prepare this process for any command: its terminal, its home, its garbage."""
-    escape_unencodable()
-    if note := prepare_home():
-        console.print(note, style="dim", markup=False, highlight=False)
-    # Collect less often: a start is imports, which leave no garbage, and the search takes a fifth of their time.
-    gc.set_threshold(50_000, 20, 20)
 
 
 def option(name: str, arguments: Sequence[str], needs: str) -> tuple[str | None, list[str]]:

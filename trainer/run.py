@@ -154,14 +154,14 @@ class Run:
         """Evaluate, train, evaluate, export."""
         config, cluster, summary, tokenizer = self.config, self.cluster, self.summary, self.prepared.tokenizer
         self.fleet = fleet = Fleet(cluster)
-        rollouts = RemoteRollouts(cluster, fleet)
-        probe = self.prepared.train[0].token_ids
+        rollouts, probe = RemoteRollouts(cluster, fleet), self.prepared.train[0].token_ids
         learner = RemoteLearner(cluster, probe=probe, fleet=fleet, version=self.progress.version)
         if self.resumed:
             with status(f"resuming from {self.resumed.checkpoint.folder}"):
                 state = self.resumed.learner
                 await cluster.ask_learners(lambda rank: rank.load_state(state))
         await self._check(learner)
+        fleet.follow()
         if self.monitor:
             self.monitor.engines = rollouts.figures
         alert, alerts, after = self.tracker.alert, self.tracker.alerts, self.progress.version
@@ -182,9 +182,7 @@ class Run:
             rollouts=rollouts,
             learner=Recorded(recorded(learner, self.folder, config, self.tracker.alert), learner, record),
             prompts=self.prepared.stream(config.seed, self.progress.ends),
-            data_metrics=lambda: (
-                self.prepared.metrics() | rollouts.speeds.metrics() | (player.metrics() if player else {})
-            ),
+            data_metrics=lambda: self.prepared.metrics() | rollouts.metrics() | (player.metrics() if player else {}),
             decode=self.prepared.decode,
             tracker=self.tracker,
             evaluate=lambda step: record.timed("evaluation", evaluations.due(step)),

@@ -92,6 +92,7 @@ class Job:
 
 @pytest.mark.nightly
 @pytest.mark.serial
+@pytest.mark.timeout(3600)
 def test_a_job_that_slurm_asks_to_end_saves_is_queued_again_and_continues(nodes: Rig) -> None:
     job = Job(nodes, "asked")
     job.reaches(2)

@@ -57,12 +57,12 @@ def stuck():
     one = Cluster(replace(CONFIG, deadlines=Deadlines(step_s=2.0, sync_s=2.0)), SimpleNamespace(actors=2))
     one.started_ray = start_ray(one.placement)
     one.learners = [LearnerProcess(actors.watched(SleepingLearner).remote())]
-    one.engines = [EngineProcess(actors.watched(SleepingEngine).options(max_concurrency=8).remote())]
-    for process in (*one.learners, *one.engines):
+    one.engines = {0: EngineProcess(actors.watched(SleepingEngine).options(max_concurrency=8).remote())}
+    for process in (*one.learners, *one.engines.values()):
         asyncio.run(answer(process.ask(lambda sleeper: sleeper.wake()), "an actor did not start", 120.0))
     yield one
     # The engine is stuck, and `close` would wait for its answer.
-    for process in one.engines:
+    for process in one.engines.values():
         process.kill()
     asyncio.run(one.close())
 

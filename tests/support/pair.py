@@ -32,7 +32,7 @@ class Pair:
 
     def __init__(self, config: Config, engine: Live, learner: Learner, sent: Any = None) -> None:
         self.config, self.live, self.learner = config, engine, learner
-        self.engines = [engine]
+        self.engines = {0: engine}
         self.version = -1
         sender = engine.open_sender(learner.weights if sent is None else sent)
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -77,7 +78,9 @@ def rig(folder: Path) -> Iterator[Rig]:
     """Two idle nodes."""
     environment = os.environ | {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
     with (folder / "rig.log").open("w") as log:
-        command = [str(ROOT / "tests/support/slurm_rig.sh"), str(folder), str(ROOT)]
+        # The environment may be a link of the checkout's to another place.
+        seen = map(str, (folder, ROOT, Path(sys.prefix).resolve()))
+        command = [str(ROOT / "tests/support/slurm_rig.sh"), *seen]
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     one = Rig(folder, process)
 

@@ -1,5 +1,8 @@
 """The `unison` command: version, help of each command, and what a mistyped word may have meant."""
 
+import subprocess
+import sys
+
 import pytest
 
 from trainer.cli import COMMANDS, main
@@ -68,3 +71,11 @@ def test_a_recipe_without_a_guard_gets_one_clear_message(answer, tmp_path, monke
 def test_a_flag_of_the_recipe_that_does_not_exist_is_named_by_the_doctor(answer):
     code, printed = answer("doctor", "recipes/quickstart.py", "--stepps", "3")
     assert (code, "Did you mean --steps?" in printed) == (2, True)
+
+
+def test_the_commands_of_a_node_need_no_torch():
+    """Importing it takes 9 to 19 s on a busy node, and a wrong token is to be named in less than 10 s."""
+    modules = "trainer.cli, trainer.commands.cluster, trainer.errors, trainer.cluster.nodes.gcs"
+    code = f"import sys, {modules}; print({{'ray', 'torch', 'transformers', 'numpy', 'vllm'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'ray'}"

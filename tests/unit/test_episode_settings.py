@@ -12,7 +12,7 @@ from rl.validate import check
 from tiny_tokenizer import CHAT, make_tokenizer
 from trainer.cluster.process_env import without_functions
 from trainer.config_file import from_file
-from trainer.errors import USER_ERRORS, explained
+from trainer.errors import can_be_fixed, explained
 from trainer.flags import override
 from trainer.prompts import prepare
 from trainer.runs.own_code import code_digests
@@ -153,7 +153,7 @@ def test_an_environment_that_fails_on_the_first_prompt_is_named_with_its_lines(t
 
     with pytest.raises(EnvError, match="raised KeyError: 'answers'") as raised:
         prepare(tokenized(tmp_path, type("Env", (Calculator,), {method: broken})))
-    assert isinstance(raised.value, USER_ERRORS)
+    assert can_be_fixed(raised.value)
     assert "in broken: raise KeyError" in explained(raised.value)
 
 

@@ -8,11 +8,17 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
-from rl.protocols import StallError
+from rl.judges.hearing import JudgeError
+from rl.protocols import EngineLost, StallError, UpdateFailed
 from rl.rewards.score import RewardError, score
+from rl.tools.errors import ToolError
 from rl.types import Reply
+from trainer.cluster.start_error import StartError
+from trainer.doctor.finding import ParityError
 from trainer.errors import MOST, explained, readable_errors
 from trainer.runs.summary import ending
+
+OURS = (RewardError, JudgeError, ParityError, StallError, StartError, EngineLost, UpdateFailed)
 
 
 def ended(error, capsys):
@@ -28,7 +34,10 @@ def ended(error, capsys):
         OSError("no"),
         FloatingPointError("the gradient norm is inf"),
         pickle.PicklingError("no"),
-        StallError("late"),
+        *(
+            kind("why")
+            for kind in (RewardError, JudgeError, ParityError, StallError, StartError, EngineLost, UpdateFailed)
+        ),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -46,6 +55,7 @@ def test_what_a_user_can_fix_is_one_message_with_status_2(error, capsys):
         jinja2.UndefinedError("'content' is undefined"),
         KeyError("x"),
         RuntimeError(""),
+        ToolError("of our packages, and for nobody outside"),
         ExceptionGroup("tasks", [ExceptionGroup("inner", [TypeError("one")]), ValueError("two")]),
     ],
     ids=lambda error: type(error).__name__,

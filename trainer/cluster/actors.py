@@ -42,6 +42,7 @@ class ActorShell:
         gc.enable()
         self.object = hosted(**kwargs)
 
+    @ray.method(concurrency_group="watch")
     def gpus(self) -> list[str]:
         """This process's node, and its GPUs there."""
         context = ray.get_runtime_context()

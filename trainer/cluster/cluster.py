@@ -1,13 +1,15 @@
 """The actors of one run: start engines and learner ranks, call them, connect them, end them."""
 
 import asyncio
+import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -23,6 +25,7 @@ from trainer.cluster.calls import answer, gather_answers, started
 from trainer.cluster.engine_client import EngineClient
 from trainer.cluster.nodes.code import pinned
 from trainer.cluster.nodes.folder import answer_word, judge, write_word
+from trainer.cluster.nodes.gcs import drained_nodes
 from trainer.cluster.nodes.seats import in_order, own_node, own_seat
 from trainer.cluster.placement import Placement, check_shared, engine_threads, learner_threads
 from trainer.cluster.process_env import learner_env, travelling, without_functions
@@ -40,7 +43,9 @@ class Cluster:
 
     def __init__(self, config: Config, placement: Placement) -> None:
         self.config, self.placement = config, placement
-        self.engines: list[EngineProcess] = []
+        self.engines: dict[int, EngineProcess] = {}
+        self.starting: dict[int, EngineProcess] = {}
+        """Further ones, until the fleet takes them in."""
         self.building: list[Any] = []
         self.learners: list[LearnerProcess] = []
         self.reward_models = RewardModels(config)
@@ -73,9 +78,12 @@ class Cluster:
         self.learner_threads = learner_threads(c, cores)
         learner_vars = env | learner_env(self.learner_threads, p.device)
         more: dict[str, Any] = {"max_concurrency": 4096, "runtime_env": {"env_vars": engine_vars}}
-        self.engine_options = [one | more for one in options[: p.engines]]
+        # What starts later takes what is free then.
+        later = {"num_cpus": 1, "num_gpus": p.gpus_per_engine}
+        self.engine_options = [one | more for one in [*options[: p.engines], *([later] * (c.rollout.most - p.engines))]]
         booted = [self._boot_engine(index) for index in range(p.engines)]
-        self.engines, self.building = [engine for engine, _ in booted], [building for _, building in booted]
+        self.engines = {index: engine for index, (engine, _) in enumerate(booted)}
+        self.building = [building for _, building in booted]
         for one in options[p.engines : p.engines + p.learners]:
             self.learners.append(learner_process(one | {"runtime_env": {"env_vars": learner_vars}}))
         # One thread: a reward model computes while engines and ranks do.
@@ -99,6 +107,28 @@ class Cluster:
         self.engines[index], building = self._boot_engine(index)
         await started(f"engine {index}", building, self.config.deadlines.start_s)
         await self.ask_engine(index, lambda e: e.start(), deadline_s=self.config.deadlines.sync_s)
+
+    async def drained_engines(self) -> set[int]:
+        """Engines whose node is asked to leave the cluster."""
+        drained, found = await asyncio.to_thread(drained_nodes), set[int]()
+        for index, engine in list(self.engines.items()) if drained else []:
+            with suppress(RayError):  # whoever samples finds that it is lost
+                found |= {index} if (await engine.gpus())[0] in drained else set()
+        return found
+
+    async def start_engine(self, index: int) -> None:
+        """Start another engine once a node has room for it. No channel leads to it yet."""
+        engine, building = self._boot_engine(index)
+        self.starting[index] = engine
+        waits, late = self.config.deadlines, f"the driver waited {{s}} s for engine {index} to start"
+        try:
+            await answer(engine.gpus(), late, math.inf)
+            await started(f"engine {index}", building, waits.start_s)
+            await answer(engine.ask(lambda e: e.start()), late, waits.sync_s, engine)
+        except BaseException:
+            if self.starting.pop(index, None):
+                engine.kill()
+            raise
 
     def _common(self) -> dict[str, Any]:
         """What engines and ranks are built from alike."""
@@ -194,7 +224,8 @@ class Cluster:
             return
         c, p = self.config, self.placement
         names = (await self.ask_learners(lambda rank: rank.names()))[0]
-        for index, expected in enumerate(await self.ask_engines(lambda e: e.expected_weights(names))):
+        asked = await self.ask_engines(lambda e: e.expected_weights(names))
+        for index, expected in zip(self.engines, asked, strict=True):
             check_complete(names, expected, f"engine {index}")
         if p.backend == "ipc":
             check_shared(await self.engines[0].gpus(), await self.learners[0].gpus())
@@ -203,7 +234,7 @@ class Cluster:
             "backend": p.backend,
             "expected": names,
             "address": self.address,
-            "world_size": 1 + p.engines * c.rollout.tensor_parallel,
+            "world_size": 1 + len(self.engines) * c.rollout.tensor_parallel,
             "timeout_s": c.deadlines.sync_s,
         }
         await gather_answers(
@@ -216,12 +247,12 @@ class Cluster:
     async def close(self) -> None:
         """End every actor, and Ray if this run started it. Safe to call at any moment, also twice."""
         scorers, self.reward_models.engines = self.reward_models.close(), []
-        closing: list[Any] = [engine.ask(lambda e: e.close()) for engine in self.engines]
+        closing: list[Any] = [engine.ask(lambda e: e.close()) for engine in self.engines.values()]
         if closing := closing + [scorer.ask(lambda s: s.close()) for scorer in scorers]:
             ray.wait(closing, num_returns=len(closing), timeout=15)
-        for process in [*self.engines, *self.learners, *scorers]:
+        for process in [*self.engines.values(), *self.starting.values(), *self.learners, *scorers]:
             process.kill()
-        self.engines, self.learners = [], []
+        self.engines, self.starting, self.learners = {}, {}, []
         if self.group is not None:
             remove_placement_group(self.group)
             self.group = None
@@ -243,7 +274,7 @@ class Cluster:
             )
             self.answered[call] = asyncio.get_running_loop().time()
             return result
-        except RayActorError as error:
+        except (RayActorError, ObjectLostError) as error:  # the second where its node is lost with a large answer
             raise EngineLost(f"the process of engine {index} is gone ({str(error).splitlines()[0]})") from None
         except asyncio.CancelledError:
             # The engine has other work: vLLM ends the requests of a cancelled call.
@@ -253,7 +284,7 @@ class Cluster:
     async def ask_engines(self, ask: AskEngine[R], *, deadline_s: float | None = None) -> list[R]:
         """Call every engine; StallError names the first that is late, EngineLost one that is gone."""
         deadline_s = deadline_s or self.config.deadlines.sync_s
-        asking = [self.ask_engine(i, ask, deadline_s=deadline_s) for i in range(len(self.engines))]
+        asking = [self.ask_engine(i, ask, deadline_s=deadline_s) for i in self.engines]
         return await asyncio.gather(*asking)
 
     async def ask_learners(self, ask: AskLearner[R], *, deadline_s: float | None = None) -> list[R]:

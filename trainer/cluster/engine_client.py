@@ -1,5 +1,6 @@
 """The learner's calls to the engines during a weight update."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -15,34 +16,35 @@ REST_S = 10.0
 class EngineClient:
     """vLLM's four control calls, to all engines at once, with a deadline; used on learner rank 0."""
 
-    def __init__(self, engines: list[EngineProcess], workers_per_engine: int, deadline_s: float) -> None:
-        self.engines, self.workers, self.deadline_s = engines, workers_per_engine, deadline_s
+    def __init__(self, engines: Mapping[int, EngineProcess], workers_per_engine: int, deadline_s: float) -> None:
+        self.engines, self.workers, self.deadline_s = dict(engines), workers_per_engine, deadline_s
         self.version = 0
-        self.receiving: list[Any] = []
+        self.receiving: dict[int, Any] = {}
         """The engines' answers to the last `update_weights`."""
 
     def _all(self, ask: AskEngine[Any]) -> None:
-        self._wait([engine.ask(ask) for engine in self.engines], recorded(ask).method)
+        self._wait({i: engine.ask(ask) for i, engine in self.engines.items()}, recorded(ask).method)
 
-    def _wait(self, refs: list[Any], what: str) -> None:
+    def _wait(self, asked: Mapping[int, Any], what: str) -> None:
+        refs = list(asked.values())
         try:
             ray.get(refs, timeout=self.deadline_s)
         except GetTimeoutError:
             _, late = ray.wait(refs, num_returns=len(refs), timeout=0)
-            names = [i for i, ref in enumerate(refs) if ref in late]
+            names = [i for i, ref in asked.items() if ref in late]
             raise StallError(
                 f"the learner waited {self.deadline_s:g} s for engines {names} to {what} (version {self.version})"
             ) from None
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Every engine gets a rank range of its own (vLLM's Ray client gives all of them the same)."""
-        refs = []
-        for index, engine in enumerate(self.engines):
+        asked = {}
+        for place, (index, engine) in enumerate(self.engines.items()):
             own = dict(init_info)
             if "rank_offset" in own:
-                own["rank_offset"] = 1 + index * self.workers
-            refs.append(engine.ask(lambda e, info=own: e.init_weight_transfer_engine(info)))
-        self._wait(refs, "join the weight channel")
+                own["rank_offset"] = 1 + place * self.workers
+            asked[index] = engine.ask(lambda e, info=own: e.init_weight_transfer_engine(info))
+        self._wait(asked, "join the weight channel")
 
     def stage_weights(self, version: int) -> None:
         """Receive next to the live weights (CPU)."""
@@ -54,14 +56,14 @@ class EngineClient:
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive. Raises the first engine's error, while others may still receive."""
-        self.receiving = [engine.ask(lambda e: e.update_weights(update_info)) for engine in self.engines]
+        self.receiving = {i: e.ask(lambda e: e.update_weights(update_info)) for i, e in self.engines.items()}
         self._wait(self.receiving, "receive the weights")
 
     def finish_received(self) -> None:
         """After a failed update: commit and resume on the engines that received all of it."""
-        ray.wait(self.receiving, num_returns=len(self.receiving), timeout=REST_S)
-        whole = [engine for engine, answer in zip(self.engines, self.receiving, strict=True) if _came(answer)]
-        self._wait([engine.ask(lambda e: e.finish_weight_update(self.version)) for engine in whole], "commit")
+        ray.wait(list(self.receiving.values()), num_returns=len(self.receiving), timeout=REST_S)
+        whole = [i for i, answer in self.receiving.items() if _came(answer)]
+        self._wait({i: self.engines[i].ask(lambda e: e.finish_weight_update(self.version)) for i in whole}, "commit")
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Commit as the version that `publish` set (vLLM's own senders give none), and resume."""

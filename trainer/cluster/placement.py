@@ -88,7 +88,7 @@ def _engines_and_ranks(config: Config, *, cuda: bool, gpus: float) -> Placement:
         return Placement(
             device="cpu", backend="gloo", engines=engines, learners=ranks, gpus_per_engine=0, gpus_per_learner=0
         )
-    one_each = (engines, tp, ranks) == (1, 1, 1)
+    one_each = (engines, tp, ranks) == (1, 1, 1) and config.rollout.max_engines is None
     if config.share_gpu or (config.share_gpu is None and one_each and gpus == 1):
         if not one_each:
             raise ValueError(
@@ -126,7 +126,7 @@ def default_threads(config: Config, cores: int) -> int:
 
     Actors that compute at the same time with two threads each are several times slower than with one.
     """
-    alone = config.max_staleness == 0 and config.rollout.engines == config.trainer.ranks == 1
+    alone = config.max_staleness == 0 and config.rollout.most == config.trainer.ranks == 1
     return cores if alone else 1
 
 

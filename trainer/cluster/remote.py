@@ -39,10 +39,10 @@ class RemoteRollouts:
     def __init__(self, cluster: Cluster, fleet: Fleet | None = None) -> None:
         self.cluster = cluster
         self.fleet = fleet or Fleet(cluster)
-        self.load = [0] * len(cluster.engines)
+        self.load = self.fleet.load
         self.called: Callable[[int, int, float], None] = lambda engine, samples, began: None
         """Hears of each call of an engine when it ends, and when it began (seconds since 1970)."""
-        self.speeds = Speeds(len(cluster.engines))
+        self.speeds = Speeds(len(self.load))
 
     async def sample(
         self,
@@ -77,11 +77,16 @@ class RemoteRollouts:
             self.speeds.end(index, tokens)
             self.called(index, n, began)
 
-    def figures(self) -> list[dict[str, float]]:
-        """Of each engine: samples under way, restarts, and 1 where it is lost."""
+    def metrics(self) -> dict[str, float]:
+        """The speed of each engine since the last time, and how many serve where that number changes."""
         fleet = self.fleet
+        return self.speeds.metrics() | ({"perf/engines": float(len(fleet.now()))} if fleet.elastic else {})
+
+    def figures(self) -> list[dict[str, float]]:
+        """Of each engine, also one that is not there now: samples under way, restarts, and 1 where it is lost."""
+        fleet, now = self.fleet, self.fleet.now()
         return [
-            {"samples": float(self.load[i]), "restarts": float(fleet.restarts_of[i]), "lost": float(i in fleet.lost)}
+            {"samples": float(self.load[i]), "restarts": float(fleet.restarts_of[i]), "lost": float(i not in now)}
             for i in range(len(self.load))
         ]
 
@@ -192,6 +197,8 @@ class RemoteLearner:
         manifest, pause_seconds, verify = await self._deliver(version, verify)
         seconds = time.perf_counter() - began
         self.version = version
+        if self.fleet.elastic:
+            self.fleet.restarts = 0
         if self.published.locked():
             self.published.release()
         return SyncReport(
@@ -251,10 +258,11 @@ class RemoteLearner:
         Digests show what arrived, not what packing on CPU made of it; the probe shows that, within PROBE_TOLERANCE.
         """
         cluster, config = self.cluster, self.cluster.config
-        for index, workers in enumerate(await cluster.ask_engines(lambda e: e.received_digests())):
+        received = await cluster.ask_engines(lambda e: e.received_digests())
+        for index, workers in zip(cluster.engines, received, strict=True):
             for digests in workers:
                 check_digests(manifest.digests, digests, f"engine {index}")
-        for index in range(len(cluster.engines)):
+        for index in cluster.engines:
             # It waits behind running requests, so it has their deadline.
             sampled = await cluster.ask_engine(
                 index,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from trainer.node import network, ports
 from trainer.node.attach import chosen
 from trainer.node.node import start, stay
+from trainer.node.processes import has_engines
 from trainer.node.token import read_token
 from trainer.tracking.terminal import console
 
@@ -44,6 +45,8 @@ def cluster(arguments: Sequence[str]) -> int:
     one.add_argument("nodes", nargs="+", metavar="N|HOST", help="how many nodes, or the names of all of them")
     one.add_argument("--timeout", type=float, default=300.0, help="seconds (default: 300)")
     two = words.add_parser("stop", help="end this node's part", description="End this node's part of a cluster.")
+    two.add_argument("--drain", type=float, default=0.0, metavar="SECONDS", help="first let runs with "
+                     "rollout.max_engines take their engines away, for at most so long (default: 0)")  # fmt: skip
     three = words.add_parser("folder", help="print its folder here", description="Print a cluster's folder.")
     for each in (one, two, three):
         each.add_argument("--port-base", type=int, metavar="PORT", help="which cluster, where there are several")
@@ -58,13 +61,13 @@ def begin(asked: argparse.Namespace) -> int:
     if head and not token:
         raise ValueError("joining needs the token: --token-file FILE, a copy of the head's /tmp/unison-ray-PORT/token")
     # Imported late: Ray takes seconds that `--help` does not need.
-    from trainer.cluster.nodes.gcs import check_token
+    from trainer.cluster.nodes.gcs import alive_nodes
 
     until = time.monotonic() + (asked.timeout if head else 0.0)
     while head and time.monotonic() < until and not network.answers(*network.split(head)):
         time.sleep(1)
     options = [f"--num-{kind}={n}" for kind in ("cpus", "gpus") if (n := getattr(asked, kind)) is not None]
-    node = start(head, token=token, interface=asked.interface, base=asked.port_base, options=options, check=check_token)
+    node = start(head, token=token, interface=asked.interface, base=asked.port_base, options=options, check=alive_nodes)
     lines = [f"{'joined' if head else 'head of'} the cluster at {node.head}: folder {node.folder}"]
     if not head:
         lines += [
@@ -91,7 +94,7 @@ def wait(asked: argparse.Namespace) -> int:
     until, hosts, told = time.monotonic() + asked.timeout, list[str](), -1
     while time.monotonic() < until:
         if network.answers(*network.split(node.head)):
-            hosts = [each.host for each in alive_nodes(node.head, node.token)]
+            hosts = [each.node_manager_hostname for each in alive_nodes(node.head, node.token)]
         if len(hosts) != told:
             console.print(f"{len(hosts)} of {wanted} nodes", highlight=False)
             told = len(hosts)
@@ -115,7 +118,13 @@ def folder(asked: argparse.Namespace) -> int:
 
 def stop(asked: argparse.Namespace) -> int:
     """End this node's part of a cluster; other clusters and other Rays stay."""
-    node = chosen(asked.port_base)
+    node, until = chosen(asked.port_base), time.monotonic() + asked.drain
+    if asked.drain:
+        from trainer.cluster.nodes.gcs import drain
+
+        drain(node, asked.drain)
+        while time.monotonic() < until and has_engines(node.folder):
+            time.sleep(0.5)
     console.print(f"{node.folder}: {node.end()} processes ended", highlight=False)
     return 0
 

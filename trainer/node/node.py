@@ -61,7 +61,7 @@ def start(
     interface: str | None,
     base: int | None,
     options: list[str],
-    check: Callable[[str, Path], None],
+    check: Callable[[str, Path], object],
 ) -> Node:
     """Start a head, or join one; `check` gets its address and the token's file before anything starts.
 

@@ -37,6 +37,15 @@ def is_alive(folder: Path) -> bool:
         return False
 
 
+def has_engines(folder: Path) -> bool:
+    """Whether a run has an engine on this node."""
+    for process in processes(folder):
+        with suppress(OSError):
+            if b"ray::EngineActor" in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+                return True
+    return False
+
+
 def end(folder: Path) -> int:
     """End all processes of a cluster on this node; returns how many there were."""
     found = list(processes(folder))

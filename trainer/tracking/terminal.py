@@ -1,5 +1,6 @@
 """What does the terminal show during a run, and at its end?"""
 
+import gc
 import math
 import os
 import shlex
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from rl.loop.estimates import headlines
+from trainer.home import prepare_home
 
 
 class Terminal(Console):
@@ -45,6 +46,15 @@ def escape_unencodable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def prepare_process() -> None:
+    """Prepare this process for any command: its terminal, its home, its garbage."""
+    escape_unencodable()
+    if note := prepare_home():
+        console.print(note, style="dim", markup=False, highlight=False)
+    # Collect less often: a start is imports, which leave no garbage, and the search takes a fifth of their time.
+    gc.set_threshold(50_000, 20, 20)
 
 
 def discard_output() -> None:
@@ -131,6 +141,9 @@ class Lines:
         self.steps = steps
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        # Imported late: it takes torch, which `unison cluster` does not need.
+        from rl.loop.estimates import headlines
+
         cells = [f"{label} {metrics[name]:{form}}" for label, name, form in COLUMNS if name in metrics]
         cells += [f"{name.removeprefix('eval/')} {metrics[name]:.3f}" for name in headlines(metrics)]
         console.print(f"step {step}/{self.steps}  " + "  ".join(cells), highlight=False)

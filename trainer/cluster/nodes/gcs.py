@@ -2,28 +2,25 @@
 
 import logging
 import os
-from dataclasses import dataclass
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
+import ray._private.state
 import ray._raylet
 from ray.exceptions import AuthenticationError, RpcError
 
+from trainer.node.node import Node
 from trainer.node.token import with_token
 
 raylet: Any = ray._raylet  # compiled, without stubs
+PREEMPTION = 2
+"""Ray's reason for draining a node that no node may refuse."""
 
 
-@dataclass(frozen=True)
-class Alive:
-    """A node that is alive."""
-
-    host: str
-    address: str
-
-
-def alive_nodes(head: str, token: Path) -> list[Alive]:
-    """The nodes of a cluster. Raises ValueError for a wrong token, OSError where the head does not answer."""
+def alive_nodes(head: str, token: Path) -> list[Any]:
+    """Ray's records of the nodes of a cluster. Raises ValueError for a wrong token, OSError where no head answers."""
     use_token(token)
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
@@ -34,8 +31,18 @@ def alive_nodes(head: str, token: Path) -> list[Alive]:
         ) from None
     except RpcError as error:
         raise OSError(f"the head at {head} does not answer: {error}") from None
-    nodes = [node for node in found.values() if node.state == 0]
-    return [Alive(node.node_manager_hostname, node.node_manager_address) for node in nodes]
+    return [node for node in found.values() if node.state == 0]
+
+
+def drain(node: Node, seconds: float) -> None:
+    """Tell a cluster that this machine's node of it ends in so many seconds: runs take their engines away.
+
+    Raises as `alive_nodes`, and KeyError where the cluster has no such node.
+    """
+    nodes = {(each.node_manager_hostname, each.temp_dir): each for each in alive_nodes(node.head, node.token)}
+    place = socket.gethostname(), str(node.folder / "r")
+    until = int((time.time() + seconds) * 1000)
+    raylet.GcsClient(address=node.head).drain_node(nodes[place].node_id.hex(), PREEMPTION, "unison cluster stop", until)
 
 
 def use_token(file: Path) -> None:
@@ -47,6 +54,7 @@ def use_token(file: Path) -> None:
     raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
-def check_token(head: str, token: Path) -> None:
-    """Raise ValueError where the head refuses a token."""
-    alive_nodes(head, token)
+def drained_nodes() -> set[str]:
+    """Ray's ids of the nodes that are asked to leave the cluster of this process."""
+    state: Any = ray._private.state.state  # pyright: ignore[reportPrivateUsage]
+    return set(state.get_draining_nodes())
