@@ -163,12 +163,15 @@ class RemoteLearner:
         self.first = self.version = version
         self.published = asyncio.Lock()
         """Held from the start of a step to the end of its update: the learner's weights are not the published ones."""
+        self.stepped = False
+        """Whether a step holds it. An update without one, such as the first, takes it itself."""
         self.failed_updates = 0
         """Updates that every engine refused and that were sent again."""
 
     async def step(self, batch: Batch) -> dict[str, float]:
         """Train on one step's batch; all ranks return the same metrics. Only `publish` may follow."""
         await self.published.acquire()
+        self.stepped = True
         return (await self.cluster.ask_learners(lambda rank: rank.step(batch)))[0]
 
     async def told(self) -> list[tuple[Seen | None, list[Span]]]:
@@ -186,14 +189,15 @@ class RemoteLearner:
     async def publish(self, version: int) -> SyncReport:
         """Send to all engines, each of which commits once all are ready. Verified for the start weights, the first
         update, and each `verify_every`."""
+        if not self.stepped:
+            await self.published.acquire()
         every = self.cluster.config.verify_every
         verify = version <= self.first + 1 or bool(every and version % every == 0)
         began, failed = time.perf_counter(), self.failed_updates
         manifest, pause_seconds, verify = await self._deliver(version, verify)
         seconds = time.perf_counter() - began
-        self.version = version
-        if self.published.locked():
-            self.published.release()
+        self.version, self.stepped = version, False
+        self.published.release()
         return SyncReport(
             seconds=seconds,
             pause_seconds=pause_seconds,
