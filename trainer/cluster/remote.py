@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 from urllib.request import ProxyHandler, build_opener
@@ -172,6 +173,9 @@ class RemoteLearner:
         """Train on one step's batch; all ranks return the same metrics. Only `publish` may follow."""
         await self.published.acquire()
         self.stepped = True
+        if self.cluster.config.rollout.sleep:
+            with suppress(EngineLost):  # the update finds it
+                await self.cluster.ask_engines(lambda e: e.sleep())
         return (await self.cluster.ask_learners(lambda rank: rank.step(batch)))[0]
 
     async def told(self) -> list[tuple[Seen | None, list[Span]]]:
@@ -247,6 +251,9 @@ class RemoteLearner:
         await cluster.ask_engines(lambda e: e.listen_to_weights(digesting))
         deadline = cluster.config.deadlines.sync_s
         manifests = await cluster.ask_learners(lambda rank: rank.publish(version, digesting), deadline_s=deadline)
+        if cluster.config.rollout.sleep:
+            await cluster.ask_learners(lambda rank: rank.free_cache())
+            await cluster.ask_engines(lambda e: e.wake())
         return manifests[0], max(await cluster.ask_engines(lambda e: e.last_pause()))
 
     async def _verify(self, manifest: WeightManifest) -> None:
