@@ -27,6 +27,7 @@ from trainer.machine import cores
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = {"facts": 60, "kernels": 150, "learner": 120, "engines": 200, "update": 180, "loop": 180, "speed": 240}
+PHASES |= {"sleep": 180, "nccl": 200}
 """Seconds that each may take. Phase NAME is the function NAME of scripts/gpu/NAME.py."""
 
 
