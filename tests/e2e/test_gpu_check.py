@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 DISGUISE = ROOT / "tests" / "support" / "disguise"
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
     "phases", nightly_unless(lambda phases: phases == "facts update", ["facts update", "engines loop", "sleep"])
 )
