@@ -95,6 +95,7 @@ def play(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.nightly
+@pytest.mark.serial
 @pytest.mark.timeout(900)
 def test_updates_over_nccl_arrive_while_engines_sample(play: Callable[[Scene], None]) -> None:
     async def scene(run: Run) -> None:
@@ -115,6 +116,7 @@ def test_updates_over_nccl_arrive_while_engines_sample(play: Callable[[Scene], N
 
 
 @pytest.mark.nightly
+@pytest.mark.serial
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("phase", ["load", "begin", "broadcast", "commit", "join"])
 def test_an_engine_that_fails_in_an_update_is_replaced_and_the_run_goes_on_without_a_lost_prompt(
