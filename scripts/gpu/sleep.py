@@ -33,7 +33,7 @@ def sleep(args: argparse.Namespace) -> Result:
         config,
         dtype="bfloat16" if cuda else "float32",
         verify_every=1,
-        trainer=TrainerConfig(lr=1e-5, zero_stage=1),
+        trainer=TrainerConfig(lr=1e-5, zero_stage=2),
         rollout=replace(config.rollout, sleep=True, gpu_memory_utilization=0.7),
     )
     placement = place(config, cuda=cuda)

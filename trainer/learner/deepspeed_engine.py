@@ -114,7 +114,10 @@ def lr_factor(config: Config, step: int) -> float:
 
 
 class OnHost:
-    """Gradients, masters and Adam's moments are in host memory, and on the GPU inside `with`. For ZeRO 1 and 2."""
+    """Gradients, masters and Adam's moments are in host memory, and on the GPU inside `with`.
+
+    For ZeRO 2: DeepSpeed's optimizer of ZeRO 1 in bf16 is another one, and cannot move.
+    """
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine

@@ -51,7 +51,7 @@ def check_turns(config: Config, placement: Placement) -> None:
     reasons = {
         "engine and learner share no GPU: set share_gpu=True": placement.backend != "ipc",
         f"max_staleness={config.max_staleness} samples while the learner steps: use 0": config.max_staleness > 0,
-        f"trainer.zero_stage={t.zero_stage} cannot move its states: use 1": t.zero_stage not in (1, 2),
+        f"trainer.zero_stage={t.zero_stage} cannot move its states: use 2": t.zero_stage != 2,
         f"trainer.offload={t.offload} keeps them in host memory always: leave it off": t.offload != "none",
     }
     for reason, holds in reasons.items():
