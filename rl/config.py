@@ -77,6 +77,9 @@ class RolloutConfig(Checked):
     """Run without compilation and CUDA graphs. Default: on for CPU, off for GPU."""
     gpu_memory_utilization: float = 0.85
     """Share of a GPU's memory for one engine: weights and KV cache, from 0 to 1."""
+    sleep: bool = False
+    """On a shared GPU, take turns: the engine gives its memory back while the learner steps, and the learner keeps
+    gradients, masters and Adam's moments in host memory while the engine samples. Not yet run on a GPU."""
     kv_cache_gib: float = 1.0
     """KV cache of one engine on CPU, in GiB."""
     threads: int | None = None

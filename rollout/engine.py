@@ -1,7 +1,6 @@
 """One vLLM V1 engine: samples tokens, each with its weight version, and takes new weights while it samples."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -25,6 +24,7 @@ from rollout.core import async_llm
 from rollout.endpoint.serving import Serving
 from rollout.parse import Parsers
 from rollout.settings import engine_args, sampling_settings
+from rollout.turns import Turns
 from rollout.worker import WorkerExtension
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ UNSENT = -100
 doctor, which may send its own versions below 0."""
 
 
-class Engine(Serving):
+class Engine(Turns, Serving):
     """Hosted by one actor. Every method is a coroutine of the same event loop."""
 
     def __init__(
@@ -63,17 +63,14 @@ class Engine(Serving):
         self.slots = asyncio.Semaphore(config.rollout.max_num_seqs)
         self.open = asyncio.Event()
         self.updating = False
-        """True while an update is changing the live weights."""
-        self.paused_at = 0.0
-        self.pause_seconds = 0.0
-        """Seconds that sampling stopped for the last update."""
 
     async def start(self) -> None:
         """Set the version of the start weights and accept requests."""
         if self.generations:
             await self.call_workers(WorkerExtension.end_with_parent, self.generations)
         await self._await_vllm(self.llm.update_weight_version(str(self.version)))
-        self.open.set()
+        if not self.asleep:
+            self.open.set()
 
     async def sample(
         self,
@@ -169,21 +166,6 @@ class Engine(Serving):
         for error in await self.call_workers(method, version):
             if error:
                 raise UpdateFailed(f"weight version {version}: {error}")
-
-    async def pause(self) -> None:
-        """Pause running requests and keep them; vLLM's defaults would abort them.
-
-        With `recompute_kv` the cache is cleared too, so kept requests recompute their KV when they resume.
-        """
-        self.open.clear()
-        await self._await_vllm(self.llm.pause_generation(mode="keep", clear_cache=self.config.rollout.recompute_kv))
-        self.paused_at = time.perf_counter()
-
-    async def resume(self) -> float:
-        """Resume sampling; returns the seconds of the pause."""
-        await self._await_vllm(self.llm.resume_generation())
-        self.open.set()
-        return time.perf_counter() - self.paused_at
 
     async def expected_weights(self, sent: Iterable[str] = ()) -> set[str]:
         """Names that every update must contain, in terms of those that the trainer sends."""

@@ -55,6 +55,8 @@ def engine_args(config: Config, *, device: str, backend: str, model: str) -> dic
         # vLLM's engine class has no default for GPUs and takes 2,048 tokens per step, a quarter of what they can use.
         batched = r.max_num_batched_tokens or max(8192, r.max_model_len)
         args |= {"gpu_memory_utilization": r.gpu_memory_utilization, "max_num_batched_tokens": batched}
+        # vLLM's own allocator, which can give memory back and map it again at the same address.
+        args |= {"enable_sleep_mode": r.sleep}
     return args
 
 

@@ -8,11 +8,12 @@ the receivers' reports travel over gloo.
 
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from socket import AF_INET, AF_INET6, create_server, socket
 from typing import Any
 
 import torch
@@ -63,10 +64,20 @@ class Layout:
         return placed
 
 
-def meeting_place(address: str, world_size: int, timeout_s: float) -> TCPStore:
-    """Where the ranks of a new group meet: on a free port of this process, which must be rank 0. Returns at once."""
-    timeout = timedelta(seconds=timeout_s)
-    return TCPStore(address, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+def free_port(address: str) -> socket:
+    """Listen on a port of the system's choice, in the family of an address of this node."""
+    return create_server(("", 0), family=AF_INET6 if ":" in address else AF_INET)
+
+
+def meeting_place(
+    address: str, world_size: int, timeout_s: float, listen: Callable[[str], socket] = free_port
+) -> TCPStore:
+    """Where the ranks of a new group meet: where this process, which must be rank 0, listens. Returns at once."""
+    listener, timeout = listen(address), timedelta(seconds=timeout_s)
+    port, there = listener.getsockname()[1], listener.detach()
+    return TCPStore(
+        address, port, world_size, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=there
+    )
 
 
 def join(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> ProcessGroupGloo:

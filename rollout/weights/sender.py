@@ -1,8 +1,9 @@
 """The trainer's end of the weight channel: our own sender on CPU, vLLM's senders for NCCL and CUDA IPC."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from socket import socket
 from threading import Thread
 from time import perf_counter
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from rl.weights import check_complete
-from rollout.weights.channel import Layout, group_of, meeting_place, reserve, this_host
+from rollout.weights.channel import Layout, free_port, group_of, meeting_place, reserve, this_host
 from rollout.weights.outbox import Outbox
 from rollout.weights.protocols import Sender, Weights
 
@@ -28,12 +29,13 @@ class GlooSender:
         address: str,
         world_size: int,
         timeout_s: float,
+        listen: Callable[[str], socket] = free_port,
     ) -> None:
         """Connects to the engines. Raises TimeoutError when some engine does not connect in time.
 
         `expected`: the names that every update must contain. `client`: makes the control calls to all engines, and has
-        the version of the next update. Rank 0 sends; the engines connect to it at `address`, on a free
-        port. `world_size` counts rank 0 and every engine worker. `timeout_s` bounds each wait, in seconds.
+        the version of the next update. Rank 0 sends; the engines connect to it at `address`, where `listen` makes it
+        listen. `world_size` counts rank 0 and every engine worker. `timeout_s` bounds each wait, in seconds.
         """
         self.weights, self.expected, self.client, self.timeout_s = weights, expected, client, timeout_s
         self.outbox: Outbox | None = None
@@ -41,12 +43,12 @@ class GlooSender:
         """Duration of the last update's phases: `begin` until the engines were ready to receive, `transfer` until they
         could read every byte, `stage` until all had built the new weights, `commit` until all sampled with them."""
         if rank == 0:
-            self.outbox = self._connect(address, world_size)
+            self.outbox = self._connect(address, world_size, listen)
 
-    def _connect(self, address: str, world_size: int) -> Outbox:
+    def _connect(self, address: str, world_size: int, listen: Callable[[str], socket]) -> Outbox:
         layout = Layout.of(self.weights.metadata())
         layout = replace(layout, segment=reserve(sum(b[1] for b, _ in layout.buckets())), host=this_host())
-        store = meeting_place(address, world_size, self.timeout_s)
+        store = meeting_place(address, world_size, self.timeout_s, listen)
         info = {"master_address": address, "master_port": store.port, "rank_offset": 1, "world_size": world_size}
         info |= {"timeout_s": self.timeout_s, "layout": asdict(layout)}
         failed: list[Exception] = []

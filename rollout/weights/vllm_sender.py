@@ -1,10 +1,10 @@
 """vLLM's own trainer engines as senders: NCCL between GPUs, CUDA IPC on one GPU."""
 
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import asdict
 from functools import partial
+from socket import socket
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransf
 
 from rl.protocols import UpdateFailed
 from rl.weights import SMALLEST_BUFFER, check_complete
+from rollout.weights.channel import free_port
 from rollout.weights.group import check_usable, in_thread, join, leave, watched
 from rollout.weights.protocols import Weights
 
@@ -63,10 +64,12 @@ class NCCLSender(NCCLTrainerWeightTransferEngine):
     joining: Future[Any] | None = None
     """The group, once this rank has joined it."""
 
-    def connect(self, address: str, world_size: int, timeout_s: float) -> None:
+    def connect(
+        self, address: str, world_size: int, timeout_s: float, listen: Callable[[str], socket] = free_port
+    ) -> None:
         """Meet the engines. Raises what an engine raised, or TimeoutError when not all have come in time."""
         self.timeout_s = timeout_s
-        listener = socket.create_server(("", 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        listener = listen(address)
         port = listener.getsockname()[1]
         info = NCCLWeightTransferInitInfo(
             master_address=address,
@@ -169,7 +172,7 @@ def open_vllm_sender(
     if backend == "nccl":
         sender = NCCLSender(client=client, source=source, is_sender=rank == 0, packed_buffer_size_bytes=SMALLEST_BUFFER)
         if rank == 0:
-            sender.connect(where["address"], where["world_size"], timeout_s)
+            sender.connect(timeout_s=timeout_s, **where)
         return DrainingSender(sender, source)
     largest = max(m.nbytes for m in weights.metadata())
     info = IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=max(SMALLEST_BUFFER, largest))

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[2]
 DISGUISE = ROOT / "tests" / "support" / "disguise"
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
-    "phases", nightly_unless(lambda phases: phases == "facts update", ["facts update", "engines loop"])
+    "phases", nightly_unless(lambda phases: phases == "facts update", ["facts update", "engines loop", "sleep"])
 )
 def test_the_gpu_check_runs_on_cpu(tmp_path: Path, phases: str) -> None:
     output = tmp_path / "report.json"
@@ -37,6 +37,10 @@ def test_the_gpu_check_runs_on_cpu(tmp_path: Path, phases: str) -> None:
     if "engines" in found:
         gaps = {row["engine"]: row["mean_abs"] for row in results["engines"]["rows"] if row["T"] == 0.7}
         assert gaps["eager"] < 1e-5 < gaps["raw"]
+    if "sleep" in found:
+        assert results["sleep"]["aborted"] == 0
+        assert [row["step"] for row in results["sleep"]["rows"]] == [1, 2, 3]
+        assert max(row["mean_abs"] for row in results["sleep"]["rows"]) < 1e-5
     if "loop" in found:
         assert results["loop"]["reward_last"] > results["loop"]["reward_first"] + 0.3
         assert results["loop"]["worst_logprob_abs_diff_mean"] < 1e-5

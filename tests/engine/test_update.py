@@ -183,6 +183,29 @@ def test_a_request_that_comes_in_during_a_pause_waits_and_runs_on_the_new_versio
     assert set(early.result(300)[0].versions) == {engine.version}
 
 
+def test_an_engine_that_sleeps_keeps_its_requests_and_goes_on_with_the_new_weights(
+    pair: tuple[Live, Path, Path],
+) -> None:
+    """On CPU vLLM keeps the memory, but its scheduler stops and resumes as on a GPU."""
+    engine, _, new = pair
+    own, old = engine.engine, engine.version
+    sender = engine.open_sender(LearnerWeights(AutoModelForCausalLM.from_pretrained(new), sharded=False))
+    running = engine.keep_sampling(PROMPT, 4)
+    engine.wait(own.sleep())
+    later = engine.submit(own.sample(PROMPT, 2, 7))
+    engine.update(sender, old + 1)
+    # It has weights again and no KV cache: nothing may run, and vLLM has not resumed by itself.
+    assert engine.wait(own.llm.is_sleeping())
+    assert not later.done()
+    engine.wait(own.wake())
+    assert not engine.wait(own.llm.is_sleeping())
+    assert {old, old + 1} in [set(reply.versions) for reply in running.result(300)]
+    fresh = later.result(300)
+    assert {version for reply in fresh for version in reply.versions} == {old + 1}
+    assert gap(str(new), fresh) <= 1e-5
+    assert engine.wait(own.counters())["aborted"] == 0
+
+
 def test_an_engine_keeps_no_memory_of_past_updates_committed_or_not(live: Callable, tiny: Callable) -> None:
     model = tiny(intermediate_size=16384)
     engine = live(engine_config(model))

@@ -172,6 +172,26 @@ def test_when_one_dies_in_an_update_in_place_all_that_hold_half_of_it_are_starte
     assert set(cluster.holds.values()) == {1}
 
 
+def test_a_death_that_a_sample_finds_in_an_update_without_a_step_is_mended_by_that_update_alone():
+    cluster = Cluster(2, deaths=[(1, "receive", 2)], in_place=True)
+
+    async def main():
+        a = actors(cluster)
+        await a.learner.publish(0)
+        updating = asyncio.create_task(a.learner.publish(1))
+        while 1 not in cluster.dead:
+            await asyncio.sleep(0)
+        with pytest.raises(EngineLost):
+            await a.rollouts.sample([1], 1, seed=0, engine=1)
+        await updating
+        assert (await a.rollouts.sample([1], 1, seed=0))[0].versions == [1]
+        assert not a.learner.published.locked()
+
+    run(main())
+    assert restarted(cluster) == [0, 1]
+    assert cluster.channels == 1
+
+
 def test_engines_are_started_again_at_the_same_time():
     cluster = Cluster(3, deaths=[(1, "receive", 2)], in_place=True)
     again, meeting = cluster.restart_engine, asyncio.Barrier(2)

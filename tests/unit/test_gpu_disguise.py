@@ -142,7 +142,11 @@ def test_a_group_that_moves_nothing_is_an_error(available, disabled):
 
 
 def test_the_varlen_kernel_gets_only_arguments_that_this_torch_has():
-    inspect.signature(varlen_attn).bind(*range(7), scale=1.0, window_size=(-1, 0), **attention.GROUPED)
+    def of_torch_2_11(q, k, v, ends, ends_k, most, most_k, *, return_aux=None, scale=None, window_size=(-1, -1)): ...
+
+    for kernel in (varlen_attn, of_torch_2_11):
+        inspect.signature(kernel).bind(*range(7), scale=1.0, window_size=(-1, 0), **attention.grouped(kernel))
+    assert attention.grouped(attention.varlen_attn) == attention.GROUPED
 
 
 def test_all_layers_of_a_row_share_one_tensor_of_sequence_ends():

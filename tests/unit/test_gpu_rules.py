@@ -14,7 +14,9 @@ import trainer.cluster.stubs
 from live import engine_config
 from models import make_model
 from pair import make_learner
+from rl.batch import collate, trajectory
 from rl.config import Deadlines, TrainerConfig
+from rl.types import Completion, Prompt
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.stubs import LearnerProcess, recorded
 from trainer.learner.learner import join_group
@@ -67,6 +69,24 @@ def test_a_batch_is_written_once_for_all_ranks(monkeypatch: pytest.MonkeyPatch) 
     LearnerProcess.ask_all([LearnerProcess(actor) for _ in range(8)], lambda rank: rank.step("a batch"))
     assert [(call.method, call.args) for call in put] == [("step", ("a batch",))]
     assert got == ["reference 1"] * 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "times"), [(1, 2), (2, 8)])
+def test_zero_1_sums_gradients_once_per_optimizer_step_and_zero_2_once_per_micro_batch(
+    stage: Any, times: int, tmp_path: Path
+) -> None:
+    trainer = TrainerConfig(zero_stage=stage, minibatches=2, micro_batch_tokens=6)
+    learner = make_learner(engine_config(make_model(tmp_path), trainer=trainer))
+    optimizer, sums = learner.parts.engine.optimizer, []
+    reduce = optimizer.reduce_ipg_grads
+    optimizer.reduce_ipg_grads = lambda *args, **kwargs: (sums.append(args), reduce(*args, **kwargs))[1]
+    rows = []
+    for i in range(8):
+        reply = Completion(token_ids=[9 + i, 8, 7], logprobs=[-3.0] * 3, versions=[0] * 3, finish_reason="stop")
+        rows.append(trajectory(Prompt(ordinal=i // 2, token_ids=[5, 6, i], task={}), reply, float(i % 2), {}))
+    learner.step(collate(rows))
+    assert len(sums) == times
 
 
 @pytest.mark.slow

@@ -6,9 +6,13 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from rl.protocols import UpdateFailed
+from rl.weights import TensorMeta
+from trainer.cluster.actors import LearnerActor
 from trainer.node import network, ports, processes
 from trainer.node.attach import attach, chosen
 from trainer.node.node import Node, start
@@ -101,6 +105,28 @@ def test_a_learner_meets_its_ranks_inside_the_block(monkeypatch):
     monkeypatch.delenv(ports.PORTS)
     with ports.listener() as found:
         assert found.getsockname()[1]
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_engines_meet_the_learner_inside_the_block_too(backend, monkeypatch):
+    told = []
+
+    class Client:
+        def init_weight_transfer_engine(self, info):
+            told.append(info["master_port"])
+            raise UpdateFailed("no engine is here")
+
+    meta = TensorMeta(name="w", dtype="float32", shape=(2,))
+    weights = SimpleNamespace(metadata=lambda: [meta])
+    rank = LearnerActor()
+    rank.object = SimpleNamespace(weights=weights, rank=0)
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv(ports.PORTS, f"{port}-{port + 20}")
+        channel = {"address": "127.0.0.1", "world_size": 2, "timeout_s": 1.0, "expected": {"w"}}
+        with pytest.raises(UpdateFailed, match="no engine is here"):
+            rank.connect(Client(), {"backend": backend, **channel})
+    assert port < told[0] <= port + 20
 
 
 def test_a_token_is_read_by_nobody_else(tmp_path, monkeypatch):

@@ -68,6 +68,12 @@ def test_a_gpu_recipe_asks_for_the_gpus_that_its_docstring_names(recipe, gpus, b
     assert "not yet run on gpus" in module.__doc__.lower()
 
 
+@pytest.mark.parametrize("recipe", ["gspo", "grpo", "ppo", "one_gpu"])
+def test_a_recipe_that_fits_with_zero_1_sums_gradients_once_per_optimizer_step(recipe, monkeypatch):
+    # ZeRO 2 sums them after every micro-batch: tests/unit/test_gpu_rules.py counts.
+    assert load(ROOT / "recipes" / "gsm8k" / f"gsm8k_{recipe}.py", monkeypatch).config.trainer.zero_stage == 1
+
+
 def test_no_recipe_is_named_like_a_package():
     assert not {p.stem for p in RECIPES} & {"rl", "rollout", "trainer"}
 

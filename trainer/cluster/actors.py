@@ -93,7 +93,7 @@ class LearnerActor(ActorShell):
         if self.sender is not None:
             self.sender.close()
         weights, rank = self.object.weights, self.object.rank
-        self.sender = sender = open_sender(weights=weights, rank=rank, client=client, **channel)
+        self.sender = sender = open_sender(weights=weights, rank=rank, client=client, listen=listener, **channel)
 
         class Channel:
             def send(self, version: int) -> None:

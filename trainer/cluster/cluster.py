@@ -165,6 +165,8 @@ class Cluster:
                 if p.backend == "ipc":
                     # vLLM measures how much of the GPU is free, so nothing else may allocate meanwhile.
                     await asyncio.wait(engines)
+                    if self.config.rollout.sleep:
+                        await self.ask_engines(lambda e: e.sleep())
                 for i, learner in enumerate(self.learners):
                     ref = learner.build(LEARNER, self.sources, rank | {"rank": i})
                     building.create_task(started(f"learner rank {i}", ref, deadline))

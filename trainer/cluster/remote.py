@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 from urllib.request import ProxyHandler, build_opener
@@ -168,12 +169,18 @@ class RemoteLearner:
         self.first = self.version = version
         self.published = asyncio.Lock()
         """Held from the start of a step to the end of its update: the learner's weights are not the published ones."""
+        self.stepped = False
+        """Whether a step holds it. An update without one, such as the first, takes it itself."""
         self.failed_updates = 0
         """Updates that every engine refused and that were sent again."""
 
     async def step(self, batch: Batch) -> dict[str, float]:
         """Train on one step's batch; all ranks return the same metrics. Only `publish` may follow."""
         await self.published.acquire()
+        self.stepped = True
+        if self.cluster.config.rollout.sleep:
+            with suppress(EngineLost):  # the update finds it
+                await self.cluster.ask_engines(lambda e: e.sleep())
         return (await self.cluster.ask_learners(lambda rank: rank.step(batch)))[0]
 
     async def told(self) -> list[tuple[Seen | None, list[Span]]]:
@@ -191,16 +198,17 @@ class RemoteLearner:
     async def publish(self, version: int) -> SyncReport:
         """Send to all engines, each of which commits once all are ready. Verified for the start weights, the first
         update, and each `verify_every`."""
+        if not self.stepped:
+            await self.published.acquire()
         every = self.cluster.config.verify_every
         verify = version <= self.first + 1 or bool(every and version % every == 0)
         began, failed = time.perf_counter(), self.failed_updates
         manifest, pause_seconds, verify = await self._deliver(version, verify)
         seconds = time.perf_counter() - began
-        self.version = version
+        self.version, self.stepped = version, False
         if self.fleet.elastic:
             self.fleet.restarts = 0
-        if self.published.locked():
-            self.published.release()
+        self.published.release()
         return SyncReport(
             seconds=seconds,
             pause_seconds=pause_seconds,
@@ -250,6 +258,9 @@ class RemoteLearner:
         await cluster.ask_engines(lambda e: e.listen_to_weights(digesting))
         deadline = cluster.config.deadlines.sync_s
         manifests = await cluster.ask_learners(lambda rank: rank.publish(version, digesting), deadline_s=deadline)
+        if cluster.config.rollout.sleep:
+            await cluster.ask_learners(lambda rank: rank.free_cache())
+            await cluster.ask_engines(lambda e: e.wake())
         return manifests[0], max(await cluster.ask_engines(lambda e: e.last_pause()))
 
     async def _verify(self, manifest: WeightManifest) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 from transformers.integrations import HfDeepSpeedConfig
 
 from rl.config import Config
@@ -14,6 +15,9 @@ from trainer.model.policy import Policy, load
 
 BUCKET = 2**23
 """Gradients that are summed over ranks at a time under ZeRO 0; a larger tensor goes alone."""
+
+MOVED = (State.optim_states, State.hp_params, State.lp_grads)
+"""What `OnHost` moves: not the weights that the model computes with, because updates and the doctor read them."""
 
 
 def deepspeed_engine(config: Config, model: str, device: str, *, share_prompts: bool) -> Any:
@@ -107,3 +111,25 @@ def lr_factor(config: Config, step: int) -> float:
     if t.lr_schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * done))
     return 1.0
+
+
+class OnHost:
+    """Gradients, masters and Adam's moments are in host memory, and on the GPU inside `with`.
+
+    For ZeRO 2: DeepSpeed's optimizer of ZeRO 1 in bf16 is another one, and cannot move.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self._leave()
+
+    def __enter__(self) -> None:
+        self.engine.reload_states()
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        self.engine.offload_states(include=MOVED)
+        # DeepSpeed forgets where each parameter's master is, and a checkpoint reads it.
+        self.engine.optimizer._link_all_hp_params()

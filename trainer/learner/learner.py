@@ -1,6 +1,7 @@
 """What an actor hosts: one DeepSpeed rank of the learner, put together from its parts."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
@@ -20,7 +21,7 @@ from rl.sampling.truncation import Truncation
 from rl.types import Batch, PolicyOutput
 from rl.weights import WeightManifest
 from trainer.learner import closer, examine, export, state
-from trainer.learner.deepspeed_engine import deepspeed_engine
+from trainer.learner.deepspeed_engine import OnHost, deepspeed_engine
 from trainer.learner.memory_meter import PeakMemory, Span
 from trainer.learner.passes import Passes, shares_prompts
 from trainer.learner.rank import make_rank
@@ -69,12 +70,14 @@ class Learner:
         self.stepper = Stepper(self.parts, self.passes)
         self.config, self.rank, self.weights, self.model = config, rank, self.parts.weights, model
         self.sender: Sender | None = None
+        self.states = OnHost(engine) if config.rollout.sleep else nullcontext()
 
     # -- learning ------------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch) -> dict[str, float]:
         """Take all optimizer steps of one batch. Returns its metrics, the same on every rank."""
-        return self.stepper.step(batch)
+        with self.states:
+            return self.stepper.step(batch)
 
     def told(self) -> tuple[Seen | None, list[Span]]:
         """What the last step's passes gave on this rank, and how long its phases took; None where nothing is kept."""

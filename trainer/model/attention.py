@@ -27,8 +27,13 @@ LONG = 512
 """Completions of at least so many tokens recompute prompt queries with causal attention instead of a mask: on CPU,
 causal attention skips later tokens, and a mask does not."""
 
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-"""The varlen kernel takes fewer key-value heads than query heads; torch 2.11 has no argument that says so."""
+
+def grouped(kernel: Any) -> dict[str, bool]:
+    """How to tell the varlen kernel that there are fewer key-value heads; torch 2.11's takes them without a word."""
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(kernel).parameters else {}
+
+
+GROUPED = grouped(varlen_attn)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,8 @@ REDUCED = 500_000_000
 """Most elements that DeepSpeed sums over the ranks at a time, in a buffer that it has under ZeRO 1 and 2."""
 BESIDE = "engine, next to its share of the GPU"
 """A place: `gpu_memory_utilization` does not hold what an update needs."""
+SAMPLING, UPDATING = "learner rank, while the engine samples", "GPU, in an update"
+"""Places of a run whose engine and learner take turns. Asleep, an engine keeps its process."""
 DRIVER = 1.0
 """The driver, Ray's own processes, and pages of files; measured in the same way."""
 Needs = dict[str, dict[str, float]]
@@ -154,8 +156,14 @@ def required_memory(config: Config, placement: Placement, shape: Shape) -> Needs
         # Both ends lie on a shared GPU, and the engine copies what it reads.
         under_way = 2 * (SMALLEST_BUFFER + embedding if nccl else max(SMALLEST_BUFFER, embedding))
         channel = {"weights under way": under_way, "NCCL": NCCL * GIB * nccl}
-        learner |= channel
-        places |= {BESIDE: channel} if nccl else {}
+        if config.rollout.sleep:
+            both = {"processes": sum(PROCESS["cuda"].values()) * GIB, "weights of the engine": engine["weights"]}
+            places |= {SAMPLING: {"weights": learner["weights"], "process": PROCESS["cuda"]["learner rank"] * GIB}}
+            places |= {UPDATING: channel | both | {"weights of the learner": learner["weights"]}}
+            host["gradients, masters and Adam, while the engine samples"] = sums + states
+        else:
+            learner |= channel
+            places |= {BESIDE: channel} if nccl else {}
         host["the model, before it goes to the GPUs"] = size * s.parameters * placement.learners
     found = {place: {what: n / GIB for what, n in parts.items() if n} for place, parts in places.items()}
     process = PROCESS[placement.device]
@@ -193,7 +201,7 @@ def engines_memory(config: Config, placement: Placement, shape: Shape) -> Needs:
 def available_memory(config: Config, placement: Placement) -> dict[str, float]:
     """GiB that each place may use; infinite where this machine cannot know, as for other nodes of a cluster."""
     judges = {f"reward model {judge.label}": math.inf for judge in reward_models_of(config)}
-    limits = dict.fromkeys(("learner rank", "engine", BESIDE, "host"), math.inf) | judges
+    limits = dict.fromkeys(("learner rank", "engine", BESIDE, SAMPLING, UPDATING, "host"), math.inf) | judges
     if os.environ.get("RAY_ADDRESS") or (placement.device == "cuda" and not torch.cuda.is_available()):
         return limits
     limits["host"] = machine.memory() / GIB
@@ -208,7 +216,9 @@ def memory_of_gpus(config: Config, placement: Placement, gpu: float) -> dict[str
     share = config.rollout.gpu_memory_utilization
     judges = {f"reward model {judge.label}": judge.gpu_memory_utilization * gpu for judge in reward_models_of(config)}
     learner = gpu * (1 - share if placement.backend == "ipc" else 1)
-    return judges | {"engine": share * gpu, BESIDE: (1 - share) * gpu, "learner rank": learner}
+    learner = gpu - PROCESS["cuda"]["engine"] if config.rollout.sleep else learner
+    rest = dict.fromkeys((BESIDE, SAMPLING), (1 - share) * gpu)
+    return judges | rest | {"engine": share * gpu, "learner rank": learner, UPDATING: gpu}
 
 
 def remedies(config: Config, place: str, *, shared: bool = False) -> list[str]:
@@ -236,6 +246,8 @@ def remedies(config: Config, place: str, *, shared: bool = False) -> list[str]:
         "learner rank": share | learner | smaller,
         "engine": engine | smaller,
         BESIDE: share | smaller,
+        SAMPLING: {f"rollout.gpu_memory_utilization below {r.gpu_memory_utilization:g}": True} | smaller,
+        UPDATING: smaller,
         "host": engine | learner | smaller,
     }
     options = places.get(place, {"a smaller reward model, or one behind a URL": True})

@@ -28,6 +28,7 @@ from trainer.plan.rules import (
     check_rows,
     check_shared_memory,
     check_truncation,
+    check_turns,
 )
 
 if TYPE_CHECKING:
@@ -128,4 +129,6 @@ def make_plan(config: Config, *, learners: bool = True, nodes: Sequence[float] |
     placement = placement if learners else engines_alone(placement, config)
     check_truncation(config, placement.device)
     check_experts_reported(config, placement.device)
+    if learners:
+        check_turns(config, placement)
     return Plan(config=config, placement=placement, gpus=gpus, nodes=nodes)

@@ -45,6 +45,20 @@ def check_experts_reported(config: Config, device: Device) -> None:
         )
 
 
+def check_turns(config: Config, placement: Placement) -> None:
+    """Raise ValueError, with the remedy, where engine and learner cannot take turns on their GPU."""
+    t = config.trainer
+    reasons = {
+        "engine and learner share no GPU: set share_gpu=True": placement.backend != "ipc",
+        f"max_staleness={config.max_staleness} samples while the learner steps: use 0": config.max_staleness > 0,
+        f"trainer.zero_stage={t.zero_stage} cannot move its states: use 2": t.zero_stage != 2,
+        f"trainer.offload={t.offload} keeps them in host memory always: leave it off": t.offload != "none",
+    }
+    for reason, holds in reasons.items():
+        if config.rollout.sleep and holds:
+            raise ValueError(f"rollout.sleep=True, but {reason}")
+
+
 def check_router(config: Config) -> None:
     """Raise ValueError where router replay is asked for and the model has no experts, or its routers are not known."""
     if not config.rollout.router_replay:
