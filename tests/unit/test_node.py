@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from rl.protocols import UpdateFailed
 from rl.weights import TensorMeta
@@ -116,10 +117,16 @@ def test_engines_meet_the_learner_inside_the_block_too(backend, monkeypatch):
             told.append(info["master_port"])
             raise UpdateFailed("no engine is here")
 
-    meta = TensorMeta(name="w", dtype="float32", shape=(2,))
-    weights = SimpleNamespace(metadata=lambda: [meta])
+    class Weights:
+        def metadata(self):
+            return [TensorMeta(name="w", dtype="float32", shape=(2,))]
+
+        def __iter__(self):
+            return iter(())
+
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: None)  # there is none
     rank = LearnerActor()
-    rank.object = SimpleNamespace(weights=weights, rank=0)
+    rank.object = SimpleNamespace(weights=Weights(), rank=0)
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         monkeypatch.setenv(ports.PORTS, f"{port}-{port + 20}")

@@ -107,7 +107,7 @@ class Cluster:
     """One engine and one rank on a GPU."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.logs, self.engines = config, "logs", [object()]
+        self.config, self.logs, self.engines = config, "logs", {0: object()}
         self.freed, self.steps, self.restarts = True, 0, 0
         self.boot()
 
