@@ -13,6 +13,7 @@ import torch
 
 from rl.protocols import UpdateFailed
 from rl.weights import TensorMeta
+from rollout.weights import vllm_sender
 from trainer.cluster.actors import LearnerActor
 from trainer.node import network, ports, processes
 from trainer.node.attach import attach, chosen
@@ -112,10 +113,13 @@ def test_a_learner_meets_its_ranks_inside_the_block(monkeypatch):
 def test_engines_meet_the_learner_inside_the_block_too(backend, monkeypatch):
     told = []
 
+    def nobody(*_):
+        raise UpdateFailed("no engine is here")
+
     class Client:
         def init_weight_transfer_engine(self, info):
             told.append(info["master_port"])
-            raise UpdateFailed("no engine is here")
+            nobody()
 
     class Weights:
         def metadata(self):
@@ -125,6 +129,7 @@ def test_engines_meet_the_learner_inside_the_block_too(backend, monkeypatch):
             return iter(())
 
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: None)  # there is none
+    monkeypatch.setattr(vllm_sender, "join", nobody)  # a thread would wait for the engine
     rank = LearnerActor()
     rank.object = SimpleNamespace(weights=Weights(), rank=0)
     with socket.create_server(("", 0)) as taken:
