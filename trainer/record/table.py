@@ -65,15 +65,14 @@ def untold(ordinal: int, prompt: list[int]) -> Trajectory:
 
 def worst_gaps(rows: Sequence[Trajectory], seen: list[Seen]) -> list[float]:
     """The largest |trainer - engine| of each row of a batch in nats; NaN where the learner computed no token of it."""
-    places, worst = _places(seen), []
-    for i, t in enumerate(rows):
-        if not t.trained or i not in places:
-            worst.append(math.nan)
-            continue
-        numbers, _ = _seen(places[i], len(t.token_ids), ("old", "now"))
-        passed = np.array(t.mask, bool) & np.isfinite(numbers["now"])
-        worst.append(_largest(_gap(numbers, places[i][0], np.array(t.logprobs, np.float32))[passed]))
-    return worst
+    places = _places(seen)
+    return [_worst(t, places[i]) if t.trained and i in places else math.nan for i, t in enumerate(rows)]
+
+
+def _worst(t: Trajectory, place: tuple[Seen, int]) -> float:
+    numbers, _ = _seen(place, len(t.token_ids), ("old", "now"))
+    passed = np.array(t.mask, bool) & np.isfinite(numbers["now"])
+    return _largest(_gap(numbers, place[0], np.array(t.logprobs, np.float32))[passed])
 
 
 def table_of(step: int, told: list[Told], seen: list[Seen]) -> pa.Table:

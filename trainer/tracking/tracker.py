@@ -108,11 +108,7 @@ class RunTracker:
             self._tell(lambda tracker: tracker.table(step, name, rows))
 
     def samples(
-        self,
-        step: int,
-        trajectories: list[Trajectory],
-        decode: Callable[[list[int]], str],
-        gaps: Sequence[float] = (),
+        self, step: int, trajectories: list[Trajectory], decode: Callable[[list[int]], str], gaps: Sequence[float] = ()
     ) -> None:
         """Keep a few trajectories as text; all of them when step is -1 (set aside as broken).
 
