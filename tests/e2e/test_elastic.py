@@ -95,6 +95,8 @@ def test_three_engines_become_two_and_then_four_in_one_run(head: Node, echo_mode
     assert max(row["staleness/max"] for row in found) <= 2
     every_prompt_was_trained_once(run, prompts=8 * len(found), samples=4)
     causes = json.loads((run / "summary.json").read_text())["engines_lost"]
-    assert [cause.partition(": ")[2] for cause in causes] == ["its node is drained"]
+    # A further engine may be given the free place on the node that leaves, and begins again elsewhere.
+    lost = [cause for cause in causes if " did not start: " not in cause]
+    assert [cause.partition(": ")[2] for cause in lost] == ["its node is drained"]
     # The newest engine has served: it has a speed of its own.
     assert any("perf/engine_3/tokens_per_s" in row for row in found)
