@@ -95,7 +95,7 @@ class RolloutConfig(Checked):
     """Class of the engines, "module:Class". An experiment may name its own class, in a file next to its recipe."""
 
     @property
-    def most(self) -> int:
+    def most_engines(self) -> int:
         """Most engines that there can be at the same time."""
         return self.max_engines or self.engines
 

@@ -2,7 +2,8 @@
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -11,6 +12,10 @@ import torch
 from echo_task import digits, share_of_echoes
 
 from rl.config import Config, Deadlines, RolloutConfig, TrackingConfig
+from trainer.cluster.cluster import Cluster
+from trainer.cluster.fleet import Fleet
+from trainer.cluster.placement import Placement
+from trainer.cluster.remote import RemoteLearner, RemoteRollouts
 
 Result = dict[str, Any]
 
@@ -30,6 +35,19 @@ def base_config(args: argparse.Namespace, name: str, model: str, **rollout: Any)
     where = {"device": args.device, "share_gpu": args.device == "cuda", "output_dir": args.keep or f"{args.work}/runs"}
     config = Config(name=name, model=model, data=digits, reward=share_of_echoes, rollout=rollouts, **where)
     return replace(config, tracking=TrackingConfig(wandb="off"), save_final=False, deadlines=deadlines)
+
+
+@asynccontextmanager
+async def started(config: Config, placement: Placement) -> AsyncIterator[tuple[Fleet, RemoteLearner, RemoteRollouts]]:
+    """Engines and ranks that have started, before the first update. They end with the block."""
+    cluster = Cluster(config, placement)
+    try:
+        cluster.boot()
+        await cluster.start()
+        fleet = Fleet(cluster)
+        yield fleet, RemoteLearner(cluster, probe=list(range(3, 11)), fleet=fleet), RemoteRollouts(cluster, fleet)
+    finally:
+        await cluster.close()
 
 
 def seconds(run: Callable[[], Any], device: str, times: int = 5) -> float:

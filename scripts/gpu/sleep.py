@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from echo_task import make_model
-from gpu.setting import Result, base_config
+from gpu.setting import Result, base_config, started
 from gpu.update import used_gib
 
 from rl.batch import collate, trajectory
 from rl.config import TrainerConfig
 from rl.types import Prompt
-from trainer.cluster.cluster import Cluster
-from trainer.cluster.fleet import Fleet
 from trainer.cluster.placement import place
-from trainer.cluster.remote import RemoteLearner, RemoteRollouts
 
 STEPS = 3
 
@@ -39,13 +36,9 @@ def sleep(args: argparse.Namespace) -> Result:
     placement = place(config, cuda=cuda)
 
     async def run() -> Result:
-        cluster, rows = Cluster(config, placement), []
-        try:
-            cluster.boot()
-            await cluster.start()
-            fleet = Fleet(cluster)
-            learner = RemoteLearner(cluster, probe=list(range(3, 11)), fleet=fleet)
-            rollouts = RemoteRollouts(cluster, fleet)
+        rows = list[dict[str, Any]]()
+        async with started(config, placement) as (fleet, learner, rollouts):
+            cluster = fleet.cluster
             asleep = used_gib(cuda)
             await learner.publish(0)
             for step in range(1, STEPS + 1):
@@ -76,8 +69,6 @@ def sleep(args: argparse.Namespace) -> Result:
                 + ([] if not fleet.causes else fleet.causes)
                 + [f"step {r['step']}: engine and trainer differ" for r in rows if not r["mean_abs"] < 0.05],
             }
-        finally:
-            await cluster.close()
 
     return asyncio.run(run())
 

@@ -12,13 +12,10 @@ from typing import Any
 
 import psutil
 from echo_task import make_model
-from gpu.setting import Result, base_config, middle
+from gpu.setting import Result, base_config, middle, started
 
 from rl.config import TrainerConfig
-from trainer.cluster.cluster import Cluster
-from trainer.cluster.fleet import Fleet
 from trainer.cluster.placement import place
-from trainer.cluster.remote import RemoteLearner, RemoteRollouts
 
 UPDATES = 8
 MARK = "UNISON_GPU_CHECK"
@@ -44,13 +41,8 @@ def update(args: argparse.Namespace, ranks: int = 0) -> Result:
     placement = place(config, cuda=cuda)
 
     async def run() -> Result:
-        cluster = Cluster(config, placement)
-        try:
-            cluster.boot()
-            await cluster.start()
-            fleet = Fleet(cluster)
-            learner = RemoteLearner(cluster, probe=list(range(3, 11)), fleet=fleet)
-            rollouts = RemoteRollouts(cluster, fleet)
+        async with started(config, placement) as (fleet, learner, rollouts):
+            cluster = fleet.cluster
             verified = [await learner.publish(version) for version in range(2)]
             before = used_gib(cuda)
             sampling = [asyncio.create_task(rollouts.sample([3, 4, 5 + i], 2, seed=i)) for i in range(4)]
@@ -89,8 +81,6 @@ def update(args: argparse.Namespace, ranks: int = 0) -> Result:
                 + ([] if report.verified and fleet.restarts == 1 else ["no engine was replaced, or not verified"])
                 + ([] if set(again.versions) == {learner.version} else ["the new engine has old weights"]),
             }
-        finally:
-            await cluster.close()
 
     return asyncio.run(run())
 

@@ -273,7 +273,7 @@ def when_full(bound):
             await asyncio.sleep(0.001)
         return 1.0
 
-    judge = Kind(answer, concurrency=bound)
+    judge = Kind(answer, concurrency=bound)  # `answer` looks at it
     return judge
 
 

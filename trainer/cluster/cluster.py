@@ -80,7 +80,9 @@ class Cluster:
         more: dict[str, Any] = {"max_concurrency": 4096, "runtime_env": {"env_vars": engine_vars}}
         # What starts later takes what is free then.
         later = {"num_cpus": 1, "num_gpus": p.gpus_per_engine}
-        self.engine_options = [one | more for one in [*options[: p.engines], *([later] * (c.rollout.most - p.engines))]]
+        self.engine_options = [
+            one | more for one in [*options[: p.engines], *([later] * (c.rollout.most_engines - p.engines))]
+        ]
         booted = [self._boot_engine(index) for index in range(p.engines)]
         self.engines = {index: engine for index, (engine, _) in enumerate(booted)}
         self.building = [building for _, building in booted]

@@ -19,7 +19,7 @@ class Fleet:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        most = cluster.config.rollout.most
+        most = cluster.config.rollout.most_engines
         self.gone: set[int] = set()
         """Engines whose process must be replaced."""
         self.lost: set[int] = set()

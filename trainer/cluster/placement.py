@@ -126,7 +126,7 @@ def default_threads(config: Config, cores: int) -> int:
 
     Actors that compute at the same time with two threads each are several times slower than with one.
     """
-    alone = config.max_staleness == 0 and config.rollout.most == config.trainer.ranks == 1
+    alone = config.max_staleness == 0 and config.rollout.most_engines == config.trainer.ranks == 1
     return cores if alone else 1
 
 

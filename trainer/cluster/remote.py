@@ -79,7 +79,7 @@ class RemoteRollouts:
             self.called(index, n, began)
 
     def metrics(self) -> dict[str, float]:
-        """The speed of each engine since the last time, and how many serve where that number changes."""
+        """Tokens per second of each engine since the last call; of a fleet that follows nodes, how many serve now."""
         fleet = self.fleet
         return self.speeds.metrics() | ({"perf/engines": float(len(fleet.now()))} if fleet.elastic else {})
 

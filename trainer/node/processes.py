@@ -40,8 +40,8 @@ def is_alive(folder: Path) -> bool:
 def has_engines(folder: Path) -> bool:
     """Whether a run has an engine on this node."""
     for process in processes(folder):
-        with suppress(OSError):
-            if b"ray::EngineActor" in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+        with suppress(psutil.Error):  # it has ended
+            if "ray::EngineActor" in " ".join(process.cmdline()):
                 return True
     return False
 
