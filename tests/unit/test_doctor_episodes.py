@@ -215,7 +215,7 @@ class DrawsFromTorch(Clean):
 
 class Differs(Clean):
     def start(self):
-        return [{"role": "user", "content": str(id(self) + random.Random().random())}]
+        return [{"role": "user", "content": str(random.Random().random())}]
 
 
 class Changes(Clean):
