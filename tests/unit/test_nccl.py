@@ -1,8 +1,11 @@
 """The NCCL channel in disguise: vLLM's and our real sender and receivers over a communicator that needs no GPU."""
 
+import importlib
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +20,7 @@ import rollout.weights.vllm_sender as vllm_sender
 from disguise.pretend_nccl import PretendNccl, without_devices
 from rl.protocols import EngineLost, UpdateFailed
 from rl.weights import TensorMeta, check_digests, digest
-from rollout.weights.vllm_receive import NCCLEngine
+from rollout.weights.vllm_receive import Arrivals, NCCLEngine
 from rollout.weights.vllm_sender import open_vllm_sender
 
 SHAPES = [(3, 4), (8,), (1, 2), (2,), (64, 3), (2, 2, 2), (40,), (1000,)]
@@ -229,6 +232,25 @@ def test_an_engine_that_cannot_load_takes_the_rest_and_the_others_commit(
     assert not client.engines[1].held
     assert not PretendNccl.freed, "nothing had to be aborted"
     assert weights.drawn == len(SHAPES)
+
+
+def test_a_load_error_of_the_disguise_is_kept_as_a_model_s_own_and_does_not_leave_the_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))  # the import below adds a finder
+    disguise = importlib.import_module("disguise.sitecustomize")
+    monkeypatch.setattr(disguise, "PLANTS", str(tmp_path))
+    (tmp_path / "load.2").touch()
+    changed = SimpleNamespace(NCCLEngine=type("E", (NCCLEngine,), {}), Arrivals=type("A", (Arrivals,), {}))
+    disguise.vllm_receive(changed)
+    monkeypatch.setattr(disguise.vllm_receive, "engine", SimpleNamespace(rank=2), raising=False)
+    model = Model()
+    arrivals = changed.Arrivals(model, None)
+    for _ in range(2):  # what arrives after the error is taken and not loaded
+        arrivals.load_weights([("w", torch.ones(1))])
+    assert (tmp_path / "load.2.done").exists()
+    assert isinstance(arrivals.error, MemoryError)
+    assert not model.got
 
 
 def test_an_engine_that_dies_while_tensors_arrive_ends_the_update_on_both_sides(

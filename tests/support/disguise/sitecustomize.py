@@ -67,9 +67,7 @@ def vllm_receive(module: Any) -> None:
         finish(self)
 
     def loads(self: Any, weights: Any) -> Any:
-        if planted("load", self.rank):
-            self.model = Broken()
-        return load(self, weights)
+        return load(self, out_of_memory() if planted("load", self.rank) else weights)
 
     module.NCCLEngine.rank = property(lambda self: self.model_update_group.rank)
     module.Arrivals.rank = property(lambda self: vllm_receive.engine.rank)
@@ -84,11 +82,10 @@ def vllm_receive(module: Any) -> None:
     module.Arrivals.load_weights = loads
 
 
-class Broken:
-    """A model that cannot load."""
-
-    def load_weights(self, weights: Any) -> None:
-        raise MemoryError("no memory for the new weights (planted)")
+def out_of_memory() -> Any:
+    """Weights that cannot be read. The error comes in the loading itself, where a model's own would."""
+    raise MemoryError("no memory for the new weights (planted)")
+    yield
 
 
 def placement(module: Any) -> None:
