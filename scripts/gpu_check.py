@@ -113,6 +113,7 @@ def main() -> None:
     for internal in ("--phase", "--result", "--work"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.patience = 1 if args.device == "cuda" else 3  # a laptop's cores are slow, and it is paid for already
     if args.phase:
         run_phase(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # lets `supervise` end its phase
@@ -125,9 +126,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as work, ThreadPoolExecutor(len(PHASES)) as pool:
 
         def one(name: str) -> None:
-            patience = 1 if args.device == "cuda" else 3  # a laptop's cores are slow, and it is paid for already
-            left = patience * args.limit - (time.perf_counter() - began)
-            phases[name] = supervise(name, arguments, work, max(5.0, min(patience * PHASES[name], left)))
+            left = args.patience * args.limit - (time.perf_counter() - began)
+            phases[name] = supervise(name, arguments, work, max(5.0, min(args.patience * PHASES[name], left)))
             report = {"device": args.device, "seconds": time.perf_counter() - began, "phases": phases}
             output.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 DATA = ROOT / "docs" / "data" / "router_replay.json"
 PROMPTS, GROUP, TOKENS = [[10, 11, 12, 13], [40, 41, 42, 43]], 8, 16
+NAMES = ("rollout_corr/k3_kl", "rollout_corr/logprob_abs_diff_mean", "rollout_corr/rerouted_tokens_frac")
+NAMES += ("actor/clip_frac",)
 MODEL: dict[str, Any] = {
     "family": "qwen3_moe",
     "head_dim": 32,
@@ -55,9 +57,15 @@ def train(engine: Any, config: Any, *, replayed: bool, first_version: int, steps
                 rows.append(trajectory(prompt, c, mean(float(t < 51) for t in c.token_ids), {}))
         rewards.append(mean(t.reward for t in rows))
         kept.append(learner.step(collate(rows)))
-    names = ("rollout_corr/k3_kl", "rollout_corr/logprob_abs_diff_mean", "rollout_corr/rerouted_tokens_frac")
-    names += ("actor/clip_frac",)
-    return {name: mean(m[name] for m in kept) for name in names} | {"reward": [rewards[0], rewards[-1]]}
+    return {name: mean(m[name] for m in kept) for name in NAMES} | {"reward": [rewards[0], rewards[-1]]}
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print one row of the table."""
+    k3, d, moved, clipped = (row[name] for name in NAMES)
+    cells = [row["objective"], "on" if row["replay"] else "off", f"{k3:.1e}", f"{d:.4f}", f"{moved:.1%}"]
+    cells += [f"{clipped:.3f}", "{:.2f}, {:.2f}".format(*row["reward"])]
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
@@ -69,10 +77,15 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12, help="steps of each run")
-    steps = parser.parse_args().steps
+    parser.add_argument("--resume", action="store_true", help="keep the runs that the file of figures has already")
+    args = parser.parse_args()
+    steps = args.steps
     print("| objective | replay | k3 | mean d | tokens with other experts | clip_frac | reward, first and last step |")
     print("|---|---|---|---|---|---|---|")
-    rows = []
+    rows: list[dict[str, Any]] = json.loads(DATA.read_text()) if args.resume and DATA.exists() else []
+    rows = [row for row in rows if row["steps"] == steps]
+    for row in rows:
+        show(row)
     with tempfile.TemporaryDirectory() as folder:
         rollout = RolloutConfig(
             max_tokens=TOKENS, max_model_len=64, max_num_seqs=16, kv_cache_gib=0.25, router_replay=True
@@ -86,14 +99,11 @@ def main() -> None:
         )
         engine = Live(base, version=-1, load_format="dummy")
         runs = [(objective, replayed) for objective in (GSPO(), GRPO()) for replayed in (False, True)]
-        for n, (objective, replayed) in enumerate(runs):
+        for n, (objective, replayed) in list(enumerate(runs))[len(rows) :]:
             config = replace(base, objective=objective)
             found = train(engine, config, replayed=replayed, first_version=steps * n, steps=steps)
             rows.append({"objective": type(objective).__name__, "replay": replayed, "steps": steps} | found)
-            k3, d, moved, clipped = (found[name] for name in list(found)[:4])
-            cells = [rows[-1]["objective"], "on" if replayed else "off", f"{k3:.1e}", f"{d:.4f}", f"{moved:.1%}"]
-            cells += [f"{clipped:.3f}", "{:.2f}, {:.2f}".format(*found["reward"])]
-            print("| " + " | ".join(cells) + " |", flush=True)
+            show(rows[-1])
             DATA.write_text(json.dumps(rows, indent=1) + "\n")
         engine.close()
 

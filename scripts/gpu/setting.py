@@ -30,8 +30,8 @@ def base_config(args: argparse.Namespace, name: str, model: str, **rollout: Any)
     # Side by side, engines would measure each other's memory, so they get a cache of a fixed size.
     engine = "gpu.fixed_cache:FixedCacheEngine" if args.side_by_side else RolloutConfig().engine_class
     rollouts = RolloutConfig(gpu_memory_utilization=0.2, kv_cache_gib=0.25, engine_class=engine, **rollout)
-    patience = 1 if args.device == "cuda" else 3
-    deadlines = Deadlines(start_s=200 * patience, sample_s=60 * patience, step_s=60 * patience, sync_s=60 * patience)
+    limit = 60 * args.patience
+    deadlines = Deadlines(start_s=200 * args.patience, sample_s=limit, step_s=limit, sync_s=limit)
     where = {"device": args.device, "share_gpu": args.device == "cuda", "output_dir": args.keep or f"{args.work}/runs"}
     config = Config(name=name, model=model, data=digits, reward=share_of_echoes, rollout=rollouts, **where)
     return replace(config, tracking=TrackingConfig(wandb="off"), save_final=False, deadlines=deadlines)
