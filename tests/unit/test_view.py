@@ -161,9 +161,9 @@ def test_a_million_rows_are_searched_and_sorted_within_a_second(tmp_path):
                 columns[field.name] = ["trained"] * 1000
             elif pa.types.is_boolean(field.type):
                 columns[field.name] = [False] * 1000
-        table = pa.table({**columns, "place": np.arange(1000)})
-        rollouts.files[str(step)] = table
-        rollouts.entries[step] = Entry(step=step, file=str(step), bytes=0, kept="all")
+        table = pa.table({**columns, "step": np.full(1000, step), "place": np.arange(1000)})
+        entry = rollouts.entries[step] = Entry(step=step, file=str(step), bytes=0, kept="all")
+        rollouts.files[entry] = dict(zip(table.column_names, table.columns, strict=True))
     seconds = []
     for where, sort in (("reward<0.001", ""), ("", "gap_max"), ("entropy>0.5 tokens=7", "reward")):
         began = time.process_time()

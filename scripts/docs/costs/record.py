@@ -98,8 +98,8 @@ def own_work(folder: Path, steps: list[Any], tokenizer: Any) -> tuple[float, flo
 
 
 def long_replies(folder: Path, moved: float) -> float:
-    """Bytes of a token of 512 replies of 350 tokens, whose numbers are spread as those of a real model; `moved` nats is
-    what the step's passes changed."""
+    """Bytes of a token of 512 replies of 350 tokens to 64 prompts of 60, whose numbers are spread as those of a real
+    model; `moved` nats is what the step's passes changed."""
     import numpy as np
     import torch
 
@@ -113,7 +113,8 @@ def long_replies(folder: Path, moved: float) -> float:
     for i in range(512):
         one = row(group=i // 8, episode=i % 8, sampled=n, prompt=60, reward=float(i % 3 == 0))
         sampled = (-np.minimum(rng.lognormal(-2.0, 2.0, n), 20.0)).tolist()
-        ids = words[rng.zipf(1.3, n + 60) % 49_000].tolist()
+        prompt = words[rng.zipf(1.3, 60) % 49_000].tolist() if one.episode == 0 else rows[-1].token_ids[:60]
+        ids = [*prompt, *words[rng.zipf(1.3, n) % 49_000].tolist()]
         rows.append(replace(one, logprobs=[0.0] * 60 + sampled, token_ids=ids))
     told = [Told(trajectory=one) for one in rows]
     rollout = torch.tensor([one.logprobs[1:] for one in rows])
