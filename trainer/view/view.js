@@ -145,7 +145,7 @@ async function showRun() {
       ["steps recorded", run.steps.length], ["MiB recorded", number(recorded)]]),
     s.error ? h("p", { class: "bad" }, s.error) : null,
     run.alerts.length ? h("h2", {}, "Alerts") : null,
-    run.alerts.map(a => warning(a, link(`step/${a.step}`, `step ${a.step}`), " ")),
+    h("div", { class: "alerts" }, run.alerts.map(a => warning(a, link(`step/${a.step}`, `step ${a.step}`), " "))),
     h("h2", {}, "Curves"), grid,
     h("div", { class: "tools" }, more, h("datalist", { id: "names" }, names.map(n => h("option", { value: n })))),
     h("h2", {}, "Rows of all steps"), below);
@@ -273,18 +273,19 @@ function about(s, i) {
 }
 function strip(s, open) {
   const canvas = h("canvas", { "aria-label": "the value at each position" });
+  const first = Math.max(0, s.flags.findIndex(f => !(f & 1))), n = s.ids.length - first; // without the prompt
   canvas.draw = () => {
-    const c = canvas.getContext("2d"), n = s.ids.length, { top, of } = COLOURS[colour];
+    const c = canvas.getContext("2d"), { top, of } = COLOURS[colour];
     const W = canvas.width = Math.max(300, canvas.clientWidth * devicePixelRatio);
     const H = canvas.height = 64 * devicePixelRatio;
-    for (let i = 0; i < n; i++) {
+    for (let i = first; i < s.ids.length; i++) {
       if (!sampled(s, i)) continue;
       const v = of(s, i), high = none(v) ? 0 : size(v, top) * H / 2;
       c.fillStyle = !high ? "#9a948a" : v < 0 ? "#266ebe" : "#e07814";
-      c.fillRect(i / n * W, v < 0 ? H / 2 : H / 2 - high, Math.max(1, W / n), Math.max(1, high));
+      c.fillRect((i - first) / n * W, v < 0 ? H / 2 : H / 2 - high, Math.max(1, W / n), Math.max(1, high));
     }
   };
-  canvas.onclick = e => open(Math.floor(e.offsetX / canvas.clientWidth * s.ids.length));
+  canvas.onclick = e => open(first + Math.floor(e.offsetX / canvas.clientWidth * n));
   return canvas;
 }
 function turns(s) { // [what, from, until] for the prompt, each turn, and what was read between
@@ -502,9 +503,8 @@ async function follow() { // what a run appends is shown within two seconds
   }
   pulse = now;
 }
-async function begin() {
-  run = await get("run");
+get("run").then(async found => {
+  run = found;
   await show();
   if (!HELD) setInterval(follow, 1500);
-}
-begin();
+});
