@@ -2,11 +2,11 @@
 
     python scripts/docs/watching.py page                  # a group of 8 x 4,096 tokens, from a server and from a file
     python scripts/docs/watching.py million               # 1,000,000 sequences of 350 tokens: 2 GB below --folder
-    python scripts/docs/watching.py record                 # steps of the quickstart's shape, with and without a record
+    python scripts/docs/watching.py record --kept pairs.jsonl  # steps of the quickstart's shape, with and without it
 
 `page` and `million` start `unison view` as its user does. A time ends with the frame that shows the answer, as the
 page's own clock has it. `record` runs everything in one process with one thread and counts CPU seconds, so what else
-runs on the machine has little influence; pairs alternate.
+runs on the machine has little influence; pairs alternate. A pair takes minutes: with --kept it can be continued.
 """
 
 import argparse
@@ -30,6 +30,9 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=1_000_000)
     parser.add_argument("--tokens", type=int, default=350)
     parser.add_argument("--pairs", type=int, default=6, help="steps of a learner with and without; 0: the record alone")
+    parser.add_argument(
+        "--kept", type=Path, help="file of the pairs that are measured already: `record` adds the others"
+    )
     asked = parser.parse_args()
     # Imported late: --help needs none of them.
     from costs.million import million
@@ -42,7 +45,7 @@ def main() -> None:
         elif asked.part == "million":
             found = million(Path(folder), asked.sequences, asked.tokens)
         else:
-            found = record(asked.pairs)
+            found = record(asked.pairs, asked.kept or Path(folder) / "pairs.jsonl")
     passed = {name: min(values) <= most for name, (values, most) in found.items() if most is not None}
     for name, (values, most) in found.items():
         print(

@@ -145,6 +145,7 @@ def write(run: Path, steps: dict[int, tuple[list[Told], list[Seen]]], tokenizer:
     for step, (told, seen) in steps.items():
         writer._waiting.put((step, told, seen))
     writer.close()
+    writer._thread.join()  # a busy machine takes longer than a run would wait
     assert writer.problem == ""
     timeline = Timeline()
     for step in steps:

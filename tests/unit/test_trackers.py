@@ -209,7 +209,7 @@ def test_no_tracker_is_imported_before_it_is_named(tmp_path):
 def failing(call, how):
     """A class of trackers whose `call` fails."""
 
-    def fails(self, *_):
+    def fails(self, *_, **__):
         if how == "raises":
             raise RuntimeError("gone")
         if how == "exits":
@@ -293,8 +293,45 @@ def test_a_tracker_that_is_too_slow_keeps_a_bounded_number_of_calls(tmp_path, mo
     tracker.close({})
 
 
+PACKAGES = {
+    "wandb": ("wandb", "init"),
+    "tensorboard": ("torch.utils.tensorboard", "SummaryWriter"),
+    "mlflow": ("mlflow", "MlflowClient"),
+    "trackio": ("trackio", "init"),
+    "swanlab": ("swanlab", "init"),
+}
+"""By tracker: what is imported to begin, and what is called first."""
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_that_cannot_be_imported_costs_one_warning_and_at_most_one_second(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("trainer.tracking.backend.find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, PACKAGES[name][0], None)
+    began = time.perf_counter()
+    tracker = record(tmp_path, to=(name,), upload_samples=True, end_s=0.8)
+    assert time.perf_counter() - began <= 1.0
+    assert [a["title"] for a in tracker.alerts if a["title"] != "a title"] == [f"{name} takes no more metrics"]
+    assert "ModuleNotFoundError" in tracker.alerts[-1]["text"] + tracker.alerts[0]["text"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(n, marks=needs(n)) for n in ("tensorboard", "mlflow", "trackio")])
+@pytest.mark.serial
+@pytest.mark.parametrize("how", ["raises", "exits", "disk full", "hangs"])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs(n)) for n in PACKAGES])
+def test_a_real_package_that_fails_costs_one_warning_and_at_most_one_second(tmp_path, monkeypatch, name, how):
+    package, first = PACKAGES[name]
+    monkeypatch.setattr(importlib.import_module(package), first, failing("fails", how)().fails)
+    began = time.perf_counter()
+    tracker = record(tmp_path, to=(name,), wandb="offline", upload_samples=True, end_s=0.8)
+    assert time.perf_counter() - began <= 1.0
+    assert [a["title"] for a in tracker.alerts if a["title"] != "a title"] == [f"{name} takes no more metrics"]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    same({int(row["step"]): row for row in rows})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs(n)) for n in PACKAGES])
 def test_a_disk_that_fills_up_under_a_real_tracker_costs_one_warning_at_most(tmp_path, name):
     folder = tmp_path / "run"
     tracker = RunTracker(
@@ -575,6 +612,20 @@ def test_swanlab_holds_the_run_and_asks_for_no_key(tmp_path, monkeypatch, status
 @needs("swanlab")
 @pytest.mark.slow
 def test_swanlab_itself_takes_the_run_offline(tmp_path, patient):
+    from swanlab.proto.swanlab.record.v1.record_pb2 import Record
+    from swanlab.sdk.internal.core_python.store import DataStoreReader
+
     tracker = record(tmp_path, to=("swanlab",), upload_samples=True)
     assert sorted(a["title"] for a in tracker.alerts) == ["a title", "swanlab is not online"]
-    assert any(p.stat().st_size for p in (tmp_path / "swanlog").rglob("*") if p.is_file())
+    (path,) = (tmp_path / "swanlog").rglob("*.swanlab")
+    reader, rows, texts = DataStoreReader(), {}, set()
+    reader.open(path)
+    for data in reader:
+        item = Record()
+        item.ParseFromString(data)
+        if item.HasField("scalar"):
+            rows.setdefault(item.scalar.step, {})[item.scalar.key] = item.scalar.value.number
+        elif item.HasField("media"):
+            texts.add((item.media.step, item.media.key))
+    same(rows)
+    assert texts >= {(1, "alerts"), (2, "samples"), (3, "doctor")}

@@ -15,6 +15,7 @@ from planted_run import CASES, Letters, planted, row, write
 from rl.episodes.seen import NUMBERS, Seen
 from trainer.record.table import Told
 from trainer.view.answers import Answers
+from trainer.view.rollouts import Rollouts
 from trainer.view.server import export, server
 
 pytestmark = [
@@ -218,6 +219,46 @@ def test_a_run_that_goes_on_is_followed_and_the_scheme_is_the_readers(browser, s
     browser.wait("pulse !== ''")
     write(run, {8: ([Told(trajectory=row())], [])})
     browser.wait("run.steps.at(-1)[0] === 8")
+
+
+def test_the_curves_do_not_wait_for_the_rows_of_all_steps_and_late_rows_take_no_keys(
+    browser, serving, tmp_path, monkeypatch
+):
+    go, find = threading.Event(), Rollouts.find
+
+    def slow(self, step, *args, **given):
+        assert step is not None or go.wait(300)
+        return find(self, step, *args, **given)
+
+    monkeypatch.setattr(Rollouts, "find", slow)
+    browser.open(serving(planted(tmp_path / "planted")))
+    assert browser.js("below.childElementCount") == 0
+    assert browser.js("document.querySelectorAll('svg .curve').length") == 2
+    browser.go("#/row/7/0/0/0")
+    go.set()
+    browser.wait("below.querySelectorAll('tbody tr').length === 17")
+    browser.js("delete document.body.dataset.shown; undefined")
+    browser.key("j")
+    browser.wait("document.body.dataset.shown === '#/row/7/0/1/0'")
+
+
+def test_the_time_is_zoomed_by_the_wheel_where_the_pointer_is_and_moved_by_a_drag(browser, serving, tmp_path):
+    browser.open(serving(planted(tmp_path / "planted")))
+    browser.go("#/time")
+    left, top, width = browser.js(
+        "(b => [b.x, b.y, b.width])(document.querySelector('.lanes').getBoundingClientRect())"
+    )
+    at = {"x": left + 0.75 * width, "y": top + 5}
+    share = f"(b => ({at['x']} - b.x) / b.width)(document.querySelector('.lanes').getBoundingClientRect())"
+    browser.call("Input.dispatchMouseEvent", type="mouseWheel", deltaX=0, deltaY=-120, **at)
+    browser.wait(f"document.querySelector('.lanes').offsetWidth > {1.2 * width}")
+    assert browser.js(share) == pytest.approx(0.75, abs=0.01)
+    before = browser.js("document.querySelector('.time .scroll').scrollLeft")
+    browser.call("Input.dispatchMouseEvent", type="mousePressed", button="left", buttons=1, clickCount=1, **at)
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", button="left", buttons=1, x=at["x"] + 40, y=at["y"])
+    browser.wait(f"document.querySelector('.time .scroll').scrollLeft < {before}")
+    browser.call("Input.dispatchMouseEvent", type="mouseReleased", button="left", x=at["x"] + 40, y=at["y"])
+    assert browser.js("document.querySelector('.time .scroll').scrollLeft") == pytest.approx(before - 40, abs=1)
 
 
 def test_two_runs_are_compared_and_what_is_not_known_draws_no_line(browser, serving, tmp_path):

@@ -1,5 +1,6 @@
 """How do the record and the timeline hear what happens? From the loop, the learner and the engines of a run."""
 
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -82,8 +83,8 @@ class RunRecord:
         """A step is done. Returns the largest gap of each row in nats, and nothing where the learner saw none."""
         if step < 0:
             return []  # they are not finite, and `ended` has them
-        times = {row.group: self.times.pop(row.group) for row in rows if row.group in self.times}
-        told = [Told(trajectory=row, **_span(times.get(row.group))) for row in rows]
+        times = {group: self.times.pop(group, (math.nan, math.nan)) for group in {row.group for row in rows}}
+        told = [Told(trajectory=row, began=times[row.group][0], ended=times[row.group][1]) for row in rows]
         left, self.left, seen, self.seen, self.step = self.left, [], self.seen, [], step
         if self.on and not self.writer.put((step, told + left, seen)):
             self.writer.problem = f"the disk takes longer than the steps; step {step} is left out, and others may be"
@@ -160,7 +161,3 @@ class Recorded:
         for cause in self.ranks.fleet.causes[known:]:
             self.record.timeline.mark("run", 0, cause)
         return report
-
-
-def _span(times: tuple[float, float] | None) -> dict[str, float]:
-    return {} if times is None else {"began": times[0], "ended": times[1]}

@@ -108,7 +108,7 @@ class Writer:
                 table,
                 partial,
                 compression="zstd",
-                use_dictionary=["ids", "state", "reason", "finish", "error", "parts"],
+                use_dictionary=["ids.list.element", "state", "reason", "finish", "error", "parts"],
                 use_byte_stream_split=[f"{name}.list.element" for name in BITS],
                 write_statistics=False,
                 store_schema=False,
@@ -146,6 +146,7 @@ def thinned(table: pa.Table, seed: int) -> pa.Table:
     return table.filter(pa.array(chosen))
 
 
-def tokens(file: Path, place: int) -> dict[str, Any]:
-    """The tokens of one row of a file."""
-    return pq.ParquetFile(file).read(columns=list(LISTS)).slice(place, 1).to_pylist()[0]
+def tokens(file: Path, places: list[int]) -> list[dict[str, np.ndarray]]:
+    """The tokens of some rows of a file: arrays [n] by name."""
+    read = pq.ParquetFile(file).read(columns=list(LISTS)) if places else {}
+    return [{name: pc.list_flatten(read[name].slice(p, 1)).to_numpy() for name in LISTS} for p in places]

@@ -44,8 +44,8 @@ class Guard:
 
     def problems(self) -> list[tuple[str, str]]:
         """What happened since the last time, as titles and texts."""
-        seconds = self._seconds()
-        if seconds > SLOW_S:
+        running = self._running
+        if running and (seconds := time.monotonic() - running[0]) > SLOW_S:
             self._leave_out(f"a call has not returned for {seconds:.0f} s")
         return [self._problems.get() for _ in range(self._problems.qsize())]
 
@@ -64,10 +64,6 @@ class Guard:
             late = running and time.monotonic() - running[0] > running[1]
             if late or time.monotonic() > deadline:
                 self._leave_out("it did not take its last rows in time")
-
-    def _seconds(self) -> float:
-        running = self._running
-        return time.monotonic() - running[0] if running else 0.0
 
     def _leave_out(self, why: str) -> None:
         if not self._left_out and self.error is None:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from trainer.record import timeline
@@ -27,18 +26,17 @@ class Answers:
         """The answer to a path with its query. Raises KeyError for one that does not exist, ValueError for a query that
         means nothing."""
         number = {name: int(value) for name, value in asked.items() if name in ("step", "group", "episode", "limit")}
-        if path == "run":
-            return without_nan(self._run())
         if path == "pulse":
             files = (self.run / "metrics.jsonl", self.rollouts.folder, self.run / "summary.json")
             return [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
+        self.rollouts.refresh()
+        if path == "run":
+            return without_nan(self._run())
         if path == "rows":
-            self.rollouts.refresh()
             where, sort, falling = asked.get("where", ""), asked.get("sort", ""), asked.get("falling") == "1"
             limit = min(number.get("limit", 500), 5000)
             return without_nan(self.rollouts.find(number.get("step"), where, sort, falling=falling, limit=limit))
         if path == "sequences":
-            self.rollouts.refresh()
             found = self.rollouts.sequences(number["step"], number["group"], number.get("episode"))
             return [compact(each) for each in found]
         if path == "time":
@@ -52,9 +50,6 @@ class Answers:
         raise KeyError(path)
 
     def _run(self) -> dict[str, Any]:
-        self.rollouts.refresh()
-        # What a search over all steps needs, while the reader looks at the curves.
-        Thread(target=self.rollouts.table, daemon=True).start()
         run = Reading(self.run)
         run.refresh()
         names = dict.fromkeys(name for row in run.rows for name in row)

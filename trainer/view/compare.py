@@ -16,7 +16,6 @@ APART = 3.0
 
 def compared(a: Path, rollouts_a: Rollouts, b: Path, rollouts_b: Rollouts) -> dict[str, Any]:
     """The settings that differ, where each curve parts, and the last prompt that both were given."""
-    rollouts_a.refresh()
     rollouts_b.refresh()
     runs = [Reading(a), Reading(b)]
     settings, rows = [flat(run.settings) for run in runs], [_metrics(run) for run in runs]
@@ -78,7 +77,8 @@ def _prompt(a: Rollouts, b: Rollouts) -> list[list[dict[str, Any]]] | None:
 def _prompts(rollouts: Rollouts) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
     """The prompt of each group, and one of its rows, newest of the last 20 steps first."""
     for step in sorted(rollouts.entries, reverse=True)[:20]:
-        first = {row["group"]: row for row in reversed(rollouts.table(step).to_pylist())}
-        for row in reversed(first.values()):
-            ids = tokens(rollouts.folder / rollouts.entries[step].file, row["place"])["ids"]
-            yield tuple(ids[: row["prompt_tokens"]]), row
+        first = {row["group"]: row for row in reversed(rollouts.table({step}).to_pylist())}
+        rows = [*reversed(first.values())]
+        read = tokens(rollouts.folder / rollouts.entries[step].file, [row["place"] for row in rows])
+        for row, lists in zip(rows, read, strict=True):
+            yield tuple(lists["ids"][: row["prompt_tokens"]].tolist()), row

@@ -1,11 +1,11 @@
 """Which rows of the rollout record match, and which tokens does one have? Whatever the run is writing meanwhile."""
 
-import math
+import base64
 import re
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -21,17 +21,17 @@ from trainer.runs.files import without_nan
 pc: Any = compute
 CONDITION = re.compile(r"([a-z_]+)(<=|>=|!=|=|<|>)(.+)")
 COMPARE = {"<": "less", ">": "greater", "<=": "less_equal", ">=": "greater_equal", "=": "equal", "!=": "not_equal"}
-COLUMNS = pa.schema([*(SCHEMA.field(name) for name in SCALARS), pa.field("place", pa.int64())]).empty_table()
+TYPES = {**{name: SCHEMA.field(name).type for name in SCALARS}, "place": pa.int64()}
 
 
 class Rollouts:
-    """Those of one run. Scalars of all rows are in memory; tokens are read when they are asked for."""
+    """Those of one run. Each scalar is read where it is first asked for, and kept; tokens are read each time."""
 
     def __init__(self, run: Path) -> None:
         self.folder = run / "rollouts"
-        self.files: dict[str, pa.Table] = {}
         self.entries: dict[int, Entry] = {}
-        self._lock = Lock()
+        self.files: dict[Entry, dict[str, Any]] = {}
+        """The columns of each file that are in memory, and "": what the file says of its columns."""
 
     @cached_property
     def vocabulary(self) -> list[bytes]:
@@ -42,23 +42,26 @@ class Rollouts:
         """See which steps there are now."""
         self.entries = entries(self.folder)
 
-    def table(self, step: int | None = None) -> pa.Table:
-        """Scalars of a step's rows, or of all. A file that goes meanwhile, thinned by its run, is left out."""
-        names = [each.file for each in self.entries.values() if step in (None, each.step)]
-        with self._lock:
-            new = [name for name in names if name not in self.files]
-            with ThreadPoolExecutor(8) as pool:
-                read = zip(new, pool.map(self._scalars, new), strict=True)
-                self.files |= {name: table for name, table in read if table is not None}
-        tables = [self.files[name] for name in names if name in self.files]
-        return pa.concat_tables(tables) if tables else COLUMNS
+    def table(self, steps: Collection[int] | None = None, names: Collection[str] = SCALARS) -> pa.Table:
+        """These scalars of the rows of some steps, or of all; `place` is a row's number in its file. A file that goes
+        meanwhile, thinned by its run, is left out."""
+        asked = [entry for step, entry in self.entries.items() if steps is None or step in steps]
+        with ThreadPoolExecutor(8) as pool:
+            found = [*filter(None, pool.map(lambda entry: self._columns(entry, {*names, "step"}), asked))]
+        columns = {name: [chunk for each in found for chunk in each[name].chunks] for name in {*names, "step", "place"}}
+        return pa.table({name: pa.chunked_array(chunks, TYPES[name]) for name, chunks in columns.items()})
 
-    def _scalars(self, name: str) -> pa.Table | None:
-        try:
-            table = pq.ParquetFile(self.folder / name).read(columns=list(SCALARS))
-        except (OSError, pa.ArrowException):
-            return None
-        return table.append_column("place", pa.array(np.arange(len(table))))
+    def _columns(self, entry: Entry, names: set[str]) -> dict[str, Any]:
+        known = self.files.setdefault(entry, {})
+        if names - known.keys():
+            try:
+                file = pq.ParquetFile(self.folder / entry.file, metadata=known.get(""))
+                read = file.read(columns=[*names - known.keys()], use_threads=False)
+            except (OSError, pa.ArrowException):
+                return {}
+            places = pa.chunked_array([np.arange(len(read))])
+            known |= {"": file.metadata, "place": places, **dict(zip(read.column_names, read.columns, strict=True))}
+        return known
 
     def find(
         self, step: int | None, where: str = "", sort: str = "", *, falling: bool = False, limit: int = 500
@@ -66,13 +69,15 @@ class Rollouts:
         """Rows that match, sorted by a column: at most `limit` of `total`. `where` has conditions such as reward<0.5,
         and words, which are looked for in the state, the reason, the error and, within one step, in the text. Raises
         ValueError for a column that does not exist."""
-        table = self.table(step)
-        if sort and sort not in table.column_names:
-            raise ValueError(f"there is no column {sort!r}; there are {', '.join(table.column_names)}")
+        parts = [(part, CONDITION.fullmatch(part)) for part in where.split()]
+        names = {sort or "step", *(name for _, match in parts for name in ([match[1]] if match else TEXTS))}
+        if wrong := names - {*SCALARS}:
+            raise ValueError(f"there is no column {min(wrong)!r}; there are {', '.join(SCALARS)}")
+        # Of all steps only the columns that decide are read; a run may have a thousand files.
+        table = self.table(None if step is None else {step}, names)
         kept: Any = np.ones(len(table), bool)
-        for part in where.split():
-            condition = CONDITION.fullmatch(part)
-            said = self._compared(table, *condition.groups()) if condition else self._says(table, step, part)
+        for part, match in parts:
+            said = self._compared(table, *match.groups()) if match else self._says(table, step, part)
             kept &= np.asarray(pc.fill_null(said, False))
         places = np.flatnonzero(kept)
         if sort:
@@ -80,14 +85,15 @@ class Rollouts:
             # What is not known comes last in both orders.
             order = [(sort, "descending" if falling else "ascending")]
             places = places[np.asarray(pc.select_k_unstable(keys, k=limit, sort_keys=order))]
-        return {"total": int(kept.sum()), "rows": table.take(places[:limit]).to_pylist()}
+        asked = _keys(table.take(places[:limit]))
+        whole = self.table(set((asked >> 32).tolist()))
+        have = _keys(whole)
+        rows = whole.take(np.searchsorted(have, asked[np.isin(asked, have)])).to_pylist()
+        return {"total": int(kept.sum()), "rows": rows}
 
     def _compared(self, table: pa.Table, name: str, sign: str, value: str) -> Any:
-        if name not in table.column_names:
-            raise ValueError(f"there is no column {name!r}; there are {', '.join(table.column_names)}")
-        number = name not in TEXTS
         try:
-            return getattr(pc, COMPARE[sign])(table[name], float(value) if number else value)
+            return getattr(pc, COMPARE[sign])(table[name], value if name in TEXTS else float(value))
         except ValueError:
             raise ValueError(f"{name}{sign}{value}: {value!r} is no number") from None
 
@@ -110,24 +116,25 @@ class Rollouts:
         """Rows of a group, or of one of its episodes, with their tokens and the text of each; none if it has none."""
         if step not in self.entries:
             return []
-        table = self.table(step)
+        table = self.table({step})
         chosen = pc.equal(table["group"], group)
         if episode is not None:
             chosen = pc.and_(chosen, pc.equal(table["episode"], episode))
         rows = table.filter(chosen).to_pylist()
-        file = self.folder / self.entries[step].file
-        found = [row | tokens(file, row["place"]) for row in rows]
-        for row in found:
-            row["text"] = vocabulary.pieces(row["ids"], self.vocabulary)
-        return found
+        read = tokens(self.folder / self.entries[step].file, [row["place"] for row in rows])
+        texts = [vocabulary.pieces(lists["ids"].tolist(), self.vocabulary) for lists in read]
+        return [{**row, **lists, "text": text} for row, lists, text in zip(rows, read, texts, strict=True)]
+
+
+def _keys(table: pa.Table) -> np.ndarray:
+    """One number for each row, rising as the rows of a table of steps do: its step and its place in the file."""
+    return (table["step"].to_numpy() << 32) + table["place"].to_numpy()
 
 
 def compact(sequence: dict[str, Any]) -> dict[str, Any]:
-    """A sequence as JSON holds it: four digits, and null for what is not finite."""
+    """A sequence as JSON holds it: its lists as [what a browser calls their type, their bytes in base64]."""
     plain = without_nan({name: value for name, value in sequence.items() if name not in LISTS})
     for name in LISTS:
-        values = sequence[name]
-        if values and isinstance(values[0], float):
-            values = [float(f"{x:.4g}") if math.isfinite(x) else None for x in values]
-        plain[name] = values
+        kind = f"{sequence[name].dtype.name.title()}Array"
+        plain[name] = [kind, base64.b64encode(sequence[name].tobytes()).decode()]
     return plain

@@ -5,17 +5,14 @@ const HELD = held && JSON.parse(held.textContent);
 const WHY = [ // the bits of rl/episodes/seen.py
   [1, "prompt", "Part of the prompt: the policy read it, and did not sample it."],
   [2, "read", "Read between two turns (an observation, or the result of a tool): the policy did not sample it."],
-  [4, "clipped low", "Clipped at the lower bound: its advantage is negative, and the policy has already made it less" +
-    " likely by more than the clip allows."],
-  [8, "clipped high", "Clipped at the upper bound: its advantage is positive, and the policy has already made it" +
-    " more likely by more than the clip allows."],
+  [4, "clipped low", "Clipped at the lower bound: advantage < 0, and already less likely by more than it allows."],
+  [8, "clipped high", "Clipped at the upper bound: advantage > 0, and already more likely by more than it allows."],
   [16, "dual clip", "Dual clip: its advantage is negative, its ratio very large, and its loss is held at a bound."],
   [32, "weight 0", "The correction gave it weight 0: engine and trainer differ too much here."],
   [64, "outside support", "Outside the support: the trainer gives it no probability, though the engine sampled it."],
   [128, "masked", "Masked: the reply was cut off, and mask_truncated is on. Its reward still counts for its group."],
   [256, "zero advantage", "Its advantage is 0, as where every reply of a group got the same reward."],
-  [512, "no gradient", "No gradient reached its log-probability: the objective leaves it out, or only the critic " +
-    "learns yet."],
+  [512, "no gradient", "No gradient reached it: the objective leaves it out, or only the critic learns yet."],
   [1024, "left out", "Its group was not trained on."]];
 const REASONS = {
   zero_advantage: "every reply of the group got the same reward",
@@ -64,8 +61,15 @@ async function get(path) {
   if (!answer.ok) throw Error(await answer.text());
   return answer.json();
 }
+const LISTS = ["ids", "flags", "version", "turn", "rollout", "gap", "moved", "entropy_at", "weight_at", "advantage_at"];
+function unpacked(s) { // what compact() of trainer/view/rollouts.py packed
+  const list = ([kind, bytes]) => new globalThis[kind](Uint8Array.from(atob(bytes), c => c.charCodeAt(0)).buffer);
+  return { ...s, ...Object.fromEntries(LISTS.map(name => [name, list(s[name])])) };
+}
+const sequences = async path => (await get(path)).map(unpacked);
+const none = x => x == null || x !== x;
 function number(x) {
-  if (x == null) return "n/a";
+  if (none(x)) return "n/a";
   if (typeof x === "string" || Number.isInteger(x)) return String(x);
   return Math.abs(x) >= 1000 || Math.abs(x) < 1e-3 ? x.toExponential(2) : String(+x.toPrecision(4));
 }
@@ -128,6 +132,7 @@ function card(name) {
     curve([line], run.alerts, step => run.steps.some(s => s[0] === step) && go(`step/${step}`)));
 }
 const warning = (alert, ...before) => h("p", {}, before, h("b", { class: "bad" }, alert.title), ". ", alert.text);
+const below = h("div", {}); // where they are, so that a live run's page keeps its rows until it has newer ones
 async function showRun() {
   const names = Object.keys(run.metrics).filter(n => n !== "step"), s = run.summary;
   const recorded = run.steps.reduce((sum, [, bytes]) => sum + bytes, 0) / 2 ** 20;
@@ -140,10 +145,11 @@ async function showRun() {
       ["steps recorded", run.steps.length], ["MiB recorded", number(recorded)]]),
     s.error ? h("p", { class: "bad" }, s.error) : null,
     run.alerts.length ? h("h2", {}, "Alerts") : null,
-    run.alerts.map(a => warning(a, link(`step/${a.step}`, `step ${a.step}`), " ")),
+    h("div", { class: "alerts" }, run.alerts.map(a => warning(a, link(`step/${a.step}`, `step ${a.step}`), " "))),
     h("h2", {}, "Curves"), grid,
     h("div", { class: "tools" }, more, h("datalist", { id: "names" }, names.map(n => h("option", { value: n })))),
-    h("h2", {}, "Rows of all steps"), await rows(null));
+    h("h2", {}, "Rows of all steps"), below);
+  rows(null).then(made => put(below, made)); // a long run has many files: the curves do not wait for them
 }
 
 // -- rows -----------------------------------------------------------------------------------------------------------
@@ -160,6 +166,7 @@ function found(rows, where, sort, falling) { // in a file: what trainer/view/rol
 async function rows(step) {
   if (HELD && step == null) return soft("Open a step: a file has no search over all steps.");
   let where = "", sort = step == null ? "gap_max" : "", falling = true, at = -1, waiting = 0;
+  const mine = keys; // another view may have come before the answer
   const box = h("div", {}), count = soft(), search = h("input", { type: "search", "aria-label": "filter",
     placeholder: `reward<0.5 gap_max>0.1 state=failed${step == null ? "" : " or words of the text"}` });
   async function fill() {
@@ -176,7 +183,7 @@ async function rows(step) {
       COLUMNS.map(name => cell(name, r[name]))])));
     const lines = box.querySelectorAll("tbody tr");
     const move = by => { at = Math.min(lines.length - 1, Math.max(0, at + by)); lines[at]?.focus(); };
-    Object.assign(keys, { j: () => move(1), k: () => move(-1), "/": () => search.focus() });
+    Object.assign(mine, { j: () => move(1), k: () => move(-1), "/": () => search.focus() });
   }
   search.oninput = () => { clearTimeout(waiting); waiting = setTimeout(() => { where = search.value; fill(); }, 150); };
   await fill();
@@ -222,7 +229,7 @@ const size = (x, top) => Math.min(1, Math.abs(x) / top) ** .6;
 const ink = (x, top) => `rgba(${x < 0 ? "38,110,190" : "224,120,20"},${(size(x, top) * .75).toFixed(2)})`;
 function paint(el) {
   const { of, top } = COLOURS[colour], value = sampled(el.s, el.i) ? of(el.s, el.i) : null;
-  el.style.backgroundColor = value == null ? "" : ink(value, top);
+  el.style.backgroundColor = none(value) ? "" : ink(value, top);
 }
 // The text of a token as it is shown, and its class. Tokens from right to left must not turn their neighbours around.
 const seen = new Map(), RIGHT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/;
@@ -253,11 +260,11 @@ function tokens(s, from = 0, until = s.ids.length, differs = -1) {
 function about(s, i) {
   const bits = WHY.filter(([bit]) => s.flags[i] & bit).filter(([bit], _, all) => bit !== 512 || all.length === 1);
   const why = bits.map(([bit, , text]) => bit === 1024 ? `${text} ${ended(s)}` : text).join(" ");
-  const gap = s.gap[i], moved = s.moved[i], old = gap == null ? null : s.rollout[i] + (s.old_is_rollout ? 0 : gap);
+  const gap = s.gap[i], moved = s.moved[i], old = s.rollout[i] + (s.old_is_rollout ? 0 : 1) * gap;
   const pairs = [["position", `${i + 1} of ${s.ids.length}`], ["id", s.ids[i]], ...!sampled(s, i) ? [] : [
     ["version", `v${s.version[i]}`], ["turn", s.turn[i] + 1], ["engine, log-probability", number(s.rollout[i])],
-    ["trainer, before the step", number(old)], ["trainer, last pass", number(old == null ? null : old + moved)],
-    ["gap", number(gap)], ["moved", number(moved)], ["ratio", number(moved == null ? null : Math.exp(moved))],
+    ["trainer, before the step", number(old)], ["trainer, last pass", number(old + moved)],
+    ["gap", number(gap)], ["moved", number(moved)], ["ratio", number(Math.exp(moved))],
     ["advantage", number(s.advantage_at[i])], ["weight", number(s.weight_at[i])],
     ["entropy", number(s.entropy_at[i])]]];
   return [h("b", {}, s.text[i] === "" ? "part of a character" : visible(s.text[i]).replaceAll(" ", "␣")),
@@ -266,18 +273,19 @@ function about(s, i) {
 }
 function strip(s, open) {
   const canvas = h("canvas", { "aria-label": "the value at each position" });
+  const first = Math.max(0, s.flags.findIndex(f => !(f & 1))), n = s.ids.length - first; // without the prompt
   canvas.draw = () => {
-    const c = canvas.getContext("2d"), n = s.ids.length, { top, of } = COLOURS[colour];
+    const c = canvas.getContext("2d"), { top, of } = COLOURS[colour];
     const W = canvas.width = Math.max(300, canvas.clientWidth * devicePixelRatio);
     const H = canvas.height = 64 * devicePixelRatio;
-    for (let i = 0; i < n; i++) {
+    for (let i = first; i < s.ids.length; i++) {
       if (!sampled(s, i)) continue;
-      const v = of(s, i), high = v == null ? 0 : size(v, top) * H / 2;
+      const v = of(s, i), high = none(v) ? 0 : size(v, top) * H / 2;
       c.fillStyle = !high ? "#9a948a" : v < 0 ? "#266ebe" : "#e07814";
-      c.fillRect(i / n * W, v < 0 ? H / 2 : H / 2 - high, Math.max(1, W / n), Math.max(1, high));
+      c.fillRect((i - first) / n * W, v < 0 ? H / 2 : H / 2 - high, Math.max(1, W / n), Math.max(1, high));
     }
   };
-  canvas.onclick = e => open(Math.floor(e.offsetX / canvas.clientWidth * s.ids.length));
+  canvas.onclick = e => open(first + Math.floor(e.offsetX / canvas.clientWidth * n));
   return canvas;
 }
 function turns(s) { // [what, from, until] for the prompt, each turn, and what was read between
@@ -321,7 +329,7 @@ function reading(box, more, drawn) {
 }
 async function showRow(step, group, episode, row, token) {
   const whole = `sequences?step=${step}&group=${group}`;
-  const of = async e => HELD ? (await get(whole)).filter(x => x.episode === e) : get(`${whole}&episode=${e}`);
+  const of = async e => (await sequences(HELD ? whole : `${whole}&episode=${e}`)).filter(x => x.episode === e);
   const all = await of(+episode), i = all.findIndex(x => x.row === +row), s = all[i];
   if (!s) return put(main, h("p", {}, "This row is not kept."));
   const paid = JSON.parse(s.paid || "[]"), parts = Object.entries(JSON.parse(s.parts || "{}"));
@@ -334,7 +342,7 @@ async function showRow(step, group, episode, row, token) {
   const line = strip(s, i => here.show(i));
   const help = [key("j", "k"), "rows ", key("n", "p"), "tokens with a reason ", key("c"), "colour"];
   const here = reading(box, soft(help), () => line.draw());
-  const marked = s.flags.map((f, k) => f && !(f & 3) ? k : -1).filter(k => k >= 0);
+  const marked = Array.from(s.flags, (f, k) => f && !(f & 3) ? k : -1).filter(k => k >= 0);
   const counts = WHY.map(([bit, name]) => [marked.filter(k => s.flags[k] & bit).length, name]).filter(([n]) => n);
   put(main, h("p", {}, link(`step/${step}`, `step ${step}`), " › ", link(`group/${step}/${group}`, `group ${group}`)),
     h("h1", {}, `Episode ${episode}${+row ? `, row ${row}` : ""}`),
@@ -370,7 +378,7 @@ function columns(all, titles) {
     tokens(all[0], 0, same)) : null, h("div", { class: "side grid" }, all.map(one)));
 }
 async function showGroup(step, group) {
-  const all = await get(`sequences?step=${step}&group=${group}`);
+  const all = await sequences(`sequences?step=${step}&group=${group}`);
   if (!all.length) return put(main, h("p", {}, "This group is not kept."));
   const title = s => `episode ${s.episode}${s.row ? `, row ${s.row}` : ""}`;
   const box = columns(all, s => link(`row/${step}/${group}/${s.episode}/${s.row}`, title(s)));
@@ -416,15 +424,25 @@ async function showTime() {
     return h("polyline", { points: points.join(" "), stroke: INKS[q], "vector-effect": "non-scaling-stroke" });
   });
   box.append(h("svg", { viewBox: `0 ${-deepest} 100 ${deepest}`, preserveAspectRatio: "none" }, lines));
-  const wide = h("input", { type: "range", min: 1, max: 200, value: 1, "aria-label": "zoom",
-    oninput: () => { box.style.width = `${wide.value * 100}%`; } });
+  const wide = h("input", { type: "range", min: 1, max: 200, value: 1, step: "any", "aria-label": "zoom",
+    oninput: () => zoom(wide.value, view.clientWidth / 2) });
+  const view = h("div", { class: "scroll", onpointermove: e => { view.scrollLeft -= e.buttons && e.movementX; } }, box);
+  const zoom = (by, x) => { // what is at x pixels stays there
+    const share = (view.scrollLeft + x) / box.offsetWidth;
+    box.style.width = `${(wide.value = by) * 100}%`;
+    view.scrollLeft = share * box.offsetWidth - x;
+  };
+  view.addEventListener("wheel", e => { // a page's own listeners of a wheel are passive: they could not stop its scroll
+    e.preventDefault();
+    zoom(wide.value * (e.deltaY < 0 ? 1.25 : 0.8), e.clientX - view.getBoundingClientRect().left);
+  }, { passive: false });
   const name = x => `${LANES[Math.floor(x / 1e9)]} ${Math.floor(x % 1e9 / 1000)}`; // an engine has several lanes
   const seconds = ((end - first) / 1e6).toFixed(1);
   const names = lanes.map((x, i) => h("div", {}, name(x) === name(lanes[i - 1]) ? "" : name(x)));
   const queues = QUEUES.map((state, q) => { const el = h("div", {}, state); el.style.color = INKS[q]; return el; });
   put(main, h("h1", {}, "Time"), facts([...total].map(([k, v]) => [k, `${v.toFixed(1)} s`])),
     h("div", { class: "tools" }, "zoom ", wide, soft(`${seconds} s, at most ${deepest} groups in a queue`)),
-    h("div", { class: "time card" }, h("div", {}, names, queues), h("div", { class: "scroll" }, box)),
+    h("div", { class: "time card" }, h("div", {}, names, queues), view),
     soft("unison view RUN --export time.json writes the same for ui.perfetto.dev."));
 }
 async function showDoctor() {
@@ -442,7 +460,7 @@ async function showCompare() {
   const curves = Object.entries(c.parted).map(([name, step]) => h("section", { class: "card" },
     h("h2", {}, name, h("span", {}, step == null ? "never" : `at step ${step}`)),
     curve(c.curves[name], step == null ? [] : [{ step, title: "they part" }])));
-  const both = (c.prompt || []).flatMap((rows, n) => rows.slice(0, 2).map(s => Object.assign(s, { of: c.names[n] })));
+  const both = (c.prompt || []).flatMap((rows, n) => rows.slice(0, 2).map(s => ({ ...unpacked(s), of: c.names[n] })));
   const here = both.length ? reading(columns(both, s => `${s.of}, step ${s.step}`)) : null;
   const [a, b] = c.names;
   put(main, h("h1", {}, h("span", { class: "key" }, "— ", a), h("span", { class: "key two" }, "  - - ", b)),
@@ -477,16 +495,16 @@ addEventListener("keydown", e => {
   if (!e.ctrlKey && !e.metaKey && !e.altKey && keys[e.key]) { e.preventDefault(); keys[e.key](); }
 });
 async function follow() { // what a run appends is shown within two seconds
-  const now = JSON.stringify(await get("pulse").catch(() => pulse));
+  const y = scrollY, now = JSON.stringify(await get("pulse").catch(() => pulse));
   if (pulse && now !== pulse) {
     run = await get("run");
-    if (/^(#\/(run)?)?$/.test(location.hash) && !document.querySelector("input:focus")) show();
+    if (/^(#\/(run)?)?$/.test(location.hash) && !document.querySelector("input:focus"))
+      show().then(() => scrollTo(0, y));
   }
   pulse = now;
 }
-async function begin() {
-  run = await get("run");
+get("run").then(async found => {
+  run = found;
   await show();
   if (!HELD) setInterval(follow, 1500);
-}
-begin();
+});

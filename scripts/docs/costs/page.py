@@ -1,5 +1,6 @@
 """What does the page of one group cost? First paint, a hover, one sequence, bytes, and requests to other hosts."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def page(folder: Path) -> Figures:
             rows = iter(range(8))
             paint = clock.of(lambda: painted(browser, f"#/row/1/0/{next(rows)}/0"), 8)
             found["one sequence of 4,096 tokens on the page, s"] = (paint, 0.2)
+            found["a new step of a live run is on the page, s, longest of 5"] = ((max(followed(browser, run)),), 2.0)
             complaints = browser.complaints()
         own = (url, (folder / "long.html").as_uri(), "about:", "data:")
         others = [asked for asked in browser.requests() if not asked.startswith(own)]
@@ -61,6 +63,22 @@ def hover(browser: Any, place: list[float]) -> float:
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=place[0], y=place[1])
     browser.wait(f"hovers.length > {before}")
     return browser.js("hovers.at(-1)") / 1000
+
+
+def followed(browser: Any, run: Path) -> list[float]:
+    """Seconds from the end of the writing of a step to the page that shows it."""
+    from planted_run import row, write
+    from trainer.record.table import Told
+
+    found = []
+    browser.go("#/run")
+    browser.wait("pulse !== ''")
+    for step in range(2, 7):
+        write(run, {step: ([Told(trajectory=row())], [])})
+        began = time.perf_counter()
+        browser.wait(f"document.querySelector('.facts').innerText.includes('steps recorded\\n{step}')")
+        found.append(time.perf_counter() - began)
+    return found
 
 
 def long_group(run: Path) -> Path:

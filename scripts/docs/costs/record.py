@@ -11,7 +11,7 @@ from typing import Any
 from costs.clock import ROOT, Figures
 
 
-def record(pairs: int) -> Figures:
+def record(pairs: int, file: Path) -> Figures:
     """Steps of the quickstart's shape: the record's own work, and whole steps of the learner with it and without."""
     import numpy as np
     from made_up_run import step_of
@@ -35,9 +35,14 @@ def record(pairs: int) -> Figures:
         found[f"bytes a token of 512 replies of 350 tokens, {passes}"] = ((size,), 6.0)
     if pairs:
         with tempfile.TemporaryDirectory() as folder:
-            shares = paired(Path(folder), steps, tokenizer, pairs)
-        found["share of the learner's step alone, median of pairs"] = ((statistics.median(shares),), 0.02)
-        found["the same, smallest and largest pair"] = ((min(shares), max(shares)), None)
+            paired(Path(folder), steps, tokenizer, pairs, file)
+        for name, bound in (("CPU", 0.02), ("clock", None)):
+            shares = [row[name]["on"] / row[name]["off"] - 1 for row in lines(file)]
+            found[f"share of the learner's step alone by {name}, median of pairs"] = (
+                (statistics.median(shares),),
+                bound,
+            )
+            found[f"the same by {name}, of each pair"] = (tuple(shares), None)
     return found
 
 
@@ -98,8 +103,8 @@ def own_work(folder: Path, steps: list[Any], tokenizer: Any) -> tuple[float, flo
 
 
 def long_replies(folder: Path, moved: float) -> float:
-    """Bytes of a token of 512 replies of 350 tokens, whose numbers are spread as those of a real model; `moved` nats is
-    what the step's passes changed."""
+    """Bytes of a token of 512 replies of 350 tokens to 64 prompts of 60, whose numbers are spread as those of a real
+    model; `moved` nats is what the step's passes changed."""
     import numpy as np
     import torch
 
@@ -113,7 +118,8 @@ def long_replies(folder: Path, moved: float) -> float:
     for i in range(512):
         one = row(group=i // 8, episode=i % 8, sampled=n, prompt=60, reward=float(i % 3 == 0))
         sampled = (-np.minimum(rng.lognormal(-2.0, 2.0, n), 20.0)).tolist()
-        ids = words[rng.zipf(1.3, n + 60) % 49_000].tolist()
+        prompt = words[rng.zipf(1.3, 60) % 49_000].tolist() if one.episode == 0 else rows[-1].token_ids[:60]
+        ids = [*prompt, *words[rng.zipf(1.3, n) % 49_000].tolist()]
         rows.append(replace(one, logprobs=[0.0] * 60 + sampled, token_ids=ids))
     told = [Told(trajectory=one) for one in rows]
     rollout = torch.tensor([one.logprobs[1:] for one in rows])
@@ -128,8 +134,13 @@ def long_replies(folder: Path, moved: float) -> float:
     return writer.kept[1].bytes / (512 * (n + 60))
 
 
-def paired(folder: Path, steps: list[Any], tokenizer: Any, pairs: int) -> list[float]:
-    """What the record adds to the CPU seconds of a learner's step, as a share: one value for each pair."""
+def lines(file: Path) -> list[dict[str, Any]]:
+    """The pairs that a file has."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def paired(folder: Path, steps: list[Any], tokenizer: Any, pairs: int, file: Path) -> None:
+    """Add the pairs that a file lacks: seconds of a learner's step with the record and without, of CPU and clock."""
     import torch
 
     from live import engine_config
@@ -144,24 +155,25 @@ def paired(folder: Path, steps: list[Any], tokenizer: Any, pairs: int) -> list[f
     off = replace(config, tracking=replace(config.tracking, rollouts="off"))
     learner, kept = make_learner(config), recorder(folder, tokenizer)
 
-    def one(step: int, on: bool) -> float:
+    def one(step: int, on: bool) -> tuple[float, float]:
         told = steps[step % len(steps)][0]
         learner.stepper.rank = replace(learner.parts, config=config if on else off)
-        batch, began = collate([row.trajectory for row in told if row.end == "trained"]), time.process_time()
+        batch = collate([row.trajectory for row in told if row.end == "trained"])
+        cpu, clock = time.process_time(), time.perf_counter()
         learner.step(batch)
         seen, spans = learner.told()
         if on:
             for name, start, end in spans:
                 kept.timeline.span("learner rank", 0, name, start, end)
             recorded(kept, step + 1, told, [seen])
-        return time.process_time() - began
+        return time.process_time() - cpu, time.perf_counter() - clock
 
-    one(0, False)
-    found = []
-    for pair in range(pairs):
-        first = one(pair, pair % 2 == 0)
-        second = one(pair, pair % 2 == 1)
-        on, alone = (first, second) if pair % 2 == 0 else (second, first)
-        found.append((on - alone) / alone)
+    left = range(len(lines(file)), pairs)
+    if left:
+        one(left[0], False)  # the first step of a process is slower
+    for pair in left:
+        took = {on: one(pair, on) for on in ((True, False) if pair % 2 == 0 else (False, True))}
+        row = {name: {"on": took[True][i], "off": took[False][i]} for i, name in enumerate(("CPU", "clock"))}
+        with file.open("a") as kept_pairs:
+            kept_pairs.write(json.dumps(row) + "\n")
     kept.close()
-    return found
