@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from models import make_model
 from runs import every_prompt_was_trained_once, start, wait_for
 from two_nodes import ROOT, lacking, two_nodes
 
@@ -54,3 +55,19 @@ def test_the_quickstart_learns_across_two_nodes(tmp_path: Path, delay: float, lo
         before, after = (summary[f"eval_{when}"]["eval/held_out/avg@3"] for when in ("before", "after"))
         assert before < BEFORE
         assert after > AFTER
+
+
+@pytest.mark.timeout(900)
+def test_a_folder_that_the_other_node_lacks_ends_the_run_before_its_first_step(tmp_path: Path) -> None:
+    model, own = tmp_path / "model", "/tmp/own-disk-of-n1"
+    model.mkdir()
+    make_model(model, peak=1.0)
+    # Two ranks, and a place for one next to the driver.
+    flags = f"--trainer.ranks 2 --output-dir {own} --doctor off --tracking.wandb off --device cpu"
+    with two_nodes(tmp_path, places=(1, 2)) as nodes:
+        under, env = nodes.enter("n1"), {"RAY_ADDRESS": "auto"}
+        process, _ = start(model, tmp_path, *flags.split(), under=under, env=env)
+        code, said = process.wait(600), " ".join((tmp_path / "terminal.log").read_text().split())
+        assert code == 2, said
+        assert f"the folder {own}/echo on n2 is not the driver's" in said
+        assert "step 1/" not in said

@@ -21,4 +21,6 @@ done
 chmod 1777 /tmp /dev/shm
 until ip link show eth0 > /dev/null 2>&1; do sleep 0.1; done
 ip link set lo up && ip addr add "$address/24" dev eth0 && ip link set eth0 up
-exec "$@"
+# This shell is the node's first process, which buries those that nobody waits for. slurmd does not.
+"$@" &
+wait $!

@@ -15,8 +15,6 @@ import psutil
 ROOT = Path(__file__).parents[2]
 NEEDED = ("ip", "unshare", "nsenter")
 SPACES = ["--net", "--uts", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]
-STAY = "while true; do sleep 3600 & wait $!; done"
-"""The first process of a node ends those that nobody waits for."""
 READY_S = 60.0
 
 
@@ -65,10 +63,12 @@ class TwoNodes:
 
 
 @contextmanager
-def two_nodes(folder: Path, *seen: Path, delay: float = 0.0, loss: float = 0.0) -> Iterator[TwoNodes]:
-    """Both nodes, with a cluster of `unison cluster` on them; each may have one actor."""
+def two_nodes(
+    folder: Path, *, places: tuple[int, int] = (1, 1), delay: float = 0.0, loss: float = 0.0
+) -> Iterator[TwoNodes]:
+    """Both nodes, with a cluster of `unison cluster` on them, and places for actors on each."""
     started: list[subprocess.Popen] = []
-    places = [str(path) for path in (*seen, folder, ROOT, Path(sys.prefix).resolve(), (ROOT / "models").resolve())]
+    seen = [str(path) for path in (folder, ROOT, Path(sys.prefix).resolve(), (ROOT / "models").resolve())]
 
     def first_of(process: subprocess.Popen, name: str) -> int:
         deadline = time.monotonic() + READY_S
@@ -87,18 +87,19 @@ def two_nodes(folder: Path, *seen: Path, delay: float = 0.0, loss: float = 0.0) 
     try:
         names = {}
         for number in (1, 2):
-            name, node = f"n{number}", [str(ROOT / "tests/support/node.sh"), f"n{number}", f"10.99.0.{number}", *places]
-            names[name] = first_of(begin(name, "unshare", *SPACES, *node, "--", "bash", "-c", STAY), name)
+            name, node = f"n{number}", [str(ROOT / "tests/support/node.sh"), f"n{number}", f"10.99.0.{number}", *seen]
+            names[name] = first_of(begin(name, "unshare", *SPACES, *node, "--", "sleep", "infinity"), name)
         nodes = TwoNodes(folder, names)
         cable = [sys.executable, str(ROOT / "tests/support/link.py"), *map(str, names.values())]
         quality = ["--delay", str(delay), "--loss", str(loss), "--counts", str(folder / "carried.json")]
         begin("cable", *cable, *quality)
         for name in names:
             nodes.run(name, "bash", "-c", "until ip -4 addr show eth0 | grep -q inet; do sleep 0.1; done")
-        nodes.cluster("n1", "head", "--interface", "eth0", "--cpus", "1", "--gpus", "0")
+        nodes.cluster("n1", "head", "--interface", "eth0", "--cpus", str(places[0]), "--gpus", "0")
         home = nodes.cluster("n1", "folder")
         head, token = (nodes.run("n1", "cat", f"{home}/{name}") for name in ("address", "token"))
-        nodes.cluster("n2", "join", head, "--token-file", "-", "--cpus", "1", "--gpus", "0", text=token)
+        words = ["--token-file", "-", "--cpus", str(places[1]), "--gpus", "0"]
+        nodes.cluster("n2", "join", head, *words, text=token)
         nodes.cluster("n1", "wait", "n1", "n2")
         yield nodes
     finally:
