@@ -5,7 +5,7 @@
 # Each node has its own network, processes, host name, /tmp and /dev/shm. Everything ends with this process.
 # To run a command inside: nsenter, with the file descriptors of the process whose id is in FOLDER/pid (see rig.py).
 set -euo pipefail
-folder=$1 seen=("$@")
+folder=$1 seen=("$@") here=$(dirname "$0")
 if [ "${RIG_INSIDE:-}" != yes ]; then
   exec env RIG_INSIDE=yes unshare --mount --pid --fork --kill-child --mount-proc --uts --net --propagation private "$0" "$@"
 fi
@@ -56,27 +56,9 @@ PartitionName=low Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier
 PartitionName=high Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10
 CONF
 slurmctld
-cat > "$folder/node.sh" <<'NODE'
-# A node: NAME FOLDER... Its network comes from outside.
-set -eu
-name=$1
-shift
-hostname "$name"
-for at in $(seq $#); do
-  mkdir -p "/run/munge/keep-$name/$at" && mount --bind "${!at}" "/run/munge/keep-$name/$at"
-done
-mount -t tmpfs tmpfs /tmp && mount -t tmpfs -o size=2g tmpfs /dev/shm
-for at in $(seq $#); do
-  mkdir -p "${!at}" && mount --bind "/run/munge/keep-$name/$at" "${!at}"
-done
-chmod 1777 /tmp /dev/shm
-until ip link show eth0 > /dev/null 2>&1; do sleep 0.1; done
-ip link set lo up && ip addr add "10.77.0.${name#n}/24" dev eth0 && ip link set eth0 up
-exec slurmd -D -N "$name"
-NODE
 node() {
-  unshare --net --uts --pid --mount --fork --kill-child --mount-proc --propagation private bash "$folder/node.sh" "$1" "${seen[@]}" \
-    > "$folder/log/$1.out" 2>&1 &
+  unshare --net --uts --pid --mount --fork --kill-child --mount-proc --propagation private "$here/node.sh" "$1" "10.77.0.${1#n}" \
+    "${seen[@]}" -- slurmd -D -N "$1" > "$folder/log/$1.out" 2>&1 &
   echo $! > "$folder/$1.pid"
   until [ "$(readlink /proc/$!/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
   ip link add "v$1" type veth peer name eth0 netns $!

@@ -108,6 +108,16 @@ def test_the_page_is_no_denser_than_the_rest_of_the_code():
     assert code - EARLIER <= 2200
 
 
+def test_launch_and_cluster_stay_small():
+    files = ("trainer/launchers/*.py", "trainer/commands/launch.py", "trainer/commands/cluster.py", "trainer/node/*.py")
+    counts = [without_blanks_and_docs(path.read_text()) for name in files for path in ROOT.glob(name)]
+    templates = [path for path in ROOT.glob("trainer/launchers/*") if path.suffix in (".sbatch", ".yaml")]
+    assert len(counts) == 15
+    assert len(templates) == 3
+    assert sum(counts) <= 900
+    assert max(len(path.read_text().splitlines()) for path in templates) <= 80
+
+
 def test_no_module_imports_itself_by_way_of_others():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["b", "c"]]
     assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
