@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Iterable
 
-from rl.sandbox.types import Content, Sandbox
+from rl.sandbox.types import Content, Ran, Sandbox
+
+HANGS = 3
+"""After so many cases that ran out of time a program is not run on the others."""
 
 
 def share_passed(
@@ -12,22 +15,34 @@ def share_passed(
 
     `make` makes a sandbox, for example `Bubblewrap`: each case has a new one. A case is the standard input, which the
     program reads, and the wanted output, which never enters a sandbox: it is compared here, without white space at the
-    ends of lines. `seconds` bound each case: many times what a right program needs, because a busy machine is slow.
-    Raises EnvError when a sandbox fails.
+    ends of lines. `seconds` bound each case: many times what a right program needs, because a busy machine is slow. A
+    program that took longer in three cases has not passed the others, so one that hangs cannot reach the deadline of a
+    reward, which would end the run. Raises EnvError when a sandbox fails, and TypeError for a case that is no text.
     """
-    passed = [_passes(make(), program, given, wanted, seconds) for given, wanted in cases]
-    if not passed:
+    if not callable(make):
+        name = type(make).__name__
+        raise TypeError(f"share_passed makes a sandbox for each case: give it {name}, or lambda: {name}(...)")
+    cases, passed, hung = [*cases], 0, 0
+    if not cases:
         raise ValueError("share_passed needs at least one case: (standard input, wanted output)")
-    return sum(passed) / len(passed)
+    for given, wanted in cases:
+        if not isinstance(given, str | bytes) or not isinstance(wanted, str):
+            raise TypeError(
+                f"a case is two texts, (standard input, wanted output), and this one is {(given, wanted)!r}"
+            )
+        if hung < HANGS:
+            ran = _ran(make(), program, given, seconds)
+            hung += ran.timed_out
+            passed += ran.well and _lines(ran.stdout) == _lines(wanted)
+    return passed / len(cases)
 
 
-def _passes(box: Sandbox, program: str, given: Content, wanted: str, seconds: float) -> bool:
+def _ran(box: Sandbox, program: str, given: Content, seconds: float) -> Ran:
     box.start()
     try:
-        ran = box.run(["python", "main.py"], stdin=given, files={"main.py": program}, timeout=seconds)
+        return box.run(["python", "main.py"], stdin=given, files={"main.py": program}, timeout=seconds)
     finally:
         box.stop()
-    return ran.well and _lines(ran.stdout) == _lines(wanted)
 
 
 def _lines(text: str) -> list[str]:

@@ -238,6 +238,46 @@ def test_calls_that_reach_other_processes_or_uncounted_memory_fail(box):
     assert ended_well(box(UNCOUNTED)).splitlines() == ["-1 Operation not permitted"] * 11
 
 
+FAMILIES = """
+import socket
+for family in range(64):
+    for call in (socket.socket, socket.socketpair):
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW, socket.SOCK_SEQPACKET):
+            try:
+                call(family, kind)
+                print(family)
+                break
+            except OSError:
+                pass
+"""
+
+
+def test_no_socket_of_a_family_that_no_network_namespace_holds_can_be_opened(box, unprotected):
+    opened = {int(line) for line in ended_well(box(FAMILIES)).split()}
+    assert opened <= {socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK}
+    assert socket.AF_UNIX in opened, "programs that talk to their own processes work"
+    assert opened < {int(line) for line in ended_well(unprotected(FAMILIES)).split()}
+
+
+BUFFERS = """
+import socket
+pair = socket.socketpair()
+print([pair[0].getsockopt(socket.SOL_SOCKET, option) for option in (7, 8)])
+for option in (7, 8, 32, 33):
+    try:
+        pair[0].setsockopt(socket.SOL_SOCKET, option, 1 << 24)
+        print("larger")
+    except PermissionError:
+        print("refused")
+pair[0].setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+"""
+
+
+def test_no_buffer_of_a_socket_can_be_made_larger(box, unprotected):
+    assert ended_well(box(BUFFERS)).splitlines()[1:] == ["refused"] * 4
+    assert "larger" in unprotected(BUFFERS).stdout
+
+
 NESTED = """
 import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
