@@ -169,7 +169,7 @@ def _remedy(config: Config, name: str, known: list[str]) -> str:
         return f"{field} is code or a group of settings: set it in the recipe, as {field}=...{numbers}"
     if reason := refused(name):
         return reason
-    if near := suggestions(name, known):
+    if near := [each for each in suggestions(name, known) if each != name]:
         return f"Did you mean {' or '.join(f'--{each}' for each in near)}? --help lists all flags"
     return "--help lists all flags"
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,7 +220,8 @@ def try_scoring(
 
 
 def try_rewards(config: Config, prepared: Prepared, first: Prompt, answer: Callable[[Reply], Any] | None) -> None:
-    """Score an empty reply, which every reward must be able to do: it finds wrong signatures before anything starts."""
+    """Score an empty reply, cut off and ended, which every reward must be able to do: it finds wrong signatures, and
+    judges that do not answer, before anything starts."""
     empty = Reply(
         text="",
         finished=False,
@@ -229,8 +231,9 @@ def try_rewards(config: Config, prepared: Prepared, first: Prompt, answer: Calla
         prompt_token_ids=first.token_ids,
         decode=prepared.decode,
     )
-    for reward in filter(None, (config.reward, config.eval_reward)):
-        asked = [empty] * config.group_size if judges_groups(reward) else empty
+    for reward, finished in product(filter(None, (config.reward, config.eval_reward)), (False, True)):
+        reply = replace(empty, finished=finished)
+        asked = [reply] * config.group_size if judges_groups(reward) else reply
         with hear(rehearsal=True):
             asyncio.run(score_in_time(reward, asked, 0, config.deadlines.reward_s))
     if answer is not None:

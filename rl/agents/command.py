@@ -10,7 +10,7 @@ from typing import Any
 
 from rl.agents.context import Context
 from rl.environments.types import EnvError
-from rl.typed import shortened, show
+from rl.typed import shortened, show, with_python
 
 MOST_OUTPUT = 2**20
 """Bytes of its output that are kept; a process that writes more is read on."""
@@ -34,7 +34,7 @@ async def run_command(command: Sequence[str], context: Context) -> Any:
     it fails. Whoever cancels this ends the process, and those that it started."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        *command,
+        *with_python(command),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=pipe,
         stderr=pipe,

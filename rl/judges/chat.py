@@ -111,7 +111,7 @@ class OpenAIJudge(Checked):
             )
         except httpx.HTTPError as error:
             # Without its text and its cause, which may hold the headers.
-            raise TryAgain(f"{type(error).__name__}, so there was no answer") from None
+            raise TryAgain(f"{type(error).__name__}, so there was no answer: is a server running there?") from None
         status = response.status_code
         if status == 200:
             try:

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from rl.judges.loops import awaited_on
 from rl.tools.errors import EnvError, ToolError
-from rl.typed import Checked, show
+from rl.typed import Checked, show, with_python
 from rl.types import Call
 
 ANSWER_S = 5.0
@@ -170,11 +170,15 @@ class _Connection:
                     self.ready.set_result(None)
                     await self.over.wait()
             except Exception as error:  # of the library, of the server's start, or of the transport's tasks
+                while isinstance(error, ExceptionGroup):
+                    error = error.exceptions[0]
                 if not self.ready.done():
                     log.seek(0)
                     printed = log.read().strip().splitlines()
                     why = printed[-1] if printed else f"{type(error).__name__}: {error}"
-                    self.ready.set_exception(EnvError(f"cannot start {self.name}: {why}"))
+                    self.ready.set_exception(
+                        EnvError(f"cannot {'reach' if self.source.url else 'start'} {self.name}: {why}")
+                    )
             finally:
                 self.over.set()
 
@@ -183,7 +187,7 @@ class _Connection:
             return self.source.url
         from mcp import StdioServerParameters, stdio_client
 
-        program, *arguments = self.source.command
+        program, *arguments = with_python(self.source.command)
         if unset := [name for name in self.source.variables if name not in os.environ]:
             raise EnvError(f"the environment variable {unset[0]} is not set")
         variables = {name: os.environ[name] for name in self.source.variables}

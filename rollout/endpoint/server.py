@@ -106,8 +106,8 @@ class Endpoint:
         r, key = self.config.rollout, json.dumps(tools)
         if tools and not r.tool_parser:
             raise Refused(
-                'this run reads no tool calls: set rollout.tool_parser, such as "hermes", or describe the tools in the '
-                "messages",
+                'tool calls are not read: set rollout.tool_parser, such as "hermes" (--rollout.tool-parser hermes), or '
+                "describe the tools in the messages",
                 setting="tools",
             )
         if key not in self._chats:

@@ -77,7 +77,7 @@ def one_question_in_a_thread(ctx):
     return {"right": float(reply.choices[0].message.content == ctx.task["answer"])}
 
 
-A_COMMAND = pytest.param([sys.executable, "-c", COMMAND], marks=pytest.mark.slow)
+A_COMMAND = pytest.param(["python", "-c", COMMAND], marks=pytest.mark.slow)
 A_CRASH = pytest.param([sys.executable, "-c", "raise SystemExit(3)"], "ended with status 3", marks=pytest.mark.slow)
 
 

@@ -176,11 +176,19 @@ def test_a_server_gets_the_variables_that_are_named(monkeypatch):
     [
         (("no-such-program",), "cannot start the MCP server 'no-such-program'.*no-such-program"),
         ((sys.executable, "-c", "import no_such_module"), "ModuleNotFoundError: No module named 'no_such_module'"),
+        (("python", "-c", "import sys; sys.exit(sys.executable)"), re.escape(sys.executable)),
     ],
 )
 def test_a_server_that_cannot_start_says_why(command, says):
     with pytest.raises(EnvError, match=says):
         with_tools(Rendering(), config(tools=MCP(command=command)))
+
+
+def test_an_address_at_which_nobody_listens_is_named_with_the_cause():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"http://127.0.0.1:{free.getsockname()[1]}/mcp"
+    with pytest.raises(EnvError, match=f"cannot reach the MCP server '{address}': ConnectError"):
+        with_tools(Rendering(), config(tools=MCP(url=address)))
 
 
 def listens(port):

@@ -90,7 +90,7 @@ def test_messages_that_the_chat_template_refuses_are_named(tmp_path: Path) -> No
 
 def test_an_async_reward_is_tried_with_the_prompt_and_has_its_deadline(model: str) -> None:
     async def judge(reply: Reply) -> float:
-        seen.append((reply.prompt, reply.prompt_token_ids, reply.text_with_special_tokens))
+        seen.append((reply.prompt, reply.prompt_token_ids, reply.text_with_special_tokens, reply.finished))
         return 0.0
 
     async def hangs(reply: Reply) -> float:
@@ -99,7 +99,7 @@ def test_an_async_reward_is_tried_with_the_prompt_and_has_its_deadline(model: st
 
     seen: list = []
     prepared = prepare(config(model, reward=judge))
-    assert seen == [("1+1=", prepared.train[0].token_ids, "")]
+    assert seen == [("1+1=", prepared.train[0].token_ids, "", finished) for finished in (False, True)]
     assert prepared.decode([1, 5]) != prepared.decode([1, 5], skip_special_tokens=False)
     with pytest.raises(RewardError, match=r"took longer than 0\.2 s"):
         prepare(config(model, reward=hangs, deadlines=Deadlines(reward_s=0.2)))

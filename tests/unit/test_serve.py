@@ -105,5 +105,11 @@ def test_a_finished_run_is_served_with_its_own_settings(tmp_path):
         settings_of(str(run_folder))
 
 
+def test_a_run_that_is_not_there_is_no_name_of_the_hub(tmp_path):
+    for target in ("runs/no_such_run", str(tmp_path / "no_such_run")):
+        with pytest.raises(ValueError, match=f"there is no folder {target}: train the run first"):
+            settings_of(target)
+
+
 def test_a_model_is_served_by_the_defaults():
     assert settings_of("some/model").model == "some/model"

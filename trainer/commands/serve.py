@@ -51,6 +51,8 @@ def settings_of(target: str) -> Config:
     without a model."""
     run = Path(target)
     saved: dict[str, Any] = {}
+    if not run.exists() and len(run.parts) > 1 and (run.parent.is_dir() or run.parts[0] == "runs"):
+        raise ValueError(f"there is no folder {target}: train the run first, or give a model's folder or its hub name")
     if (run / "config.json").is_file() and (run / "metrics.jsonl").is_file():
         if not (run / "model").is_dir():
             raise ValueError(
