@@ -3,7 +3,6 @@
 import base64
 import re
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,7 @@ class Rollouts:
         """These scalars of the rows of some steps, or of all; `place` is a row's number in its file. A file that goes
         meanwhile, thinned by its run, is left out."""
         asked = [entry for step, entry in self.entries.items() if steps is None or step in steps]
-        with ThreadPoolExecutor(8) as pool:
-            found = [*filter(None, pool.map(lambda entry: self._columns(entry, {*names, "step"}), asked))]
+        found = [known for entry in asked if (known := self._columns(entry, {*names, "step"}))]
         columns = {name: [chunk for each in found for chunk in each[name].chunks] for name in {*names, "step", "place"}}
         return pa.table({name: pa.chunked_array(chunks, TYPES[name]) for name, chunks in columns.items()})
 

@@ -63,7 +63,11 @@ async function get(path) {
 }
 const LISTS = ["ids", "flags", "version", "turn", "rollout", "gap", "moved", "entropy_at", "weight_at", "advantage_at"];
 function unpacked(s) { // what compact() of trainer/view/rollouts.py packed
-  const list = ([kind, bytes]) => new globalThis[kind](Uint8Array.from(atob(bytes), c => c.charCodeAt(0)).buffer);
+  const list = ([kind, packed]) => {
+    const text = atob(packed), bytes = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+    return new globalThis[kind](bytes.buffer);
+  };
   return { ...s, ...Object.fromEntries(LISTS.map(name => [name, list(s[name])])) };
 }
 const sequences = async path => (await get(path)).map(unpacked);
@@ -170,7 +174,7 @@ async function rows(step) {
   const box = h("div", {}), count = soft(), search = h("input", { type: "search", "aria-label": "filter",
     placeholder: `reward<0.5 gap_max>0.1 state=failed${step == null ? "" : " or words of the text"}` });
   async function fill() {
-    let asked = step == null ? "rows?limit=200" : `rows?step=${step}&limit=5000`, answer;
+    let asked = step == null ? "rows?limit=100" : `rows?step=${step}&limit=5000`, answer;
     if (!HELD) asked += `&where=${encodeURIComponent(where)}&sort=${sort}&falling=${+falling}`;
     try { answer = await get(asked); } catch (error) { return put(count, h("span", { class: "bad" }, error.message)); }
     const shown = HELD ? found(answer.rows, where, sort, falling) : answer.rows;
