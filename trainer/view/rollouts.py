@@ -79,10 +79,9 @@ class Rollouts:
             kept &= np.asarray(pc.fill_null(said, False))
         places = np.flatnonzero(kept)
         if sort:
-            keys = table.select([sort]).take(places)
             # What is not known comes last in both orders.
-            order = [(sort, "descending" if falling else "ascending")]
-            places = places[np.asarray(pc.select_k_unstable(keys, k=limit, sort_keys=order))]
+            by = [(sort, "descending" if falling else "ascending")]
+            places = places[np.asarray(pc.select_k_unstable(table.select([sort]).take(places), k=limit, sort_keys=by))]
         asked = _keys(table.take(places[:limit]))
         whole = self.table(set((asked >> 32).tolist()))
         have = _keys(whole)
