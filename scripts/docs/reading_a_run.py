@@ -46,7 +46,7 @@ def run(*flags: str) -> None:
     faulty = replace(config.rollout, engine_class="stale_engine:StalePrefixes", max_tokens=24)
     objective = GRPO()
     planted = replace(config, name="reading", data=eight, rollout=faulty, objective=objective, max_staleness=1)
-    launch(replace(planted, doctor="off", steps=10, eval_every=0, save_every=0, save_final=False), args=[*flags])
+    launch(replace(planted, doctor="off", steps=5, eval_every=0, save_every=0, save_final=False), args=[*flags])
 
 
 def pictures(folder: Path, at: str) -> None:
@@ -69,11 +69,11 @@ def pictures(folder: Path, at: str) -> None:
         for name, view in views.items():
             browser.go(view)
             browser.picture(PICTURES / f"view-{name}.png")
-        browser.size(1360, 660)
+        browser.size(1360, 760)
         browser.go(f"#/row/{step}/{group}/{episode}/{row}/{rows[0]['prompt_tokens']}")
         browser.js("scrollTo(0, 0)")
         browser.picture(PICTURES / "view-row.png")
-        browser.size(1360, 660, dark=True)
+        browser.size(1360, 760, dark=True)
         browser.picture(PICTURES / "view-dark.png")
     finally:
         browser.close()

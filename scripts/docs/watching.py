@@ -6,7 +6,7 @@
 
 `page` and `million` start `unison view` as its user does. A time ends with the frame that shows the answer, as the
 page's own clock has it. `record` runs everything in one process with one thread and counts CPU seconds, so what else
-runs on the machine has little influence; pairs alternate. A pair takes minutes: with --kept it can be continued.
+runs on the machine has little influence; pairs alternate. 60 pairs take ten minutes: with --kept they can be continued.
 """
 
 import argparse
@@ -29,7 +29,9 @@ def main() -> None:
     )
     parser.add_argument("--sequences", type=int, default=1_000_000)
     parser.add_argument("--tokens", type=int, default=350)
-    parser.add_argument("--pairs", type=int, default=6, help="steps of a learner with and without; 0: the record alone")
+    parser.add_argument(
+        "--pairs", type=int, default=60, help="steps of a learner with and without; 0: the record alone"
+    )
     parser.add_argument(
         "--kept", type=Path, help="file of the pairs that are measured already: `record` adds the others"
     )

@@ -86,6 +86,14 @@ def test_short_numbers_keep_three_digits_and_what_is_not_finite():
     assert short[4] != short[4]
 
 
+def test_a_token_takes_less_than_six_bytes_and_less_than_five_in_a_run_with_one_pass_a_step(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts" / "docs")
+    from costs.record import long_replies
+
+    assert 4 < long_replies(tmp_path / "one", moved=0.0) < 5
+    assert 5 < long_replies(tmp_path / "several", moved=1e-2) < 6
+
+
 def written(folder, steps, *, keep="all", most=1e9, alerts=(), sampled=3, after=0):
     one = Writer(folder, keep=keep, most_bytes=most, after=after, alerts=lambda: set(alerts))
     for step in steps:

@@ -3,6 +3,8 @@
 import base64
 import http.client
 import json
+import socket
+import struct
 import threading
 import time
 from urllib.parse import urlsplit
@@ -120,6 +122,30 @@ def test_only_who_has_the_address_gets_an_answer_and_no_script_of_others_runs(ru
     finally:
         made.shutdown()
         made.server_close()
+
+
+def test_a_browser_that_leaves_before_its_answer_prints_nothing(run, capfd):
+    made, url = server(Answers(run))
+    parts, gone = urlsplit(url), threading.Event()
+    answer = made.RequestHandlerClass.do_GET
+
+    def late(self):
+        assert gone.wait(300)
+        for _ in range(2):  # the first write is answered by a reset, the second meets it
+            answer(self)
+
+    made.RequestHandlerClass.do_GET = late
+    # Its own thread: the server waits for no other.
+    made.daemon_threads = False
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    link = socket.create_connection((parts.hostname, parts.port))
+    link.sendall(f"GET {parts.path}rows?limit=5000 HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n".encode())
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    link.close()
+    gone.set()
+    made.shutdown()
+    made.server_close()  # waits for the answer
+    assert capfd.readouterr().err == ""
 
 
 def test_an_export_has_the_page_and_its_data_and_ends_no_script_early(run, tmp_path):

@@ -140,13 +140,9 @@ def _time(row: dict[str, Any]) -> str:
     return f"{row['timing_s/step']:.1f} s a step ({spent}); {who}"
 
 
-def _utf8() -> bool:
-    return plus_minus() == "±"
-
-
 def _bar(share: float, width: int) -> str:
     full = round(min(max(share, 0.0), 1.0) * width)
-    on, off = ("█", "░") if _utf8() else ("#", ".")
+    on, off = ("█", "░") if plus_minus() == "±" else ("#", ".")
     return on * full + off * (width - full)
 
 
@@ -155,5 +151,5 @@ def _spark(values: Sequence[float], width: int) -> str:
     size = max(1, -(-len(values) // width))
     means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
     low, high = min(means), max(means)
-    blocks = BLOCKS[_utf8()]
+    blocks = BLOCKS[plus_minus() == "±"]
     return "".join(blocks[1 + round((v - low) / (high - low) * 7)] if high > low else blocks[4] for v in means)

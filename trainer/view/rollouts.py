@@ -3,7 +3,6 @@
 import base64
 import re
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,7 @@ class Rollouts:
         """These scalars of the rows of some steps, or of all; `place` is a row's number in its file. A file that goes
         meanwhile, thinned by its run, is left out."""
         asked = [entry for step, entry in self.entries.items() if steps is None or step in steps]
-        with ThreadPoolExecutor(8) as pool:
-            found = [*filter(None, pool.map(lambda entry: self._columns(entry, {*names, "step"}), asked))]
+        found = [known for entry in asked if (known := self._columns(entry, {*names, "step"}))]
         columns = {name: [chunk for each in found for chunk in each[name].chunks] for name in {*names, "step", "place"}}
         return pa.table({name: pa.chunked_array(chunks, TYPES[name]) for name, chunks in columns.items()})
 
@@ -81,10 +79,9 @@ class Rollouts:
             kept &= np.asarray(pc.fill_null(said, False))
         places = np.flatnonzero(kept)
         if sort:
-            keys = table.select([sort]).take(places)
             # What is not known comes last in both orders.
-            order = [(sort, "descending" if falling else "ascending")]
-            places = places[np.asarray(pc.select_k_unstable(keys, k=limit, sort_keys=order))]
+            by = [(sort, "descending" if falling else "ascending")]
+            places = places[np.asarray(pc.select_k_unstable(table.select([sort]).take(places), k=limit, sort_keys=by))]
         asked = _keys(table.take(places[:limit]))
         whole = self.table(set((asked >> 32).tolist()))
         have = _keys(whole)

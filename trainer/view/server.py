@@ -33,6 +33,10 @@ def server(answers: Answers, port: int = 0) -> tuple[ThreadingHTTPServer, str]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def handle(self) -> None:
+            with suppress(ConnectionError):  # the browser has gone on to another page
+                super().handle()
+
         def do_GET(self) -> None:
             url = urlsplit(self.path)
             _, given, *rest = url.path.split("/")
@@ -64,7 +68,6 @@ def server(answers: Answers, port: int = 0) -> tuple[ThreadingHTTPServer, str]:
             """Nothing: the terminal shows the address alone."""
 
     made = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    made.daemon_threads = True
     hosts = {f"{name}:{made.server_port}" for name in ("127.0.0.1", "localhost")}
     return made, f"http://127.0.0.1:{made.server_port}/{secret}/"
 

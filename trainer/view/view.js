@@ -63,15 +63,19 @@ async function get(path) {
 }
 const LISTS = ["ids", "flags", "version", "turn", "rollout", "gap", "moved", "entropy_at", "weight_at", "advantage_at"];
 function unpacked(s) { // what compact() of trainer/view/rollouts.py packed
-  const list = ([kind, bytes]) => new globalThis[kind](Uint8Array.from(atob(bytes), c => c.charCodeAt(0)).buffer);
+  const list = ([kind, packed]) => {
+    const text = atob(packed), bytes = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+    return new globalThis[kind](bytes.buffer);
+  };
   return { ...s, ...Object.fromEntries(LISTS.map(name => [name, list(s[name])])) };
 }
 const sequences = async path => (await get(path)).map(unpacked);
-const none = x => x == null || x !== x;
-function number(x) {
+const none = x => x == null || x !== x, three = x => number(x, 3);
+function number(x, digits = 4) {
   if (none(x)) return "n/a";
   if (typeof x === "string" || Number.isInteger(x)) return String(x);
-  return Math.abs(x) >= 1000 || Math.abs(x) < 1e-3 ? x.toExponential(2) : String(+x.toPrecision(4));
+  return Math.abs(x) >= 1000 || Math.abs(x) < 1e-3 ? x.toExponential(2) : String(+x.toPrecision(digits));
 }
 const facts = pairs => h("div", { class: "facts" }, pairs.map(([k, v]) => h("div", {}, h("small", {}, k), String(v))));
 const go = view => { location.hash = "#/" + view; };
@@ -166,21 +170,21 @@ function found(rows, where, sort, falling) { // in a file: what trainer/view/rol
 async function rows(step) {
   if (HELD && step == null) return soft("Open a step: a file has no search over all steps.");
   let where = "", sort = step == null ? "gap_max" : "", falling = true, at = -1, waiting = 0;
-  const mine = keys; // another view may have come before the answer
+  const mine = keys, heads = COLUMNS.slice(step == null ? 0 : 1); // the keys: another view may come before the answer
   const box = h("div", {}), count = soft(), search = h("input", { type: "search", "aria-label": "filter",
     placeholder: `reward<0.5 gap_max>0.1 state=failed${step == null ? "" : " or words of the text"}` });
   async function fill() {
-    let asked = step == null ? "rows?limit=200" : `rows?step=${step}&limit=5000`, answer;
+    let asked = step == null ? "rows?limit=100" : `rows?step=${step}&limit=5000`, answer;
     if (!HELD) asked += `&where=${encodeURIComponent(where)}&sort=${sort}&falling=${+falling}`;
     try { answer = await get(asked); } catch (error) { return put(count, h("span", { class: "bad" }, error.message)); }
     const shown = HELD ? found(answer.rows, where, sort, falling) : answer.rows;
     count.textContent = `${shown.length} of ${answer.total} rows`;
     const by = name => { falling = sort !== name || !falling; sort = name; fill(); };
-    const head = COLUMNS.map(name => h("th", { class: TEXT.has(name) && "text" }, h("button",
+    const head = heads.map(name => h("th", { class: TEXT.has(name) && "text" }, h("button",
       { class: name === sort && "by", onclick: () => by(name) },
       name.replaceAll("_", " ") + (name !== sort ? "" : falling ? " ↓" : " ↑"))));
     put(box, table(head, shown.map(r => [r.state, `row/${r.step}/${r.group}/${r.episode}/${r.row}`,
-      COLUMNS.map(name => cell(name, r[name]))])));
+      heads.map(name => cell(name, r[name]))])));
     const lines = box.querySelectorAll("tbody tr");
     const move = by => { at = Math.min(lines.length - 1, Math.max(0, at + by)); lines[at]?.focus(); };
     Object.assign(mine, { j: () => move(1), k: () => move(-1), "/": () => search.focus() });
@@ -262,11 +266,11 @@ function about(s, i) {
   const why = bits.map(([bit, , text]) => bit === 1024 ? `${text} ${ended(s)}` : text).join(" ");
   const gap = s.gap[i], moved = s.moved[i], old = s.rollout[i] + (s.old_is_rollout ? 0 : 1) * gap;
   const pairs = [["position", `${i + 1} of ${s.ids.length}`], ["id", s.ids[i]], ...!sampled(s, i) ? [] : [
-    ["version", `v${s.version[i]}`], ["turn", s.turn[i] + 1], ["engine, log-probability", number(s.rollout[i])],
-    ["trainer, before the step", number(old)], ["trainer, last pass", number(old + moved)],
-    ["gap", number(gap)], ["moved", number(moved)], ["ratio", number(Math.exp(moved))],
-    ["advantage", number(s.advantage_at[i])], ["weight", number(s.weight_at[i])],
-    ["entropy", number(s.entropy_at[i])]]];
+    ["version", `v${s.version[i]}`], ["turn", s.turn[i] + 1], ["engine, log-probability", three(s.rollout[i])],
+    ["trainer, before the step", three(old)], ["trainer, last pass", three(old + moved)],
+    ["gap", three(gap)], ["moved", three(moved)], ["ratio", three(Math.exp(moved))],
+    ["advantage", three(s.advantage_at[i])], ["weight", three(s.weight_at[i])],
+    ["entropy", number(s.entropy_at[i], 2)]]];
   return [h("b", {}, s.text[i] === "" ? "part of a character" : visible(s.text[i]).replaceAll(" ", "␣")),
     h("p", { class: why ? "bad" : "good" }, why || "It learned."),
     h("dl", {}, pairs.map(([k, v]) => [h("dt", {}, k), h("dd", {}, String(v))]))];
@@ -349,8 +353,8 @@ async function showRow(step, group, episode, row, token) {
     facts([["state", s.state + (s.reason ? ` (${s.reason})` : "")], ["reward", number(s.reward)],
       ...parts.map(([k, v]) => [`reward ${k}`, number(v)]), ["advantage", number(s.advantage)], ["tokens", s.tokens],
       ["end", s.finish], ["gap mean", number(s.gap_mean)], ["gap max", number(s.gap_max)],
-      ["engine", s.engine < 0 ? "n/a" : s.engine], ["versions", `${s.version_min} to ${s.version_max}`],
-      ["seconds", s.ended && s.began ? number(s.ended - s.began) : "n/a"]]),
+      ["engine", s.engine < 0 ? "n/a" : s.engine], ["seconds", number(s.ended && s.ended - s.began)],
+      ["versions", [...new Set([s.version_min, s.version_max])].join(" to ")]]),
     h("p", { class: "bad" }, ended(s)),
     JSON.parse(s.verdicts || "[]").map(([judge, score, raw]) => h("p", {}, `${judge}: ${number(score)} ${raw}`)),
     counts.length ? soft("Tokens that did not learn: " + counts.map(pair => pair.join(" ")).join(", ")) : null,
@@ -382,7 +386,7 @@ async function showGroup(step, group) {
   if (!all.length) return put(main, h("p", {}, "This group is not kept."));
   const title = s => `episode ${s.episode}${s.row ? `, row ${s.row}` : ""}`;
   const box = columns(all, s => link(`row/${step}/${group}/${s.episode}/${s.row}`, title(s)));
-  const here = reading(box, soft(key("j", "k"), "groups"));
+  const here = reading(box, soft(key("j", "k"), "groups ", key("c"), "colour"));
   put(main, h("p", {}, link(`step/${step}`, `step ${step}`)), h("h1", {}, `Group ${group}`), here.tools, here.body);
   const move = async by => {
     const rows = (await get(`rows?step=${step}&limit=5000`)).rows, groups = [...new Set(rows.map(r => r.group))];
@@ -410,7 +414,7 @@ async function showTime() {
   const part = (from, until = first) => (from - until) / (end - first || 1) * 100;
   const box = h("div", { class: "lanes" }, lanes.map(() => h("div", {})));
   for (const e of events) {
-    const kind = e.name.replace(/[\d.]+/g, ""), bar = h("i", { title: told(e) }, e.name);
+    const kind = e.name.replace(/( to v)?[\d.]+/g, ""), bar = h("i", { title: told(e) }, e.name);
     if (!inks.has(kind)) inks.set(kind, INKS[inks.size % INKS.length]);
     const bad = e.ph === "i" || /failed/.test(e.args?.end), background = bad ? "#b3261e" : inks.get(kind);
     Object.assign(bar.style, { left: `${part(e.ts)}%`, width: `${part(e.dur || 0, 0)}%`, background });
@@ -482,7 +486,7 @@ async function show() {
   put(document.getElementById("name"), link("run", run.name));
   put(document.getElementById("state"), run.status === "running" && !HELD ? "● live" : "");
   put(document.getElementById("nav"), tabs.filter(Boolean).map(([to, text]) =>
-    h("a", { href: "#/" + to, class: to.split("/")[0] === view && "here" }, text)));
+    h("a", { href: "#/" + to, class: to === [view, ...given].join("/") && "here" }, text)));
   document.title = `${run.name}: ${[view, ...given].join(" ")}`;
   try { await VIEWS[view](...given); } catch (error) { put(main, h("p", { class: "bad" }, error.message)); }
   main.focus({ preventScroll: true });

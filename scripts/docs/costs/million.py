@@ -34,7 +34,7 @@ def million(folder: Path, sequences: int, tokens: int) -> Figures:
                 code = SORT.replace("NAME", column)
                 found[f"sort by {column}, s"] = (clock.of(lambda of=code: browser.js(of) / 1000, 1), 1.0)
             for where in ("reward<0.001", "gap_max>0.999 clip_frac<0.5", "state=filtered", "overlong"):
-                path = "rows?limit=200&where=" + quote(where)
+                path = "rows?limit=100&where=" + quote(where)
                 found[f"search {where}, s"] = (clock.of(lambda of=path: answer(browser, of), 1), 1.0)
             steps = [7, last // 4, last // 2, last - 3]
             for what, bound, form in (
