@@ -93,8 +93,13 @@ def two_nodes(
         cable = [sys.executable, str(ROOT / "tests/support/link.py"), *map(str, names.values())]
         quality = ["--delay", str(delay), "--loss", str(loss), "--counts", str(folder / "carried.json")]
         begin("cable", *cable, *quality)
-        for name in names:
-            nodes.run(name, "bash", "-c", "until ip -4 addr show eth0 | grep -q inet; do sleep 0.1; done")
+        for pid in names.values():
+            # From outside of its file system, which node.sh is still putting together.
+            seen_up = ["nsenter", "-t", str(pid), "-n", "ip", "-4", "addr", "show", "eth0", "up"]
+            deadline = time.monotonic() + READY_S
+            while "inet" not in subprocess.run(seen_up, text=True, capture_output=True).stdout:
+                assert time.monotonic() < deadline, [path.read_text() for path in folder.glob("*.log")]
+                time.sleep(0.05)
         nodes.cluster("n1", "head", "--interface", "eth0", "--cpus", str(places[0]), "--gpus", "0")
         home = nodes.cluster("n1", "folder")
         head, token = (nodes.run("n1", "cat", f"{home}/{name}") for name in ("address", "token"))
