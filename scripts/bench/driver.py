@@ -26,6 +26,7 @@ from rl.types import Batch, Completion, Prompt, Trajectory
 
 PROMPT, GROUP, BUDGET = 128, 8, 8192
 SECONDS: dict[str, float] = defaultdict(float)
+CPU: dict[str, float] = defaultdict(float)
 
 
 @ray.remote
@@ -59,9 +60,10 @@ class Worker:
 
 @contextmanager
 def timed(part: str) -> Iterator[None]:
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     yield
     SECONDS[part] += time.perf_counter() - began
+    CPU[part] += time.process_time() - cpu
 
 
 def resident() -> float:
@@ -101,11 +103,11 @@ def main() -> None:
     SECONDS["transport of the batch"] -= cut
     ray.shutdown()
     million = asked.samples * asked.tokens / 1e6
-    SECONDS["driver, all"] = sum(SECONDS.values())
+    SECONDS["driver, all"], CPU["driver, all"] = sum(SECONDS.values()), sum(CPU.values())
     SECONDS["rank: take, all micro-batches"] = cut
-    print("| part | s | s per million tokens |\n|---|---|---|")
+    print("| part | s | s per million tokens | CPU s |\n|---|---|---|---|")
     for part, seconds in SECONDS.items():
-        print(f"| {part} | {seconds:.2f} | {seconds / million:.3f} |")
+        print(f"| {part} | {seconds:.2f} | {seconds / million:.3f} | {CPU[part]:.2f} |")
     figures = SECONDS | {"bytes_per_token": held / million / 1e6, "samples": asked.samples, "tokens": asked.tokens}
     print(f"\n{figures['bytes_per_token']:.0f} bytes a token stay on the driver.")
     if asked.out:
