@@ -108,7 +108,8 @@ def main() -> None:
     print("| part | s | s per million tokens | CPU s |\n|---|---|---|---|")
     for part, seconds in SECONDS.items():
         print(f"| {part} | {seconds:.2f} | {seconds / million:.3f} | {CPU[part]:.2f} |")
-    figures = SECONDS | {"bytes_per_token": held / million / 1e6, "samples": asked.samples, "tokens": asked.tokens}
+    figures = SECONDS | {"bytes_per_token": held / million / 1e6, "cpu_per_million": CPU["driver, all"] / million}
+    figures |= {"samples": asked.samples, "tokens": asked.tokens}
     print(f"\n{figures['bytes_per_token']:.0f} bytes a token stay on the driver.")
     if asked.out:
         asked.out.write_text(json.dumps(figures, indent=1) + "\n")
