@@ -1,4 +1,4 @@
-"""The benches of docs/performance.md still run, and no part of a run has become much slower than its bare counterpart."""
+"""The benches of docs/performance.md still run, and no part of a run is much slower than its bare counterpart."""
 
 import json
 import statistics
