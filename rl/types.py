@@ -4,7 +4,6 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -55,6 +54,10 @@ class Parsed:
     """Why a call that begins in the completion cannot be understood; empty if every call can."""
 
 
+KINDS = {"token_ids": "i", "logprobs": "f", "versions": "i"}
+"""What `array` calls the items of a column. Log-probabilities are of float32, as engines return them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     """What the engine sampled: `logprobs[i]` (nats) and `versions[i]` belong to `token_ids[i]`.
@@ -64,9 +67,9 @@ class Completion:
     them; the last token was sampled and went through none.
     """
 
-    token_ids: list[int]
-    logprobs: list[float]
-    versions: list[int]
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    versions: Sequence[int]
     finish_reason: FinishReason
     cached_prompt_tokens: int = 0
     support: list[list[int]] | None = None
@@ -77,18 +80,9 @@ class Completion:
     """The engine that sampled it."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # To another process numbers travel as arrays, several times faster than as Python objects.
-        runs = [(version, len([*run])) for version, run in groupby(self.versions)]
-        return self.__dict__ | {
-            "token_ids": array("i", self.token_ids),
-            "logprobs": array("d", self.logprobs),
-            "versions": runs,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        versions = [version for version, length in state["versions"] for _ in range(length)]
-        lists = {"token_ids": [*state["token_ids"]], "logprobs": [*state["logprobs"]], "versions": versions}
-        self.__dict__.update(state | lists)
+        # To another process numbers travel as arrays, and stay arrays there: objects of Python would cost most of a
+        # step on the driver.
+        return self.__dict__ | {name: array(kind, getattr(self, name)) for name, kind in KINDS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,11 +127,12 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """A scored sequence. All lists have the length of `token_ids`; entry i belongs to token i.
+    """A scored sequence. All columns have the length of `token_ids`; entry i belongs to token i.
 
-    `mask[i]` is True where the policy sampled token i. Outside the mask `logprobs` is 0, `versions` is -1,
-    and `support` (the ids kept by truncation, where the engine reports them) is empty. `experts`
-    [tokens - 1, layers, k] are those of every token but the last, sampled or not.
+    Lists of numbers become arrays, 13 bytes a token in place of 99: a step may hold millions. `mask[i]` is 1 where the
+    policy sampled token i. Outside the mask `logprobs` is 0, `versions` is -1, and `support` (the ids kept by
+    truncation, where the engine reports them) is empty. `experts` [tokens - 1, layers, k] are those of every token but
+    the last, sampled or not.
 
     An episode is one trajectory, or several where its history was edited: its rows. Each holds what the policy was
     given, and trains the tokens that were sampled for it; a sampled token is in the mask of one row only. All rows of
@@ -149,10 +144,10 @@ class Trajectory:
     """Which of the group's episodes; they count from 0."""
     row: int = 0
     """Which of the episode's rows, in the order of time; they count from 0."""
-    token_ids: list[int]
-    mask: list[bool]
-    logprobs: list[float]
-    versions: list[int]
+    token_ids: Sequence[int]
+    mask: Sequence[int]
+    logprobs: Sequence[float]
+    versions: Sequence[int]
     reward: float
     reward_parts: Mapping[str, float] = field(default_factory=dict[str, float])
     finish_reason: FinishReason = "stop"
@@ -160,7 +155,7 @@ class Trajectory:
     experts: Tensor | None = field(default=None, repr=False, compare=False)
     trained: bool = True
     """Whether its tokens are trained on. False: its reward counts for the others of its group, and that is all."""
-    turns: list[int] | None = None
+    turns: Sequence[int] | None = None
     """`turns[i]` is the turn of the episode in which token i was sampled, from 0 in the order of time; -1 outside the
     mask. None: all in turn 0."""
     paid: tuple[tuple[int, float], ...] | None = None
@@ -170,6 +165,12 @@ class Trajectory:
     """What judges said about it."""
     engine: int = -1
     """The engine that sampled its last token; -1: not known."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (KINDS | {"mask": "b", "turns": "i"}).items():
+            column = getattr(self, name)
+            if column is not None and not isinstance(column, array):
+                object.__setattr__(self, name, array(kind, column))
 
 
 @dataclass(frozen=True, kw_only=True)

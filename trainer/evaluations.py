@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rl.judges.agreement import agreements
 from rl.loop.estimates import paired
 from rl.loop.evaluate import AGAIN, EVALUATION, Evaluation, HeldOut, evaluate
 from rl.typed import shortened
@@ -36,15 +37,22 @@ class Evaluations:
     settings: dict[str, Any]
 
     def due(self, step: int) -> Awaitable[dict[str, float]] | None:
-        """Evaluates the sets that are due after a step; None where there are none."""
+        """Evaluates the sets that are due after a step, and before the first one judges too; None: nothing is due."""
         steps = self.cluster.config.steps
         due = {name: each for name, each in self.sets.items() if each.due(step, steps)}
+        if not step:
+            return self._before(due)
         return self._measured(step, due) if due else None
+
+    async def _before(self, due: Mapping[str, HeldOut]) -> dict[str, float]:
+        """The start model's figures, and how far the judges agree with their labelled cases."""
+        metrics = self.summary["eval_before"] = await self._measured(0, due) if due else {}
+        return metrics | await agreements(self.cluster.config.judges)
 
     async def _measured(self, step: int, due: Mapping[str, HeldOut]) -> dict[str, float]:
         prepared = self.prepared
         config, total = self.cluster.config, sum(len(each.prompts) for each in due.values())
-        with working(f"evaluating after step {step}", total) as done:
+        with working(f"evaluating after step {step}" if step else "evaluating the start model", total) as done:
             found = await evaluate(config, self.rollouts, prepared.decode, due, prepared.means, done=done)
         self.tracker.problems(step, found.problems)
         return found.metrics
@@ -57,7 +65,7 @@ class Evaluations:
         """Keep the learner's model if its evaluation is the highest so far. One that cannot be written is an alert."""
         run, history = self.tracker.folder, [*self.tracker.history, {"step": step, **metrics}]
         found = best.best(history, self._metric, {*best.kept(run), step})
-        if self._metric not in metrics or found is None or found[0] != step:
+        if not step or self._metric not in metrics or found is None or found[0] != step:
             return
         config, tokenizer, summary = self.cluster.config, self.prepared.tokenizer, self.summary | best_of(step, metrics)
         try:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import Config
-from rl.judges.agreement import agreements
 from rl.loop.loop import Loop
 from rl.loop.progress import Progress
 from rl.parity.advice import advise
@@ -107,7 +106,7 @@ class Run:
             self.lock = checkpoint.lock(self.folder)
         self.reserve = Reserve(self.folder)
         self.watch = Watch(config)
-        self.progress = resumed.progress if resumed else Progress()
+        self.progress = resumed.progress if resumed else Progress(owes_evaluation=True)
         for change in changed:
             self.tracker.alert(self.progress.version, "the run was changed", f"It has other {change}.")
         for line in prepared.lines():
@@ -194,12 +193,8 @@ class Run:
             progress=self.progress,
             save=lambda progress: record.timed("checkpoint", self._save(progress)),
         )
-        if not self.resumed:
-            with status("evaluating the start model"):
-                due = record.timed("evaluation", evaluations.due(0))
-                metrics = await due if due else {}
-                self.tracker.log(0, metrics | await agreements(config.judges))
-        summary["eval_before"] = evaluation_in(self.tracker.history[0])
+        if self.tracker.history:
+            summary["eval_before"] = evaluation_in(self.tracker.history[0])
         self.began = time.perf_counter() - (self.resumed.saved("train_seconds") if self.resumed else 0.0)
         self.stop.gently = self.loop.stop
         await self.loop.run()

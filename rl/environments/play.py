@@ -178,14 +178,15 @@ class _Play:
             return "turns"
         if sum(len(str(m.get("content", ""))) for m in messages) > LONGEST_TOKEN * stage.max_model_len:
             return "length"
-        delta = self._encoded("an observation", lambda: stage.chat.delta(messages, completion.token_ids))
+        delta = self._encoded("an observation", lambda: stage.chat.delta(messages, [*completion.token_ids]))
         self.context = [*self.context, *completion.token_ids, *delta]
         return None
 
     def _read(self, completion: Completion) -> Turn:
         """The turn as the environment sees it. A turn that was cut off has no calls."""
         parsed, finished = completion.parsed, completion.finish_reason == "stop"
-        text = parsed.text if parsed else self.stage.decode(completion.token_ids)
+        token_ids = [*completion.token_ids]
+        text = parsed.text if parsed else self.stage.decode(token_ids)
         calls = parsed.calls if parsed and finished else ()
         malformed = parsed.malformed if parsed and finished else ""
         turn = Turn(
@@ -194,7 +195,7 @@ class _Play:
             calls=calls,
             malformed=malformed,
             finished=finished,
-            token_ids=completion.token_ids,
+            token_ids=token_ids,
         )
         self.turns.append(turn)
         self.messages.append(spoken(turn.text, turn.calls, turn.reasoning))

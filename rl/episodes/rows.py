@@ -1,6 +1,7 @@
 """Which trajectories are one episode, in which state did each turn begin, and what was each token paid?"""
 
 from array import array
+from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import groupby
 
@@ -30,7 +31,7 @@ def by_episode(trajectories: list[Trajectory]) -> list[list[int]]:
     return [*found.values()]
 
 
-def turns_of(t: Trajectory) -> list[int]:
+def turns_of(t: Trajectory) -> Sequence[int]:
     """The turn of every token; -1 outside the mask."""
     return [0 if sampled else -1 for sampled in t.mask] if t.turns is None else t.turns
 

@@ -163,7 +163,7 @@ class Groups:
 
     def _settle(self, ordinal: int, group: list[Trajectory], samples: int) -> None:
         """Decide what becomes of a scored group, of which so many were sampled."""
-        if not all(math.isfinite(x) for t in group for x in t.logprobs):
+        if not all(math.isfinite(sum(t.logprobs)) for t in group):
             # Never replaced by a number that looks right: the group is set aside, counted, and another admitted.
             self.admission.move(ordinal, "filtered(nonfinite_logprobs)")
             self.set_aside(group)

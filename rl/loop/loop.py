@@ -118,8 +118,11 @@ class Loop:
         try:
             async with asyncio.TaskGroup() as tasks:
                 admitting = tasks.create_task(self.groups.admit(tasks), name="admit prompts")
-                if self._owes_evaluation and (metrics := await self._evaluated(self.admission.version)):
-                    self.tracker.log(self.admission.version, metrics)
+                if self._owes_evaluation:  # beside the first groups, which are sampled on the same weights
+                    version = self.admission.version
+                    metrics = await self._evaluated(version)
+                    if not self._owes_evaluation and (metrics or not version):
+                        self.tracker.log(version, metrics)
                 while self.admission.version < c.steps and await self._step(self.admission.version + 1):
                     if c.save_every and self.admission.version % c.save_every == 0:
                         await self._save()
@@ -179,6 +182,7 @@ class Loop:
     async def _evaluated(self, step: int) -> dict[str, float]:
         """The metrics of an evaluation that is due; empty, and the evaluation owed, if the run is stopped meanwhile."""
         if (due := self.evaluate(step)) is None:
+            self._owes_evaluation = False
             return {}
         began = time.perf_counter()
         evaluating = asyncio.ensure_future(due)

@@ -24,7 +24,7 @@ class Progress:
     """`trained`, `filtered(reason)` or `failed(reason)` by ordinal."""
     pending: frozenset[int] = frozenset()
     owes_evaluation: bool = False
-    """Whether the last step's evaluation is missing because the run was stopped."""
+    """Whether the last step's evaluation is missing because the run was stopped, or the start model's."""
 
     def ledger(self) -> Ledger:
         """The ledger to resume with: ends are kept, and pending prompts are yet to be admitted."""

@@ -4,7 +4,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain, compress
 from statistics import fmean, stdev
 
 from rl.episodes.rows import by_episode, turns_of
@@ -39,7 +39,7 @@ def batch_metrics(trajectories: list[Trajectory], version: int, group_size: int)
     groups: dict[int, list[float]] = defaultdict(list)
     for t in first:
         groups[t.group].append(t.reward)
-    sampled = [Counter(v for t in rows for v in compress(t.versions, t.mask)) for rows in episodes]
+    sampled = [Counter(chain.from_iterable(compress(t.versions, t.mask) for t in rows)) for rows in episodes]
     lengths = [versions.total() for versions in sampled]
     ages = Counter[int]()
     for versions in sampled:

@@ -33,11 +33,12 @@ class RewardError(RuntimeError):
 
 def reply_to(prompt: Prompt, completion: Completion, decode: Callable[..., str]) -> Reply:
     """What a reward sees of one completion. `decode` turns token ids into text without special tokens."""
+    token_ids = [*completion.token_ids]  # a list, for users compare it with lists
     return Reply(
-        text=decode(completion.token_ids),
+        text=decode(token_ids),
         finished=completion.finish_reason == "stop",
         task=prompt.task,
-        token_ids=completion.token_ids,
+        token_ids=token_ids,
         prompt=prompt.given,
         prompt_token_ids=prompt.token_ids,
         decode=decode,

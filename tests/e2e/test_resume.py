@@ -122,6 +122,9 @@ def test_a_users_objective_learns_and_every_step_agrees_with_the_engine(killed: 
     for name in ("config.json", "samples.jsonl", "curves.png", "model/model.safetensors", "model/tokenizer.json"):
         assert (run / name).stat().st_size > 0, name
     assert list(run.glob("wandb/offline-run-*")), "W&B must have recorded the run offline"
+    spans = [json.loads(line) for line in (run / "timeline.jsonl").read_text().splitlines() if line.startswith("{")]
+    evaluation, group = (next(s for s in spans if s["name"] == name) for name in ("evaluation", "group 0"))
+    assert group["ts"] < evaluation["ts"] + evaluation["dur"], "the first group waited for the start model's evaluation"
     assert_gone(killed.resumed.mark)
 
 

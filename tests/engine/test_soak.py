@@ -40,7 +40,7 @@ def test_kernels_are_chosen_before_two_threads_can_choose_them_together(module: 
 @pytest.mark.nightly
 def test_a_soak_continues_where_it_stopped_and_finds_nothing(tmp_path: Path) -> None:
     out = tmp_path / "starts.jsonl"
-    command = [sys.executable, "-W", "ignore", "scripts/bench/soak.py", "--starts", "3", "--out", str(out)]
+    command = [sys.executable, "-W", "ignore", "scripts/soak/soak.py", "--starts", "3", "--out", str(out)]
     for more, number in ((["--at-a-time", "1"], 1), ([], 3)):
         text = subprocess.run([*command, *more], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True)
         rows = [json.loads(line) for line in out.read_text().splitlines()]

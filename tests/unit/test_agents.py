@@ -88,8 +88,8 @@ def test_what_an_agent_returns_is_the_reward_of_what_was_sampled(tmp_path, agent
     (row,) = played.rows
     ((context, done),) = played.engine.asked
     assert (row.group, row.episode, row.reward, row.finish_reason) == (3, 1, reward, "stop")
-    assert row.token_ids == context + done.token_ids
-    assert row.mask == [False] * len(context) + [True] * len(done.token_ids)
+    assert [*row.token_ids] == context + done.token_ids
+    assert [*row.mask] == [False] * len(context) + [True] * len(done.token_ids)
     assert played.counts == {"agent/requests": 1.0}
 
 

@@ -32,10 +32,10 @@ def test_a_trajectory_joins_prompt_and_completion_token_by_token():
     completion = Completion(token_ids=[3, 4], logprobs=[-0.3, -0.4], versions=[0, 1], finish_reason="length")
     t = trajectory(prompt, completion, 0.5, {"format": 0.5})
     assert (t.group, t.reward, t.reward_parts, t.finish_reason) == (9, 0.5, {"format": 0.5}, "length")
-    assert t.token_ids == [1, 2, 3, 4]
-    assert t.mask == [False, False, True, True]
-    assert t.logprobs == [0.0, 0.0, -0.3, -0.4]
-    assert t.versions == [-1, -1, 0, 1]
+    assert [*t.token_ids] == [1, 2, 3, 4]
+    assert [*t.mask] == [False, False, True, True]
+    assert [*t.logprobs] == pytest.approx([0.0, 0.0, -0.3, -0.4])
+    assert [*t.versions] == [-1, -1, 0, 1]
 
 
 def test_column_t_speaks_about_the_prediction_of_token_t_plus_1():

@@ -1,14 +1,16 @@
 """What the driver and a rank do with a step's tensors grows with its tokens, and no faster."""
 
 import pickle
+import sys
+from array import array
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rl.batch import collate, micro_batches, take
-from rl.types import Batch, Completion, Trajectory
+from rl.batch import collate, micro_batches, take, trajectory
+from rl.types import Batch, Completion, Prompt, Trajectory
 
 LENGTH = 32
 
@@ -66,15 +68,25 @@ def test_a_column_of_a_batch_is_what_its_rows_hold():
     batch = collate([*rows, odd])
     assert batch.input_ids.shape == (9, LENGTH)
     assert batch.input_ids[8].tolist() == [7] + [0] * (LENGTH - 1)
-    assert batch.versions[:8].tolist() == [t.versions[1:] for t in rows]
-    assert batch.mask[:8].tolist() == [t.mask[1:] for t in rows]
-    assert torch.equal(batch.rollout_logprobs[:8], torch.tensor([t.logprobs[1:] for t in rows]))
+    assert batch.versions[:8].tolist() == [[*t.versions[1:]] for t in rows]
+    assert batch.mask[:8].tolist() == [[*map(bool, t.mask[1:])] for t in rows]
+    assert torch.equal(batch.rollout_logprobs[:8], torch.tensor([[*t.logprobs[1:]] for t in rows]))
+
+
+def test_a_row_holds_13_bytes_a_token():
+    prompt = Prompt(ordinal=0, token_ids=[70_000] * 1000, task={})
+    reply = Completion(token_ids=[70_001] * 1000, logprobs=[-0.1] * 1000, versions=[9] * 1000, finish_reason="stop")
+    t = trajectory(prompt, pickle.loads(pickle.dumps(reply)), 1.0, {})
+    held = sum(sys.getsizeof(column) for column in (t.token_ids, t.mask, t.logprobs, t.versions))
+    assert held < 13.5 * len(t.token_ids)
 
 
 def test_a_completion_travels_as_arrays_and_arrives_as_it_was():
     sent = Completion(
-        token_ids=[0, 151_935, 7], logprobs=[-0.1, float("-inf"), -2.5], versions=[3, 3, 4], finish_reason="stop"
+        token_ids=[0, 151_935, 7], logprobs=[-0.125, float("-inf"), -2.5], versions=[3, 3, 4], finish_reason="stop"
     )
-    assert pickle.loads(pickle.dumps(sent)) == sent
+    come = pickle.loads(pickle.dumps(sent))
+    assert all(isinstance(column, array) for column in (come.token_ids, come.logprobs, come.versions))
+    assert replace(come, **{name: [*getattr(come, name)] for name in ("token_ids", "logprobs", "versions")}) == sent
     many = replace(sent, token_ids=[70_000] * 1000, logprobs=[-0.123] * 1000, versions=[5] * 1000)
     assert len(pickle.dumps(many)) < 13 * 1000

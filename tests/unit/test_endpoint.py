@@ -54,12 +54,12 @@ def test_a_conversation_of_a_stock_client_is_one_row_of_what_was_sampled(tmp_pat
     (row,) = rows_of(record)
     assert len(engine.asked) == 3
     for context, done in engine.asked:
-        assert row.token_ids[: len(context)] == context
+        assert [*row.token_ids[: len(context)]] == context
         end = len(context) + len(done.token_ids)
-        assert row.token_ids[len(context) : end] == done.token_ids
+        assert [*row.token_ids[len(context) : end]] == done.token_ids
         assert all(row.mask[len(context) : end])
-        assert row.logprobs[len(context) : end] == done.logprobs
-        assert row.versions[len(context) : end] == done.versions
+        assert [*row.logprobs[len(context) : end]] == done.logprobs
+        assert [*row.versions[len(context) : end]] == done.versions
     assert sum(row.mask) == sum(len(done.token_ids) for _, done in engine.asked)
     text = engine.tokenizer.decode(row.token_ids[: len(engine.asked[2][0])])
     assert text.startswith("user:hello<end>assistant:")

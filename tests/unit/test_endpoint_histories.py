@@ -125,7 +125,7 @@ def check(asked, record) -> None:
         for i, (sampled, logprob) in enumerate(zip(row.mask, row.logprobs, strict=True)):
             if sampled:
                 trained[logprob] += 1
-                begins.setdefault(logprob, row.token_ids[: i + 1])
+                begins.setdefault(logprob, [*row.token_ids[: i + 1]])
     dropped = 0
     for number, (context, done) in enumerate(asked):
         logprob, n = -1.0 - number, len(done.token_ids)

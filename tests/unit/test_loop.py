@@ -13,6 +13,7 @@ from log import Log
 from rl.config import Config, Deadlines, RolloutConfig
 from rl.filters import Difficulty, ZeroAdvantage
 from rl.loop.loop import Loop
+from rl.loop.progress import Progress
 from rl.loop.stream import stream
 from rl.protocols import EngineLost, StallError, SyncReport
 from rl.rewards.score import RewardError, score, score_in_time
@@ -85,7 +86,7 @@ async def at_once(reward, asked, ordinal, deadline_s):
 
 
 def loop_of(engines, trainer, *, reward=lambda _: 1.0, score=at_once, set_aside=None, **settings):
-    hooks = {name: settings.pop(name) for name in ("evaluate", "keep", "save") if name in settings}
+    hooks = {name: settings.pop(name) for name in ("evaluate", "keep", "save", "progress") if name in settings}
     config = Config(
         **({"name": "t", "model": "m", "data": lambda: Data(train=[]), "reward": reward, "steps": 6} | settings),
         prompts_per_step=2,
@@ -434,6 +435,25 @@ def test_a_step_may_wait_for_a_straggler_and_then_waits_until_it_is_as_old_as_th
     assert 0 in trainer.batches[1].group_ids
     assert max(trainer.ages) == 1
     assert balanced(loop) == {"trained": 16}
+
+
+def test_the_first_groups_are_sampled_beside_the_start_models_evaluation_and_none_is_trained_before_it_ends():
+    engines, seen = Engines(), []
+    trainer = Trainer(engines)
+
+    async def evaluation(step):
+        while engines.calls < 2:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
+        seen.append((step, len(trainer.batches)))
+        return {"eval/test/mean": 0.5}
+
+    evaluate = lambda step: None if step else evaluation(step)  # noqa: E731
+    loop = run(loop_of(engines, trainer, max_staleness=0, evaluate=evaluate, progress=Progress(owes_evaluation=True)))
+    assert loop.done
+    assert seen == [(0, 0)]
+    assert loop.tracker.rows[0]["eval/test/mean"] == 0.5
+    assert "timing_s/evaluate" in loop.tracker.rows[0]
 
 
 def test_the_seconds_of_all_rows_add_up_to_those_of_the_run(monkeypatch):

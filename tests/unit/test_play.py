@@ -57,7 +57,7 @@ def seen(env, says=solves, **settings):
 def test_an_episode_is_one_row_that_the_engine_was_asked():
     (row,), asked = played()
     assert text(row.token_ids) == PROMPT + "CALC(2*3)[user]6[assistant]CALC(6+4)[user]10[assistant]10"
-    assert row.token_ids == asked[-1]["context"] + asked[-1]["completion"].token_ids
+    assert [*row.token_ids] == asked[-1]["context"] + asked[-1]["completion"].token_ids
     assert "".join(chr(t) for t, m in zip(row.token_ids, row.mask, strict=True) if m) == "CALC(2*3)CALC(6+4)10"
     assert (row.reward, row.finish_reason, row.paid, row.trained) == (1.0, "stop", None, True)
     assert [t for t in row.turns if t >= 0] == [0] * 9 + [1] * 9 + [2] * 2

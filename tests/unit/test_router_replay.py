@@ -328,7 +328,7 @@ def test_a_row_of_several_turns_has_the_experts_with_which_each_token_was_first_
     # The second request reads [1, 2, 10, 11, 3] again, and samples 12.
     tree.add([1, 2, 10, 11, 3], completion(12, experts=numbered(20, 5)), 1)
     [row] = tree.rows(group=0, episode=0, reward=1.0)
-    assert row.token_ids == [1, 2, 10, 11, 3, 12]
+    assert [*row.token_ids] == [1, 2, 10, 11, 3, 12]
     # 11 was sampled last in the first turn, and first read in the second.
     assert row.experts[:, 0, 0].tolist() == [0, 1, 2, 23, 24]
     assert collate([row]).experts.shape == (1, 5, 2, 2)

@@ -28,11 +28,11 @@ def test_turns_that_continue_each_other_are_one_row():
     tree.add([1, 2], sampled(10, 11), 0)
     tree.add([1, 2, 10, 11, 3], sampled(12), 1)
     (row,) = rows(tree)
-    assert row.token_ids == [1, 2, 10, 11, 3, 12]
-    assert row.mask == [False, False, True, True, False, True]
-    assert row.logprobs == [0.0, 0.0, -1.0, -1.0, 0.0, -1.0]
-    assert row.versions == [-1, -1, 3, 3, -1, 3]
-    assert row.turns == [-1, -1, 0, 0, -1, 1]
+    assert [*row.token_ids] == [1, 2, 10, 11, 3, 12]
+    assert [*row.mask] == [False, False, True, True, False, True]
+    assert [*row.logprobs] == [0.0, 0.0, -1.0, -1.0, 0.0, -1.0]
+    assert [*row.versions] == [-1, -1, 3, 3, -1, 3]
+    assert [*row.turns] == [-1, -1, 0, 0, -1, 1]
     assert (row.group, row.episode, row.row, row.reward, row.paid, row.support) == (5, 2, 0, 1.0, None, None)
 
 
@@ -42,9 +42,9 @@ def test_an_edited_history_is_a_new_row_and_a_shared_turn_is_trained_in_the_firs
     tree.add([1, 10, 2], sampled(11), 1)
     tree.add([1, 10, 3], sampled(12), 2)
     first, second = rows(tree)
-    assert (first.token_ids, first.mask) == ([1, 10, 2, 11], [False, True, False, True])
-    assert (second.token_ids, second.mask) == ([1, 10, 3, 12], [False, False, False, True])
-    assert (second.row, second.logprobs, second.turns) == (1, [0.0, 0.0, 0.0, -1.0], [-1, -1, -1, 2])
+    assert ([*first.token_ids], [*first.mask]) == ([1, 10, 2, 11], [False, True, False, True])
+    assert ([*second.token_ids], [*second.mask]) == ([1, 10, 3, 12], [False, False, False, True])
+    assert (second.row, [*second.logprobs], [*second.turns]) == (1, [0.0, 0.0, 0.0, -1.0], [-1, -1, -1, 2])
     assert (first.paid, second.paid) == ((), ((3, 1.0),)), "the reward is paid once, at the end"
 
 
@@ -77,7 +77,7 @@ def test_two_samples_of_one_request_are_two_rows():
     tree = Tree()
     tree.add([1, 2], sampled(10), 0)
     tree.add([1, 2], sampled(10), 1)
-    assert [(row.token_ids, row.mask) for row in rows(tree)] == [([1, 2, 10], [False, False, True])] * 2
+    assert [([*row.token_ids], [*row.mask]) for row in rows(tree)] == [([1, 2, 10], [0, 0, 1])] * 2
 
 
 class Recorder:
@@ -90,7 +90,7 @@ class Recorder:
         n = self.random.randint(1, 3)
         completion = Completion(
             token_ids=[self.random.randint(0, 2) for _ in range(n)],
-            logprobs=[-self.random.random() for _ in range(n)],
+            logprobs=[-self.random.randrange(1024) / 1024 for _ in range(n)],
             versions=[self.random.randint(0, 3) for _ in range(n)],
             finish_reason="stop",
         )
@@ -130,18 +130,18 @@ def check(engine, tree):
     for row, path in zip(rows(tree), tree.paths(), strict=True):
         assert row.mask.count(True) == sum(turn >= 0 for turn in row.turns)
         context, completion = asked[path[-1].turn]
-        assert row.token_ids == context + completion.token_ids, "a row is not what the engine was asked"
+        assert [*row.token_ids] == context + completion.token_ids, "a row is not what the engine was asked"
         for node in path:
             context, completion = asked[node.turn]
-            assert row.token_ids[: len(context)] == context
+            assert [*row.token_ids[: len(context)]] == context
             here = slice(len(context), len(context) + len(completion.token_ids))
-            assert row.token_ids[here] == completion.token_ids
+            assert [*row.token_ids[here]] == completion.token_ids
             if row.mask[here.start]:
                 trained[node.turn] += 1
-                assert row.mask[here] == [True] * len(completion.token_ids)
-                assert row.logprobs[here] == completion.logprobs
-                assert row.versions[here] == completion.versions
-                assert row.turns[here] == [node.turn] * len(completion.token_ids)
+                assert [*row.mask[here]] == [True] * len(completion.token_ids)
+                assert [*row.logprobs[here]] == completion.logprobs
+                assert [*row.versions[here]] == completion.versions
+                assert [*row.turns[here]] == [node.turn] * len(completion.token_ids)
         assert row.mask.count(True) == sum(len(asked[t][1].token_ids) for t in {*row.turns} - {-1})
     assert trained == Counter(dict.fromkeys(asked, 1)), "a sampled token is not trained exactly once"
     paid = [((0, row.reward),) if row.paid is None else row.paid for row in rows(tree)]

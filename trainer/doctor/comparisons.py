@@ -111,7 +111,9 @@ class Comparisons:
         deadline = config.deadlines.sample_s
 
         async def prefilled(token_ids: list[int], c: Completion) -> Completion:
-            scores = await self.cluster.ask_engine(0, lambda e: e.prefill(token_ids, c.token_ids), deadline_s=deadline)
+            scores = await self.cluster.ask_engine(
+                0, lambda e: e.prefill(token_ids, [*c.token_ids]), deadline_s=deadline
+            )
             return Completion(
                 token_ids=c.token_ids, logprobs=scores, versions=c.versions, finish_reason=c.finish_reason
             )

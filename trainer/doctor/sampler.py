@@ -78,7 +78,7 @@ def _returned(
     """Tokens handed on, tokens and numbers that the sampler returned, numbers handed on."""
     count = len(reply.token_ids)
     pairs = next((t["returned"] for t in traces if len(t["returned"]) >= count), None)
-    return None if pairs is None else (reply.token_ids, [tuple(p) for p in pairs[:count]], reply.logprobs)
+    return None if pairs is None else ([*reply.token_ids], [tuple(p) for p in pairs[:count]], [*reply.logprobs])
 
 
 def _tensor(value: tuple[list[int], bytes]) -> Tensor:

@@ -19,7 +19,7 @@ def sampled(t: Trajectory) -> int:
 def parts(t: Trajectory) -> tuple[list[int], list[int]]:
     """Tokens of the prompt and of the reply; what an episode read between its turns stays between them."""
     first = t.mask.index(True) if True in t.mask else len(t.mask)
-    return t.token_ids[:first], t.token_ids[first:]
+    return [*t.token_ids[:first]], [*t.token_ids[first:]]
 
 
 def worth_a_look(

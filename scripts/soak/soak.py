@@ -1,7 +1,7 @@
 """Start the quickstart's engine again and again, and examine each start: how often is one of them wrong?
 
-    python scripts/bench/soak.py                          # 200 starts, about 30 s each on two calm cores
-    python scripts/bench/soak.py --at-a-time 5            # the next five of them; a second call continues
+    python scripts/soak/soak.py                          # 200 starts, about 30 s each on two calm cores
+    python scripts/soak/soak.py --at-a-time 5            # the next five of them; a second call continues
 
 Half of the starts run next to a busy core, and half of them with two OpenMP threads. Each start is a row of `--out`.
 A start with a finding keeps its doctor.json and doctor.html next to it, and is examined a second time.

@@ -1,7 +1,7 @@
 """How fast do new weights reach an engine? The tables of docs/performance.md.
 
-    python scripts/bench/sync_bench.py --updates 8 --turns 2 --out docs/data/sync.json
-    python scripts/bench/sync_bench.py --layers 8 30 60 --bucket-mib 4 64 --out docs/data/sync-sizes.json
+    python scripts/bench/sync/sync_bench.py --updates 8 --turns 2 --out docs/data/sync.json
+    python scripts/bench/sync/sync_bench.py --layers 8 30 60 --bucket-mib 4 64 --out docs/data/sync-sizes.json
 
 The first command takes about 15 minutes on two slow cores. The second one varies the size of the model.
 
@@ -35,7 +35,7 @@ from trainer.cluster.cluster import Cluster
 from trainer.cluster.engine_client import EngineClient
 from trainer.cluster.placement import place
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT / "scripts")]
 MODEL = str(ROOT / "models" / "smollm2-135m")
 CONFIG = Config(

@@ -1,4 +1,4 @@
-"""What may differ between two starts of an engine, as its worker process sees it; scripts/bench/soak.py asks for it."""
+"""What may differ between two starts of an engine, as its worker process sees it; scripts/soak/soak.py asks for it."""
 
 import os
 from typing import Any

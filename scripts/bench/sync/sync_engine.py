@@ -1,4 +1,4 @@
-"""The engine of scripts/bench/sync_bench.py: can sample without end, and can be updated tensor by tensor."""
+"""The engine of scripts/bench/sync/sync_bench.py: can sample without end, and can be updated tensor by tensor."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""The records of scripts/bench/sync_bench.py, and the tables that it prints from them."""
+"""The records of scripts/bench/sync/sync_bench.py, and the tables that it prints from them."""
 
 import statistics
 from dataclasses import dataclass, field
