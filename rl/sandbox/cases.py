@@ -26,7 +26,7 @@ def share_passed(
     if not cases:
         raise ValueError("share_passed needs at least one case: (standard input, wanted output)")
     for given, wanted in cases:
-        if not isinstance(given, str | bytes) or not isinstance(wanted, str):
+        if type(given) not in (str, bytes) or type(wanted) is not str:
             raise TypeError(
                 f"a case is two texts, (standard input, wanted output), and this one is {(given, wanted)!r}"
             )

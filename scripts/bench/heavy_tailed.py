@@ -1,4 +1,4 @@
-"""An engine whose replies have heavy-tailed lengths; scripts/bench/async_bench.py runs on it."""
+"""Engines whose replies have the lengths that a bench asks for: of async_bench.py, and of rollouts.py."""
 
 import math
 import random
@@ -23,3 +23,10 @@ class HeavyTailed(Engine):
         if seed is not None:
             sampling |= {"max_tokens": length(seed, sampling["max_tokens"]), "ignore_eos": True}
         return await super()._complete(token_ids, seed=seed, **sampling)
+
+
+class Exact(Engine):
+    """Every reply has exactly the length that is asked."""
+
+    async def _complete(self, token_ids: list[int], **sampling: Any) -> Completion:
+        return await super()._complete(token_ids, **sampling | {"ignore_eos": True})

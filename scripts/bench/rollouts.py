@@ -19,14 +19,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from heavy_tailed import length
-from vllm import LLM, SamplingParams, TokensPrompt
 
 from rl.config import Config, RolloutConfig
-from rl.types import Completion, Data
-from rollout.engine import Engine
+from rl.types import Data
 from rollout.settings import engine_args, engine_env, sampling_settings
 from trainer import machine
 from trainer.cluster.cluster import Cluster
@@ -46,6 +41,8 @@ Play = Callable[[list[Asked]], int]
 
 def requests(job: str, turn: int) -> list[Asked]:
     """What a round asks for."""
+    from heavy_tailed import length
+
     drawn, longest = random.Random(f"{job} {turn}"), JOBS[job]
     prompts = [[drawn.randrange(1000, 40000) for _ in range(PROMPT)] for _ in range(PROMPTS)]
     seeds = [1000 * turn + i for i in range(PROMPTS * GROUP)]
@@ -53,13 +50,6 @@ def requests(job: str, turn: int) -> list[Asked]:
         (prompts[i // GROUP], seed, length(seed, longest) if job == "heavy-tailed" else longest)
         for i, seed in enumerate(seeds)
     ]
-
-
-class Exact(Engine):
-    """Every reply has exactly the length that is asked."""
-
-    async def _complete(self, token_ids: list[int], **sampling: Any) -> Completion:
-        return await super()._complete(token_ids, **sampling | {"ignore_eos": True})
 
 
 CONFIG = Config(
@@ -70,7 +60,7 @@ CONFIG = Config(
     dtype="float32",
     device="cpu",
     rollout=RolloutConfig(
-        max_tokens=256, max_model_len=288, max_num_seqs=32, kv_cache_gib=1.0, engine_class="rollouts:Exact"
+        max_tokens=256, max_model_len=288, max_num_seqs=32, kv_cache_gib=1.0, engine_class="heavy_tailed:Exact"
     ),
 )
 
@@ -78,6 +68,8 @@ CONFIG = Config(
 @contextmanager
 def bare() -> Iterator[Play]:
     """`LLM.generate`, in this process."""
+    from vllm import LLM, SamplingParams, TokensPrompt
+
     args = engine_args(CONFIG, device="cpu", backend="gloo", model=CONFIG.model) | {"load_format": "auto"}
     for name in ("worker_extension_cls", "weight_transfer_config"):
         args.pop(name)
