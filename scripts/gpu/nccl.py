@@ -8,8 +8,11 @@ from gpu.update import update
 
 
 def nccl(args: argparse.Namespace) -> Result:
-    """The phase `update` with a GPU for the engine and the others, at most three, for ranks at ZeRO 3."""
-    gpus = torch.cuda.device_count() if args.device == "cuda" else 0
+    """The phase `update` with a GPU for the engine and the others, at most three, for ranks at ZeRO 3.
+
+    On CPU there are two ranks.
+    """
+    gpus = torch.cuda.device_count() if args.device == "cuda" else 3
     if gpus < 2:
         return {"GPUs": gpus, "not run": "it needs two"}
-    return {"GPUs": gpus} | update(args, ranks=min(3, gpus - 1))
+    return {"GPUs": gpus if args.device == "cuda" else 0} | update(args, ranks=min(3, gpus - 1))
