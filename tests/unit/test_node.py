@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ray._private.parameter import RayParams
 
 from rl.protocols import UpdateFailed
 from rl.weights import TensorMeta
@@ -45,13 +46,31 @@ def cluster(folders: Path, base: int, head: str = "10.0.0.1:10000") -> Node:
 
 
 def test_two_clusters_of_a_node_share_no_port(folders):
-    taken = [ports.claim(None, head=True) for _ in range(3)]
+    taken = [ports.claim(None) for _ in range(3)]
     bases = sorted(Node(folder).base for folder in taken)
     assert all(b - a >= ports.SPAN for a, b in pairwise(bases))
     for base in bases:
         used = [int(option.partition("=")[2]) for option in ports.ray_ports(base, head=True)]
         assert len(used) == len(set(used)), used
         assert base <= min(used) <= max(used) < base + ports.OURS[0] < base + ports.SPAN
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_ray_takes_the_ports_of_every_block(tmp_path, monkeypatch, head):
+    monkeypatch.setattr(ports, "RANGE", tmp_path / "range")
+    bases = set()
+    for floor in (9000, 32768):
+        (tmp_path / "range").write_text(f"{floor}\t60999\n")
+        bases.update(ports.blocks())
+    for base in bases:
+        given = dict(option[2:].replace("-", "_").split("=") for option in ports.ray_ports(base, head=head))
+        # As `ray start` does it.
+        given = {"ray_client_server_port": 10001} | {name: int(port) for name, port in given.items()}
+        given["metrics_agent_port"], given["gcs_server_port"] = (
+            given.pop("dashboard_agent_grpc_port"),
+            given.pop("port", None),
+        )
+        RayParams(**given).update_pre_selected_port()
 
 
 def test_all_ports_are_below_the_ephemeral_ones(folders, tmp_path, monkeypatch):
@@ -74,12 +93,12 @@ def test_two_jobs_begin_at_different_blocks(folders, monkeypatch):
 
 
 def test_a_block_in_which_a_port_is_taken_is_left_out(folders):
-    first = Node(ports.claim(None, head=True)).base
-    ports.claim(None, head=False)
+    first = Node(ports.claim(None)).base
+    ports.claim(None)
     with socket.create_server(("", first + 2 * ports.SPAN + 3)):
-        assert Node(ports.claim(None, head=True)).base not in (first, first + ports.SPAN, first + 2 * ports.SPAN)
+        assert Node(ports.claim(None)).base not in (first, first + ports.SPAN, first + 2 * ports.SPAN)
         with pytest.raises(ValueError, match="in use on this node"):
-            ports.claim(first + 2 * ports.SPAN, head=True)
+            ports.claim(first + 2 * ports.SPAN)
 
 
 def test_the_folder_of_a_dead_cluster_is_used_again(folders, monkeypatch):
@@ -87,11 +106,11 @@ def test_the_folder_of_a_dead_cluster_is_used_again(folders, monkeypatch):
     monkeypatch.setattr(ports, "_is_free", lambda port: True)
     node = cluster(folders, 10_000)
     with pytest.raises(ValueError, match="in use on this node"):
-        ports.claim(10_000, head=True)
+        ports.claim(10_000)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (node.folder / "owner").write_text(str(dead.pid))
-    assert ports.claim(10_000, head=True) == node.folder
+    assert ports.claim(10_000) == node.folder
     assert not list(node.folder.iterdir())
 
 

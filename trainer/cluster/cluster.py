@@ -83,11 +83,12 @@ class Cluster:
         self.engine_options = [
             one | more for one in [*options[: p.engines], *([later] * (c.rollout.most_engines - p.engines))]
         ]
+        # The ranks first: an engine that had taken the driver's last CPU would keep rank 0 from its node.
+        for one in options[p.engines : p.engines + p.learners]:
+            self.learners.append(learner_process(one | {"runtime_env": {"env_vars": learner_vars}}))
         booted = [self._boot_engine(index) for index in range(p.engines)]
         self.engines = {index: engine for index, (engine, _) in enumerate(booted)}
         self.building = [building for _, building in booted]
-        for one in options[p.engines : p.engines + p.learners]:
-            self.learners.append(learner_process(one | {"runtime_env": {"env_vars": learner_vars}}))
         # One thread: a reward model computes while engines and ranks do.
         more["runtime_env"] = {"env_vars": env | engine_env(device=p.device, backend=p.backend, threads=1)}
         self.reward_models.boot([one | more for one in options[p.engines + p.learners :]], self.sources, p.device)

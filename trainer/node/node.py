@@ -71,7 +71,7 @@ def start(
     if host and not network.answers(host, port):
         raise ValueError(f"nothing answers at {head}: is the head running, and may this node reach that port?")
     name, address = network.interface(interface, host)
-    node = Node(ports.claim(base, head=head is None))
+    node = Node(ports.claim(base))
     (node.folder / "owner").write_text(str(os.getpid()))
     (node.folder / "id").write_text(secrets.token_hex(8))
     (node.folder / "job").write_text(job())

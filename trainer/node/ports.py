@@ -13,10 +13,10 @@ from trainer.node.processes import is_alive
 SPAN = 400
 """Ports of a block."""
 BASE = ("node-manager-port", "object-manager-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
-BASE += ("runtime-env-agent-port", "metrics-export-port")
-"""Ray's ports on every node, from the second of the block on."""
-HEAD = ("ray-client-server-port", "dashboard-port")
-"""Those of the head alone. The first of the block is the one that nodes and drivers connect to."""
+BASE += ("runtime-env-agent-port", "metrics-export-port", "ray-client-server-port", "dashboard-port")
+"""Ray's ports, from the second of the block on. The last two are the head's alone; a node that is not
+told them takes Ray's own, 10001 and 8265, and does not start where these are in its block. The first of the block is
+the one that nodes and drivers connect to."""
 WORKERS, OURS = (20, 319), (320, SPAN - 1)
 """In the block: ports of Ray's workers, and those of the learner's and the weight channel's meeting places."""
 PORTS = "UNISON_PORTS"
@@ -39,13 +39,13 @@ def blocks() -> list[int]:
     return [*found[first:], *found[:first]]
 
 
-def claim(base: int | None, *, head: bool) -> Path:
+def claim(base: int | None) -> Path:
     """The folder of a block that nobody uses, which is then this user's. Raises ValueError where there is none."""
     for first in blocks() if base is None else [base]:
         folder = FOLDERS / f"{NAME}{first}"
         if (folder.exists() and not _abandoned(folder)) or not _made(folder):
             continue
-        if all(_is_free(first + offset) for offset in range(len(BASE) + 1 + (len(HEAD) if head else 0))):
+        if all(_is_free(first + offset) for offset in range(len(BASE) + 1)):
             return folder
         folder.rmdir()
     taken = f"the ports from {base} on are" if base is not None else "all blocks of ports are"
@@ -54,8 +54,7 @@ def claim(base: int | None, *, head: bool) -> Path:
 
 def ray_ports(base: int, *, head: bool) -> list[str]:
     """Ray's options for a block."""
-    names = [*BASE, *(HEAD if head else ())]
-    fixed = [f"--{name}={base + i}" for i, name in enumerate(names, 1)] + ([f"--port={base}"] if head else [])
+    fixed = [f"--{name}={base + i}" for i, name in enumerate(BASE, 1)] + ([f"--port={base}"] if head else [])
     first, last = (base + offset for offset in WORKERS)
     return [*fixed, f"--min-worker-port={first}", f"--max-worker-port={last}"]
 
