@@ -349,6 +349,7 @@ def test_a_disk_that_fills_up_under_a_real_tracker_costs_one_warning_at_most(tmp
         seconds = time.perf_counter() - began
         tracker.close({"status": "finished"})
     titles = [a["title"] for a in tracker.alerts if "jsonl" not in a["title"]]
+    titles = [title for title in titles if "is not online" not in title]  # it says so here, with or without a disk
     assert titles in ([], [f"{name} takes no more metrics"]), tracker.alerts
     assert seconds < 10
     tracker.write_waiting()
