@@ -95,6 +95,7 @@ def _of_episodes(trajectories: list[Trajectory], length: int) -> dict[str, Tenso
 ITEM = {torch.long: "q", torch.float32: "f", torch.bool: "b"}
 """Python's name of a tensor's item: `array` reads a list several times faster than torch does."""
 DTYPE = {"i": torch.int32, "q": torch.long, "f": torch.float32, "b": torch.int8}
+"""A tensor's name of an array's item."""
 
 
 def _pad(rows: Sequence[Sequence[int | float]], length: int, value: int | float, dtype: torch.dtype) -> Tensor:

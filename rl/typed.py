@@ -1,6 +1,7 @@
 """Does a value have the type that its field declares? Checked when the value is made, with the right form in the error.
 
-Python alone: beartype looks at one element of a list, takes True for an int, and shows types, not the line to write.
+Python alone, no library: beartype looks at one element of a list, takes True for an int, and its messages show types
+instead of the line to write.
 """
 
 import collections.abc
@@ -10,18 +11,12 @@ import itertools
 import math
 import numbers
 import reprlib
-import sys
 import types
 import typing
 from functools import lru_cache
 from typing import Any
 
 _Hints = dict[str, Any]
-
-
-def with_python(command: collections.abc.Sequence[str]) -> list[str]:
-    """A command in which "python" is this interpreter; the one on PATH may be another."""
-    return [sys.executable if command[0] == "python" else command[0], *command[1:]]
 
 
 class Checked:

@@ -54,8 +54,8 @@ class Parsed:
     """Why a call that begins in the completion cannot be understood; empty if every call can."""
 
 
-KINDS = {"token_ids": "i", "logprobs": "f", "versions": "i"}
-"""What `array` calls the items of a column. Log-probabilities are of float32, as engines return them."""
+TYPECODES = {"token_ids": "i", "logprobs": "f", "versions": "i"}
+"""What `array` calls the items of a column: int32, and float32 as engines return log-probabilities."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,8 @@ class Completion:
 
     `support[i]` are the vocabulary ids that truncation kept when token i was sampled, where the engine reports them.
     `experts` [prompt + tokens - 1, layers, k] are the experts that each token went through, where the engine reports
-    them; the last token was sampled and went through none.
+    them; the last token was sampled and went through none. In the engine that made them the columns are lists; in
+    another process they are arrays, which equal no list.
     """
 
     token_ids: Sequence[int]
@@ -82,7 +83,7 @@ class Completion:
     def __getstate__(self) -> dict[str, Any]:
         # To another process numbers travel as arrays, and stay arrays there: objects of Python would cost most of a
         # step on the driver.
-        return self.__dict__ | {name: array(kind, getattr(self, name)) for name, kind in KINDS.items()}
+        return self.__dict__ | {name: array(code, getattr(self, name)) for name, code in TYPECODES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +130,10 @@ class Verdict:
 class Trajectory:
     """A scored sequence. All columns have the length of `token_ids`; entry i belongs to token i.
 
-    Lists of numbers become arrays, 13 bytes a token in place of 99: a step may hold millions. `mask[i]` is 1 where the
-    policy sampled token i. Outside the mask `logprobs` is 0, `versions` is -1, and `support` (the ids kept by
-    truncation, where the engine reports them) is empty. `experts` [tokens - 1, layers, k] are those of every token but
-    the last, sampled or not.
+    Lists of numbers become arrays, 13 bytes a token, because a step may hold millions; an array equals no list.
+    `mask[i]` is 1 where the policy sampled token i. Outside the mask `logprobs` (nats) is 0, `versions` is -1, and
+    `support` (the ids kept by truncation, where the engine reports them) is empty. `experts` [tokens - 1, layers, k]
+    are those of every token but the last, sampled or not.
 
     An episode is one trajectory, or several where its history was edited: its rows. Each holds what the policy was
     given, and trains the tokens that were sampled for it; a sampled token is in the mask of one row only. All rows of
@@ -167,10 +168,10 @@ class Trajectory:
     """The engine that sampled its last token; -1: not known."""
 
     def __post_init__(self) -> None:
-        for name, kind in (KINDS | {"mask": "b", "turns": "i"}).items():
+        for name, code in (TYPECODES | {"mask": "b", "turns": "i"}).items():
             column = getattr(self, name)
             if column is not None and not isinstance(column, array):
-                object.__setattr__(self, name, array(kind, column))
+                object.__setattr__(self, name, array(code, column))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from pickle import PicklingError
 
 from rl import checkout
-from rl.loop.errors import first_error
+from rl.errors import first_error
 from rl.typed import shortened
 from trainer.runs.summary import MOST
 from trainer.tracking.terminal import console, flush_output

@@ -41,10 +41,10 @@ class Evaluations:
         steps = self.cluster.config.steps
         due = {name: each for name, each in self.sets.items() if each.due(step, steps)}
         if not step:
-            return self._before(due)
+            return self._of_start_model(due)
         return self._measured(step, due) if due else None
 
-    async def _before(self, due: Mapping[str, HeldOut]) -> dict[str, float]:
+    async def _of_start_model(self, due: Mapping[str, HeldOut]) -> dict[str, float]:
         """The start model's figures, and how far the judges agree with their labelled cases."""
         metrics = self.summary["eval_before"] = await self._measured(0, due) if due else {}
         return metrics | await agreements(self.cluster.config.judges)
@@ -65,7 +65,8 @@ class Evaluations:
         """Keep the learner's model if its evaluation is the highest so far. One that cannot be written is an alert."""
         run, history = self.tracker.folder, [*self.tracker.history, {"step": step, **metrics}]
         found = best.best(history, self._metric, {*best.kept(run), step})
-        if not step or self._metric not in metrics or found is None or found[0] != step:
+        start_model = not step  # which is there already
+        if start_model or self._metric not in metrics or found is None or found[0] != step:
             return
         config, tokenizer, summary = self.cluster.config, self.prepared.tokenizer, self.summary | best_of(step, metrics)
         try:

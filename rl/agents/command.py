@@ -10,7 +10,8 @@ from typing import Any
 
 from rl.agents.context import Context
 from rl.environments.types import EnvError
-from rl.typed import shortened, show, with_python
+from rl.tools.command import with_python
+from rl.typed import shortened, show
 
 MOST_OUTPUT = 2**20
 """Bytes of its output that are kept; a process that writes more is read on."""

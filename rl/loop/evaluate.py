@@ -9,8 +9,8 @@ from typing import Any
 from rl.config import Config
 from rl.data import Eval
 from rl.environments.types import EnvError
+from rl.errors import first_error
 from rl.judges.hearing import JudgeError
-from rl.loop.errors import first_error
 from rl.loop.estimates import NO_MEANS, Means, Problems, estimates, names, of_problem, weighted
 from rl.loop.players import MAX_SCORING, Episodes, judged, reject_aborted
 from rl.loop.stream import sample_seed

@@ -163,6 +163,7 @@ class Groups:
 
     def _settle(self, ordinal: int, group: list[Trajectory], samples: int) -> None:
         """Decide what becomes of a scored group, of which so many were sampled."""
+        # A sum of finite float32 numbers is finite, and takes less than a test of each.
         if not all(math.isfinite(sum(t.logprobs)) for t in group):
             # Never replaced by a number that looks right: the group is set aside, counted, and another admitted.
             self.admission.move(ordinal, "filtered(nonfinite_logprobs)")

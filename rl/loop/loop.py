@@ -9,9 +9,9 @@ from statistics import fmean
 from rl.batch import collate
 from rl.config import Config
 from rl.episodes.rows import first_rows
+from rl.errors import first_error
 from rl.judges.desk import judge_metrics
 from rl.loop.admission import Admission
-from rl.loop.errors import first_error
 from rl.loop.groups import Groups, Left, Tally
 from rl.loop.ledger import Moved
 from rl.loop.players import Player, Replies, Score
@@ -121,6 +121,7 @@ class Loop:
                 if self._owes_evaluation:  # beside the first groups, which are sampled on the same weights
                     version = self.admission.version
                     metrics = await self._evaluated(version)
+                    # A run begins with a row of step 0, also where nothing is evaluated.
                     if not self._owes_evaluation and (metrics or not version):
                         self.tracker.log(version, metrics)
                 while self.admission.version < c.steps and await self._step(self.admission.version + 1):

@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 
 from rl.environments.types import ToolError
 from rl.sandbox.types import Content, Files
+from rl.tools.command import with_python
 from rl.typed import Checked
 
 MOST_FILES, MOST_PATH, MOST_PART, MOST_ARGUMENTS, PAGE = 512, 1024, 255, 100_000, 4096
@@ -58,8 +59,7 @@ def words(argv: Sequence[str], python: str) -> list[str]:
     """The arguments, with the path of the interpreter for "python". Raises ToolError if no system would take them."""
     if not argv or any("\0" in each for each in argv) or len(encoded("".join(argv))) > MOST_ARGUMENTS:
         raise ToolError(f"a command needs 1 word or more, without NUL, and at most {MOST_ARGUMENTS:,} bytes")
-    found = [encoded(each).decode() for each in argv]
-    return [python if found[0] == "python" else found[0], *found[1:]]
+    return with_python([encoded(each).decode() for each in argv], python)
 
 
 def name(path: str) -> str:

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import IO, Any
 
+from rl.errors import first_error
 from rl.judges.loops import awaited_on
+from rl.tools.command import with_python
 from rl.tools.errors import EnvError, ToolError
-from rl.typed import Checked, show, with_python
+from rl.typed import Checked, show
 from rl.types import Call
 
 ANSWER_S = 5.0
@@ -170,15 +172,13 @@ class _Connection:
                     self.ready.set_result(None)
                     await self.over.wait()
             except Exception as error:  # of the library, of the server's start, or of the transport's tasks
-                while isinstance(error, ExceptionGroup):
-                    error = error.exceptions[0]
+                cause = first_error(error) if isinstance(error, ExceptionGroup) else error
                 if not self.ready.done():
                     log.seek(0)
                     printed = log.read().strip().splitlines()
-                    why = printed[-1] if printed else f"{type(error).__name__}: {error}"
-                    self.ready.set_exception(
-                        EnvError(f"cannot {'reach' if self.source.url else 'start'} {self.name}: {why}")
-                    )
+                    why = printed[-1] if printed else f"{type(cause).__name__}: {cause}"
+                    tried = "reach" if self.source.url else "start"
+                    self.ready.set_exception(EnvError(f"cannot {tried} {self.name}: {why}"))
             finally:
                 self.over.set()
 

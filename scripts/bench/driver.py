@@ -51,9 +51,9 @@ class Worker:
     def cut(self, batch: Batch) -> float:
         """Seconds to cut a step into its micro-batches."""
         began = time.perf_counter()
-        for rows in micro_batches(batch, torch.arange(len(batch.rewards)), ranks=1, budget=BUDGET, share_prompts=True)[
-            0
-        ]:
+        every = torch.arange(len(batch.rewards))
+        (parts,) = micro_batches(batch, every, ranks=1, budget=BUDGET, share_prompts=True)
+        for rows in parts:
             take(batch, rows)
         return time.perf_counter() - began
 

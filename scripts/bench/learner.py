@@ -12,7 +12,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -108,7 +107,7 @@ def main() -> None:
             pair: dict[str, dict[str, float]] = {}
             for side in list(sides)[:: 1 if turn % 2 else -1]:
                 began, cpu = time.perf_counter(), time.process_time()
-                sides[side](replace(batch))
+                sides[side](batch)
                 pair[side] = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
             rows += [{"replies": name, "turn": turn} | pair] * (turn > 0)
         here = [row for row in rows if row["replies"] == name]

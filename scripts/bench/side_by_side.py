@@ -177,25 +177,23 @@ def main() -> None:
     if asked.side:
         trl(asked.seeds[0], asked.eval_every)
         return
-    made = json.loads(asked.out.read_text()) if asked.out.exists() else []
+    saved = json.loads(asked.out.read_text()) if asked.out.exists() else []
+    made = {(r["side"], r["seed"], r["eval_every"]): r for r in saved}
     asked.out.parent.mkdir(parents=True, exist_ok=True)
 
-    def of(side: str, seed: int) -> dict[str, Any] | None:
-        same = (r for r in made if (r["side"], r["seed"], r["eval_every"]) == (side, seed, asked.eval_every))
-        return next(same, None)
+    def of(side: str, seed: int) -> Row:
+        return figures(made[side, seed, asked.eval_every])
 
     for turn, seed in enumerate(asked.seeds):
         for side in asked.sides[:: 1 if turn % 2 else -1]:
-            if not of(side, seed):
-                made.append(run(side, seed, asked.eval_every, asked.older))
-                asked.out.write_text(json.dumps(made, indent=1) + "\n")
-            print(
-                f"{side}, seed {seed}:", {k: round(v, 1) for k, v in figures(of(side, seed) or {}).items()}, flush=True
-            )
+            if (side, seed, asked.eval_every) not in made:
+                made[side, seed, asked.eval_every] = run(side, seed, asked.eval_every, asked.older)
+                asked.out.write_text(json.dumps([*made.values()], indent=1) + "\n")
+            print(f"{side}, seed {seed}:", {k: round(v, 1) for k, v in of(side, seed).items()}, flush=True)
     print("\n| seconds until | " + " | ".join(asked.sides) + " | ratio to the first (smallest to largest) |")
     print("|---" * (len(asked.sides) + 2) + "|")
     for name in ("first step", f"{GOAL} held out", "whole run"):
-        times = {side: [figures(of(side, seed) or {})[name] for seed in asked.seeds] for side in asked.sides}
+        times = {side: [of(side, seed)[name] for seed in asked.seeds] for side in asked.sides}
         first, last = times[asked.sides[0]], times[asked.sides[-1]]
         ratios = [b / a for a, b in zip(first, last, strict=True)]
         cells = [name, *(f"{statistics.median(times[side]):.0f}" for side in asked.sides)]

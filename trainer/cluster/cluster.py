@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from rl import checkout
 from rl.config import Config
-from rl.loop.errors import first_error
+from rl.errors import first_error
 from rl.protocols import EngineLost
 from rl.weights import check_complete
 from rollout.settings import engine_env

@@ -13,6 +13,7 @@ from rl.config import Config, RolloutConfig
 from rl.tokens import Rendering
 from rl.types import Data
 from trainer.launch import configure
+from trainer.model.files import looks_local
 from trainer.plan.plan import Plan, make_plan
 from trainer.tracking.terminal import console, status
 
@@ -48,10 +49,10 @@ def serve(arguments: Sequence[str]) -> int:
 
 def settings_of(target: str) -> Config:
     """How a model is served: a run's as it was trained, any other one by the defaults. Raises ValueError for a run
-    without a model."""
+    without a model, and for a folder that is not there."""
     run = Path(target)
     saved: dict[str, Any] = {}
-    if not run.exists() and len(run.parts) > 1 and (run.parent.is_dir() or run.parts[0] == "runs"):
+    if not run.exists() and looks_local(target):
         raise ValueError(f"there is no folder {target}: train the run first, or give a model's folder or its hub name")
     if (run / "config.json").is_file() and (run / "metrics.jsonl").is_file():
         if not (run / "model").is_dir():

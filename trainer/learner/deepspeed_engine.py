@@ -54,7 +54,7 @@ def deepspeed_engine(config: Config, model: str, device: str, *, share_prompts: 
     engine.hf_deepspeed_config = sharding  # transformers keeps only a weak reference
     # Without shards DeepSpeed lays gradients end to end for their sum over ranks, by default 2 GB of them at a time.
     engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=BUCKET)
-    # And also where a rank has nobody to sum with, which takes longer than the optimizer.
+    # It would also sum where a rank has nobody to sum with, which takes longer than the optimizer.
     engine.enable_backward_allreduce = t.zero_stage > 0 or t.ranks > 1
     return engine
 

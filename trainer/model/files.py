@@ -29,7 +29,7 @@ TEMPLATES = "additional_chat_templates"
 
 def looks_local(model: str) -> bool:
     """Whether a model name means a folder and not an `owner/name` on the hub."""
-    return model.startswith((".", "/", "~", "models/")) or model.count("/") != 1 or Path(model).exists()
+    return model.startswith((".", "/", "~", "models/", "runs/")) or model.count("/") != 1 or Path(model).exists()
 
 
 def check_model_folder(model: str) -> None:

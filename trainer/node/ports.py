@@ -14,9 +14,9 @@ SPAN = 400
 """Ports of a block."""
 BASE = ("node-manager-port", "object-manager-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
 BASE += ("runtime-env-agent-port", "metrics-export-port", "ray-client-server-port", "dashboard-port")
-"""Ray's ports, from the second of the block on. The last two are the head's alone; a node that is not
-told them takes Ray's own, 10001 and 8265, and does not start where these are in its block. The first of the block is
-the one that nodes and drivers connect to."""
+"""Ray's ports, from the second of the block on; the first is the one that nodes and drivers connect to. The last two
+are the head's alone, but a node that is not told them takes Ray's own, 10001 and 8265, and does not start where these
+are in its block."""
 WORKERS, OURS = (20, 319), (320, SPAN - 1)
 """In the block: ports of Ray's workers, and those of the learner's and the weight channel's meeting places."""
 PORTS = "UNISON_PORTS"
