@@ -80,6 +80,10 @@ class RolloutConfig(Checked):
     sleep: bool = False
     """On a shared GPU, take turns: the engine gives its memory back while the learner steps, and the learner keeps
     gradients, masters and Adam's moments in host memory while the engine samples. Not yet run on a GPU."""
+    receive_while_sampling: bool = False
+    """Over NCCL: an update arrives in spare memory while the engine samples, which then stands still only to load it.
+    Takes the model's weights once more on the GPU, next to `gpu_memory_utilization`. On CPU it is always so. Not yet
+    run on a GPU."""
     kv_cache_gib: float = 1.0
     """KV cache of one engine on CPU, in GiB."""
     threads: int | None = None

@@ -63,6 +63,7 @@ class Engine(Turns, Serving):
         self.slots = asyncio.Semaphore(config.rollout.max_num_seqs)
         self.open = asyncio.Event()
         self.updating = False
+        self.aside = config.rollout.receive_while_sampling and backend == "nccl"
 
     async def start(self) -> None:
         """Set the version of the start weights and accept requests."""
@@ -182,23 +183,38 @@ class Engine(Turns, Serving):
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Join the weight channel, over NCCL while sampling goes on. Raises UpdateFailed when a worker cannot."""
         await self._await_vllm(self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info)))
-        while None in (errors := await self.call_workers(WorkerExtension.joined_channel)):
-            await asyncio.sleep(0.05)
-        for error in filter(None, errors):
-            raise UpdateFailed(f"the weight channel did not open: {error}")
+        await self._in_workers(WorkerExtension.joined_channel, "the weight channel did not open")
 
     async def stage_weights(self, version: int) -> None:
         """On CPU: begin to receive a version into a second copy of the model, while sampling continues."""
         await self._require_ready(WorkerExtension.stage_weights, version)
 
+    async def _in_workers(self, state: Callable[[WorkerExtension], str | None], what: str) -> None:
+        """Wait for what the workers do in a thread. Raises UpdateFailed with the first error message."""
+        while None in (errors := await self.call_workers(state)):
+            await asyncio.sleep(0.02)
+        for error in filter(None, errors):
+            raise UpdateFailed(f"{what}: {error}")
+
     async def start_weight_update(self) -> None:
-        """Pause and begin an update. The pause is required: a step between begin and commit kills vLLM."""
+        """Pause and begin an update. The pause is required: a step between begin and commit kills vLLM.
+
+        With `receive_while_sampling` both wait until everything has arrived.
+        """
+        if not self.aside:
+            await self._begin()
+
+    async def _begin(self) -> None:
         await self.pause()
         self.updating = True
         await self._await_vllm(self.llm.start_weight_update())
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive the tensors of an update, or of a part of it."""
+        if self.aside:
+            await self.call_workers(WorkerExtension.receive_aside, update_info)
+            await self._in_workers(WorkerExtension.received_aside, "the update did not arrive")
+            return
         await self._await_vllm(self.llm.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
 
     async def finish_weight_update(self, version: int) -> None:
@@ -206,7 +222,10 @@ class Engine(Turns, Serving):
         # An equal version is valid: a restarted engine gets the version that the other engines hold.
         if version < self.version:
             raise UpdateFailed(f"weight versions only grow: this engine holds {self.version}, the update is {version}")
-        if not self.updating:
+        if self.aside:
+            await self._begin()
+            await self.call_workers(WorkerExtension.load_spare)
+        elif not self.updating:
             # Staged weights have arrived completely by now, so the pause covers only the swap, which cannot fail.
             await self._require_ready(WorkerExtension.commit_error, version)
             await self._await_vllm(self.llm.start_weight_update())

@@ -18,8 +18,12 @@ class Turns:
     """Set while new requests may reach vLLM."""
     updating: bool
     """True while an update is changing the live weights."""
+    aside = False
+    """Whether updates arrive in spare memory first."""
     asleep = False
     """From `sleep` to `wake`."""
+    mapped = True
+    """Whether the weights have their memory: asleep from the first update on, which may be sent again."""
     paused_at = 0.0
     pause_seconds = 0.0
     """Seconds that sampling stopped for the last update."""
@@ -31,7 +35,9 @@ class Turns:
         that sleeps gets the memory of its weights back, and nothing more.
         """
         if self.asleep:
-            await self._await_vllm(self.llm.wake_up(tags=["weights"]))
+            if not self.mapped:
+                await self._await_vllm(self.llm.wake_up(tags=["weights"]))
+            self.mapped = True
             return
         self.open.clear()
         await self._await_vllm(self.llm.pause_generation(mode="keep", clear_cache=self.config.rollout.recompute_kv))
@@ -47,7 +53,7 @@ class Turns:
     async def sleep(self) -> None:
         """Give the memory of weights and KV cache back. Requests are kept, and go on after an update and `wake`."""
         self.open.clear()
-        self.paused_at, self.asleep = time.perf_counter(), True
+        self.paused_at, self.asleep, self.mapped = time.perf_counter(), True, False
         await self._await_vllm(self.llm.sleep(level=2, mode="keep"))
 
     async def wake(self) -> None:

@@ -15,7 +15,7 @@ from rollout.sampler_trace import SamplerTrace
 from rollout.trace import Tracer
 from rollout.weights.names import expected, fused_modules
 from rollout.weights.receive import GlooEngine
-from rollout.weights.vllm_receive import IPCEngine, NCCLEngine
+from rollout.weights.vllm_receive import IPCEngine, NCCLEngine, how_it_ended
 
 # MKL chooses its kernels at a process's first call. Where two threads make that call together, one may get a kernel of
 # half the digits; the model's cosines and sines are computed once. One element, one thread: see docs/parity.md.
@@ -46,6 +46,20 @@ class WorkerExtension:
         """None while the rendezvous of the weight channel goes on in a thread; then an error message, or ""."""
         engine = self.weight_transfer_engine
         return engine.joined() if isinstance(engine, NCCLEngine) else ""
+
+    def receive_aside(self, update_info: dict[str, Any]) -> None:
+        """Over NCCL: begin to receive an update into spare memory, while sampling goes on. Returns at once."""
+        self._nccl_engine().receive_aside(update_info)
+
+    def received_aside(self) -> str | None:
+        """None while the update arrives; then an error message, or ""."""
+        spare = self._nccl_engine().spare
+        assert spare is not None, "receive_aside comes first"
+        return how_it_ended(spare)
+
+    def load_spare(self) -> None:
+        """Load the update that has arrived into the model."""
+        self._nccl_engine().load_spare()
 
     def digest_updates(self, on: bool) -> None:
         """Set whether the tensors of the next updates are digested as they arrive."""
@@ -80,6 +94,10 @@ class WorkerExtension:
     def end_sampler_trace(self) -> dict[str, Any]:
         """The records: see `rollout.sampler_trace.SamplerTrace.stop`."""
         return self.sampler_trace.stop()
+
+    def _nccl_engine(self) -> NCCLEngine:
+        assert isinstance(self.weight_transfer_engine, NCCLEngine), "only NCCL receives into spare memory"
+        return self.weight_transfer_engine
 
     def _gloo_engine(self) -> GlooEngine:
         assert isinstance(self.weight_transfer_engine, GlooEngine), "only the CPU channel stages weights"

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,6 +44,17 @@ class Arrivals(nn.Module):
             self.error = error
 
 
+class Kept(nn.Module):
+    """Takes the model's place while weights arrive in spare memory: keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[tuple[str, Tensor]] = []
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.weights += weights
+
+
 @contextmanager
 def arriving(engine: "NCCLEngine | IPCEngine") -> Iterator[None]:
     """Let what the engine receives in this block go through `Arrivals`. Raises the error of the model at its end."""
@@ -70,6 +82,8 @@ class NCCLEngine(NCCLWeightTransferEngine):
     digesting = False
     joining: Future[Any] | None = None
     """The group, once this worker has joined it."""
+    spare: Future[list[tuple[str, Tensor]]] | None = None
+    """An update that arrives while the model samples."""
 
     def init_transfer_engine(self, init_info: Any) -> None:
         """Begin to join in a thread, after leaving the group before. Returns at once: see `joined`."""
@@ -86,12 +100,9 @@ class NCCLEngine(NCCLWeightTransferEngine):
     def joined(self) -> str | None:
         """None while this worker waits for the others; then an error message, or ""."""
         assert self.joining is not None, "init_transfer_engine comes first"
-        if not self.joining.done():
-            return None
-        if error := self.joining.exception():
-            return f"{type(error).__name__}: {error}"
-        self.model_update_group = self.joining.result()
-        return ""
+        if (error := how_it_ended(self.joining)) == "":
+            self.model_update_group = self.joining.result()
+        return error
 
     def shutdown(self) -> None:
         """Leave the group."""
@@ -107,9 +118,38 @@ class NCCLEngine(NCCLWeightTransferEngine):
         with watched(self.model_update_group, self.timeout_s), arriving(self):
             super().receive_weights(update_info)
 
+    def receive_aside(self, update_info: dict[str, Any]) -> None:
+        """Begin to receive an update into spare memory, in a thread. Returns at once: see `how_it_ended`."""
+        aside, device = copy(self), torch.accelerator.current_device_index()
+        aside.model = kept = Kept()
+
+        def receive() -> list[tuple[str, Tensor]]:
+            with torch.accelerator.device_index(device), watched(self.model_update_group, self.timeout_s):
+                NCCLWeightTransferEngine.receive_weights(aside, self.parse_update_info(update_info))
+            return kept.weights
+
+        self.spare = in_thread(receive, "receive weights")
+
+    def load_spare(self) -> None:
+        """Load what has arrived in spare memory into the model, which stands still, and free the memory."""
+        assert self.spare is not None, "receive_aside comes first"
+        arrived, self.spare = self.spare, None
+        with arriving(self):
+            self.model.load_weights(arrived.result())
+        # The memory is that of the thread's streams, which may write the next update there as soon as it is free.
+        torch.accelerator.synchronize()
+
     def finish_weight_update(self) -> None:
         super().finish_weight_update()
         forget_heads(self.model)
+
+
+def how_it_ended(future: Future[Any]) -> str | None:
+    """None while it goes on; then an error message, or ""."""
+    if not future.done():
+        return None
+    error = future.exception()
+    return f"{type(error).__name__}: {error}" if error else ""
 
 
 class IPCEngine(IPCWeightTransferEngine):

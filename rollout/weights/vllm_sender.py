@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, TrainerWeightTransferEngine, WeightSource
-from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_payload
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine, NCCLWeightTransferUpdateInfo
 
@@ -140,6 +139,17 @@ class NCCLSender(NCCLTrainerWeightTransferEngine):
         self._post_send_sync()
 
 
+class IPCSender(IPCTrainerWeightTransferEngine):
+    """vLLM's IPC sender. Ranks share the handles of every part, so an engine's failure is raised after the last one."""
+
+    def send_weights(self) -> None:
+        """Send one update. Raises the error of an engine; the others commit."""
+        super().send_weights()
+        if self.is_sender:
+            client: Any = self.client
+            client.raise_failed()
+
+
 class DrainingSender:
     """A sender through vLLM. However an update ends, this rank takes part in gathering every tensor, because the other
     ranks do so and would wait for it."""
@@ -176,4 +186,4 @@ def open_vllm_sender(
         return DrainingSender(sender, source)
     largest = max(m.nbytes for m in weights.metadata())
     info = IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=max(SMALLEST_BUFFER, largest))
-    return DrainingSender(WeightTransferTrainerFactory.trainer_init(info, client=client, source=source), source)
+    return DrainingSender(IPCSender.trainer_init(info, client=client, source=source), source)

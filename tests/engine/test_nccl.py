@@ -65,15 +65,19 @@ class Run:
 Scene = Callable[[Run], Coroutine[Any, Any, None]]
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["ZeRO 1", "ZeRO 3"])
+@pytest.fixture(
+    scope="module", params=[(1, False), (3, False), (1, True)], ids=["ZeRO 1", "ZeRO 3", "received while sampling"]
+)
 def play(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny: Callable) -> Iterator[Any]:
     """Plays scenes, one after the other, on two engines and two ranks; each begins with whole, verified weights."""
     plants = tmp_path_factory.mktemp("plants")
-    rollout = RolloutConfig(engines=2, max_tokens=60, max_model_len=128, max_num_seqs=16, kv_cache_gib=0.1, restarts=99)
+    stage, aside = request.param
+    sizes: dict[str, Any] = {"max_tokens": 60, "max_model_len": 128, "max_num_seqs": 16, "kv_cache_gib": 0.1}
+    rollout = RolloutConfig(engines=2, restarts=99, receive_while_sampling=aside, **sizes)
     config = engine_config(
         tiny(family="qwen2", tied=False, seed=0),
         rollout=rollout,
-        trainer=TrainerConfig(ranks=2, zero_stage=request.param),
+        trainer=TrainerConfig(ranks=2, zero_stage=stage),
         deadlines=Deadlines(sync_s=SYNC_S, start_s=SYNC_S),
     )
     with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:

@@ -147,9 +147,10 @@ def test_truncation_is_refused_before_anything_starts():
     assert make_plan(config_of(device="cpu", dtype="float32", **settings)).placement.device == "cpu"
 
 
-def placed(*, cuda=True, engines=1, tensor_parallel=1, ranks=1, **settings):
+def placed(*, cuda=True, engines=1, tensor_parallel=1, ranks=1, sequence_parallel=1, **settings):
     rollout = RolloutConfig(engines=engines, tensor_parallel=tensor_parallel)
-    return place(config_of(rollout=rollout, trainer=TrainerConfig(ranks=ranks), **settings), cuda=cuda)
+    trainer = TrainerConfig(ranks=ranks, sequence_parallel=sequence_parallel)
+    return place(config_of(rollout=rollout, trainer=trainer, **settings), cuda=cuda)
 
 
 def test_a_run_on_gpus_needs_those_of_its_engines_and_ranks():
@@ -182,12 +183,20 @@ def test_engine_and_learner_share_one_gpu_over_ipc():
     check_fits(got, gpus=1)
 
 
-@pytest.mark.parametrize("more", [{"engines": 2}, {"tensor_parallel": 2}, {"ranks": 2}])
+def test_each_of_several_gpus_can_be_shared_by_an_engine_and_a_rank():
+    got = placed(share_gpu=True, engines=4, ranks=4)
+    assert (got.backend, got.gpus, got.gpus_per_engine, got.gpus_per_learner) == ("ipc", 4, 0.5, 0.5)
+    assert got.seats == [0, 1, 2, 3, 0, 1, 2, 3]
+    check_fits(got, gpus=4, nodes=[2, 2])
+    with pytest.raises(ValueError, match="needs 4 GPUs"):
+        check_fits(got, gpus=3)
+    assert placed(engines=4, ranks=4).backend == "nccl", "nobody asked for it"
+
+
+@pytest.mark.parametrize("more", [{"engines": 2}, {"tensor_parallel": 2}, {"ranks": 2}, {"sequence_parallel": 2}])
 def test_a_shared_gpu_holds_one_engine_and_one_rank(more):
     ((name, value),) = more.items()
-    with pytest.raises(
-        ValueError, match=rf"share_gpu=True is one engine.*{name}={value}.*set all to 1, or share_gpu=False"
-    ):
+    with pytest.raises(ValueError, match=rf"an engine and a rank on each GPU.*{name}={value}.*or share_gpu=False"):
         placed(share_gpu=True, **more)
 
 

@@ -27,13 +27,14 @@ def eight_gpus() -> Iterator[None]:
 
 LAYOUTS = {
     "shared": ({"share_gpu": True}, (1, 1, 1), [["0"], ["0"]]),
+    "2 shared": ({"share_gpu": True}, (2, 1, 2), [["0"], ["1"], ["0"], ["1"]]),
     "4 + 4": ({}, (4, 1, 4), [["0"], ["1"], ["2"], ["3"], ["4"], ["5"], ["6"], ["7"]]),
     "2 x TP 2 + 4": ({}, (2, 2, 4), [["0", "1"], ["2", "3"], ["4"], ["5"], ["6"], ["7"]]),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", nightly_unless(lambda layout: layout == "shared", LAYOUTS))
+@pytest.mark.parametrize("layout", nightly_unless(lambda layout: layout == "2 shared", LAYOUTS))
 def test_every_engine_and_rank_has_gpus_of_its_own_unless_one_is_shared(eight_gpus: None, layout: str) -> None:
     more, (engines, tp, ranks), expected = LAYOUTS[layout]
     rollout, trainer = RolloutConfig(engines=engines, tensor_parallel=tp), TrainerConfig(ranks=ranks)
@@ -49,8 +50,9 @@ def test_every_engine_and_rank_has_gpus_of_its_own_unless_one_is_shared(eight_gp
         # Ray may number nodes' GPUs in any order, but nobody has another one's.
         assert [len(gpus) for gpus in found] == [len(gpus) for gpus in expected]
         assert len({gpu for gpus in found for gpu in gpus}) == len({gpu for gpus in expected for gpu in gpus})
-        if layout == "shared":
-            check_shared(*places)
+        if "shared" in layout:
+            check_shared(places[:engines], places[engines:])
+            assert found[:engines] == found[engines:], "engine i and rank i"
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -58,7 +60,8 @@ def test_every_engine_and_rank_has_gpus_of_its_own_unless_one_is_shared(eight_gp
 
 
 def test_an_engine_and_a_learner_on_two_gpus_cannot_share_one() -> None:
-    check_shared(["node 1", "0"], ["node 1", "0"])
-    for other in (["node 1", "1"], ["node 2", "0"]):
+    first, second = ["node 1", "0"], ["node 2", "0"]
+    check_shared([first, second], [second, first])
+    for other in (["node 1", "1"], second):
         with pytest.raises(ValueError, match=r"Ray gave \(node, GPU\).*share_gpu=False"):
-            check_shared(["node 1", "0"], other)
+            check_shared([first], [other])

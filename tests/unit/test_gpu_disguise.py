@@ -1,6 +1,8 @@
 """The GPU's code paths in disguise: on CPU, with streams, kernels and vLLM's trainer replaced by ones that record."""
 
 import inspect
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
+from vllm.distributed.weight_transfer import ipc_engine
 
 import trainer.model.head as head
 import trainer.model.product as product
 from rl.config import Config, RolloutConfig
+from rl.protocols import EngineLost
 from rl.types import Data
 from rl.weights import TensorMeta
 from rollout.settings import engine_args, engine_env
+from rollout.weights import vllm_sender
+from trainer.cluster import engine_client
+from trainer.cluster.stubs import recorded
 from trainer.model import attention
 
 LARGEST = {  # vocabulary and features of models whose embedding is larger than vLLM's own buffer of 1 GiB
@@ -117,12 +124,8 @@ def test_vllm_packs_no_tensor_before_it_is_complete(streams, monkeypatch, throug
 
 @pytest.mark.parametrize("model", LARGEST)
 def test_the_ipc_buffer_holds_the_largest_tensor(streams, monkeypatch, model):
-    from rollout.weights import vllm_sender
-
     opened = []
-    monkeypatch.setattr(
-        vllm_sender.WeightTransferTrainerFactory, "trainer_init", lambda info, **_: opened.append(info) or object()
-    )
+    monkeypatch.setattr(vllm_sender.IPCSender, "trainer_init", lambda info, **_: opened.append(info) or object())
     metas = [
         TensorMeta(name="embed", dtype="bfloat16", shape=LARGEST[model]),
         TensorMeta(name="norm", dtype="bfloat16", shape=(8,)),
@@ -130,6 +133,72 @@ def test_the_ipc_buffer_holds_the_largest_tensor(streams, monkeypatch, model):
     weights = type("W", (), {"metadata": lambda self: metas, "__iter__": lambda self: iter(())})()
     vllm_sender.open_vllm_sender("ipc", weights=weights, expected=set(), client=None, rank=0, timeout_s=1.0)
     assert opened[0].packed_buffer_size_bytes >= 2 * LARGEST[model][0] * LARGEST[model][1] > 2**30
+
+
+@pytest.mark.parametrize("phase", ["start_weight_update", "update_weights", "finish_weight_update", ""])
+def test_over_ipc_from_two_ranks_a_failed_engine_stops_neither_the_ranks_nor_the_other_engine(monkeypatch, phase):
+    """Two threads are the ranks of two shared GPUs: they meet for the handles of each of three parts of an update."""
+    parts, ranks, gathered = 3, 2, {}
+    meeting = threading.Barrier(ranks, timeout=60)
+    calls = {0: [], 1: []}
+
+    def gather(into, handles):
+        gathered[threading.current_thread().name] = handles
+        meeting.wait()
+        into[:] = [gathered[f"rank {i}"] for i in range(ranks)]
+        meeting.wait()
+
+    for name, replacement in {
+        "is_initialized": lambda: True,
+        "get_world_size": lambda: ranks,
+        "all_gather_object": gather,
+        "barrier": meeting.wait,
+    }.items():
+        monkeypatch.setattr(torch.distributed, name, replacement)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: None)
+    monkeypatch.setattr(
+        ipc_engine,
+        "packed_ipc_producer",
+        lambda gpu_uuid, **_: (
+            SimpleNamespace(ipc_handle={gpu_uuid: (n,)}, names=["w"], shapes=[[1]], dtype_names=["f"], tensor_sizes=[4])
+            for n in range(parts)
+        ),
+    )
+
+    def engine(index):
+        def ask(recorder):
+            call = recorded(recorder)
+            calls[index].append(call)
+            if index == 1 and call.method == phase:
+                return lambda: (_ for _ in ()).throw(EngineLost("engine 1 is gone"))
+            return lambda: None
+
+        return SimpleNamespace(ask=ask)
+
+    monkeypatch.setattr(engine_client.ray, "get", lambda refs, timeout: [ref() for ref in refs])
+    client = engine_client.EngineClient({i: engine(i) for i in range(2)}, 1, 60.0, patient=True)
+    senders = []
+    for rank in range(ranks):
+        sender = vllm_sender.IPCSender.__new__(vllm_sender.IPCSender)
+        sender.client, sender.source, sender.is_sender = client, [], rank == 0
+        sender.packed, sender.packed_buffer_size_bytes, sender.gpu_uuid = True, 1, f"GPU {rank}"
+        senders.append(sender)
+    with ThreadPoolExecutor(ranks) as pool:
+
+        def send(rank):
+            threading.current_thread().name = f"rank {rank}"
+            senders[rank].send_weights()
+
+        zero, one = [pool.submit(send, rank) for rank in range(ranks)]
+        assert one.exception(60) is None
+        assert isinstance(zero.exception(60), EngineLost if phase else type(None))
+    whole = ["start_weight_update", *["update_weights"] * parts, "finish_weight_update"]
+    assert [call.method for call in calls[0]] == whole
+    assert [call.method for call in calls[1]] == (whole[: whole.index(phase) + 1] if phase else whole)
+    # Each engine got the handles of both GPUs.
+    assert all(set(call.args[0]["ipc_handles"]) == {"GPU 0", "GPU 1"} for call in calls[0][1:-1])
+    assert client.failed == {}, "the next update begins with every engine"
 
 
 @pytest.mark.parametrize(("available", "disabled"), [(False, True), (True, True)])

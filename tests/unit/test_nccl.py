@@ -85,8 +85,8 @@ class Model(torch.nn.Module):
 class Engine:
     """The workers of one engine, without vLLM's processes. `held` is the version that it committed."""
 
-    def __init__(self, tp: int) -> None:
-        self.workers, self.held = [], None
+    def __init__(self, tp: int, *, aside: bool = False) -> None:
+        self.workers, self.held, self.aside = [], None, aside
         for rank in range(tp):
             worker = NCCLEngine.__new__(NCCLEngine)
             worker.parallel_config = SimpleNamespace(data_parallel_index=0, world_size=tp, rank=rank)
@@ -110,13 +110,30 @@ class Engine:
             raise UpdateFailed(error)
 
     def start(self, worker: NCCLEngine) -> None:
+        if not self.aside:
+            self.begin(worker)
+
+    def begin(self, worker: NCCLEngine) -> None:
         worker.model.got.clear()
         worker.start_weight_update()
 
     def receive(self, worker: NCCLEngine, info: dict[str, Any]) -> None:
-        worker.update_weights(info)
+        """As `rollout.engine.Engine` does it."""
+        if not self.aside:
+            worker.update_weights(info)
+            return
+        before = [*worker.model.got]
+        worker.receive_aside(info)
+        while (error := vllm_receive.how_it_ended(worker.spare)) is None:
+            time.sleep(0.002)
+        assert worker.model.got == before, "the model changed while it sampled"
+        if error:
+            raise UpdateFailed(error)
 
     def finish(self, worker: NCCLEngine) -> None:
+        if self.aside:
+            self.begin(worker)
+            worker.load_spare()
         worker.finish_weight_update()
         self.held = worker.digests
 
@@ -132,8 +149,8 @@ class Engine:
 class Client:
     """The sender's control calls, as `trainer.cluster.engine_client.EngineClient` makes them through Ray."""
 
-    def __init__(self, engines: int, tp: int = 1) -> None:
-        self.engines = [Engine(tp) for _ in range(engines)]
+    def __init__(self, engines: int, tp: int = 1, *, aside: bool = False) -> None:
+        self.engines = [Engine(tp, aside=aside) for _ in range(engines)]
         self.tp = tp
         self.receiving: list[Any] = []
 
@@ -193,11 +210,12 @@ def opened(client: Client, weights: Weights, timeout_s: float = LATE_S) -> Any:
 @pytest.mark.filterwarnings("ignore:Tensor .* exceeds buffer_size_bytes")
 @pytest.mark.parametrize(("engines", "tp"), [(1, 1), (2, 1), (4, 1), (1, 2), (3, 2)])
 @pytest.mark.parametrize(("buffer", "broadcasts"), [(1, 8), (100, 3), (2**30, 1)])
+@pytest.mark.parametrize("aside", [False, True], ids=["standing still", "while sampling"])
 def test_every_worker_of_every_engine_gets_every_tensor_whatever_the_cuts(
-    engines: int, tp: int, buffer: int, broadcasts: int, monkeypatch: pytest.MonkeyPatch
+    engines: int, tp: int, buffer: int, broadcasts: int, aside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_sender, "SMALLEST_BUFFER", buffer)
-    client, weights = Client(engines, tp), Weights()
+    client, weights = Client(engines, tp, aside=aside), Weights()
     sender = opened(client, weights)
     for _ in range(2):
         sender.send_weights()
@@ -213,6 +231,40 @@ def test_every_worker_of_every_engine_gets_every_tensor_whatever_the_cuts(
 def test_the_group_is_joined_in_another_thread_so_that_the_learner_keeps_its_cuda_stream() -> None:
     opened(Client(1), Weights())
     assert threading.get_ident() not in {comm.thread for comm in PretendNccl.made}
+
+
+def test_what_arrives_while_an_engine_samples_leaves_its_model_alone_until_all_of_it_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vllm_sender, "SMALLEST_BUFFER", 100)
+    waited: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: waited.append(worker.model.loads))
+    client, weights = Client(2, aside=True), Weights()
+    sender = opened(client, weights)
+    worker = client.engines[0].workers[0]
+    sender.send_weights()
+    assert worker.model.loads == 1
+    assert waited[:1] == [1], "the spare memory is freed while it is read"
+    assert worker.spare is None, "it keeps the weights twice"
+    # An engine that dies while tensors arrive: the other one has its old weights, whole, and goes on with them.
+    held = client.engines[0].held
+    client.engines[1].dead["receive"] = EngineLost("vLLM's own process has ended")
+    for tensor in weights.tensors.values():
+        tensor.add_(1)
+    with pytest.raises(EngineLost):
+        sender.send_weights()
+    with pytest.raises(UpdateFailed, match="another member aborted it"):
+        client.receiving[0].result(LATE_S)
+    assert client.engines[0].held is held
+    assert worker.model.loads == 1
+    check_digests(weights.digests, {name: digest(tensor) for name, tensor in worker.model.got}, "a worker")
+    # One that cannot load is lost alone.
+    client.engines[1] = Engine(1, aside=True)
+    client.engines[1].workers[0].model.broken = 0
+    weights.digests = {name: digest(tensor) for name, tensor in weights.tensors.items()}
+    with pytest.raises(MemoryError, match="no memory for the new weights"):
+        opened(client, weights).send_weights()
+    assert client.engines[0].has(weights)
 
 
 @pytest.mark.parametrize("broken", [0, 1])

@@ -68,6 +68,7 @@ class Llm:
 
     async def wake_up(self, tags: list[str]) -> None:
         self._reach("wake")
+        assert not self.memory & set(tags), "mapped twice"
         self.memory |= set(tags)
         self.paused = self.memory != ALL
 
@@ -104,32 +105,34 @@ class Llm:
 
 
 class Cluster:
-    """One engine and one rank on a GPU."""
+    """An engine and a rank on each GPU."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.logs, self.engines = config, "logs", {0: object()}
+        self.config, self.logs = config, "logs"
         self.freed, self.steps, self.restarts = True, 0, 0
-        self.boot()
+        self.engines = {i: self.boot() for i in range(config.rollout.engines)}
 
-    def boot(self) -> None:
+    def boot(self) -> Any:
         engine = Engine.__new__(Engine)
         engine.config, engine.llm, engine.open, engine.requests = self.config, Llm(), asyncio.Event(), 0
         engine.version, engine.updating, engine.slots, engine.generations = -100, False, asyncio.Semaphore(8), 0
         engine._await_vllm = lambda call: call
-        self.engine = engine
+        return engine
 
     async def begin(self) -> None:
-        await self.engine.sleep()  # before the learner is built
-        await self.engine.start()
-        assert not self.engine.open.is_set()
+        for engine in self.engines.values():
+            await engine.sleep()  # before the learner is built
+            await engine.start()
+            assert not engine.open.is_set()
 
     async def ask_engine(self, index: int, ask: Any, *, deadline_s: float) -> Any:
-        call = recorded(ask)
+        call, engine = recorded(ask), self.engines[index]
+        for _ in range(3 * index):  # the others answer later
+            await asyncio.sleep(0)
         if call.method == "listen_to_weights":
-            self.engine.llm._reach("listen")
+            engine.llm._reach("listen")
             return None
         if call.method == "sample":
-            engine = self.engine
             replying = asyncio.ensure_future(engine.generate([1], SimpleNamespace(top_k=1)))
             while not replying.done():
                 if engine.llm.errored:  # its actor is gone, and with it whoever waited
@@ -138,15 +141,20 @@ class Cluster:
                 await asyncio.sleep(0)
             replying.result()
             return [Completion(token_ids=[1], logprobs=[-1.0], versions=[engine.version], finish_reason="stop")]
-        return await call.on(self.engine)
+        return await call.on(engine)
 
     async def ask_engines(self, ask: Any, *, deadline_s: float | None = None) -> list[Any]:
-        return [await self.ask_engine(0, ask, deadline_s=0)]
+        return await asyncio.gather(*(self.ask_engine(i, ask, deadline_s=0) for i in self.engines))
+
+    async def each_engine(self, ask: Any) -> list[Any]:
+        asking = [self.ask_engine(i, ask, deadline_s=0) for i in self.engines]
+        return await asyncio.gather(*asking, return_exceptions=True)
 
     async def ask_learners(self, ask: Any, *, deadline_s: float | None = None) -> list[Any]:
-        call, e = recorded(ask), self.engine
+        call, engines = recorded(ask), list(self.engines.values())
         if call.method == "step":
-            assert not e.llm.memory or e.llm.errored, "both have memory"
+            for e in engines:
+                assert not e.llm.memory or e.llm.errored, "both have memory"
             self.steps, self.freed = self.steps + 1, False
             await asyncio.sleep(0)
             return [{}]
@@ -154,35 +162,48 @@ class Cluster:
             self.freed = True
             return [None]
         assert call.method == "publish"
-        await e.start_weight_update()
-        await e.update_weights({})
-        assert "kv_cache" not in e.llm.memory or not e.asleep
-        await e.finish_weight_update(call.args[0])
+        failed = [await self.updated(e, call.args[0]) for e in engines]
+        for error in filter(None, failed):
+            raise error
+        return [WeightManifest(version=call.args[0], tensors=(), digests={})]
+
+    async def updated(self, e: Any, version: int) -> EngineLost | None:
+        """One engine's part in an update; a patient client goes on with the others where it fails."""
+        try:
+            await e.start_weight_update()
+            await e.update_weights({})
+            assert "kv_cache" not in e.llm.memory or not e.asleep
+            await e.finish_weight_update(version)
+        except EngineLost as error:
+            return error
         if e.asleep:
             assert not e.open.is_set(), "it resumed with its KV unmapped"
             self.freed = False
-        return [WeightManifest(version=call.args[0], tensors=(), digests={})]
+        return None
 
     async def restart_engine(self, index: int) -> None:
         self.restarts += 1
-        self.boot()
-        await self.engine.start()
+        self.engines[index] = self.boot()
+        await self.engines[index].start()
 
     async def open_channel(self) -> None: ...
 
 
+@pytest.mark.parametrize("engines", [1, 3])
 @pytest.mark.parametrize("seed", range(60))
-def test_in_no_order_of_events_both_have_memory_and_no_request_is_lost(seed: int) -> None:
+def test_in_no_order_of_events_both_have_memory_and_no_request_is_lost(seed: int, engines: int) -> None:
     dice = random.Random(seed)
 
     async def main() -> None:
-        cluster = Cluster(config())
+        run = config()
+        cluster = Cluster(replace(run, rollout=replace(run.rollout, engines=engines)))
         fleet = Fleet(cluster)
         learner, rollouts = RemoteLearner(cluster, probe=[1], fleet=fleet), RemoteRollouts(cluster, fleet)
 
         async def verified(manifest: WeightManifest) -> None:
-            assert cluster.engine.open.is_set()
-            assert cluster.engine.llm.memory == ALL
+            for engine in cluster.engines.values():
+                assert engine.open.is_set()
+                assert engine.llm.memory == ALL
             assert cluster.freed, "the learner keeps what the KV cache needs"
 
         learner._verify = verified
@@ -203,14 +224,14 @@ def test_in_no_order_of_events_both_have_memory_and_no_request_is_lost(seed: int
                 await asyncio.sleep(0)
             if dice.random() < 0.5:
                 phases = ["sleep", "wake", "start", "update", "finish", "generate", "listen", "health"]
-                cluster.engine.llm.dies = dice.choice(phases)
+                cluster.engines[dice.randrange(engines)].llm.dies = dice.choice(phases)
             await learner.step(None)
             waiting += [asyncio.create_task(sample()) for _ in range(dice.randrange(2))]
             await learner.publish(step)
         assert {v for reply in await asyncio.gather(*waiting) for v in reply.versions} <= set(range(6))
         assert cluster.steps == 5
         await fleet.serving()
-        assert cluster.engine.version == 5
+        assert {engine.version for engine in cluster.engines.values()} == {5}
 
     asyncio.run(asyncio.wait_for(main(), 30))
 

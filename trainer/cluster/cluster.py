@@ -200,24 +200,15 @@ class Cluster:
                 options[p.engines] = {"num_cpus": 1, "scheduling_strategy": near}
             return options
         gpus = [p.gpus_per_engine] * p.engines + [p.gpus_per_learner] * p.learners + [1.0] * p.reward_models
-        if p.backend == "ipc":
-            bundles = [{"GPU": 1.0, "CPU": 2.0}, *([{"GPU": 1.0, "CPU": 1.0}] * p.reward_models)]
-            index = [0, 0, *range(1, 1 + p.reward_models)]
-        else:
-            # A bundle lies on one node: an engine's GPUs are one, and those of ranks that share rows.
-            groups = p.learners // p.sequence_parallel
-            bundles = [{"GPU": n, "CPU": 1.0} for n in p.units]
-            for bundle in bundles[p.engines : p.engines + groups]:
-                bundle["CPU"] = float(p.sequence_parallel)
-            ranks = [p.engines + i // p.sequence_parallel for i in range(p.learners)]
-            index = [*range(p.engines), *ranks, *range(p.engines + groups, len(bundles))]
-            if groups and not self.started_ray and (here := own_node(p.sequence_parallel)):
-                # Rank 0 writes checkpoints and the model, next to what the driver writes.
-                bundles[p.engines][here] = 0.001
+        # A bundle lies on one node: an engine's GPUs are one, those of ranks that share rows, and a shared GPU.
+        bundles = [{"GPU": n, "CPU": float(p.seats.count(i))} for i, n in enumerate(p.units)]
+        if p.learners and not self.started_ray and (here := own_node(p.sequence_parallel)):
+            # Rank 0 writes checkpoints and the model, next to what the driver writes.
+            bundles[p.seats[p.engines]][here] = 0.001
         self.group = group = placement_group(bundles, strategy="PACK")
         return [
             {"num_cpus": 1, "num_gpus": n, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, i)}
-            for n, i in zip(gpus, index, strict=True)
+            for n, i in zip(gpus, p.seats, strict=True)
         ]
 
     async def open_channel(self) -> None:
@@ -233,8 +224,8 @@ class Cluster:
         for index, expected in zip(self.engines, asked, strict=True):
             check_complete(names, expected, f"engine {index}")
         if p.backend == "ipc":
-            check_shared(await self.engines[0].gpus(), await self.learners[0].gpus())
-        client = EngineClient(self.engines, c.rollout.tensor_parallel, c.deadlines.sync_s)
+            check_shared(*[[await one.gpus() for one in side] for side in (self.engines.values(), self.learners)])
+        client = EngineClient(self.engines, c.rollout.tensor_parallel, c.deadlines.sync_s, patient=p.backend == "ipc")
         channel = {
             "backend": p.backend,
             "expected": names,
@@ -291,6 +282,11 @@ class Cluster:
         deadline_s = deadline_s or self.config.deadlines.sync_s
         asking = [self.ask_engine(i, ask, deadline_s=deadline_s) for i in self.engines]
         return await asyncio.gather(*asking)
+
+    async def each_engine(self, ask: AskEngine[R]) -> list[R | BaseException]:
+        """Call every engine, and wait for all of them: each one's answer or error."""
+        asking = [self.ask_engine(i, ask, deadline_s=self.config.deadlines.sync_s) for i in self.engines]
+        return await asyncio.gather(*asking, return_exceptions=True)
 
     async def ask_learners(self, ask: AskLearner[R], *, deadline_s: float | None = None) -> list[R]:
         """Call every learner rank; StallError names the first that is late."""

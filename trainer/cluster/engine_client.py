@@ -1,5 +1,6 @@
 """The learner's calls to the engines during a weight update."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,21 +15,41 @@ REST_S = 10.0
 
 
 class EngineClient:
-    """vLLM's four control calls, to all engines at once, with a deadline; used on learner rank 0."""
+    """vLLM's four control calls, to all engines at once, with a deadline; used on learner rank 0.
 
-    def __init__(self, engines: Mapping[int, EngineProcess], workers_per_engine: int, deadline_s: float) -> None:
+    A `patient` one goes on with the other engines where one has failed in an update: see `raise_failed`.
+    """
+
+    def __init__(
+        self, engines: Mapping[int, EngineProcess], workers_per_engine: int, deadline_s: float, *, patient: bool = False
+    ) -> None:
         self.engines, self.workers, self.deadline_s = dict(engines), workers_per_engine, deadline_s
+        self.patient, self.failed = patient, dict[int, Exception]()
         self.version = 0
         self.receiving: dict[int, Any] = {}
         """The engines' answers to the last `update_weights`."""
 
     def _all(self, ask: AskEngine[Any]) -> None:
-        self._wait({i: engine.ask(ask) for i, engine in self.engines.items()}, recorded(ask).method)
+        asked = {i: engine.ask(ask) for i, engine in self.engines.items() if i not in self.failed}
+        what, deadline = recorded(ask).method, time.monotonic() + self.deadline_s
+        for some in [{i: ref} for i, ref in asked.items()] if self.patient else [asked]:
+            try:
+                self._wait(some, what, max(0.0, deadline - time.monotonic()))
+            except Exception as error:  # raised when all ranks have sent what they have
+                if not self.patient:
+                    raise
+                self.failed |= dict.fromkeys(some, error)
 
-    def _wait(self, asked: Mapping[int, Any], what: str) -> None:
+    def raise_failed(self) -> None:
+        """At the end of an update: raise the error of the first engine that failed in it."""
+        failed, self.failed = self.failed, {}
+        for error in failed.values():
+            raise error
+
+    def _wait(self, asked: Mapping[int, Any], what: str, seconds: float | None = None) -> None:
         refs = list(asked.values())
         try:
-            ray.get(refs, timeout=self.deadline_s)
+            ray.get(refs, timeout=self.deadline_s if seconds is None else seconds)
         except GetTimeoutError:
             _, late = ray.wait(refs, num_returns=len(refs), timeout=0)
             names = [i for i, ref in asked.items() if ref in late]
@@ -56,6 +77,9 @@ class EngineClient:
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive. Raises the first engine's error, while others may still receive."""
+        if self.patient:
+            self._all(lambda e: e.update_weights(update_info))
+            return
         self.receiving = {i: e.ask(lambda e: e.update_weights(update_info)) for i, e in self.engines.items()}
         self._wait(self.receiving, "receive the weights")
 

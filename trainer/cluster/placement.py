@@ -30,10 +30,21 @@ class Placement:
 
     @property
     def units(self) -> list[float]:
-        """GPUs that must be on one node each: an engine's, those of ranks that share rows, a judge's."""
+        """GPUs that must be on one node each: an engine's, those of ranks that share rows, a judge's. Engine i and
+        rank i may share one."""
+        judges = [1.0] * self.reward_models if self.device == "cuda" else []
+        if self.backend == "ipc":
+            return [1.0] * self.engines + judges
         ranks = self.learners // self.sequence_parallel
         units = [self.gpus_per_engine] * self.engines + [self.gpus_per_learner * self.sequence_parallel] * ranks
-        return units + ([1.0] * self.reward_models if self.device == "cuda" else [])
+        return units + judges
+
+    @property
+    def seats(self) -> list[int]:
+        """The unit of each actor: engines, ranks, reward models."""
+        groups = 0 if self.backend == "ipc" else self.engines
+        ranks = [groups + i // self.sequence_parallel for i in range(self.learners)]
+        return [*range(self.engines), *ranks, *range(len(self.units) - self.reward_models, len(self.units))]
 
     @property
     def gpus(self) -> float:
@@ -88,14 +99,18 @@ def _engines_and_ranks(config: Config, *, cuda: bool, gpus: float) -> Placement:
         return Placement(
             device="cpu", backend="gloo", engines=engines, learners=ranks, gpus_per_engine=0, gpus_per_learner=0
         )
-    one_each = (engines, tp, ranks) == (1, 1, 1) and config.rollout.max_engines is None
-    if config.share_gpu or (config.share_gpu is None and one_each and gpus == 1):
-        if not one_each:
+    sp = config.trainer.sequence_parallel
+    paired = engines == ranks and tp == sp == 1 and config.rollout.max_engines is None
+    if config.share_gpu or (config.share_gpu is None and paired and ranks == gpus == 1):
+        if not paired:
             raise ValueError(
-                f"share_gpu=True is one engine and one rank on one GPU, but rollout.engines={engines}, "
-                f"rollout.tensor_parallel={tp}, trainer.ranks={ranks}: set all to 1, or share_gpu=False"
+                f"share_gpu=True is an engine and a rank on each GPU, but rollout.engines={engines}, "
+                f"rollout.tensor_parallel={tp}, trainer.ranks={ranks}, trainer.sequence_parallel={sp}: set engines "
+                "and ranks to the same number and the others to 1, or share_gpu=False"
             )
-        return Placement(device="cuda", backend="ipc", engines=1, learners=1, gpus_per_engine=0.5, gpus_per_learner=0.5)
+        return Placement(
+            device="cuda", backend="ipc", engines=engines, learners=ranks, gpus_per_engine=0.5, gpus_per_learner=0.5
+        )
     return Placement(
         device="cuda",
         backend="nccl",
@@ -103,7 +118,7 @@ def _engines_and_ranks(config: Config, *, cuda: bool, gpus: float) -> Placement:
         learners=ranks,
         gpus_per_engine=tp,
         gpus_per_learner=1,
-        sequence_parallel=config.trainer.sequence_parallel,
+        sequence_parallel=sp,
     )
 
 
@@ -160,10 +175,10 @@ def check_fits(placement: Placement, *, gpus: float, nodes: Sequence[float] = ()
         )
 
 
-def check_shared(engine: list[str], learner: list[str]) -> None:
-    """Raise ValueError unless engine and learner have the same node and GPU there, as CUDA IPC needs."""
-    if engine != learner:
+def check_shared(engines: Sequence[list[str]], ranks: Sequence[list[str]]) -> None:
+    """Raise ValueError unless each engine has the node and the GPU of a rank, as CUDA IPC needs."""
+    if sorted(engines) != sorted(ranks):
         raise ValueError(
-            f"engine and learner were to share a GPU, but Ray gave (node, GPU) {engine} to the engine and {learner} to "
-            "the learner: start the run again, or set share_gpu=False"
+            f"engines and learner were to share GPUs, but Ray gave (node, GPU) {[*engines]} to the engines and "
+            f"{[*ranks]} to the ranks: start the run again, or set share_gpu=False"
         )

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 from urllib.request import ProxyHandler, build_opener
@@ -179,8 +178,9 @@ class RemoteLearner:
         await self.published.acquire()
         self.stepped = True
         if self.cluster.config.rollout.sleep:
-            with suppress(EngineLost):  # the update finds it
-                await self.cluster.ask_engines(lambda e: e.sleep())
+            for error in await self.cluster.each_engine(lambda e: e.sleep()):
+                if error and not isinstance(error, EngineLost):  # the update finds a lost one
+                    raise error
         return (await self.cluster.ask_learners(lambda rank: rank.step(batch)))[0]
 
     async def told(self) -> list[tuple[Seen | None, list[Span]]]:

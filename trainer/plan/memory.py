@@ -155,15 +155,17 @@ def required_memory(config: Config, placement: Placement, shape: Shape) -> Needs
         nccl = placement.backend == "nccl"
         # Both ends lie on a shared GPU, and the engine copies what it reads.
         under_way = 2 * (SMALLEST_BUFFER + embedding if nccl else max(SMALLEST_BUFFER, embedding))
-        channel = {"weights under way": under_way, "NCCL": NCCL * GIB * nccl}
+        channel = {"weights under way": under_way, "NCCL": NCCL * GIB * (nccl or placement.learners > 1)}
         if config.rollout.sleep:
             both = {"processes": sum(PROCESS["cuda"].values()) * GIB, "weights of the engine": engine["weights"]}
-            places |= {SAMPLING: {"weights": learner["weights"], "process": PROCESS["cuda"]["learner rank"] * GIB}}
+            stays = {"weights": learner["weights"], "process": PROCESS["cuda"]["learner rank"] * GIB}
+            places |= {SAMPLING: stays | {"NCCL": channel["NCCL"]}}
             places |= {UPDATING: channel | both | {"weights of the learner": learner["weights"]}}
             host["gradients, masters and Adam, while the engine samples"] = sums + states
         else:
             learner |= channel
-            places |= {BESIDE: channel} if nccl else {}
+            aside = {"weights of an update": engine["weights"] * config.rollout.receive_while_sampling}
+            places |= {BESIDE: channel | aside} if nccl else {}
         host["the model, before it goes to the GPUs"] = size * s.parameters * placement.learners
     found = {place: {what: n / GIB for what, n in parts.items() if n} for place, parts in places.items()}
     process = PROCESS[placement.device]
@@ -236,6 +238,7 @@ def remedies(config: Config, place: str, *, shared: bool = False) -> list[str]:
         "dtype=bfloat16": config.dtype == "float32",
     }
     share = {f"rollout.gpu_memory_utilization below {r.gpu_memory_utilization:g}": place == BESIDE or shared}
+    share |= {"rollout.receive_while_sampling=False": place == BESIDE and r.receive_while_sampling}
     engine = {
         f"rollout.kv_cache_gib below {r.kv_cache_gib:g}": place == "host",
         "fewer rollout.engines": place == "host" and r.engines > 1,

@@ -22,6 +22,7 @@ from trainer.plan.memory import (
     shape_of,
 )
 from trainer.plan.rules import (
+    check_aside,
     check_build,
     check_experts_reported,
     check_router,
@@ -131,4 +132,5 @@ def make_plan(config: Config, *, learners: bool = True, nodes: Sequence[float] |
     check_experts_reported(config, placement.device)
     if learners:
         check_turns(config, placement)
+        check_aside(config, placement)
     return Plan(config=config, placement=placement, gpus=gpus, nodes=nodes)

@@ -59,6 +59,22 @@ def check_turns(config: Config, placement: Placement) -> None:
             raise ValueError(f"rollout.sleep=True, but {reason}")
 
 
+def check_aside(config: Config, placement: Placement) -> None:
+    """Raise ValueError, with the remedy, where an update cannot arrive while the engine samples."""
+    if not config.rollout.receive_while_sampling:
+        return
+    if placement.backend == "ipc":
+        raise ValueError(
+            "rollout.receive_while_sampling=True is for NCCL, and here engine and learner share a GPU, where nothing "
+            "is sent: set it to False, or share_gpu=False"
+        )
+    if config.rollout.tensor_parallel > 1:
+        raise ValueError(
+            f"rollout.receive_while_sampling=True and rollout.tensor_parallel={config.rollout.tensor_parallel}: two "
+            "groups of NCCL at work on a GPU may wait for each other for ever: set one of them to its default"
+        )
+
+
 def check_router(config: Config) -> None:
     """Raise ValueError where router replay is asked for and the model has no experts, or its routers are not known."""
     if not config.rollout.router_replay:
