@@ -29,14 +29,15 @@ class EngineClient:
         self.receiving: dict[int, Any] = {}
         """The engines' answers to the last `update_weights`."""
 
-    def _all(self, ask: AskEngine[Any]) -> None:
+    def _all(self, ask: AskEngine[Any], *, patient: bool) -> None:
+        """Ask all that have not failed. A patient call waits for each of them, and keeps the errors."""
         asked = {i: engine.ask(ask) for i, engine in self.engines.items() if i not in self.failed}
         what, deadline = recorded(ask).method, time.monotonic() + self.deadline_s
-        for some in [{i: ref} for i, ref in asked.items()] if self.patient else [asked]:
+        for some in [{i: ref} for i, ref in asked.items()] if patient else [asked]:
             try:
                 self._wait(some, what, max(0.0, deadline - time.monotonic()))
-            except Exception as error:  # raised when all ranks have sent what they have
-                if not self.patient:
+            except Exception as error:  # see `raise_failed`
+                if not patient:
                     raise
                 self.failed |= dict.fromkeys(some, error)
 
@@ -69,16 +70,16 @@ class EngineClient:
 
     def stage_weights(self, version: int) -> None:
         """Receive next to the live weights (CPU)."""
-        self._all(lambda e: e.stage_weights(version))
+        self._all(lambda e: e.stage_weights(version), patient=False)
 
     def start_weight_update(self) -> None:
         """Pause and begin."""
-        self._all(lambda e: e.start_weight_update())
+        self._all(lambda e: e.start_weight_update(), patient=self.patient)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive. Raises the first engine's error, while others may still receive."""
         if self.patient:
-            self._all(lambda e: e.update_weights(update_info))
+            self._all(lambda e: e.update_weights(update_info), patient=True)
             return
         self.receiving = {i: e.ask(lambda e: e.update_weights(update_info)) for i, e in self.engines.items()}
         self._wait(self.receiving, "receive the weights")
@@ -90,8 +91,13 @@ class EngineClient:
         self._wait({i: self.engines[i].ask(lambda e: e.finish_weight_update(self.version)) for i in whole}, "commit")
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Commit as the version that `publish` set (vLLM's own senders give none), and resume."""
-        self._all(lambda e: e.finish_weight_update(self.version))
+        """Commit as the version that `publish` set (vLLM's own senders give none), and resume.
+
+        Raises an engine's error when all have ended: one that is still at it would look as if it had failed.
+        """
+        self._all(lambda e: e.finish_weight_update(self.version), patient=True)
+        if not self.patient:
+            self.raise_failed()
 
 
 def _came(answer: Any) -> bool:
