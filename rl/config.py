@@ -209,7 +209,7 @@ class Config(Checked):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where engines and learner run. auto: on GPUs if there are any."""
     share_gpu: bool | None = None
-    """Engine and learner share one GPU, and weights travel by CUDA IPC, not NCCL. Default: on if there is one GPU."""
+    """An engine and a rank share each GPU, and weights travel by CUDA IPC, not NCCL. Default: on for one GPU."""
     eval_every: int = 0
     """Steps between evaluations on the held-out sets. 0: only before the first step and after the last."""
     eval_samples: int = 1

@@ -7,6 +7,7 @@ Not yet run on GPUs.
 """
 
 import re
+from typing import Any
 
 import sympy
 from math_verify import LatexExtractionConfig, parse, verify
@@ -38,7 +39,7 @@ def gsm8k() -> Data:
     from datasets import load_dataset
 
     def examples(split: str) -> list[Example]:
-        rows = load_dataset("openai/gsm8k", "main", split=split)
+        rows: Any = load_dataset("openai/gsm8k", "main", split=split)
         for row in rows:
             gold(row["question"], row["answer"])  # a bad one must end the run now, not at step 90
         return [

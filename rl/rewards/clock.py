@@ -6,7 +6,7 @@ a call shows the wall time less what the other calls computed meanwhile, and at 
 
 import threading
 import time
-from collections.abc import Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -113,7 +113,8 @@ class _Steps:
         self.clock, self.call = clock, call
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        step, value = self.call.send, None
+        step: Callable[..., Any] = self.call.send
+        value = None
         while True:
             try:
                 with self.clock.working():

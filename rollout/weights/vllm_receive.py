@@ -135,7 +135,8 @@ class NCCLEngine(NCCLWeightTransferEngine):
         assert self.spare is not None, "receive_aside comes first"
         arrived, self.spare = self.spare, None
         with arriving(self):
-            self.model.load_weights(arrived.result())
+            model: Any = self.model
+            model.load_weights(arrived.result())
         # The memory is that of the thread's streams, which may write the next update there as soon as it is free.
         torch.accelerator.synchronize()
 

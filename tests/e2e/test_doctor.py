@@ -54,6 +54,18 @@ def test_unison_doctor_exits_with_1_for_a_fault_and_leaves_its_report(echo_model
 
 
 @pytest.mark.nightly
+def test_a_model_that_vllm_computes_otherwise_ends_the_run_and_its_layer_is_named(tmp_path: Path) -> None:
+    """vLLM 0.32's OLMoE knows no `norm_topk_prob=True`. The doctor asks the engine twice before it blames a layer."""
+    sizes = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 64}
+    model = make_model(tmp_path / "model", family="olmoe", norm_topk_prob=True, peak=2.0, experts=2.0, **sizes)
+    code, said, mark = say(sys.executable, "-W", "ignore", str(RECIPES / "echo.py"), model=model, folder=tmp_path)
+    assert code == 2, said[-3000:]
+    assert "layers.0.mlp" in said
+    assert "Traceback" not in said
+    assert_gone(mark)
+
+
+@pytest.mark.nightly
 def test_an_unknown_architecture_ends_the_start_with_one_message(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     settings = json.loads((model / "config.json").read_text())

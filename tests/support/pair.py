@@ -42,11 +42,11 @@ class Pair:
 
         self.send = send
 
-    async def ask_engine(self, index: int, ask: Any, *, deadline_s: float = 0.0) -> Any:
+    async def ask_engine(self, index: int, ask: Any, *, deadline_s: float) -> Any:
         return await asyncio.wrap_future(self.live.submit(ask(self.live.engine)))
 
     async def ask_engines(self, ask: Any, *, deadline_s: float | None = None) -> list[Any]:
-        return [await self.ask_engine(0, ask)]
+        return [await self.ask_engine(0, ask, deadline_s=0.0)]
 
     async def ask_learners(self, ask: Any, *, deadline_s: float | None = None) -> list[Any]:
         self.learner.connect(self)

@@ -139,4 +139,4 @@ def learner_process(options: dict[str, Any]) -> LearnerProcess:
 
 def watched(shell: type) -> Any:
     """The actor class, with a thread next to its work that reports where it is stuck."""
-    return ray.remote(concurrency_groups={"watch": 1})(shell)
+    return ray.remote(concurrency_groups={"watch": 1})(shell)  # pyright: ignore[reportCallIssue]

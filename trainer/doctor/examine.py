@@ -185,7 +185,8 @@ class Examiner:
         if all(size(one) <= LAYER_ERROR[self.config.dtype] for one in (*w.layers, *w.between)):
             return w
         prompt = self._traced_prompt()
-        again = await self.cluster.ask_engine(w.engine, lambda e: e.trace(prompt))
+        deadline = self.config.deadlines.sample_s
+        again = await self.cluster.ask_engine(w.engine, lambda e: e.trace(prompt), deadline_s=deadline)
         return replace(w, changes=first_change(trace[0], again[0], self.config.dtype))
 
     def _traced_prompt(self) -> list[int]:

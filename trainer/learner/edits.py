@@ -37,7 +37,7 @@ def edited(witness: Witness, told: Told, part: Batch) -> Iterator[Hypothesis]:
     prompts = [part.input_ids[told.rows[r.start], : int(told.columns[r.start]) + 1] for r in replies]
     texts = [told.targets[r] for r in replies]
 
-    def left(change: Callable[[int], tuple[Tensor, Tensor | None] | None]) -> float | None:
+    def left(change: Callable[[int], tuple[Tensor, Callable[[int, int], Tensor] | None] | None]) -> float | None:
         """Mean |d| that remains with these ids and positions."""
         gaps: list[Tensor] = []
         for i, (reply, text) in enumerate(zip(replies, texts, strict=True)):

@@ -134,7 +134,7 @@ def switched(thing: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def first_other(hf: nn.Module, own: nn.Module, part: Batch, most: float) -> str:
+def first_other(hf: Any, own: Any, part: Batch, most: float) -> str:
     """The first module, in the order of execution, whose output differs from that of the fresh copy by more than `most`
     of its size; "" if all agree.
 

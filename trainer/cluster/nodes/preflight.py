@@ -97,7 +97,7 @@ def examine(folder: Path, model: str, disk_gib: float, versions: Callable[[], di
     join_ray()
     here = ray.get_runtime_context().get_node_id()
     nodes = sorted((n for n in ray.nodes() if n["Alive"]), key=lambda n: (n["NodeID"] != here, n["NodeManagerAddress"]))
-    kind: Any = ray.remote(max_concurrency=2)(Probe)
+    kind: Any = ray.remote(max_concurrency=2)(Probe)  # pyright: ignore[reportCallIssue]
     env = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(checkout.ROOT)])}}
     probes = [
         kind.options(

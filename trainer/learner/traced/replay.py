@@ -25,7 +25,7 @@ UNKNOWN = ("s_aux", "position_bias")
 """Features of attention that are not recomputed here."""
 
 
-def replay(model: Any, hf: nn.Module, trace: Trace, limit: float) -> tuple[list[PartError], dict[str, int]]:
+def replay(model: Any, hf: Any, trace: Trace, limit: float) -> tuple[list[PartError], dict[str, int]]:
     """Errors between the layers in the order of the pass, and the place of each layer with weights.
 
     `model` runs the learner's policy around `hf`; errors above `limit` are explained. A collective over all ranks.
@@ -203,10 +203,9 @@ class _Replay:
             return None
         q, k, v = (x for x in theirs if x is not None)
         after, before = torch.cat([q, k]), torch.cat([mine.q, mine.k])
-        flat = [x.transpose(0, 1).flatten(1) for x in (after, before)]
-        self._compare(record.name, "rotary", *flat, lambda: self._turned(layer, after, before))
-        flat = [x.transpose(0, 1).flatten(1) for x in (v, mine.v)]
-        self._compare(record.name, "input", *flat, lambda: [*fits.outputs(*flat)])
+        turned, own, given, taken = (x.transpose(0, 1).flatten(1) for x in (after, before, v, mine.v))
+        self._compare(record.name, "rotary", turned, own, lambda: self._turned(layer, after, before))
+        self._compare(record.name, "input", given, taken, lambda: [*fits.outputs(given, taken)])
         asked = Attention(q=q, k=k, v=v, mask=mine.mask, scaling=mine.scaling, softcap=mine.softcap, prompt=self.prompt)
         out, wanted = record.output.float().flatten(1), asked.output()
         if out.shape != wanted.shape:
