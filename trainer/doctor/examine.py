@@ -61,7 +61,8 @@ class Examiner:
         counted = await self._counters()
         sampling = [asyncio.ensure_future(self._sample(i)) for i in range(len(self.cluster.engines))]
         try:
-            weights, notes = await self._layers(weights, traces)
+            weights = [await self._compared(w, trace) for w, trace in zip(weights, traces, strict=True)]
+            notes = [f"layers of engine {w.engine}: {w.uncovered}" for w in weights if w.uncovered]
             sampled = [await groups for groups in sampling]
             served = [
                 after["requests"] - before["requests"]
@@ -155,17 +156,6 @@ class Examiner:
             for index in range(len(traces))
         ]
         return weights, traces
-
-    async def _layers(
-        self, weights: list[WeightEvidence], traces: list[Trace]
-    ) -> tuple[list[WeightEvidence], list[str]]:
-        found, notes = [], []
-        for evidence, trace in zip(weights, traces, strict=True):
-            compared = await self._compared(evidence, trace)
-            if compared.uncovered:
-                notes.append(f"layers of engine {evidence.engine}: {compared.uncovered}")
-            found.append(compared)
-        return found, notes
 
     async def _compared(self, evidence: WeightEvidence, trace: Trace) -> WeightEvidence:
         if len(trace) > 1:

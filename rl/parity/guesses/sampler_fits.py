@@ -54,9 +54,7 @@ def _raw(told: Told) -> Iterator[Hypothesis]:
 
 
 def _temperature(told: Told) -> Iterator[Hypothesis]:
-    best, residual = golden(
-        lambda t: told.left(told.under(t, None if told.truncation is None else told.truncation)), 0.02, 4.0
-    )
+    best, residual = golden(lambda t: told.left(told.under(t, told.truncation)), 0.02, 4.0)
     if abs(best / told.temperature - 1) > 5e-3 and abs(best - 1) > 5e-3:
         text = f"the temperature is {best:.3g}"
         yield Hypothesis(cause="temperature", text=text, residual=residual, fitted=1)
