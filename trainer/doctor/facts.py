@@ -6,7 +6,7 @@ from typing import Any
 from rl.parity.architecture import differing
 from rl.parity.evidence import Evidence, SamplerEvidence
 from rl.typed import show
-from trainer.doctor.finding import Finding
+from trainer.doctor.finding import Finding, faults_of
 
 PRECISION = 1e-5
 """Relative; settings pass through fp32."""
@@ -35,10 +35,7 @@ def _same(a: float, b: float) -> bool:
 
 def _shared(side: dict[str, Any], driver: dict[str, Any], who: str, where: str) -> Iterator[Finding]:
     """What engine and trainer both have."""
-
-    def fault(cause: str, evidence: str) -> Finding:
-        return Finding(cause=cause, severity="fault", where=where, evidence=evidence)
-
+    fault = faults_of(where)
     if not _same(side["temperature"], driver["temperature"]):
         text = f"{who} has the temperature {side['temperature']:g}, and the run {driver['temperature']:g}"
         yield fault("temperature", text)
@@ -68,9 +65,7 @@ def _trainer(e: Evidence) -> Iterator[Finding]:
 
 
 def _engine(engine: dict[str, Any], driver: dict[str, Any], index: int) -> Iterator[Finding]:
-    def fault(cause: str, evidence: str) -> Finding:
-        return Finding(cause=cause, severity="fault", where=f"engine {index}", evidence=evidence)
-
+    fault = faults_of(f"engine {index}")
     if engine["logprobs_mode"] != "processed_logprobs":
         yield fault("raw_logprobs", f"logprobs_mode is {engine['logprobs_mode']!r}")
     yield from _shared(engine, driver, "the engine", f"engine {index}")
@@ -96,10 +91,7 @@ def _engine(engine: dict[str, Any], driver: dict[str, Any], index: int) -> Itera
 
 def _texts(engine: dict[str, Any], driver: dict[str, Any], index: int) -> Iterator[Finding]:
     """Tokenizer, template and the ends of replies."""
-
-    def fault(cause: str, evidence: str) -> Finding:
-        return Finding(cause=cause, severity="fault", where=f"engine {index}", evidence=evidence)
-
+    fault = faults_of(f"engine {index}")
     if engine["chat_template"] != driver["chat_template"]:
         yield fault("template", "the engine's chat template is not the one that wrote the prompts")
     elif engine["prompt"] != driver["prompt"]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from rl.parity.evidence import SampleEvidence
 from rl.parity.gap import Gap
 from rl.parity.guesses.hypotheses import judge
-from trainer.doctor.finding import Finding
+from trainer.doctor.finding import Finding, faults_of
 from trainer.doctor.sampler import sampler_limit
 
 MEAN_GAP = {"float32": 3e-5, "bfloat16": 6e-2}
@@ -114,11 +114,7 @@ def engine_numbers(s: SampleEvidence, dtype: str, temperature: float) -> Iterato
 
 def drawn(s: SampleEvidence) -> Iterator[Finding]:
     """The tokens against the distribution that they should be draws from."""
-
-    def fault(cause: str, evidence: str) -> Finding:
-        return Finding(cause=cause, severity="fault", where=f"engine {s.engine}", evidence=evidence)
-
-    d = s.draws
+    fault, d = faults_of(f"engine {s.engine}"), s.draws
     if s.requests > 1:
         yield fault("selected", f"the engine served {s.requests:.3g} requests for each reply that it returned")
         return

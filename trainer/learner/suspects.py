@@ -1,7 +1,5 @@
 """Which part of the trainer is at fault? Its parts are switched off one after the other."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +13,8 @@ from rl.parity.guesses.hypotheses import FITS, explain, judge
 from rl.parity.guesses.told import Told
 from rl.types import Batch
 from trainer.learner.edits import edited
-from trainer.learner.rank import Rank
+from trainer.learner.rank import Rank, switched
+from trainer.model.head import watched
 from trainer.model.lora import adapted, as_engines_have_it
 from trainer.model.witness import Witness
 
@@ -35,12 +34,8 @@ def trainer_fault(
 
     def passed() -> tuple[Tensor, Tensor]:
         """One pass over the whole part: log-probabilities, and what the head got."""
-        got: list[Tensor] = []
-        hook = rank.head.register_forward_pre_hook(lambda _, args: got.append(args[0]))
-        try:
+        with watched(rank.head) as got:
             return _pass(rank, part), got[-1].float()
-        finally:
-            hook.remove()
 
     once, mine = passed()
     again, _ = passed()
@@ -120,17 +115,6 @@ def other_adapter(rank: Rank, most: float) -> str:
 def _pass(rank: Rank, part: Batch) -> Tensor:
     c = rank.config
     return rank.engine(part.input_ids, part.mask, c.temperature, c.rollout.truncation, part.support).logprobs
-
-
-@contextmanager
-def switched(thing: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute has another value until the end."""
-    before = getattr(thing, name)
-    setattr(thing, name, value)
-    try:
-        yield
-    finally:
-        setattr(thing, name, before)
 
 
 @torch.no_grad()

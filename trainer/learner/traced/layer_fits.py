@@ -14,12 +14,7 @@ from rl.parity.guesses.guess import Hypothesis
 from trainer.model.head import LogprobHead
 from trainer.model.lora import NAME
 
-DTYPE_CAUSES: dict[Kind, str] = {
-    "linear": "dtype",
-    "embedding": "dtype",
-    "norm": "norm_dtype",
-    "head": "head_dtype",
-}
+DTYPE_CAUSES: dict[Kind, str] = {"linear": "dtype", "embedding": "dtype", "norm": "norm_dtype", "head": "head_dtype"}
 SCALE_CAUSES: dict[Kind, str] = {"linear": "scale", "embedding": "embedding", "norm": "scale", "head": "scale"}
 
 
