@@ -192,22 +192,16 @@ class Examiner:
     # -- samples ---------------------------------------------------------------------------------------------------
 
     async def _sample(self, engine: int) -> list[list[Completion]]:
-        deadline = self.config.deadlines.sample_s
-        return await asyncio.gather(
-            *(
-                self.cluster.ask_engine(
-                    engine,
-                    lambda e, p=p: e.sample(
-                        p.token_ids,
-                        self.per_prompt,
-                        self.seed * 7919 + engine * 101 + 1000 * p.ordinal,
-                        max_tokens=self.max_tokens,
-                    ),
-                    deadline_s=deadline,
-                )
-                for p in self.prompts
+        n, seed, most = self.per_prompt, self.seed * 7919 + engine * 101, self.max_tokens
+        asked = (
+            self.cluster.ask_engine(
+                engine,
+                lambda e, p=p: e.sample(p.token_ids, n, seed + 1000 * p.ordinal, max_tokens=most),
+                deadline_s=self.config.deadlines.sample_s,
             )
+            for p in self.prompts
         )
+        return await asyncio.gather(*asked)
 
     async def _counters(self) -> list[dict[str, int]]:
         return await self.cluster.ask_engines(lambda e: e.counters())

@@ -99,22 +99,16 @@ def _texts(engine: dict[str, Any], driver: dict[str, Any], index: int) -> Iterat
         at = next((i for i, (a, b) in pairs if a != b), min(len(engine["prompt"]), len(driver["prompt"])))
         yield fault("tokenizer", f"the engine's tokenizer gives other tokens for the first prompt, from token {at}")
     if engine["vocabulary"] != driver["vocabulary"]:
-        yield fault(
-            "tokenizer",
-            f"the engine's tokenizer has {engine['vocabulary']} tokens, the driver's has {driver['vocabulary']}",
-        )
+        text = f"the engine's tokenizer has {engine['vocabulary']} tokens, the driver's has {driver['vocabulary']}"
+        yield fault("tokenizer", text)
     if engine["stop_ids"] != driver["stop_ids"]:
         yield fault(
             "stop_ids",
             f"the engine ends replies at the tokens {engine['stop_ids']}, the model's files list {driver['stop_ids']}",
         )
     elif not driver["stop_ids"]:
-        yield Finding(
-            cause="no_stop_ids",
-            severity="warning",
-            where=f"engine {index}",
-            evidence="no token ends a reply, so each runs to rollout.max_tokens",
-        )
+        text = "no token ends a reply, so each runs to rollout.max_tokens"
+        yield Finding(cause="no_stop_ids", severity="warning", where=f"engine {index}", evidence=text)
 
 
 def _sampler(s: SamplerEvidence | None, driver: dict[str, Any], index: int) -> Iterator[Finding]:
@@ -140,11 +134,9 @@ def _sampler(s: SamplerEvidence | None, driver: dict[str, Any], index: int) -> I
         yield fault("logit_bias", f"a bias on tokens: {show(got['logit_bias'])}")
     if got["tokens_not_allowed"]:
         yield fault("allowed_tokens", f"{got['tokens_not_allowed']} tokens that it may not sample")
-    if (
-        got["bad_words"] != sorted(driver["forbidden"]["words"])
-        or got["min_tokens"] != driver["forbidden"]["min_tokens"]
-    ):
-        text = f"min_tokens={got['min_tokens']}, bad words {show(got['bad_words'])}, and the run {driver['forbidden']}"
+    forbidden = driver["forbidden"]
+    if got["bad_words"] != sorted(forbidden["words"]) or got["min_tokens"] != forbidden["min_tokens"]:
+        text = f"min_tokens={got['min_tokens']}, bad words {show(got['bad_words'])}, and the run {forbidden}"
         yield fault("forbidden", text)
     if got["other_processors"]:
         yield fault("not_drawn", f"logits processors that the run does not know: {got['other_processors']}")

@@ -6,7 +6,6 @@ from rl.parity.evidence import SampleEvidence
 from rl.parity.gap import Gap
 from rl.parity.guesses.hypotheses import judge
 from trainer.doctor.finding import Finding, faults_of
-from trainer.doctor.sampler import sampler_limit
 
 MEAN_GAP = {"float32": 3e-5, "bfloat16": 6e-2}
 """Largest mean |d| in nats at which the two sides count as equal, at temperature 1 and above; below, it grows with
@@ -86,7 +85,7 @@ def sampler_numbers(s: SampleEvidence, temperature: float) -> Iterator[Finding]:
     e = s.sampler
     if e is None:
         return
-    where, limit = f"engine {s.engine}", sampler_limit(temperature)
+    where, limit = f"engine {s.engine}", limit_of("float32", temperature)
     if e.other_tokens and s.requests <= 1:
         text = f"{e.other_tokens} of {e.tokens} tokens are not those that the sampler returned"
         yield Finding(cause="swapped", severity="fault", where=where, evidence=text)

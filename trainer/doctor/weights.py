@@ -13,9 +13,8 @@ def weights(w: WeightEvidence, e: Evidence) -> Iterator[Finding]:
     moved = [name for name, digest in w.live.items() if w.sent.get(name) != digest]
     if len(moved) > len(w.live) / 2 and (shared := shared_fit(w, e)):
         cause, text = shared
-        yield fault(
-            cause, f"{len(moved)} of {len(w.live)} tensors were sent with other values than the trainer's: {text}"
-        )
+        sent = f"{len(moved)} of {len(w.live)} tensors were sent with other values than the trainer's"
+        yield fault(cause, f"{sent}: {text}")
     elif len(moved) > len(w.live) / 2:
         yield fault(
             "stale_weights",

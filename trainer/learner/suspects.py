@@ -40,13 +40,11 @@ def trainer_fault(
     once, mine = passed()
     again, _ = passed()
     size = off(trainer)
-    if off(once) > limit and float((once - again)[part.mask].abs().mean()) > limit:
+    apart = float((once - again)[part.mask].abs().mean())
+    if off(once) > limit and apart > limit:
         active = [n for n, m in rank.policy.named_modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0]
         where = f": dropout is on in {active[0]!r}" if active else ": dropout or another random part is on"
-        return (
-            "mode",
-            f"two passes over the same rows differ by {float((once - again)[part.mask].abs().mean()):.1e}{where}",
-        )
+        return "mode", f"two passes over the same rows differ by {apart:.1e}{where}"
     if off(once) <= limit:
         return "trainer_body", "whole rows agree, and the micro-batches of a step do not: look at how a batch is cut"
     error = float((mine - hidden).norm() / hidden.norm()) if mine.shape == hidden.shape else float("inf")
@@ -88,10 +86,8 @@ def trainer_fault(
     plain = rank.engine(part.input_ids, part.mask, seen.temperature, plain=True).logprobs
     own = (seen.logits / seen.temperature).log_softmax(-1).gather(1, seen.targets[:, None])[:, 0]
     if float((plain[part.mask] - own).abs().mean()) <= limit:
-        return (
-            "trainer_body",
-            "the same modules agree in a plain pass: look at packing and attention of the policy's pass",
-        )
+        text = "the same modules agree in a plain pass: look at packing and attention of the policy's pass"
+        return "trainer_body", text
     first = first_other(rank.policy.hf, witness.hf, part, HIDDEN if limit < 1e-3 else 3e-2)
     where = f"; the first module that computes otherwise on the same input is {first!r}" if first else ""
     return "trainer_body", f"its hidden states differ by {error:.1e} of their size{where}"

@@ -156,10 +156,9 @@ def _biases(told: Told) -> Iterator[Hypothesis]:
             text = f"it never samples the token(s) {sorted(named)}"
             yield Hypothesis(cause="allowed_tokens", text=text, residual=residual, fitted=len(chosen))
         else:
-            text = ", ".join(f"{token}: {bias:+.2g}" for token, bias in named.items())
-            yield Hypothesis(
-                cause="logit_bias", text=f"tokens have a bias ({text})", residual=residual, fitted=len(chosen)
-            )
+            biases = ", ".join(f"{token}: {bias:+.2g}" for token, bias in named.items())
+            text = f"tokens have a bias ({biases})"
+            yield Hypothesis(cause="logit_bias", text=text, residual=residual, fitted=len(chosen))
 
 
 def solved(a: Float[Tensor, "K K"], b: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
