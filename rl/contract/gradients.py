@@ -13,7 +13,6 @@ from rl.contract.trial import Trial, Violation
 
 ADVANTAGES = [-2.0, -1.0, -0.5, 0.5, 1.0, 2.0]
 LOGPS = [-0.5, -1.0, -2.0, -4.0]
-AT_ONE = "at ratio 1 the gradient should be -advantage / (the trainer's denominator), and "
 
 
 def policy_gradient(trial: Trial) -> Iterator[Violation]:
@@ -24,69 +23,65 @@ def policy_gradient(trial: Trial) -> Iterator[Violation]:
     found = none(trial, strength) or unit(strength) or direction(trial, strength[:, 1]) or factor(strength[:, 1])
     found = found or anchor(trial) or uneven(trial)
     if found:
-        check, what, remedy = found
-        yield Violation(check=check, what=what, remedy=remedy, method="loss")
+        yield found
 
 
-Found = tuple[str, str, str]
+def amiss(what: str, remedy: str, check: str = "policy gradient") -> Violation:
+    """What is wrong at ratio 1, as the end of a sentence."""
+    begin = "at ratio 1 the gradient should be -advantage / (the trainer's denominator), and "
+    return Violation(check=check, what=begin + what, remedy=remedy, method="loss")
 
 
-def none(trial: Trial, strength: Tensor) -> Found | None:
+def none(trial: Trial, strength: Tensor) -> Violation | None:
     """No gradient at all, or none that the advantages have a part in."""
     if strength.abs().max() > 1e-6:
         return None
     if trial.whole.logprobs.abs().max() < 1e-9:
-        return (
-            "policy gradient",
-            AT_ONE + "there is none",
+        return amiss(
+            "there is none",
             "The loss does not depend on policy.logprobs: look for .detach(), .item(), torch.no_grad(), or a ratio of "
             "batch.old_logprobs to itself",
         )
     if not trial.objective.skippable and rises(trial, 0):
         return None
-    return (
-        "policy gradient",
-        AT_ONE + "it does not depend on the advantages",
+    return amiss(
+        "it does not depend on the advantages",
         "Multiply by the `advantages` that loss() gets: corrections and the entropy bonus are part of them",
     )
 
 
-def unit(strength: Tensor) -> Found | None:
+def unit(strength: Tensor) -> Violation | None:
     """At ratio 1 it does not matter how likely the token was; where it does, numbers have another unit."""
     one = strength[4]  # advantage 1, by log-probability
     logp = torch.tensor(LOGPS)
     if (strength - strength[:, :1]).abs().max() <= 0.01 * strength.abs().max():
         return None
-    check, begin = "policy gradient", AT_ONE + "it depends on how likely the token was: "
+    begin = "it depends on how likely the token was: "
     if nearly(one / logp.exp()):
-        return (
-            check,
+        return amiss(
             begin + "it is multiplied by the token's probability",
             "A ratio is (policy.logprobs - batch.old_logprobs).exp(): these are log-probabilities, so subtract before "
             "the exp, and weigh by the ratio rather than by the probability",
         )
     if nearly(one * logp):
-        return (
-            check,
+        return amiss(
             begin + "it is divided by the log-probability",
             "A ratio of probabilities is the exp of a difference: (policy.logprobs - batch.old_logprobs).exp(), not "
             "policy.logprobs / batch.old_logprobs",
         )
     if nearly((one - 1.0) / logp):
-        return (
-            check,
+        return amiss(
             begin + "it has the weight's own gradient too, times the log-probability",
             "The weight of log pi is a constant: take .detach() of the ratio (rl.objectives.surrogates."
             "truncated_reinforce), and declare `stop_gradient: ClassVar[bool] = True`",
         )
-    return (
-        check,
+    return amiss(
         begin + f"{float(one.min()):.2g} to {float(one.max()):.2g} times that",
         'Weigh by ratios, which are 1 there. If it is intended, declare `on_purpose = ("policy gradient",)`',
     )
 
 
-def anchor(trial: Trial) -> Found | None:
+def anchor(trial: Trial) -> Violation | None:
     """What weighs an advantage is the ratio to the policy that sampled, not the one to the reference."""
     if not trial.objective.uses_reference:
         return None
@@ -94,16 +89,15 @@ def anchor(trial: Trial) -> Found | None:
     for a in (one, -one):
         near, high_low = (pull(trial.objective, a, -2.0 * one, 0.0 * one, x) for x in (0.0 * one, far))
         if (high_low - near).abs().max() > 0.01 * near.abs().max():
-            return (
-                "policy gradient",
-                AT_ONE + "it depends on how far the policy is from the reference",
+            return amiss(
+                "it depends on how far the policy is from the reference",
                 "The ratio is to the policy that sampled: (policy.logprobs - batch.old_logprobs).exp(); the reference "
                 'belongs in a penalty. If it is intended, declare `on_purpose = ("policy gradient",)`',
             )
     return None
 
 
-def direction(trial: Trial, strength: Tensor) -> Found | None:
+def direction(trial: Trial, strength: Tensor) -> Violation | None:
     """Positive advantages make a token more likely, negative ones less."""
     if (strength >= -1e-6).all():
         return None
@@ -116,17 +110,17 @@ def direction(trial: Trial, strength: Tensor) -> Found | None:
             if inverted
             else "loss is minimised: return -ratio * advantages"
         )
-        return "sign", AT_ONE + "it has the wrong sign", remedy
+        return amiss("it has the wrong sign", remedy, "sign")
     side = "negative" if strength[0] < 0 else "positive"
     effect = "more likely" if side == "negative" else "less likely"
-    return (
-        "sign",
-        AT_ONE + f"it has the wrong sign where the advantage is {side}: such tokens become {effect}",
+    return amiss(
+        f"it has the wrong sign where the advantage is {side}: such tokens become {effect}",
         "The sign of the advantage got lost (abs, square, a min in place of a max): -ratio * advantages keeps it",
+        "sign",
     )
 
 
-def factor(strength: Tensor) -> Found | None:
+def factor(strength: Tensor) -> Violation | None:
     """The gradient is as large as the advantage; another monotonous response to it is the objective's own."""
     size = float(strength.mean())
     if nearly(strength, 1.0, 0.01):
@@ -137,18 +131,17 @@ def factor(strength: Tensor) -> Found | None:
         else:
             remedy = "Leave every denominator to the trainer (`average_over`); a weight on the whole loss belongs in "
             remedy += "the lr"
-        return "policy gradient", AT_ONE + f"it is {size:.3g} times that", remedy
+        return amiss(f"it is {size:.3g} times that", remedy)
     response = strength * torch.tensor(ADVANTAGES)
     if (response.diff() < -1e-4 * response.abs().max()).any():
-        return (
-            "policy gradient",
-            AT_ONE + "a larger advantage gives a smaller push",
+        return amiss(
+            "a larger advantage gives a smaller push",
             'The push may bend, but not turn. If it is intended, declare `on_purpose = ("policy gradient",)`',
         )
     return None
 
 
-def uneven(trial: Trial) -> Found | None:
+def uneven(trial: Trial) -> Violation | None:
     """Tokens of a real step, by length, reward and place: the same response for all."""
     objective, scene = trial.objective, trial.on_policy
     mask, weights = scene.batch.mask, weights_of(objective, scene.batch.mask)
@@ -162,26 +155,23 @@ def uneven(trial: Trial) -> Found | None:
         return None
     length = mask.sum(dim=1, keepdim=True).expand(mask.shape)[live][there].float()
     reward = scene.batch.rewards[:, None].expand(mask.shape)[live][there]
-    check = "policy gradient"
     if nearly(got * length):
         if objective.average_over == "constant" and nearly(got * length, 1.0):
             return None  # a mean over each sequence, over a constant: another way to write a mean over sequences
-        what = "the gradient of each token is divided by the length of its sequence once more"
-        return check, AT_ONE + what, DO_NOT_AVERAGE
+        return amiss("the gradient of each token is divided by the length of its sequence once more", DO_NOT_AVERAGE)
     if nearly(got / length):
-        what = "the gradient of each token is multiplied by the length of its sequence"
         remedy = "Take the mean, not the sum, over a sequence's tokens (rl.reduce.masked_mean)"
-        return check, AT_ONE + what, remedy
+        return amiss("the gradient of each token is multiplied by the length of its sequence", remedy)
     if (got - reward).abs().max() < 0.02:
-        return check, AT_ONE + "it is multiplied by the reward", "The reward is in the advantages already: leave it out"
+        return amiss("it is multiplied by the reward", "The reward is in the advantages already: leave it out")
     idle = got.abs() < 0.01
     if idle.any() and nearly(got[~idle], 1.0):
         share = 100 * float(idle.float().mean())
         remedy = "Something takes tokens out on policy: .detach(), a selection, a mask of another kind than batch.mask"
-        return check, AT_ONE + f"{share:.0f} % of the tokens with an advantage have none", remedy
+        return amiss(f"{share:.0f} % of the tokens with an advantage have none", remedy)
     what = f"tokens get {float(got.min()):.2g} to {float(got.max()):.2g} times that"
     remedy = "Weigh tokens in advantages(batch), where the weights are part of the advantage. If loss must do it, "
-    return check, AT_ONE + what, remedy + 'declare `on_purpose = ("policy gradient",)`'
+    return amiss(what, remedy + 'declare `on_purpose = ("policy gradient",)`')
 
 
 DO_NOT_AVERAGE = 'Do not average yourself: set `average_over="sequences"`, and return the loss of every token'

@@ -40,16 +40,20 @@ class Outcome:
         return replace(self, **{name: change(getattr(self, name)) for name in names})
 
     @property
-    def nonfinite(self) -> str:
-        """The first thing that is NaN or infinite; empty when nothing is."""
-        tensors = {
+    def tensors(self) -> dict[str, Tensor]:
+        """Advantages, loss and gradients by their names in messages."""
+        return {
             "advantages": self.advantages,
             "loss": self.loss,
             "gradient": self.logprobs,
             "gradient of the values": self.values,
             "gradient of the entropies": self.entropy,
         }
-        for name, x in tensors.items():
+
+    @property
+    def nonfinite(self) -> str:
+        """The first thing that is NaN or infinite; empty when nothing is."""
+        for name, x in self.tensors.items():
             if not bool(x.isfinite().all()):
                 return name
         bad = [f"metric {name!r}" for name, mean in self.metrics.items() if not math.isfinite(mean)]

@@ -28,11 +28,6 @@ class Node:
     """The reward of this turn."""
     children: list["Node"] = field(default_factory=list["Node"])
 
-    @property
-    def start(self) -> int:
-        """Where its context ends, and its completion begins."""
-        return self.length - len(self.completion.token_ids)
-
     def path(self) -> list["Node"]:
         """From the root down to here."""
         path, node = list["Node"](), self
@@ -84,14 +79,6 @@ class Tree:
                     best = node
                 open_ += [(child, node.length) for child in node.children]
         return best
-
-    def asked_before(self, context: list[int]) -> Completion | None:
-        """The first completion of exactly this context: the answer to a request that is repeated."""
-        parent = self.continued(context)
-        for node in self._roots if parent is None else parent.children:
-            if node.start == len(context) and node.delta == context[len(context) - len(node.delta) :]:
-                return node.completion
-        return None
 
     def paths(self) -> list[list[Node]]:
         """The paths to all leaves, in the order in which the leaves were sampled."""

@@ -6,16 +6,12 @@ from typing import TYPE_CHECKING, ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from rl.objectives.advantages import (
-    group_relative,
-    kept_by_second_moment,
-    spread,
-)
+from rl.objectives.advantages import group_relative, kept_by_second_moment, spread
 from rl.objectives.corrections import Uncorrected
 from rl.objectives.objective import Objective
 from rl.objectives.surrogates import check_clip, clipped_surrogate, reinforce, soft_gate, truncated_reinforce
 from rl.reduce import AverageOver
-from rl.types import Batch, Metrics, PolicyOutput, Step, needed
+from rl.types import Batch, PolicyOutput, Step, TokenLoss, needed
 
 if TYPE_CHECKING:
     import rl.config
@@ -45,9 +41,7 @@ class GRPO(Objective):
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
         return spread(group_relative(batch.rewards, batch.group_ids, divide_by_std=self.divide_by_std), batch.mask)
 
-    def loss(
-        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
-    ) -> tuple[Float[Tensor, "B T"], Metrics]:
+    def loss(self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]) -> TokenLoss:
         log_ratio = policy.logprobs - batch.old_logprobs
         return clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip)
 
@@ -93,9 +87,7 @@ class CISPO(GRPO):
         if self.dual_clip is not None:
             raise ValueError("CISPO bounds the weight of every token already: leave dual_clip=None")
 
-    def loss(
-        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
-    ) -> tuple[Float[Tensor, "B T"], Metrics]:
+    def loss(self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]) -> TokenLoss:
         log_ratio = policy.logprobs - batch.old_logprobs
         return truncated_reinforce(policy.logprobs, log_ratio, advantages, self.clip_low, self.clip_high)
 
@@ -123,9 +115,7 @@ class SAPO(Objective):
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
         return spread(group_relative(batch.rewards, batch.group_ids, divide_by_std=self.divide_by_std), batch.mask)
 
-    def loss(
-        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
-    ) -> tuple[Float[Tensor, "B T"], Metrics]:
+    def loss(self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]) -> TokenLoss:
         return soft_gate(policy.logprobs - batch.old_logprobs, advantages, self.tau_positive, self.tau_negative)
 
 
@@ -162,8 +152,6 @@ class M2PO(Objective):
         drift = needed(batch.old_logprobs, "old_logprobs") - batch.rollout_logprobs
         return spread(advantages, batch.mask) * kept_by_second_moment(drift, batch.mask, self.second_moment)
 
-    def loss(
-        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
-    ) -> tuple[Float[Tensor, "B T"], Metrics]:
+    def loss(self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]) -> TokenLoss:
         log_ratio = policy.logprobs - batch.rollout_logprobs
         return reinforce(log_ratio, advantages), {"actor/second_moment": log_ratio.detach() ** 2}

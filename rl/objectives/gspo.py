@@ -12,7 +12,7 @@ from torch import Tensor
 from rl.objectives.grpo import GRPO
 from rl.objectives.surrogates import check_clip, clipped_surrogate, geometric_mean, token_by_token
 from rl.reduce import AverageOver
-from rl.types import Metrics, PolicyOutput, Step
+from rl.types import PolicyOutput, Step, TokenLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,7 @@ class GSPO(GRPO):
     clip_high: float = 4e-4
     average_over: AverageOver = "sequences"
 
-    def loss(
-        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
-    ) -> tuple[Float[Tensor, "B T"], Metrics]:
+    def loss(self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]) -> TokenLoss:
         log_s = token_by_token(policy.logprobs - batch.old_logprobs, batch.mask)
         return clipped_surrogate(log_s, advantages, self.clip_low, self.clip_high, self.dual_clip)
 
@@ -55,8 +53,6 @@ class GMPO(GRPO):
         if self.dual_clip is not None:
             raise ValueError("GMPO clips in log space, before the mean: leave dual_clip=None")
 
-    def loss(
-        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
-    ) -> tuple[Float[Tensor, "B T"], Metrics]:
+    def loss(self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]) -> TokenLoss:
         log_ratio = policy.logprobs - batch.old_logprobs
         return geometric_mean(log_ratio, advantages, batch.mask, self.clip_low, self.clip_high)

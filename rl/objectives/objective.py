@@ -10,7 +10,7 @@ from torch import Tensor
 from rl.objectives.kl import Estimator
 from rl.reduce import AverageOver
 from rl.typed import Checked
-from rl.types import Batch, Metrics, PolicyOutput, Step
+from rl.types import Batch, PolicyOutput, Step, TokenLoss
 
 if TYPE_CHECKING:
     import rl.config
@@ -102,7 +102,5 @@ class Objective(Checked, ABC):
         """Advantage of every token, from the whole step's batch."""
 
     @abstractmethod
-    def loss(
-        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
-    ) -> tuple[Float[Tensor, "B T"], Metrics]:
+    def loss(self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]) -> TokenLoss:
         """Per-token loss and metrics of one micro-batch."""

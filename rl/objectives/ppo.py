@@ -10,7 +10,7 @@ from torch import Tensor
 from rl.objectives.advantages import gae, token_rewards, whiten
 from rl.objectives.objective import Objective
 from rl.objectives.surrogates import check_clip, clipped_surrogate
-from rl.types import Batch, Metrics, PolicyOutput, Step, needed
+from rl.types import Batch, PolicyOutput, Step, TokenLoss, needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +56,7 @@ class PPO(Objective):
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
         return whiten(self._raw(batch), batch.mask)
 
-    def loss(
-        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
-    ) -> tuple[Float[Tensor, "B T"], Metrics]:
+    def loss(self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]) -> TokenLoss:
         log_ratio = policy.logprobs - batch.old_logprobs
         surrogate, metrics = clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip)
         old, values = needed(batch.values, "values"), needed(policy.values, "values")

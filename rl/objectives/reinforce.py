@@ -7,21 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl.objectives.advantages import (
-    gae,
-    group_relative,
-    leave_one_out,
-    length_weighted,
-    spread,
-    token_rewards,
-    whiten,
-)
+from rl.objectives.advantages import gae, group_relative, leave_one_out, length_weighted, spread, token_rewards, whiten
 from rl.objectives.grpo import GRPO
 from rl.objectives.kl import Estimator
 from rl.objectives.objective import Objective
 from rl.objectives.surrogates import reinforce
 from rl.reduce import AverageOver
-from rl.types import Batch, Metrics, PolicyOutput, Step
+from rl.types import Batch, PolicyOutput, Step, TokenLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +30,7 @@ class RLOO(Objective):
     def advantages(self, batch: Batch) -> Float[Tensor, "B T"]:
         return spread(leave_one_out(batch.rewards, batch.group_ids), batch.mask)
 
-    def loss(
-        self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]
-    ) -> tuple[Float[Tensor, "B T"], Metrics]:
+    def loss(self, policy: PolicyOutput, batch: Step, advantages: Float[Tensor, "B T"]) -> TokenLoss:
         return reinforce(policy.logprobs - batch.old_logprobs, advantages), {}
 
 

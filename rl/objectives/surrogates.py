@@ -11,7 +11,7 @@ from torch import Tensor
 from rl.objectives.advantages import spread
 from rl.objectives.ratios import ratio_of
 from rl.reduce import masked_mean
-from rl.types import Metrics
+from rl.types import Metrics, TokenLoss
 
 
 def clipped_surrogate(
@@ -20,7 +20,7 @@ def clipped_surrogate(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
-) -> tuple[Float[Tensor, "B T"], Metrics]:
+) -> TokenLoss:
     """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) per token, and how often each side binds.
 
     With `dual_clip` c > 1, where A < 0 the loss is at most -c A, however large r is. Sources: PPO, arXiv 1707.06347,
@@ -60,7 +60,7 @@ def truncated_reinforce(
     advantages: Float[Tensor, "B T"],
     clip_low: float,
     clip_high: float,
-) -> tuple[Float[Tensor, "B T"], Metrics]:
+) -> TokenLoss:
     """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi: a clipped token keeps a gradient, with a bounded weight.
 
     Source: CISPO, MiniMax-M1, arXiv 2506.13585, eq. 4 and 5.
@@ -72,7 +72,7 @@ def truncated_reinforce(
 
 def soft_gate(
     log_ratio: Float[Tensor, "B T"], advantages: Float[Tensor, "B T"], tau_positive: float, tau_negative: float
-) -> tuple[Float[Tensor, "B T"], Metrics]:
+) -> TokenLoss:
     """-4 / tau sigmoid(tau (r - 1)) A with a tau for each sign of A: slope 1 at r = 1, less on both sides.
 
     `actor/gate` is that slope, 4 p (1 - p) with p the sigmoid: the share of the gradient that passes. Source:
@@ -100,7 +100,7 @@ def geometric_mean(
     mask: Bool[Tensor, "B T"],
     clip_low: float,
     clip_high: float,
-) -> tuple[Float[Tensor, "B T"], Metrics]:
+) -> TokenLoss:
     """-exp(mean_t clip(log r_t)) A: every token's log-ratio is clipped on the side its advantage pushes to.
 
     The bounds are in log space: r between e^-clip_low and e^clip_high. Source: GMPO, arXiv 2507.20673, eq. 4.

@@ -128,10 +128,8 @@ def _slow(history: History) -> Iterator[Advice]:
     for engine, rate in rates.items():
         others = {s: [each[s] for name, each in rates.items() if name != engine and each.get(s)] for s in rate}
         if found := above([(s, 1 - rate[s] / median(each)) for s, each in others.items() if each], 1 - SLOW):
-            name, what = (
-                f"perf/engine_{engine}/tokens_per_s",
-                f"engine {engine} is slower than the others by this share",
-            )
+            name = f"perf/engine_{engine}/tokens_per_s"
+            what = f"engine {engine} is slower than the others by this share"
             yield Advice("one slow engine", name, found, what, "Look at what else runs on its device or node.")
 
 

@@ -1,8 +1,7 @@
 """How far are the trainer's log-probabilities from the engine's on the same tokens, and how sure is each number?"""
 
 import math
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -47,10 +46,6 @@ class Gap:
     def detectable_k3(self) -> float:
         """The smallest change of k3 that this sample can detect (two standard errors), in nats."""
         return 2 * self.k3_se
-
-    def plain(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return asdict(self)
 
 
 def gap(trainer: Float[Tensor, "B T"], rollout: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Gap:

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Coroutine
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def static(engine: str, old: Any, new: Any, prompts: list[Prompt]) -> dict[str, 
         "mixed_tokens": int(mixed.sum()),
         "numbers": numbers,
         "clipped": {n: {"tokens": c.tokens, "sequences": c.sequences} for n, c in clip.items() if c},
-        "gap": g.plain(),
+        "gap": asdict(g),
         "update_moved": float((by_version[1].logprobs - by_version[0].logprobs)[late].abs().mean()),
     }
 
@@ -161,8 +161,10 @@ def _k3(g: Gap) -> Number:
 
 def prompts_and_policies() -> tuple[list[Prompt], Any, Any]:
     """The prompts of the V0 reference as chat messages, the trainer before the update, and after it."""
+    from rl.tokens import Rendering
+    from trainer.data.encode import Encoder
     from trainer.model.policy import load
-    from trainer.prompts import encode_all, load_tokenizer
+    from trainer.prompts import load_tokenizer
 
     tokenizer = load_tokenizer(MODEL)
     items = json.loads((ROOT / "tests" / "data" / "vllm_v0_fp32.json").read_text())["items"]
@@ -173,4 +175,7 @@ def prompts_and_policies() -> tuple[list[Prompt], Any, Any]:
     with torch.no_grad():
         for parameter in new.parameters():
             parameter.mul_(1 + CHANGE * (2 * torch.rand(parameter.shape, generator=generator) - 1))
-    return encode_all(tokenizer, examples, CONFIG, "prompts"), old, new
+    encoder = Encoder(
+        tokenizer=tokenizer, config=CONFIG, rendering=Rendering(template=CONFIG.chat_template_kwargs), where="prompts"
+    )
+    return encoder.all(examples), old, new

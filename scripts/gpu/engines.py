@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import multiprocessing
 import traceback
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def engines(args: argparse.Namespace) -> Result:
         for t, batch in found["batches"].items():
             config = settings(args, variant, model)
             between = gap(trainer_logprobs(policy, batch, t, config, args.device), batch.rollout_logprobs, batch.mask)
-            rows.append({"engine": name, "T": t} | {k: v for k, v in between.plain().items() if k != "worst"})
+            rows.append({"engine": name, "T": t} | {k: v for k, v in asdict(between).items() if k != "worst"})
             if variant.right and not rows[-1]["mean_abs"] < LIMIT:
                 problems.append(f"{name} at T={t}: the log-probabilities differ by {rows[-1]['mean_abs']:.2g} nats")
     gaps = {(row["engine"], row["T"]): row["mean_abs"] for row in rows}

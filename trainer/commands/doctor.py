@@ -25,7 +25,6 @@ def doctor(arguments: Sequence[str]) -> int:
     parser.add_argument("recipe", metavar="RECIPE.py", help="a recipe, such as recipes/quickstart.py")
     parser.add_argument("--short", action="store_true", help="do not compare precisions; saves some minutes")
     asked, flags = parser.parse_known_args(arguments)
-    short = asked.short
     config, _ = configure(load_recipe(asked.recipe), flags)
 
     from trainer.doctor.doctor import DoctorReport, examine_full, examine_short
@@ -58,7 +57,7 @@ def doctor(arguments: Sequence[str]) -> int:
         opening = asyncio.create_task(record(reading))
         try:
             with stoppable(0.0):
-                result = await (examine_short if short else examine_full)(config, reading)
+                result = await (examine_short if asked.short else examine_full)(config, reading)
         except BaseException:
             if opening.done() and not opening.exception():
                 opening.result().close({"status": "failed"})

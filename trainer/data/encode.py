@@ -101,14 +101,6 @@ def _begin(example: Example) -> str:
     return f"It begins {show(example.prompt)}"
 
 
-def encode_all(
-    tokenizer: PreTrainedTokenizerBase, examples: list[Example], config: Config, where: str = "data.train"
-) -> list[Prompt]:
-    """Prompts of a list. Raises ValueError that names the first prompt that is wrong or leaves no room to answer."""
-    rendering = Rendering(template=config.chat_template_kwargs)
-    return Encoder(tokenizer=tokenizer, config=config, rendering=rendering, where=where).all(examples)
-
-
 def peek(train: Train, count: int, encoder: Encoder) -> tuple[list[Prompt], Train]:
     """A few prompts of a training set that is read as needed, and the set, still with all of its examples.
 

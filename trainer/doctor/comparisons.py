@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -114,9 +114,7 @@ class Comparisons:
             scores = await self.cluster.ask_engine(
                 0, lambda e: e.prefill(token_ids, [*c.token_ids]), deadline_s=deadline
             )
-            return Completion(
-                token_ids=c.token_ids, logprobs=scores, versions=c.versions, finish_reason=c.finish_reason
-            )
+            return replace(c, logprobs=scores)
 
         again = [
             list(await asyncio.gather(*(prefilled(p.token_ids, c) for c in group)))

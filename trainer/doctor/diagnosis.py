@@ -5,14 +5,7 @@ from dataclasses import replace
 from rl.parity.evidence import Evidence
 from trainer.doctor.facts import facts
 from trainer.doctor.finding import Finding
-from trainer.doctor.numbers import (
-    drawn,
-    engine_numbers,
-    sampler_numbers,
-    structure,
-    trainer_at_fault,
-    trainer_numbers,
-)
+from trainer.doctor.numbers import drawn, engine_numbers, sampler_numbers, structure, trainer_at_fault, trainer_numbers
 from trainer.doctor.weights import weights
 
 

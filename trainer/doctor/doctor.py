@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -105,45 +105,27 @@ async def examine_engines(
     Afterwards the engines hold the learner's weights as `version`, unless a fault was found.
     """
     episodes = await examine_episodes(cluster, prepared)
-    report = await _examine(cluster, learner, prepared, version)
-    return replace(report, findings=[*episodes, *report.findings], first_prompt=prepared.first)
-
-
-async def _examine(cluster: Cluster, learner: RemoteLearner, prepared: Prepared, version: int) -> DoctorReport:
     began, config = time.perf_counter(), cluster.config
     examiner = Examiner(cluster, learner, prepared, config.seed)
-    if config.doctor != "full":
-        if not version:
-            return _result(config, await examiner.examine(0), began)
-        # Under a version of its own: the run's samples must not hit the prefixes that the check leaves in the cache.
-        # A run without an interruption would not hit them either.
-        check = await examiner.examine(version - 1)
-        if not check.faults:
-            await learner.publish(version)
-        return _result(config, check, began)
-    check = await examiner.examine(version - 2)
-    if any(f.severity == "fault" for f in check.findings):
-        return _result(config, check, began)
-    conditions = Comparisons(examiner)
-    comparisons = [configured_comparison(check), *await conditions.run_all(version - 2)]
-    if not conditions.findings:
+    comparisons: list[Comparison] = []
+    findings: list[Finding] = []
+    # Under versions of its own: the run's samples must not hit the prefixes that the check leaves in the cache. A run
+    # without an interruption would not hit them either.
+    before = 2 if config.doctor == "full" else min(version, 1)
+    check = await examiner.examine(version - before)
+    if config.doctor == "full" and not check.faults:
+        conditions = Comparisons(examiner)
+        comparisons = [configured_comparison(check), *await conditions.run_all(version - before)]
+        findings = conditions.findings
+    if before and not check.faults and not findings:
         await learner.publish(version)
-    return _result(config, check, began, comparisons, conditions.findings)
-
-
-def _result(
-    config: Config,
-    check: ParityCheck,
-    began: float,
-    comparisons: Sequence[Comparison] = (),
-    more: Sequence[Finding] = (),
-) -> DoctorReport:
     return DoctorReport(
         config=config,
         check=check,
-        comparisons=list(comparisons),
-        findings=[*check.findings, *more],
+        comparisons=comparisons,
+        findings=[*episodes, *check.findings, *findings],
         seconds=time.perf_counter() - began,
+        first_prompt=prepared.first,
     )
 
 

@@ -61,7 +61,8 @@ class Examiner:
         counted = await self._counters()
         sampling = [asyncio.ensure_future(self._sample(i)) for i in range(len(self.cluster.engines))]
         try:
-            weights, notes = await self._layers(weights, traces)
+            weights = [await self._compared(w, trace) for w, trace in zip(weights, traces, strict=True)]
+            notes = [f"layers of engine {w.engine}: {w.uncovered}" for w in weights if w.uncovered]
             sampled = [await groups for groups in sampling]
             served = [
                 after["requests"] - before["requests"]
@@ -156,17 +157,6 @@ class Examiner:
         ]
         return weights, traces
 
-    async def _layers(
-        self, weights: list[WeightEvidence], traces: list[Trace]
-    ) -> tuple[list[WeightEvidence], list[str]]:
-        found, notes = [], []
-        for evidence, trace in zip(weights, traces, strict=True):
-            compared = await self._compared(evidence, trace)
-            if compared.uncovered:
-                notes.append(f"layers of engine {evidence.engine}: {compared.uncovered}")
-            found.append(compared)
-        return found, notes
-
     async def _compared(self, evidence: WeightEvidence, trace: Trace) -> WeightEvidence:
         if len(trace) > 1:
             text = "not compared, because each worker of a tensor-parallel engine has only a shard of them"
@@ -203,22 +193,16 @@ class Examiner:
     # -- samples ---------------------------------------------------------------------------------------------------
 
     async def _sample(self, engine: int) -> list[list[Completion]]:
-        deadline = self.config.deadlines.sample_s
-        return await asyncio.gather(
-            *(
-                self.cluster.ask_engine(
-                    engine,
-                    lambda e, p=p: e.sample(
-                        p.token_ids,
-                        self.per_prompt,
-                        self.seed * 7919 + engine * 101 + 1000 * p.ordinal,
-                        max_tokens=self.max_tokens,
-                    ),
-                    deadline_s=deadline,
-                )
-                for p in self.prompts
+        n, seed, most = self.per_prompt, self.seed * 7919 + engine * 101, self.max_tokens
+        asked = (
+            self.cluster.ask_engine(
+                engine,
+                lambda e, p=p: e.sample(p.token_ids, n, seed + 1000 * p.ordinal, max_tokens=most),
+                deadline_s=self.config.deadlines.sample_s,
             )
+            for p in self.prompts
         )
+        return await asyncio.gather(*asked)
 
     async def _counters(self) -> list[dict[str, int]]:
         return await self.cluster.ask_engines(lambda e: e.counters())

@@ -6,7 +6,7 @@ from typing import Any
 from rl.parity.architecture import differing
 from rl.parity.evidence import Evidence, SamplerEvidence
 from rl.typed import show
-from trainer.doctor.finding import Finding
+from trainer.doctor.finding import Finding, faults_of
 
 PRECISION = 1e-5
 """Relative; settings pass through fp32."""
@@ -35,10 +35,7 @@ def _same(a: float, b: float) -> bool:
 
 def _shared(side: dict[str, Any], driver: dict[str, Any], who: str, where: str) -> Iterator[Finding]:
     """What engine and trainer both have."""
-
-    def fault(cause: str, evidence: str) -> Finding:
-        return Finding(cause=cause, severity="fault", where=where, evidence=evidence)
-
+    fault = faults_of(where)
     if not _same(side["temperature"], driver["temperature"]):
         text = f"{who} has the temperature {side['temperature']:g}, and the run {driver['temperature']:g}"
         yield fault("temperature", text)
@@ -68,9 +65,7 @@ def _trainer(e: Evidence) -> Iterator[Finding]:
 
 
 def _engine(engine: dict[str, Any], driver: dict[str, Any], index: int) -> Iterator[Finding]:
-    def fault(cause: str, evidence: str) -> Finding:
-        return Finding(cause=cause, severity="fault", where=f"engine {index}", evidence=evidence)
-
+    fault = faults_of(f"engine {index}")
     if engine["logprobs_mode"] != "processed_logprobs":
         yield fault("raw_logprobs", f"logprobs_mode is {engine['logprobs_mode']!r}")
     yield from _shared(engine, driver, "the engine", f"engine {index}")
@@ -96,10 +91,7 @@ def _engine(engine: dict[str, Any], driver: dict[str, Any], index: int) -> Itera
 
 def _texts(engine: dict[str, Any], driver: dict[str, Any], index: int) -> Iterator[Finding]:
     """Tokenizer, template and the ends of replies."""
-
-    def fault(cause: str, evidence: str) -> Finding:
-        return Finding(cause=cause, severity="fault", where=f"engine {index}", evidence=evidence)
-
+    fault = faults_of(f"engine {index}")
     if engine["chat_template"] != driver["chat_template"]:
         yield fault("template", "the engine's chat template is not the one that wrote the prompts")
     elif engine["prompt"] != driver["prompt"]:
@@ -107,22 +99,16 @@ def _texts(engine: dict[str, Any], driver: dict[str, Any], index: int) -> Iterat
         at = next((i for i, (a, b) in pairs if a != b), min(len(engine["prompt"]), len(driver["prompt"])))
         yield fault("tokenizer", f"the engine's tokenizer gives other tokens for the first prompt, from token {at}")
     if engine["vocabulary"] != driver["vocabulary"]:
-        yield fault(
-            "tokenizer",
-            f"the engine's tokenizer has {engine['vocabulary']} tokens, the driver's has {driver['vocabulary']}",
-        )
+        text = f"the engine's tokenizer has {engine['vocabulary']} tokens, the driver's has {driver['vocabulary']}"
+        yield fault("tokenizer", text)
     if engine["stop_ids"] != driver["stop_ids"]:
         yield fault(
             "stop_ids",
             f"the engine ends replies at the tokens {engine['stop_ids']}, the model's files list {driver['stop_ids']}",
         )
     elif not driver["stop_ids"]:
-        yield Finding(
-            cause="no_stop_ids",
-            severity="warning",
-            where=f"engine {index}",
-            evidence="no token ends a reply, so each runs to rollout.max_tokens",
-        )
+        text = "no token ends a reply, so each runs to rollout.max_tokens"
+        yield Finding(cause="no_stop_ids", severity="warning", where=f"engine {index}", evidence=text)
 
 
 def _sampler(s: SamplerEvidence | None, driver: dict[str, Any], index: int) -> Iterator[Finding]:
@@ -148,11 +134,9 @@ def _sampler(s: SamplerEvidence | None, driver: dict[str, Any], index: int) -> I
         yield fault("logit_bias", f"a bias on tokens: {show(got['logit_bias'])}")
     if got["tokens_not_allowed"]:
         yield fault("allowed_tokens", f"{got['tokens_not_allowed']} tokens that it may not sample")
-    if (
-        got["bad_words"] != sorted(driver["forbidden"]["words"])
-        or got["min_tokens"] != driver["forbidden"]["min_tokens"]
-    ):
-        text = f"min_tokens={got['min_tokens']}, bad words {show(got['bad_words'])}, and the run {driver['forbidden']}"
+    forbidden = driver["forbidden"]
+    if got["bad_words"] != sorted(forbidden["words"]) or got["min_tokens"] != forbidden["min_tokens"]:
+        text = f"min_tokens={got['min_tokens']}, bad words {show(got['bad_words'])}, and the run {forbidden}"
         yield fault("forbidden", text)
     if got["other_processors"]:
         yield fault("not_drawn", f"logits processors that the run does not know: {got['other_processors']}")

@@ -1,5 +1,6 @@
 """One cause that the doctor found, with its evidence and what to do about it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,11 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.cause} ({self.where}): {self.evidence}. {self.remedy}"
+
+
+def faults_of(where: str) -> Callable[[str, str], Finding]:
+    """Makes the faults of one place, from cause and evidence."""
+    return lambda cause, evidence: Finding(cause=cause, severity="fault", where=where, evidence=evidence)
 
 
 class ParityError(RuntimeError):

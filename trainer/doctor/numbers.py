@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from rl.parity.evidence import SampleEvidence
 from rl.parity.gap import Gap
 from rl.parity.guesses.hypotheses import judge
-from trainer.doctor.finding import Finding
-from trainer.doctor.sampler import sampler_limit
+from trainer.doctor.finding import Finding, faults_of
 
 MEAN_GAP = {"float32": 3e-5, "bfloat16": 6e-2}
 """Largest mean |d| in nats at which the two sides count as equal, at temperature 1 and above; below, it grows with
@@ -86,7 +85,7 @@ def sampler_numbers(s: SampleEvidence, temperature: float) -> Iterator[Finding]:
     e = s.sampler
     if e is None:
         return
-    where, limit = f"engine {s.engine}", sampler_limit(temperature)
+    where, limit = f"engine {s.engine}", limit_of("float32", temperature)
     if e.other_tokens and s.requests <= 1:
         text = f"{e.other_tokens} of {e.tokens} tokens are not those that the sampler returned"
         yield Finding(cause="swapped", severity="fault", where=where, evidence=text)
@@ -114,11 +113,7 @@ def engine_numbers(s: SampleEvidence, dtype: str, temperature: float) -> Iterato
 
 def drawn(s: SampleEvidence) -> Iterator[Finding]:
     """The tokens against the distribution that they should be draws from."""
-
-    def fault(cause: str, evidence: str) -> Finding:
-        return Finding(cause=cause, severity="fault", where=f"engine {s.engine}", evidence=evidence)
-
-    d = s.draws
+    fault, d = faults_of(f"engine {s.engine}"), s.draws
     if s.requests > 1:
         yield fault("selected", f"the engine served {s.requests:.3g} requests for each reply that it returned")
         return

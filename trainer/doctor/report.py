@@ -33,7 +33,7 @@ TEXTS += ("outside [0.5, 2]", "ESS token / sequence", "note")
 
 def as_dict(report: DoctorReport) -> dict[str, Any]:
     """The whole report as JSON values: null for NaN, digests as counts."""
-    settings, e = resolved(report.config), report.check.evidence
+    settings, e, first = resolved(report.config), report.check.evidence, report.first_prompt
     config = {name: settings[name] for name in ("name", "model", "dtype", "temperature", "objective", "old_logprobs")}
     values = {
         "verdict": report.verdict,
@@ -43,7 +43,7 @@ def as_dict(report: DoctorReport) -> dict[str, Any]:
         "config": config | {"ratio": "sequence" if isinstance(report.config.objective, GSPO) else "token"},
         "stack": report.stack,
         "old_logprobs": dict(zip(("source", "why"), report.old_logprobs, strict=True)),
-        "first_prompt": _first_prompt(report),
+        "first_prompt": first and {"length": len(first.tokens), "tokens": first.ends(), "oddities": first.oddities},
         "findings": [asdict(f) | {"remedy": f.remedy} for f in report.findings],
         "comparisons": report.comparisons,
         "coverage": [{"check": check, "covers": what, "showed": seen} for check, what, seen in report.coverage()],
@@ -56,12 +56,6 @@ def as_dict(report: DoctorReport) -> dict[str, Any]:
         },
     }
     return without_nan(json.loads(json.dumps(values, default=asdict)))
-
-
-def _first_prompt(report: DoctorReport) -> dict[str, Any] | None:
-    """The first prompt as both sides have it, and what is unusual about it."""
-    first = report.first_prompt
-    return first and {"length": len(first.tokens), "tokens": first.ends(), "oddities": first.oddities}
 
 
 def _weights(w: WeightEvidence) -> dict[str, Any]:

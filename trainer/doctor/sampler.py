@@ -13,16 +13,10 @@ from rl.parity.guesses.hypotheses import explain
 from rl.parity.guesses.told import Told, told
 from rl.sampling.forbidden import Forbidden
 from rl.types import Completion, Prompt
+from trainer.doctor.numbers import limit_of
 
-LIMIT = 3e-5
-"""Largest mean |d| in nats, in every dtype: both sides start at the same logits. Clean engines show 1e-7."""
 Traced = tuple[Prompt, Completion, list[dict[str, Any]]]
 """A prompt, one reply, and what each worker's sampler recorded (`rollout.sampler_trace`)."""
-
-
-def sampler_limit(temperature: float) -> float:
-    """The limit at a temperature: it divides the logits, and so multiplies their rounding."""
-    return LIMIT * max(1.0, 1.0 / temperature)
 
 
 def sampler_evidence(
@@ -37,12 +31,9 @@ def sampler_evidence(
     returned = [pairs for _, reply, traces in seen if (pairs := _returned(reply, traces))]
     numbers = [abs(a - b) for _, ours, theirs in returned for (_, a), b in zip(ours, theirs, strict=True)]
     others = sum(a != b for tokens, ours, _ in returned for (a, _), b in zip(ours, tokens, strict=True))
-    # Not <=: a NaN is counted elsewhere.
-    off = float(gaps.mean()) > sampler_limit(config.temperature)
-    guesses = sorted(
-        (g for one, _, _ in [max(seen, key=lambda s: len(s[0].reported))] if off for g in explain(one)),
-        key=lambda g: g.residual,
-    )
+    # In every dtype, because both sides start at the same logits. Not <=: a NaN is counted elsewhere.
+    off = float(gaps.mean()) > limit_of("float32", config.temperature)
+    longest, _, _ = max(seen, key=lambda s: len(s[0].reported))
     return SamplerEvidence(
         engine=engine,
         tokens=len(gaps),
@@ -50,7 +41,7 @@ def sampler_evidence(
         handed_on=sum(numbers) / len(numbers) if numbers else 0.0,
         other_tokens=others,
         settings=next((t["settings"] for _, _, traces in seen for t in traces if t["settings"]), {}),
-        guesses=guesses,
+        guesses=explain(longest) if off else [],
     )
 
 

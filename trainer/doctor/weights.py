@@ -4,22 +4,17 @@ from collections.abc import Iterator
 
 from rl.parity.evidence import Evidence, WeightEvidence
 from trainer.doctor.body import body, shared_fit
-from trainer.doctor.finding import Finding
+from trainer.doctor.finding import Finding, faults_of
 
 
 def weights(w: WeightEvidence, e: Evidence) -> Iterator[Finding]:
     """Tensors and layers that differ."""
-    where = f"engine {w.engine}"
-
-    def fault(cause: str, evidence: str) -> Finding:
-        return Finding(cause=cause, severity="fault", where=where, evidence=evidence)
-
+    fault = faults_of(f"engine {w.engine}")
     moved = [name for name, digest in w.live.items() if w.sent.get(name) != digest]
     if len(moved) > len(w.live) / 2 and (shared := shared_fit(w, e)):
         cause, text = shared
-        yield fault(
-            cause, f"{len(moved)} of {len(w.live)} tensors were sent with other values than the trainer's: {text}"
-        )
+        sent = f"{len(moved)} of {len(w.live)} tensors were sent with other values than the trainer's"
+        yield fault(cause, f"{sent}: {text}")
     elif len(moved) > len(w.live) / 2:
         yield fault(
             "stale_weights",

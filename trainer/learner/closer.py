@@ -1,7 +1,6 @@
 """The learner's closer look at sampled tokens: are they draws, and which of the two sides is at fault?"""
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import replace
 
 import deepspeed
@@ -19,8 +18,9 @@ from rl.types import Batch
 from trainer import machine
 from trainer.learner.edits import edited
 from trainer.learner.passes import Passes
-from trainer.learner.rank import Rank
+from trainer.learner.rank import Rank, whole_rows
 from trainer.learner.suspects import trainer_fault
+from trainer.model.head import watched
 from trainer.model.witness import in_fp32, make_witness
 
 LIMIT = {"float32": 3e-5, "bfloat16": 6e-2}
@@ -35,12 +35,8 @@ def sampled_draws(rank: Rank, batch: Batch, stop_ids: Collection[int], cut: Trun
     """Are the tokens draws from the trainer's distribution? A collective under ZeRO-3."""
     part = some(batch, rank.policy.hf.config.get_text_config().vocab_size).to_device(rank.device)
     with whole_rows(rank):
-        seen: list[Tensor] = []
-        hook = rank.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        try:
+        with watched(rank.head) as seen:
             rank.engine(part.input_ids, part.mask, rank.config.temperature, cut, part.support, experts=part.experts)
-        finally:
-            hook.remove()
         with deepspeed.zero.GatheredParameters(list(rank.head.parameters()), enabled=rank.weights.sharded):
             logits = rank.head.logits(seen[0], rank.head.dtype)
     return draws(_told(rank, part, logits, part.rollout_logprobs, rank.config.temperature, cut), stop_ids)
@@ -64,7 +60,8 @@ def witnessed(
         logits, hidden = witness.rows(part)
         exact = c.dtype == "float32" or not (sharded or c.trainer.lora.rank)
         limit = LIMIT["float32" if exact else c.dtype]
-        expected = _scatter(_told(rank, part, logits, part.rollout_logprobs, temperature, cut).expected, part)
+        own = _told(rank, part, logits, part.rollout_logprobs, temperature, cut).expected
+        expected = torch.zeros(part.mask.shape, device=own.device).masked_scatter(part.mask, own)
         with in_fp32(rank.policy) if exact else whole_rows(rank):
             trainer = passes.policy(replace(part)).logprobs.to(rank.device)
             ours = gap(trainer, expected, part.mask)
@@ -117,21 +114,7 @@ def some(batch: Batch, vocabulary: int) -> Batch:
     return take(batch, kept.sort().values)
 
 
-@contextmanager
-def whole_rows(rank: Rank) -> Iterator[None]:
-    """Every rank computes whole rows by itself: all logits are needed."""
-    shared, rank.policy.ulysses = rank.policy.ulysses, None
-    try:
-        yield
-    finally:
-        rank.policy.ulysses = shared
-
-
 def _told(
     rank: Rank, part: Batch, logits: Tensor, reported: Tensor, temperature: float, cut: Truncation | None
 ) -> Told:
     return told(part, logits, reported, temperature=temperature, truncation=cut, forbidden=rank.policy.forbidden)
-
-
-def _scatter(picked: Tensor, part: Batch) -> Tensor:
-    return torch.zeros(part.mask.shape, device=picked.device).masked_scatter(part.mask, picked)

@@ -9,7 +9,7 @@ from rl.parity.body.fits import LAYER_ERROR
 from rl.parity.evidence import LayerError, PartError
 from rl.sampling.forbidden import Forbidden
 from rl.weights import digest
-from trainer.learner.rank import Rank
+from trainer.learner.rank import Rank, whole_rows
 from trainer.learner.traced import layers
 from trainer.learner.traced.records import read
 from trainer.learner.traced.replay import replay
@@ -43,10 +43,7 @@ def compare_layers(rank: Rank, trace: dict[str, Any]) -> tuple[list[LayerError],
     """
     dtype, hf = rank.config.dtype, rank.policy.hf
     seen = read(trace, hf.base_model_prefix)
-    shared, rank.policy.ulysses = rank.policy.ulysses, None
-    try:
+    with whole_rows(rank):
         between, places = replay(rank.engine, hf, seen, LAYER_ERROR[dtype])
-    finally:
-        rank.policy.ulysses = shared
     own, unknown = layers.layer_errors(hf, rank.head, seen, places, dtype=dtype, sharded=rank.weights.sharded)
     return own, between, unknown

@@ -1,5 +1,7 @@
 """What does one learner rank consist of? The parts that its steps, forward passes, examinations and exports share."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +54,22 @@ class Rank:
         """The policy's lm_head."""
         head: Any = self.policy.hf.get_output_embeddings()
         return head
+
+
+@contextmanager
+def switched(thing: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute has another value until the end."""
+    before = getattr(thing, name)
+    setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        setattr(thing, name, before)
+
+
+def whole_rows(rank: Rank) -> AbstractContextManager[None]:
+    """Until the end every rank computes whole rows by itself: all logits are needed."""
+    return switched(rank.policy, "ulysses", None)
 
 
 def make_rank(config: Config, *, rank: int, engine: Any, memory: PeakMemory) -> Rank:

@@ -1,7 +1,5 @@
 """Which part of the trainer is at fault? Its parts are switched off one after the other."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +13,8 @@ from rl.parity.guesses.hypotheses import FITS, explain, judge
 from rl.parity.guesses.told import Told
 from rl.types import Batch
 from trainer.learner.edits import edited
-from trainer.learner.rank import Rank
+from trainer.learner.rank import Rank, switched
+from trainer.model.head import watched
 from trainer.model.lora import adapted, as_engines_have_it
 from trainer.model.witness import Witness
 
@@ -35,23 +34,17 @@ def trainer_fault(
 
     def passed() -> tuple[Tensor, Tensor]:
         """One pass over the whole part: log-probabilities, and what the head got."""
-        got: list[Tensor] = []
-        hook = rank.head.register_forward_pre_hook(lambda _, args: got.append(args[0]))
-        try:
+        with watched(rank.head) as got:
             return _pass(rank, part), got[-1].float()
-        finally:
-            hook.remove()
 
     once, mine = passed()
     again, _ = passed()
     size = off(trainer)
-    if off(once) > limit and float((once - again)[part.mask].abs().mean()) > limit:
+    apart = float((once - again)[part.mask].abs().mean())
+    if off(once) > limit and apart > limit:
         active = [n for n, m in rank.policy.named_modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0]
         where = f": dropout is on in {active[0]!r}" if active else ": dropout or another random part is on"
-        return (
-            "mode",
-            f"two passes over the same rows differ by {float((once - again)[part.mask].abs().mean()):.1e}{where}",
-        )
+        return "mode", f"two passes over the same rows differ by {apart:.1e}{where}"
     if off(once) <= limit:
         return "trainer_body", "whole rows agree, and the micro-batches of a step do not: look at how a batch is cut"
     error = float((mine - hidden).norm() / hidden.norm()) if mine.shape == hidden.shape else float("inf")
@@ -93,10 +86,8 @@ def trainer_fault(
     plain = rank.engine(part.input_ids, part.mask, seen.temperature, plain=True).logprobs
     own = (seen.logits / seen.temperature).log_softmax(-1).gather(1, seen.targets[:, None])[:, 0]
     if float((plain[part.mask] - own).abs().mean()) <= limit:
-        return (
-            "trainer_body",
-            "the same modules agree in a plain pass: look at packing and attention of the policy's pass",
-        )
+        text = "the same modules agree in a plain pass: look at packing and attention of the policy's pass"
+        return "trainer_body", text
     first = first_other(rank.policy.hf, witness.hf, part, HIDDEN if limit < 1e-3 else 3e-2)
     where = f"; the first module that computes otherwise on the same input is {first!r}" if first else ""
     return "trainer_body", f"its hidden states differ by {error:.1e} of their size{where}"
@@ -120,17 +111,6 @@ def other_adapter(rank: Rank, most: float) -> str:
 def _pass(rank: Rank, part: Batch) -> Tensor:
     c = rank.config
     return rank.engine(part.input_ids, part.mask, c.temperature, c.rollout.truncation, part.support).logprobs
-
-
-@contextmanager
-def switched(thing: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute has another value until the end."""
-    before = getattr(thing, name)
-    setattr(thing, name, value)
-    try:
-        yield
-    finally:
-        setattr(thing, name, before)
 
 
 @torch.no_grad()

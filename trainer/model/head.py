@@ -1,5 +1,8 @@
 """How likely are given tokens? From hidden states, without keeping [tokens, vocabulary] for the backward pass."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -187,3 +190,14 @@ class LogprobHead(nn.Module):
     def logits(self, hidden: Float[Tensor, "*N H"], dtype: torch.dtype) -> Float[Tensor, "*N V"]:
         """The model's logits, of a product in `dtype`, in fp32. Needs gathered parameters."""
         return self.mapped.apply_(self.product(hidden, dtype))
+
+
+@contextmanager
+def watched(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what goes into a head until the end."""
+    seen: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()

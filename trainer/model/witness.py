@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rl.types import Batch
 from trainer.model.files import remote_code
+from trainer.model.head import watched
 from trainer.model.lora import as_engines_have_it
 
 
@@ -30,18 +31,14 @@ class Witness:
 
         `positions` other than 0, 1, ... and a `window` of so many tokens are experiments.
         """
-        seen: list[Tensor] = []
-        hook = self.hf.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        try:
-            more: dict[str, Tensor] = {} if positions is None else {"position_ids": positions[None]}
-            if window or positions is not None:
-                # transformers would take positions that do not grow by 1 for packed sequences, and cut there.
-                window = window or len(ids)
-                seen_by = torch.ones(len(ids), len(ids), dtype=torch.bool, device=ids.device).tril().triu(1 - window)
-                more["attention_mask"] = torch.where(seen_by, 0.0, torch.finfo(torch.float32).min)[None, None]
+        more: dict[str, Tensor] = {} if positions is None else {"position_ids": positions[None]}
+        if window or positions is not None:
+            # transformers would take positions that do not grow by 1 for packed sequences, and cut there.
+            window = window or len(ids)
+            seen_by = torch.ones(len(ids), len(ids), dtype=torch.bool, device=ids.device).tril().triu(1 - window)
+            more["attention_mask"] = torch.where(seen_by, 0.0, torch.finfo(torch.float32).min)[None, None]
+        with watched(self.hf.get_output_embeddings()) as seen:
             logits = self.hf(input_ids=ids[None], use_cache=False, **more).logits[0]
-        finally:
-            hook.remove()
         return logits.float(), seen[-1][0].float()
 
     def rows(self, batch: Batch) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N H"]]:

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
 from typing import Any
 
+from rl.checkout import versions
 from rl.config import Config
 from rl.types import Data
 
@@ -92,13 +92,7 @@ def config_digest(settings: dict[str, Any]) -> str:
 
 def stack_versions() -> dict[str, str]:
     """Versions of the installed packages that decide a run's numbers."""
-    found = {"python": sys.version.split()[0]}
-    for name in STACK:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"python": sys.version.split()[0]} | versions(STACK)
 
 
 def plain_config(config: Config) -> str:

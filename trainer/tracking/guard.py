@@ -68,9 +68,8 @@ class Guard:
     def _leave_out(self, why: str) -> None:
         if not self._left_out and self.error is None:
             self._left_out = True
-            self._problems.put(
-                (f"{self.name} takes no more metrics", f"{why}. The files in the run's folder are whole.")
-            )
+            text = f"{why}. The files in the run's folder are whole."
+            self._problems.put((f"{self.name} takes no more metrics", text))
 
     def _work(self, make: Callable[[], Backend], about: About) -> None:
         backend: Backend | None = None

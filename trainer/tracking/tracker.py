@@ -53,7 +53,7 @@ class RunTracker:
         self.folder.mkdir(parents=True, exist_ok=True)
         earlier = self.folder / "alerts.jsonl"
         self.alerts += [json.loads(line) for line in earlier.read_text().splitlines()] if earlier.exists() else []
-        self.files = {name: self._open(name) for name in ("metrics", "samples")}
+        self.files = {name: Rows(self.folder / f"{name}.jsonl") for name in ("metrics", "samples")}
         for row in self.history:
             self.watch(row)  # it must not repeat earlier alerts
         self.id = self.id or secrets.token_hex(4)
@@ -167,13 +167,10 @@ class RunTracker:
             except OSError as error:
                 alert_line(self._step, f"{rows.path.name} lacks its last rows", str(error))
 
-    def _open(self, name: str) -> Rows:
-        return Rows(self.folder / f"{name}.jsonl")
-
     def _write(self, name: str, row: dict[str, Any], step: int) -> None:
         """Append a row to a file. The first one of a file that cannot be written is an alert."""
         if name not in self.files:
-            self.files[name] = self._open(name)
+            self.files[name] = Rows(self.folder / f"{name}.jsonl")
         try:
             self.files[name].append(row)
         except OSError as error:

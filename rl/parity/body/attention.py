@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rl.parity.body.fits import FORMATS, error, factor, minimum, rounded
+from rl.parity.body.fits import FORMATS, error, minimum, rounded, scaled
 from rl.parity.guesses.guess import Hypothesis
 
 
@@ -60,8 +60,7 @@ def explain_attention(
         return Hypothesis(cause=cause, text=text, residual=left(attention))
 
     mine = asked.output()[rows]
-    f = factor(target, mine)
-    found = [Hypothesis(cause="scale", text=f"it equals the trainer's times {f:.4g}", residual=error(target, f * mine))]
+    found = [scaled(target, mine)]
     power, _ = minimum(lambda x: left(replace(asked, scaling=asked.scaling * 2**x)), [x / 4 for x in range(-24, 25)])
     s = 2**power
     text = f"its scale is {s * asked.scaling:.4g}, the trainer's {asked.scaling:.4g}"

@@ -138,10 +138,9 @@ def stream(theirs: Tensor, mine: Tensor, before: Tensor | None, summands: list[T
     for name in ("bf16", "fp16"):
         text = f"it holds only {name} values"
         # The sum of a rounded stream and a branch that is not rounded is on no grid; its summand is.
-        if any(is_on_grid(x, name) for x in summands) and not is_on_grid(mine, name):
-            found.append(Hypothesis(cause="residual", text=text, residual=0.0))
-        else:
-            found.append(Hypothesis(cause="residual", text=text, residual=error(theirs, rounded(mine, name))))
+        on_grid = any(is_on_grid(x, name) for x in summands) and not is_on_grid(mine, name)
+        left = 0.0 if on_grid else error(theirs, rounded(mine, name))
+        found.append(Hypothesis(cause="residual", text=text, residual=left))
     if before is not None and before.shape == mine.shape:
         branch = mine - before
         # Two normal equations.

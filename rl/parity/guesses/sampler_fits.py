@@ -54,9 +54,7 @@ def _raw(told: Told) -> Iterator[Hypothesis]:
 
 
 def _temperature(told: Told) -> Iterator[Hypothesis]:
-    best, residual = golden(
-        lambda t: told.left(told.under(t, None if told.truncation is None else told.truncation)), 0.02, 4.0
-    )
+    best, residual = golden(lambda t: told.left(told.under(t, told.truncation)), 0.02, 4.0)
     if abs(best / told.temperature - 1) > 5e-3 and abs(best - 1) > 5e-3:
         text = f"the temperature is {best:.3g}"
         yield Hypothesis(cause="temperature", text=text, residual=residual, fitted=1)
@@ -158,10 +156,9 @@ def _biases(told: Told) -> Iterator[Hypothesis]:
             text = f"it never samples the token(s) {sorted(named)}"
             yield Hypothesis(cause="allowed_tokens", text=text, residual=residual, fitted=len(chosen))
         else:
-            text = ", ".join(f"{token}: {bias:+.2g}" for token, bias in named.items())
-            yield Hypothesis(
-                cause="logit_bias", text=f"tokens have a bias ({text})", residual=residual, fitted=len(chosen)
-            )
+            biases = ", ".join(f"{token}: {bias:+.2g}" for token, bias in named.items())
+            text = f"tokens have a bias ({biases})"
+            yield Hypothesis(cause="logit_bias", text=text, residual=residual, fitted=len(chosen))
 
 
 def solved(a: Float[Tensor, "K K"], b: Float[Tensor, " K"]) -> Float[Tensor, " K"]:

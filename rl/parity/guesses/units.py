@@ -73,9 +73,8 @@ def _affine(told: Told) -> Iterator[Hypothesis]:
     right, said = told.expected.double(), told.reported.double()
     factor = float((right * said).sum() / right.square().sum().clamp(min=1e-12))
     numbers = (factor * right).float()
-    yield Hypothesis(
-        cause="unit", text=f"the numbers are {factor:.4g} times as large", residual=told.remains(numbers), fitted=1
-    )
+    text = f"the numbers are {factor:.4g} times as large"
+    yield Hypothesis(cause="unit", text=text, residual=told.remains(numbers), fitted=1)
     moved = float((said - right).median())
     text = f"each number is larger by {moved:.3g} nats" if moved > 0 else f"each number is smaller by {-moved:.3g} nats"
     yield Hypothesis(cause="unit", text=text, residual=told.remains(told.expected + moved), fitted=1)
@@ -104,6 +103,5 @@ def _bounded(told: Told) -> Iterator[Hypothesis]:
     for name, bound in (("below", told.reported.amin()), ("above", told.reported.amax())):
         if int((told.reported == bound).sum()) >= max(3, 0.02 * len(told.reported)):
             cut = told.expected.clamp(min=bound) if name == "below" else told.expected.clamp(max=bound)
-            yield Hypothesis(
-                cause="unit", text=f"numbers {name} {float(bound):.3g} are cut", residual=told.remains(cut), fitted=1
-            )
+            text = f"numbers {name} {float(bound):.3g} are cut"
+            yield Hypothesis(cause="unit", text=text, residual=told.remains(cut), fitted=1)

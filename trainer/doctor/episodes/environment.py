@@ -55,7 +55,8 @@ def environment_findings(
                 if starts[0] != starts[1]:
                     add("start_differs", f"from one task came {show(starts[0])} and {show(starts[1])}")
                     break
-                if _differs(before, dict(task)):
+                # Text, because the values of a task may be arrays, which have no single equality.
+                if repr(before) != repr(dict(task)):
                     add("task_changed", f"the task {show(before)} became {show(dict(task))}")
                     break
             if episodes and not found:
@@ -88,11 +89,6 @@ def _started(environment: Any) -> Any:
 def _awaited(result: Any) -> Any:
     # On the loop of all async methods, because a connection of `start` may be closed in `close`.
     return awaited_on(ASYNC, result).result() if inspect.isawaitable(result) else result
-
-
-def _differs(before: object, after: object) -> bool:
-    # Text, because the values of a task may be arrays, which have no single equality.
-    return repr(before) != repr(after)
 
 
 def _states() -> dict[str, Any]:

@@ -14,12 +14,7 @@ from rl.parity.guesses.guess import Hypothesis
 from trainer.model.head import LogprobHead
 from trainer.model.lora import NAME
 
-DTYPE_CAUSES: dict[Kind, str] = {
-    "linear": "dtype",
-    "embedding": "dtype",
-    "norm": "norm_dtype",
-    "head": "head_dtype",
-}
+DTYPE_CAUSES: dict[Kind, str] = {"linear": "dtype", "embedding": "dtype", "norm": "norm_dtype", "head": "head_dtype"}
 SCALE_CAUSES: dict[Kind, str] = {"linear": "scale", "embedding": "embedding", "norm": "scale", "head": "scale"}
 
 
@@ -61,10 +56,8 @@ def explain_layer(module: Any, plain: Any, kind: Kind, given: Tensor, theirs: Te
             found.append(_guess("quantization", f"what goes into it is {text}", theirs, out))
     if kind == "head" and not plain.mapped.plain:
         product = plain.product(given, plain.dtype)
-        for text, mapped in (
-            ("soft cap", replace(plain.mapped, cap=None)),
-            ("scale", replace(plain.mapped, scale=1.0)),
-        ):
+        without = {"soft cap": replace(plain.mapped, cap=None), "scale": replace(plain.mapped, scale=1.0)}
+        for text, mapped in without.items():
             if mapped != plain.mapped:
                 out = mapped.apply_(product.clone())
                 found.append(_guess("config", f"it leaves out the {text} of the logits", theirs, out))
@@ -87,9 +80,8 @@ def _rounded(plain: Any, kind: Kind, given: Tensor, theirs: Tensor, mine: Tensor
         if kind == "head":
             out = plain.logits(given, dtype)
             yield _guess("head_dtype", f"it agrees with the product in {name}", theirs, out)
-            yield _guess(
-                "head_dtype", f"it agrees with the product in {name}, rounded", theirs, fits.rounded(out, name)
-            )
+            text = f"it agrees with the product in {name}, rounded"
+            yield _guess("head_dtype", text, theirs, fits.rounded(out, name))
         elif kind == "norm":
             text = f"it agrees once its input, weight and output are rounded to {name}"
             out = fits.rounded(apply(plain, fits.rounded(given, name), weight), name)
