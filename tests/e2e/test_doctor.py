@@ -60,7 +60,8 @@ def test_a_model_that_vllm_computes_otherwise_ends_the_run_and_its_layer_is_name
     model = make_model(tmp_path / "model", family="olmoe", norm_topk_prob=True, peak=2.0, experts=2.0, **sizes)
     code, said, mark = say(sys.executable, "-W", "ignore", str(RECIPES / "echo.py"), model=model, folder=tmp_path)
     assert code == 2, said[-3000:]
-    assert "layers.0.mlp" in said
+    assert "fault: scale, engine 0" in said
+    assert "goes into 'model.layers.1'" in said
     assert "Traceback" not in said
     assert_gone(mark)
 
