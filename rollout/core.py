@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -23,6 +24,12 @@ from vllm.v1.executor import Executor
 
 Output = tuple[int, EngineCoreOutputs] | bytes
 """A client's number and what it gets, or `ENGINE_CORE_DEAD`."""
+TOGETHER_S = 0.003
+"""Seconds without a further request after which an idle core begins: a group comes as many requests, and a step with
+the first of them alone takes as long as one with all."""
+READ_S = 0.02
+"""Most seconds that the next step waits for the event loop to read the last one's outputs. Both need Python and the
+cores, so side by side they take longer than in turn; a loop with other work may not stop the model."""
 
 
 def async_llm(args: dict[str, Any], *, device: str) -> AsyncLLM:
@@ -44,11 +51,9 @@ def _client(vllm_config: Any, executor_class: type[Executor], log_stats: bool, *
 class Core(EngineCoreProc):
     """vLLM's core with its queues alone: no sockets, and so no threads that serve them."""
 
-    def __init__(
-        self, vllm_config: Any, executor_class: type[Executor], log_stats: bool, deliver: Callable[[Output], None]
-    ) -> None:
+    def __init__(self, vllm_config: Any, executor_class: type[Executor], log_stats: bool, outputs: "Outputs") -> None:
         self.input_queue = queue.Queue()
-        self.output_queue = Outputs(deliver)
+        self.output_queue = outputs
         self.engine_index = 0
         self.engines_running = self.publish_dp_lb_stats = self.has_coordinator = self.enable_fault_tolerance = False
         self.shutdown_state = EngineShutdownState.RUNNING
@@ -62,6 +67,21 @@ class Core(EngineCoreProc):
             lambda: self.input_queue.put_nowait((EngineCoreRequestType.EXECUTOR_FAILED, b"")),
         )
 
+    def _process_input_queue(self) -> None:
+        """Take what was asked; of a group that arrives at an idle core, all of it before the first step."""
+        idle = not self.has_work()
+        super()._process_input_queue()
+        while idle:
+            time.sleep(TOGETHER_S)
+            idle = not self.input_queue.empty()
+            super()._process_input_queue()
+
+    def _process_engine_step(self) -> bool:
+        """A step, and then the reading of what it gave: both need the interpreter and the cores."""
+        executed = super()._process_engine_step()
+        self.output_queue.read.wait(READ_S)
+        return executed
+
 
 class Outputs(queue.Queue[Any]):
     """The core's queue of outputs, which hands each to the client at once."""
@@ -69,8 +89,12 @@ class Outputs(queue.Queue[Any]):
     def __init__(self, deliver: Callable[[Output], None]) -> None:
         super().__init__()
         self.deliver = deliver
+        self.read = threading.Event()
+        """Set while the event loop has nothing left to read."""
+        self.read.set()
 
     def put_nowait(self, item: Any) -> None:
+        self.read.clear()
         self.deliver(item)
 
 
@@ -88,8 +112,9 @@ class CoreClient(AsyncMPClient):
         self.arrived = queue.SimpleQueue[Output]()
         self.loop: asyncio.AbstractEventLoop | None = None
         started = Future[Core]()
+        self.outputs = Outputs(self._deliver)
         # OpenMP's threads belong to the thread that made them: what builds the model also runs it.
-        make = (vllm_config, executor_class, log_stats, self._deliver)
+        make = (vllm_config, executor_class, log_stats, self.outputs)
         self.thread = threading.Thread(target=_run, args=(make, started), daemon=True, name="vLLM's core")
         self.thread.start()
         self.core = started.result()
@@ -114,6 +139,14 @@ class CoreClient(AsyncMPClient):
                 _process_utility_output(result, self.utility_results)
             elif output[1].outputs or output[1].scheduler_stats:
                 self.outputs_queue.put_nowait(output[1])
+        if self.outputs_queue.empty():
+            self.outputs.read.set()
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        """What the core gave next. Whoever asks has read everything before it."""
+        if self.outputs_queue.empty():
+            self.outputs.read.set()
+        return await super().get_output_async()
 
     def _ensure_output_queue_task(self) -> None:
         if self.loop is None:
@@ -167,7 +200,7 @@ def _run(make: tuple[Any, ...], started: "Future[Core]") -> None:
     except SystemExit:
         pass
     except BaseException:
-        make[-1](EngineCoreProc.ENGINE_CORE_DEAD)
+        make[-1].put_nowait(EngineCoreProc.ENGINE_CORE_DEAD)
         raise
     finally:
         core.shutdown()

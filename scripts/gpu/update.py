@@ -22,11 +22,11 @@ MARK = "UNISON_GPU_CHECK"
 """The variable by which a phase knows its own processes."""
 
 
-def update(args: argparse.Namespace, ranks: int = 0) -> Result:
+def update(args: argparse.Namespace, ranks: int = 0, *, aside: bool = False) -> Result:
     """Two verified updates, then `UPDATES` while long replies are being sampled; tokens say which weights made them.
 
-    `ranks` have a GPU each and share the weights (ZeRO 3); 0: one rank on the engine's own GPU. At the end the engine
-    is killed while an update begins, and must be replaced.
+    `ranks` have a GPU each and share the weights (ZeRO 3); 0: one rank on the engine's own GPU. `aside`: the engine
+    receives while it samples. At the end the engine is killed while an update begins, and must be replaced.
     """
     cuda = args.device == "cuda"
     # Qwen2.5-7B with four of its layers: its embedding is larger than 1 GiB.
@@ -35,7 +35,8 @@ def update(args: argparse.Namespace, ranks: int = 0) -> Result:
     model = make_model(Path(args.work) / "large", device=args.device, **shape)
     longest = 900 if cuda else 200
     config = base_config(args, "update", model, max_tokens=longest, max_model_len=1024, enforce_eager=True)
-    config = replace(config, dtype="bfloat16" if cuda else "float32", verify_every=0)
+    rollout = replace(config.rollout, receive_while_sampling=aside)
+    config = replace(config, rollout=rollout, dtype="bfloat16" if cuda else "float32", verify_every=0)
     if ranks:
         config = replace(config, share_gpu=False, trainer=TrainerConfig(ranks=ranks, zero_stage=3))
     placement = place(config, cuda=cuda)
