@@ -154,8 +154,14 @@ def check_names(config: Config, arguments: Sequence[str]) -> None:
     """Raise ValueError, with the flags that may have been meant, for one that does not exist."""
     flags = flags_of(config)
     known = {spelling for flag in flags for spelling in flag.spellings}
+    switches = {spelling: flag.spellings for flag in flags if flag.hint is bool for spelling in flag.spellings}
+    switch = ""
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("_", "-")
+        if (switch in switches and not argument.startswith("--")) or ("=" in argument and name in switches):
+            on, off = switches[switch if switch in switches else name]
+            raise ValueError(f"{argument}: a switch has no value: --{on} turns it on, --{off} off")
+        switch = name if argument.startswith("--") else ""
         if not argument.startswith("--") or name in known:
             continue
         raise ValueError(f"there is no flag --{name}. {_remedy(config, name, [flag.name for flag in flags])}")

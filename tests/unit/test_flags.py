@@ -120,6 +120,14 @@ def test_the_table_of_synonyms_names_flags_that_exist():
     assert set(SYNONYMS) <= known | set(OPTIONS)
 
 
+@pytest.mark.parametrize("words", ["--save-final False", "--save-final=True", "--no-save-final 0 --steps 3"])
+def test_a_switch_with_a_value_says_how_it_is_turned_on_and_off(words):
+    recipe = Config(name="x", model="m", data=lambda: Data(train=[]), reward=lambda reply: 0.0)
+    with pytest.raises(ValueError, match="a switch has no value: --save-final turns it on, --no-save-final off"):
+        override(recipe, words.split())
+    assert not override(recipe, ["--no-save-final", "--steps", "3"]).save_final
+
+
 def test_flags_are_taken_with_dashes_and_underscores():
     config = override(CONFIG, ["--trainer.micro_batch_tokens=64", "--trainer.value-lr", "1e-3", "--no-save-final"])
     assert (config.trainer.micro_batch_tokens, config.trainer.value_lr, config.save_final) == (64, 1e-3, False)

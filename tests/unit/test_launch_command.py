@@ -13,6 +13,7 @@ from models import make_model
 from rl import checkout
 from rl.config import Config, RolloutConfig, TrainerConfig
 from rl.types import Data
+from trainer.commands.launch import launch_on
 from trainer.launchers import facts, k8s, sky, slurm
 from trainer.launchers.mistakes import mistakes
 from trainer.runs.resume import newest
@@ -90,7 +91,7 @@ def test_the_task_of_sky_is_valid_yaml_whose_script_a_shell_reads(run, tmp_path)
     [
         ({"nodes": 1}, "needs 8 GPUs"),
         ({"tp": 8, "engines": 1, "ranks": 4, "nodes": 3}, "is on one node"),
-        ({"nodes": 0}, "one node or more"),
+        ({"nodes": 0}, "1 node or more"),
         ({"device": "cpu"}, "device=cpu, and --gpus-per-node 4"),
         ({"gpu_gib": 0.01}, "does not fit"),
         ({"gpu_gib": 80, "share": 0.999}, "the engine, next to its share of the GPU needs"),
@@ -176,3 +177,69 @@ def test_a_second_attempt_finds_the_newest_folder_that_has_a_checkpoint(tmp_path
         (tmp_path / folder / "checkpoints" / "step-000002").mkdir()
     assert newest(tmp_path / "echo") == tmp_path / "echo-2"
     assert checkout.ROOT == ROOT
+
+
+@pytest.mark.parametrize(
+    ("module", "setting", "value"),
+    [
+        (slurm, "time", "24h"),
+        (slurm, "time", "tomorrow"),
+        (slurm, "partition", "gpu; rm -rf ~"),
+        (slurm, "partition", "gpu\ntouch /tmp/evil"),
+        (slurm, "account", 'my"acc'),
+        (slurm, "interface", "ib0;ls"),
+        (slurm, "cpus_per_node", "0"),
+        (k8s, "image", "REG ISTRY/u:1"),
+        (k8s, "image", "REGISTRY/u:1"),
+        (k8s, "claim", "My_Claim"),
+        (k8s, "secret", "HF_TOKEN=hf_abcdefghijkl"),
+        (k8s, "queue", "q q"),
+        (k8s, "attempts", "-1"),
+        (k8s, "cpus", "0"),
+        (sky, "on_demand", "true"),
+        (sky, "bucket", "b b"),
+    ],
+)
+def test_a_setting_that_a_scheduler_would_read_otherwise_is_refused_and_not_repeated(run, module, setting, value):
+    right = {slurm: SLURM, k8s: K8S, sky: SKY}[module]
+    run(right)
+    with pytest.raises(ValueError, match=f"^--{setting.replace('_', '-')}: write ") as refused:
+        run(right | {setting: value})
+    assert value not in str(refused.value)
+
+
+def test_a_flag_that_looks_like_a_secret_is_refused_and_a_quoted_one_where_ray_would_change_it(run):
+    made = run(K8S)
+    for flag in ('<a "b">', "a'b", "$HOME", "a\\b", "a\nb"):
+        with pytest.raises(ValueError, match="--config FILE"):
+            k8s.render(facts.replace(made, flags=["--rollout.stop", flag]), Path("f.yaml"))
+    with pytest.raises(ValueError, match="looks like a secret") as refused:
+        facts.facts(RECIPE, made.config, ["--name", "hf_abcdefghij"], nodes=2, gpus=4, **K8S)
+    assert "hf_" not in str(refused.value)
+
+
+def test_a_job_without_cpus_gets_whole_nodes_and_idle_gpus_are_counted(run):
+    whole = slurm.render(run(SLURM | {"cpus_per_node": ""}), Path("f"))
+    assert "#SBATCH --exclusive\n#SBATCH --mem=0\n" in whole
+    part = slurm.render(run(SLURM), Path("f"))
+    assert "--exclusive" not in part.partition("cd ")[0]
+    assert "#SBATCH --cpus-per-task=4" in part
+    assert run(SLURM).idle == 0
+    assert run(SLURM, nodes=3, gpus=8).idle == 16
+
+
+def test_a_file_that_exists_is_replaced_only_by_force(model, tmp_path, capsys):
+    file = tmp_path / "mine.sbatch"
+    words = ["slurm", str(RECIPE), "--gpus-per-node", "0", "--out", str(file)]
+    flags = ["--", "--device", "cpu", "--model", model, "--output-dir", str(tmp_path / "runs")]
+    assert launch_on([*words, *flags]) == 0
+    file.write_text("mine")
+    with pytest.raises(ValueError, match="may hold changes of yours"):
+        launch_on([*words, *flags])
+    assert file.read_text() == "mine"
+    assert launch_on([*words, "--force", *flags]) == 0
+    with pytest.raises(ValueError, match=r"--trainer\.ranks is no option.* come after --"):
+        launch_on([*words, "--trainer.ranks", "8", *flags])
+    sky_words = ["sky", str(RECIPE), "--gpus-per-node", "0", "--bucket", "b", "--out", str(tmp_path / "sky.yaml")]
+    assert launch_on([*sky_words, *flags]) == 0
+    assert "Send it with: UNISON_CLUSTER_TOKEN=$(openssl rand -hex 32) sky jobs launch" in capsys.readouterr().out

@@ -165,7 +165,7 @@ def check_fits(placement: Placement, *, gpus: float, nodes: Sequence[float] = ()
             f"this run needs {placement.gpus:g} GPUs ({placement.engines} engines x {placement.gpus_per_engine:g} + "
             f"{placement.learners} learner ranks x {placement.gpus_per_learner:g}{judges}), but the cluster has "
             f"{gpus:g}. Lower rollout.engines, rollout.tensor_parallel or trainer.ranks; on one GPU use --share-gpu; "
-            "add nodes with `unison cluster join`"
+            "add nodes with `unison cluster join`, or --nodes of `unison launch`"
         )
     if nodes and not packs(placement.units, nodes):
         raise ValueError(

@@ -81,6 +81,8 @@ def load_file(path: str) -> ModuleType:
         raise FileNotFoundError(
             f"there is no file {path!r}; give the path of a Python file such as recipes/quickstart.py"
         )
+    if file.suffix != ".py":
+        raise ValueError(f"{path} is no Python file; a recipe is one, such as recipes/quickstart.py")
     # Actors look there for what the recipe defines, as they do when it is run as a script.
     sys.path.insert(0, str(file.resolve().parent))
     # Two files of one name are two modules; the first keeps the name by which actors import it.

@@ -11,6 +11,18 @@ from rl.config import Config
 from trainer.plan.memory import memory_of_gpus
 from trainer.plan.plan import Plan, make_plan
 
+RESOURCE = (r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", "the name of a resource: small letters, digits, - and .")
+NUMBER = (r"[1-9]\d*", "a number of 1 or more")
+FORMS = {
+    "time": (r"(\d+-)?\d+(:\d\d){0,2}", "MINUTES, HH:MM:SS or D-HH:MM:SS"),
+    "image": (r"[a-z0-9./_-]+(:\d+/[a-z0-9./_-]+)?(:[\w.-]+)?(@sha256:\w+)?", "HOST/NAME:TAG, in small letters"),
+    "on_demand": ("yes|no", "yes or no"),
+    "attempts": (r"\d+", "a number"),
+    **dict.fromkeys(("claim", "secret", "queue", "bucket"), RESOURCE),
+    **dict.fromkeys(("cpus", "cpus_per_node"), NUMBER),
+}
+"""The values that a setting of a scheduler may have, and in words. Others have no space, quote, `=` or newline."""
+LIKE_A_SECRET = r"(hf_|sk-|ghp_|github_pat_|wandb_v1_)\w{8,}"
 LEAST_GRACE = 30
 """Seconds for ending the run after it has saved."""
 
@@ -35,6 +47,11 @@ class Facts:
     def name(self) -> str:
         """The run's name as schedulers accept it."""
         return re.sub(r"[^a-z0-9]+", "-", self.config.name.lower()).strip("-")[:40]
+
+    @property
+    def idle(self) -> int:
+        """GPUs that the run does not use, at least; engines of an elastic run may take them."""
+        return 0 if self.config.rollout.max_engines else self.nodes * self.gpus - math.ceil(self.plan.placement.gpus)
 
     @property
     def command(self) -> str:
@@ -66,9 +83,15 @@ def facts(
 ) -> Facts:
     """Check that a run fits. Raises ValueError, with the remedy, for what cannot run there."""
     if nodes < 1 or gpus < 0:
-        raise ValueError(f"--nodes {nodes} and --gpus-per-node {gpus}: a run needs one node or more")
-    if gpu_gib is not None and not gpus:
-        raise ValueError(f"--gpu-gib {gpu_gib:g} and --gpus-per-node 0: leave --gpu-gib out")
+        raise ValueError(f"--nodes {nodes} and --gpus-per-node {gpus}: a run needs 1 node or more, 0 GPUs or more")
+    for name, value in {"gpu": gpu, **settings}.items():
+        form, words = FORMS.get(name, (r"[\w.,:/@+-]*", "letters, digits and .,:/@+-"))
+        if value and not re.fullmatch(form, value):
+            raise ValueError(f"--{name.replace('_', '-')}: write {words}")
+    if any(re.search(LIKE_A_SECRET, flag) for flag in flags):
+        raise ValueError("a flag of the recipe looks like a secret, and the file would show it: use the environment")
+    if gpu_gib is not None and (gpu_gib <= 0 or not gpus):
+        raise ValueError(f"--gpu-gib {gpu_gib:g} and --gpus-per-node {gpus}: leave --gpu-gib out, or give a GPU's GiB")
     if gpus and config.device == "cpu":
         raise ValueError(f"device=cpu, and --gpus-per-node {gpus}: ask for none, or set --device cuda")
     if bad := {"--resume", "--dry-run", "--help"} & {flag.partition("=")[0] for flag in flags}:

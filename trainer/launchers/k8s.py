@@ -61,6 +61,8 @@ def render(run: Facts, file: Path) -> str:
         )
     if not run.recipe.is_relative_to(checkout.ROOT):
         raise ValueError(f"{run.recipe} is not in the image: put the recipe into the checkout ({checkout.ROOT})")
+    if odd := [flag for flag in run.flags if re.search(r"""['"\\$`\n]""", flag)]:
+        raise ValueError(f"{odd[0]!r}: Ray changes quotes, $ and \\ of a flag: write it into a file, for --config FILE")
     secret = f"envFrom: [{{secretRef: {{name: {wanted['secret']}}}}}]" if wanted["secret"] else ""
     gpus = f", nvidia.com/gpu: {run.gpus}" if run.gpus else ""
     fill = {**wanted, "checkout": checkout.ROOT, "secret": secret, "gpus": gpus, "shared": run.shared_gib}

@@ -20,7 +20,11 @@ LEAST_SHARED = 2.0
 def mistakes(text: str, schema: dict[str, Any] | None = None) -> list[tuple[int, str]]:
     """Line and text of each mistake of a manifest, in the order of lines."""
     schema = schema or json.loads((Path(__file__).parent / "rayjob.json").read_text())
-    tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        return [(line, f"is no YAML: {error.problem}")]
     if not isinstance(tree, yaml.MappingNode):
         return [(1, "is no mapping: write apiVersion, kind, metadata and spec")]
     found = list(_unknown(tree, schema["root"], schema["defs"], ""))

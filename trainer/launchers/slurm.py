@@ -13,7 +13,7 @@ SETTINGS = {
     "time": ("", "time limit, such as 24:00:00"),
     "partition": ("", "partition"),
     "account": ("", "account"),
-    "cpus_per_node": ("", "CPUs of each node"),
+    "cpus_per_node": ("", "CPUs of each node (default: the whole node, with its memory)"),
     "interface": ("", "network interface or address (unison cluster --interface)"),
 }
 
@@ -23,6 +23,8 @@ def render(run: Facts, file: Path) -> str:
     wanted = run.settings
     options = {"time": wanted["time"], "partition": wanted["partition"], "account": wanted["account"]}
     options |= {"cpus-per-task": wanted["cpus_per_node"]}
+    # Else SLURM gives a task one CPU, and the memory of one.
+    whole = [] if wanted["cpus_per_node"] else ["exclusive", "mem=0"]
     if run.gpus:
         options["gpus-per-node"] = f"{run.gpu}:{run.gpus}" if run.gpu else str(run.gpus)
     logs = Path(run.config.output_dir).resolve() / "slurm"
@@ -31,7 +33,7 @@ def render(run: Facts, file: Path) -> str:
     interface = f"--interface {shlex.quote(wanted['interface'])} " if wanted["interface"] else ""
     values = facts.places(run) | {
         "FILE": file.name,
-        "OPTIONS": "\n".join(f"#SBATCH --{name}={value}" for name, value in options.items() if value),
+        "OPTIONS": "\n".join(f"#SBATCH --{one}" for one in [*(f"{k}={v}" for k, v in options.items() if v), *whole]),
         "LOGS": logs,
         "CWD": shlex.quote(str(Path.cwd())),
         "UNISON": shlex.quote(str(Path(sys.executable).with_name("unison"))),
