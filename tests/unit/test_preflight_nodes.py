@@ -1,11 +1,13 @@
 """`unison preflight nodes`: what differs, and what is too small, is named; links are measured."""
 
+import socket
 import threading
 
 import pytest
 
 from trainer.cluster.nodes import preflight
 from trainer.cluster.nodes.preflight import NodeFacts, Probe, compare
+from trainer.cluster.ray_session import join_ray
 
 
 def node(host: str, **facts) -> NodeFacts:
@@ -40,3 +42,12 @@ def test_the_speed_of_a_link_is_measured_and_a_closed_one_is_zero(monkeypatch):
     assert Probe().send(address, port) > 1.0
     taking.join(30)
     assert Probe().send(address, port) == 0.0, "nobody listens there now"
+
+
+def test_a_head_that_is_gone_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ValueError, match=f"no cluster answers at RAY_ADDRESS={address} .*unison cluster head"):
+        join_ray()

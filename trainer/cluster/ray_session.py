@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import socket
 
 import ray
 import torch
@@ -15,6 +16,8 @@ from trainer.node.attach import attach
 
 LEAST_STORE = 256 << 20
 """Bytes of the smallest object store in shared memory; batches and their log-probabilities pass through it."""
+ANSWER_S = 10.0
+"""Seconds for a cluster's head to take a connection."""
 
 
 def start_ray(placement: Placement) -> bool:
@@ -54,6 +57,12 @@ def join_ray() -> None:
         use_token(token)
     if ray.is_initialized():
         return
+    host, _, port = (address := os.environ["RAY_ADDRESS"]).rpartition(":")
+    if port.isdigit() and "://" not in address:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+        except OSError as error:  # Ray itself would ask for more than a minute
+            raise ValueError(f"no cluster answers at RAY_ADDRESS={address} ({error}): `unison cluster head`") from None
     modules = beside_recipe()
     # An empty list is an error of Ray's on every node.
     shipped = {"py_modules": modules} if modules else None
