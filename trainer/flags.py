@@ -158,11 +158,12 @@ def check_names(config: Config, arguments: Sequence[str]) -> None:
     switch = ""
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("_", "-")
-        if (switch in switches and not argument.startswith("--")) or ("=" in argument and name in switches):
+        is_flag = argument.startswith("--")
+        if (switch in switches and not is_flag) or (is_flag and "=" in argument and name in switches):
             on, off = switches[switch if switch in switches else name]
             raise ValueError(f"{argument}: a switch has no value: --{on} turns it on, --{off} off")
-        switch = name if argument.startswith("--") else ""
-        if not argument.startswith("--") or name in known:
+        switch = name if is_flag else ""
+        if not is_flag or name in known:
             continue
         raise ValueError(f"there is no flag --{name}. {_remedy(config, name, [flag.name for flag in flags])}")
 

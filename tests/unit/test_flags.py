@@ -126,6 +126,7 @@ def test_a_switch_with_a_value_says_how_it_is_turned_on_and_off(words):
     with pytest.raises(ValueError, match="a switch has no value: --save-final turns it on, --no-save-final off"):
         override(recipe, words.split())
     assert not override(recipe, ["--no-save-final", "--steps", "3"]).save_final
+    assert override(recipe, ["--name", "save-final=1"]).name == "save-final=1", "a value is no flag"
 
 
 def test_flags_are_taken_with_dashes_and_underscores():
