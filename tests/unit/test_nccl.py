@@ -102,8 +102,12 @@ class Engine:
         with ThreadPoolExecutor(len(self.workers)) as pool:
             list(pool.map(lambda worker: getattr(self, name)(worker, *args), self.workers))
 
-    def join(self, worker: NCCLEngine, info: dict[str, Any]) -> None:
-        worker.init_transfer_engine(worker.parse_init_info(info))
+    def invite(self, info: dict[str, Any]) -> None:
+        """Before anything else of the call may wait: an actor begins one caller's calls in their order."""
+        for worker in self.workers:
+            worker.init_transfer_engine(worker.parse_init_info(info))
+
+    def join(self, worker: NCCLEngine) -> None:
         while (error := worker.joined()) is None:
             time.sleep(0.002)
         if error:
@@ -166,18 +170,10 @@ class Client:
             call.result()
 
     def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
-        infos = [info | {"rank_offset": 1 + i * self.tp} for i in range(len(self.engines))]
-        calls = [
-            group.in_thread(lambda e=e, i=i: e.call("join", i), "join")
-            for e, i in zip(self.engines, infos, strict=True)
-        ]
-        while not all(call.done() for call in calls):
-            for call in calls:
-                if call.done():
-                    call.result()
-            time.sleep(0.002)
-        for call in calls:
-            call.result()
+        for i, engine in enumerate(self.engines):
+            if "join" not in engine.dead:
+                engine.invite(info | {"rank_offset": 1 + i * self.tp})
+        self._all("join")
 
     def start_weight_update(self) -> None:
         self._all("start")
