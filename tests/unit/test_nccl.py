@@ -4,8 +4,11 @@ import importlib
 import sys
 import threading
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import get_ident
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +33,7 @@ LATE_S = 60.0
 
 
 @pytest.fixture(autouse=True)
-def disguise(monkeypatch: pytest.MonkeyPatch) -> None:
+def disguise(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for (owner, name), replacement in without_devices(packed_tensor).items():
         monkeypatch.setattr(owner, name, replacement)
     monkeypatch.setattr(group, "PyNcclCommunicator", PretendNccl)
@@ -42,6 +45,9 @@ def disguise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PretendNccl, "freed", [])
     monkeypatch.setattr(PretendNccl, "broadcasts", 0)
     monkeypatch.setattr(PretendNccl, "before", lambda comm, phase: None)
+    monkeypatch.setattr(PretendNccl, "over", over := threading.Event())
+    yield
+    over.set()
 
 
 class Weights:
@@ -226,21 +232,25 @@ def test_every_worker_of_every_engine_gets_every_tensor_whatever_the_cuts(
 
 def test_the_group_is_joined_in_another_thread_so_that_the_learner_keeps_its_cuda_stream() -> None:
     opened(Client(1), Weights())
-    assert threading.get_ident() not in {comm.thread for comm in PretendNccl.made}
+    assert get_ident() not in {comm.thread for comm in PretendNccl.made}
 
 
 def test_what_arrives_while_an_engine_samples_leaves_its_model_alone_until_all_of_it_is_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(vllm_sender, "SMALLEST_BUFFER", 100)
-    waited: list[int] = []
-    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: waited.append(worker.model.loads))
+    done = defaultdict[int, list[str]](list)
+    """What each engine's thread did, in order."""
+    load = Model.load_weights
+    monkeypatch.setattr(Model, "load_weights", lambda self, w: done[get_ident()].append("load") or load(self, w))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: done[get_ident()].append("wait"))
     client, weights = Client(2, aside=True), Weights()
     sender = opened(client, weights)
     worker = client.engines[0].workers[0]
     sender.send_weights()
     assert worker.model.loads == 1
-    assert waited[:1] == [1], "the spare memory is freed while it is read"
+    assert done
+    assert all(did == ["load", "wait"] * (len(did) // 2) for did in done.values()), "it is freed while it is read"
     assert worker.spare is None, "it keeps the weights twice"
     # An engine that dies while tensors arrive: the other one has its old weights, whole, and goes on with them.
     held = client.engines[0].held

@@ -21,6 +21,9 @@ class PretendNccl:
     before: ClassVar[Callable[["PretendNccl", str], None]] = lambda comm, phase: None
     """Called at the start of "join" and of each "broadcast"; a test may raise, kill or wait there."""
 
+    over: ClassVar[threading.Event] = threading.Event()
+    """Set where a process ends: a thread that still calls a store then aborts the process."""
+
     def __init__(self, group: Any, device: Any) -> None:
         self.group, self.rank, self.world_size = group, group.rank, group.world_size
         self.device = SimpleNamespace(index=None)
@@ -29,10 +32,12 @@ class PretendNccl:
         self.nccl = SimpleNamespace(ncclCommAbort=self._free)
         self.thread = threading.get_ident()
         self.count = 0
+        over = PretendNccl.over
         PretendNccl.before(self, "join")
         group.store.add("nccl/joined", 1)
         while group.store.add("nccl/joined", 0) < self.world_size:
-            time.sleep(LOOK_S)
+            if over.wait(LOOK_S):
+                raise RuntimeError("the test has ended")
         PretendNccl.made.append(self)
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
