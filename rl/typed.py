@@ -276,11 +276,10 @@ class _Short(reprlib.Repr):
         self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = self.maxdeque = 40
         self.maxother = 400
 
-    def repr_str(self, x: str, level: int) -> str:
+    def repr_str(self, x: str | bytes, level: int) -> str:
         return repr(x[:200])
 
-    def repr_bytes(self, x: bytes, level: int) -> str:
-        return repr(x[:200])
+    repr_bytes = repr_str
 
     def repr_dict(self, x: dict[Any, Any], level: int) -> str:
         if level <= 0:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 from vllm import AsyncEngineArgs
@@ -105,7 +106,8 @@ class CoreClient(AsyncMPClient):
         self.vllm_config = vllm_config
         self.client_index = 0
         self.core_engine, self.core_engines, self.engine_ranks_managed = b"", [b""], [0]
-        self.resources: Any = Alive()
+        self.resources: Any = SimpleNamespace(engine_dead=False)
+        """Whether the core still runs, where vLLM looks for it."""
         self.utility_results: dict[int, Any] = {}
         self.calls = itertools.count()
         self.outputs_queue = asyncio.Queue()
@@ -179,12 +181,6 @@ class CoreClient(AsyncMPClient):
             self.core.shutdown_state = EngineShutdownState.REQUESTED
             self.core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
         self.thread.join(timeout)
-
-
-class Alive:
-    """Whether the core still runs, where vLLM looks for it."""
-
-    engine_dead = False
 
 
 def _run(make: tuple[Any, ...], started: "Future[Core]") -> None:

@@ -1,4 +1,4 @@
-"""The lm_head on CPU: correct after an update even when it is tied, and cast to fp32 once per update.
+"""The lm_head on CPU: correct after an update even when it is tied, and cast and packed once per update.
 
 LogitsProcessor is a pluggable layer, so vLLM builds this class instead of its own. vLLM 0.32 on CPU has two faults
 here:
@@ -7,21 +7,26 @@ here:
   not this copy, so the logits silently remain those of the start model.
 - An fp32 head over bf16 weights casts the whole weight at every decoded token. For a vocabulary of 49,152 and 576
   features the cast takes longer than the product.
+
+Packed, the product of a few rows is two to four times as fast as torch's: a fifth of a whole decode step.
 """
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.utils import cpu_unquantized_gemm, dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 
 @LogitsProcessor.register_oot(name="LogitsProcessor")
 class FreshHeadLogitsProcessor(LogitsProcessor):
-    """LogitsProcessor that reads the head's live weight on CPU, and caches its cast to the head's dtype."""
+    """LogitsProcessor that multiplies on CPU by the head's live weight, cast to the head's dtype and packed."""
 
-    head: Tensor | None = None
-    """The cast weight; None before the first forward pass and after `forget_heads`."""
+    head: Any = None
+    """The packed weight, as vLLM packs a layer's; None before the first forward pass and after `forget_heads`."""
 
     def forward(
         self,
@@ -34,16 +39,25 @@ class FreshHeadLogitsProcessor(LogitsProcessor):
             return super().forward(lm_head, hidden_states, embedding_bias, skip_gather)
         dtype = self.head_dtype or hidden_states.dtype
         if self.head is None:
-            self.head = lm_head.get_parameter("weight").detach()[: self.org_vocab_size].to(dtype)
+            weight = lm_head.get_parameter("weight").detach()[: self.org_vocab_size].to(dtype)
+            self.head = packed(weight)
+            lm_head.__dict__.pop("cpu_linear", None)  # vLLM's own copy, which nobody uses
         bias = None if embedding_bias is None else embedding_bias[: self.org_vocab_size].to(dtype)
-        logits = F.linear(hidden_states.to(dtype), self.head, bias)
+        logits = cpu_unquantized_gemm(self.head, hidden_states.to(dtype), self.head.weight, bias)
         if self.soft_cap is not None:
             logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
         return logits if self.scale == 1.0 else logits * self.scale
 
 
+def packed(weight: Tensor) -> Any:
+    """A layer without a bias for `cpu_unquantized_gemm`. Only its packed copy of the weight stays."""
+    layer: Any = SimpleNamespace(weight=weight)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    return layer
+
+
 def forget_heads(model: nn.Module) -> None:
-    """Drop the cached heads. Call it after every weight update, because an in-place copy cannot be detected."""
+    """Drop the packed heads. Call it after every weight update, because an in-place copy cannot be detected."""
     for module in model.modules():
         if isinstance(module, FreshHeadLogitsProcessor):
             module.head = None

@@ -64,9 +64,12 @@ def keeps_old(worker: Any, name: str) -> Iterator[None]:
 @contextmanager
 def keeps_old_head(worker: Any) -> Iterator[None]:
     """The cached copy of the head's weight outlives the update."""
+    from rollout.head import packed
+
     head, model = head_of(worker), model_of(worker)
     # After a loss of its head, it is made from the weight of this moment.
-    old = model.lm_head.weight.detach()[: head.org_vocab_size].to(head.head_dtype or torch.float32, copy=True)
+    weight = model.lm_head.weight.detach()[: head.org_vocab_size]
+    old = packed(weight.to(head.head_dtype or torch.float32, copy=True))
 
     def computed(one: Any, *args: Any, **kwargs: Any) -> Any:
         head.head = old

@@ -67,11 +67,7 @@ def settings_of(target: str) -> Config:
     rollout = RolloutConfig(max_tokens=1, **given)
     own = ("dtype", "fp32_head", "temperature", "chat_template_kwargs")
     whole = {name: saved[name] for name in own if name in saved}
-    return Config(name="serve", model=target, data=Data(train=[]), reward=_nothing, rollout=rollout, **whole)
-
-
-def _nothing(reply: Any) -> float:
-    return 0.0
+    return Config(name="serve", model=target, data=Data(train=[]), reward=lambda reply: 0.0, rollout=rollout, **whole)
 
 
 async def _serve(plan: Plan, host: str, port: int, key: str) -> None:

@@ -13,12 +13,8 @@ FAR = 2
 
 def guesses(told: Told) -> Iterator[Hypothesis]:
     """Shifted, missing and exchanged numbers."""
-    yield from _shifted(told)
-    yield from _missing(told)
-    yield from _exchanged(told)
-    yield from _rows_exchanged(told)
-    yield from _reordered(told)
-    yield from _own_shifts(told)
+    for kind in (_shifted, _missing, _exchanged, _rows_exchanged, _reordered, _own_shifts):
+        yield from kind(told)
 
 
 def _own_shifts(told: Told) -> Iterator[Hypothesis]:
