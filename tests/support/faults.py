@@ -10,7 +10,7 @@ import torch
 import rollout.weights.receive
 from live import Live
 from rl.types import Completion
-from rollout.head import forget_heads
+from rollout.head import forget_heads, packed
 from rollout.weights.twin import Twin
 from rollout.worker import WorkerExtension
 
@@ -56,7 +56,7 @@ class FaultyExtension(WorkerExtension):
             forget_heads(model)
         if name == "stale head":
             rollout.weights.receive.forget_heads = lambda model: None
-            logits.head = model.lm_head.weight.detach()[: logits.org_vocab_size].clone()
+            logits.head = packed(model.lm_head.weight.detach()[: logits.org_vocab_size].clone())
 
     def mend(self) -> None:
         self.undo()
