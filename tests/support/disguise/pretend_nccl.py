@@ -22,7 +22,7 @@ class PretendNccl:
     """Called at the start of "join" and of each "broadcast"; a test may raise, kill or wait there."""
 
     over: ClassVar[threading.Event] = threading.Event()
-    """Set where a process ends: a thread that still calls a store then aborts the process."""
+    """Set by a test at its end: a thread that still asked its store would abort the process when that ends."""
 
     def __init__(self, group: Any, device: Any) -> None:
         self.group, self.rank, self.world_size = group, group.rank, group.world_size
