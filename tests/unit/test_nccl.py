@@ -162,11 +162,12 @@ class Client:
     def __init__(self, engines: int, tp: int = 1, *, aside: bool = False) -> None:
         self.engines = [Engine(tp, aside=aside) for _ in range(engines)]
         self.tp = tp
-        self.receiving: list[Any] = []
+        self.answers: dict[str, list[Any]] = {}
+        """Of the last call of each name, by engine; one that failed does not wait for the others."""
 
     def _all(self, name: str, *args: Any, engines: Any = None) -> None:
         called = [group.in_thread(lambda e=e: e.call(name, *args), name) for e in engines or self.engines]
-        self.receiving = called if name == "receive" else self.receiving
+        self.answers[name] = called
         while not all(call.done() for call in called):
             for call in called:
                 if call.done():
@@ -191,7 +192,7 @@ class Client:
         self._all("finish")
 
     def finish_received(self) -> None:
-        for engine, answer in zip(self.engines, self.receiving, strict=True):
+        for engine, answer in zip(self.engines, self.answers["receive"], strict=True):
             if answer.exception(LATE_S) is None:
                 engine.call("finish")
 
@@ -260,7 +261,7 @@ def test_what_arrives_while_an_engine_samples_leaves_its_model_alone_until_all_o
     with pytest.raises(EngineLost):
         sender.send_weights()
     with pytest.raises(UpdateFailed, match="another member aborted it"):
-        client.receiving[0].result(LATE_S)
+        client.answers["receive"][0].result(LATE_S)
     assert client.engines[0].held is held
     assert worker.model.loads == 1
     check_digests(weights.digests, {name: digest(tensor) for name, tensor in worker.model.got}, "a worker")
@@ -270,6 +271,7 @@ def test_what_arrives_while_an_engine_samples_leaves_its_model_alone_until_all_o
     weights.digests = {name: digest(tensor) for name, tensor in weights.tensors.items()}
     with pytest.raises(MemoryError, match="no memory for the new weights"):
         opened(client, weights).send_weights()
+    client.answers["finish"][0].result(LATE_S)
     assert client.engines[0].has(weights)
 
 
@@ -324,7 +326,7 @@ def test_an_engine_that_dies_while_tensors_arrive_ends_the_update_on_both_sides(
     assert time.monotonic() - began < LATE_S / 2, "only the deadline ended it"
     for engine in (client.engines[0], client.engines[2]):
         assert not engine.held, "half an update was committed"
-    for answer in (client.receiving[0], client.receiving[2]):
+    for answer in (client.answers["receive"][0], client.answers["receive"][2]):
         with pytest.raises(UpdateFailed, match="another member aborted it"):
             answer.result(LATE_S)
     # Other ranks gather every tensor, so this one did.
