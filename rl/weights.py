@@ -11,6 +11,8 @@ SMALLEST_BUFFER = 256 << 20
 """Bytes of the buffers that weights are packed into on GPUs, at least. CUDA IPC sends no tensor that is larger than its
 buffer, and each of NCCL's two grows by its last tensor."""
 _CHUNK = 1 << 20
+_PIECE = {"cpu": 1 << 18}
+"""Values whose products are made together, where the memory of a chunk's would be too slow."""
 _HORNER = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
 
 
@@ -58,9 +60,10 @@ def digest(tensor: Tensor) -> str:
     """
     flat = tensor.detach().contiguous().view(-1)
     bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}[flat.element_size()])
-    weights, total = _weights(flat.device), 0
+    weights, total, piece = _weights(flat.device), 0, _PIECE.get(flat.device.type, _CHUNK)
     for part in torch.split(bits, _CHUNK):
-        total = (total * _HORNER + int((part * weights[: part.numel()]).sum())) % 2**64
+        pieces = zip(torch.split(part, piece), torch.split(weights, piece), strict=False)
+        total = (total * _HORNER + sum(int((p * w[: p.numel()]).sum()) for p, w in pieces)) % 2**64
     return f"{str(tensor.dtype)[6:]}{list(tensor.shape)}:{total:016x}"
 
 

@@ -1,5 +1,6 @@
 """How vLLM V1 is set up so that its log-probabilities mean what the loss thinks: one place, each line with a reason."""
 
+import platform
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,8 +47,10 @@ def engine_args(config: Config, *, device: str, backend: str, model: str) -> dic
         "disable_log_stats": True,
     }
     if cpu:
-        # CPU's default of 128 tokens per block is longer than most prompts, which then never hit the prefix cache.
-        args |= {"block_size": 32, "kv_cache_memory_bytes": int(r.kv_cache_gib * 2**30)}
+        # CPU's default of 128 tokens per block is longer than most prompts, which then never hit the prefix cache. What
+        # fills no block is computed again for each sample. See `rollout.core.ShortBlocks`; bf16 has a kernel for 32.
+        block = 16 if config.dtype == "float32" and platform.machine() == "x86_64" else 32
+        args |= {"block_size": block, "kv_cache_memory_bytes": int(r.kv_cache_gib * 2**30)}
         # vLLM rewinds the generator of a seeded request whose prompt was split between steps, which CPU generators
         # cannot do: it kills the engine. With room for every sequence at its longest, no prompt is ever split.
         args |= {"max_num_batched_tokens": r.max_num_seqs * r.max_model_len}

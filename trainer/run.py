@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from rl.config import Config
@@ -16,7 +17,7 @@ from trainer.cluster.cluster import Cluster
 from trainer.cluster.fleet import Fleet
 from trainer.cluster.remote import RemoteLearner, RemoteRollouts
 from trainer.doctor.check import by_settings
-from trainer.doctor.doctor import examine_engines
+from trainer.doctor.doctor import DoctorReport, examine_engines
 from trainer.doctor.finding import ParityError
 from trainer.doctor.report import save, show, token_table
 from trainer.episodes import episodes_of, held_out_sets
@@ -58,8 +59,8 @@ async def _run(plan: Plan, stop: Stop, resumed: Resumed | None, flags: Sequence[
     config, began = plan.config, time.perf_counter()
     cluster = Cluster(config, plan.placement)
     try:
-        # The actors import vLLM and DeepSpeed, which takes longest, while the data is read and checked here.
-        reading = asyncio.create_task(asyncio.to_thread(read, plan, resumed.data if resumed else None))
+        # The data is read and checked here while Ray starts, and while the actors import vLLM and DeepSpeed.
+        reading = asyncio.get_running_loop().run_in_executor(None, read, plan, resumed.data if resumed else None)
         cluster.boot()
         stop.listen()
         prepared = await reading
@@ -67,7 +68,7 @@ async def _run(plan: Plan, stop: Stop, resumed: Resumed | None, flags: Sequence[
             console.print(note, style="yellow", markup=False, highlight=False)
         with Run(config, cluster, prepared, stop=stop, resumed=resumed, flags=flags) as one:
             with status(f"starting {config.rollout.engines} engine(s) and {config.trainer.ranks} learner rank(s)"):
-                await cluster.start(one.folder)
+                await cluster.start(one.folder, one.go.set)
             one.summary["start_seconds"] = time.perf_counter() - began
             await one.train()
             await one.evaluations.again()
@@ -105,7 +106,7 @@ class Run:
             self.folder = make_folder(Path(config.output_dir) / config.name)
             self.lock = checkpoint.lock(self.folder)
         self.reserve = Reserve(self.folder)
-        self.watch = Watch(config)
+        self.watch, self.go = Watch(config), Event()
         self.progress = resumed.progress if resumed else Progress(owes_evaluation=True)
         for change in changed:
             self.tracker.alert(self.progress.version, "the run was changed", f"It has other {change}.")
@@ -117,6 +118,8 @@ class Run:
         self.fleet: Fleet | None = None
         self.monitor: Monitor | None = None
         self.record: RunRecord | None = None
+        self.writing: asyncio.Task[None] | None = None
+        """The doctor's report."""
         self.evaluations: Evaluations
         self.summary: dict[str, Any] = {
             "name": config.name,
@@ -147,6 +150,7 @@ class Run:
             inputs={"model": self.config.model, "dataset": self.data},
             id=self.resumed.saved("wandb_id") if self.resumed else None,
             history=self.resumed.history if self.resumed else [],
+            go=self.go,
         )
 
     async def train(self) -> None:
@@ -198,6 +202,8 @@ class Run:
         self.began = time.perf_counter() - (self.resumed.saved("train_seconds") if self.resumed else 0.0)
         self.stop.gently = self.loop.stop
         await self.loop.run()
+        if self.writing:
+            await self.writing
         self.stop.saved()
         if not self.loop.done:
             raise asyncio.CancelledError("stopped by SIGTERM")
@@ -253,17 +259,23 @@ class Run:
         with status("checking that engines and trainer agree"):
             report = await examine_engines(cluster, learner, self.prepared, version)
         show(report, self.prepared.tokenizer.decode)
-        try:
-            save(report, self.folder, self.prepared.tokenizer.decode)
-        except Exception as error:  # a full disk, or a plot that cannot be drawn
-            text = f"{type(error).__name__}: {shortened(str(error), 300)}. What it found is printed above."
-            self.tracker.alert(version, "the doctor's report cannot be written", text)
-        self.tracker.table("doctor", token_table(report, self.prepared.tokenizer.decode))
+        self.writing = asyncio.create_task(self._write(report))
         self.summary["doctor"] = report.verdict
         if report.faults:
+            await self.writing
             raise ParityError(report.message())
         # What noise decided on the start model holds for the whole run.
         await self._settle(before or report.old_logprobs[0])
+
+    async def _write(self, report: DoctorReport) -> None:
+        """Write the doctor's report in a thread, while the engines sample already."""
+        decode = self.prepared.tokenizer.decode
+        try:
+            await asyncio.to_thread(save, report, self.folder, decode)
+        except Exception as error:  # a full disk, or a plot that cannot be drawn
+            text = f"{type(error).__name__}: {shortened(str(error), 300)}. What it found is printed above."
+            self.tracker.alert(self.progress.version, "the doctor's report cannot be written", text)
+        self.tracker.table("doctor", token_table(report, decode))
 
     async def _settle(self, source: str) -> None:
         """What `old_logprobs="auto"` comes to."""
@@ -276,6 +288,7 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         summary, loop = self.summary, self.loop
+        self.go.set()
         if self.record:
             self.record.close()
         summary |= ending(error, logs=self.cluster.logs)

@@ -128,3 +128,9 @@ def surprise(logprobs: Tensor, entropy: Tensor, mask: Tensor) -> float:
     """
     excess = (-logprobs - entropy)[mask].double()
     return float(excess.sum() / excess.square().sum().clamp(min=1e-12).sqrt())
+
+
+def finite_part(batch: Batch, trainer: Tensor) -> Batch:
+    """The tokens with a finite number on both sides. One NaN would hide all others in an average."""
+    finite = batch.mask & batch.rollout_logprobs.isfinite() & trainer.isfinite()
+    return replace(batch, mask=finite, rollout_logprobs=batch.rollout_logprobs.nan_to_num(0.0, 0.0, 0.0))

@@ -4,6 +4,7 @@ import asyncio
 import math
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -138,10 +139,11 @@ class Cluster:
         pin = {"revision": self.revision} if self.revision is not None else {}
         return {"config": without_functions(self.config), "model": self.model, "device": self.placement.device} | pin
 
-    async def start(self, folder: Path | None = None) -> None:
+    async def start(self, folder: Path | None = None, idle: Callable[[], None] = bool) -> None:
         """Build every rank, wait for the engines, and open the weight channel between them.
 
-        On a cluster the ranks are first numbered by node and device, and must see the run's folder. Raises ValueError.
+        `idle` is called when a rank is built, and so has a core to spare until the engines are. On a cluster the ranks
+        are first numbered by node and device, and must see the run's folder. Raises ValueError.
         """
         deadline, p = self.config.deadlines.start_s, self.placement
         if self.group is not None:
@@ -172,7 +174,8 @@ class Cluster:
                         await self.ask_engines(lambda e: e.sleep())
                 for i, learner in enumerate(self.learners):
                     ref = learner.build(LEARNER, self.sources, rank | {"rank": i})
-                    building.create_task(started(f"learner rank {i}", ref, deadline))
+                    making = building.create_task(started(f"learner rank {i}", ref, deadline))
+                    making.add_done_callback(lambda _: idle())
         except BaseExceptionGroup as group:
             raise first_error(group) from None
         await self.ask_engines(lambda e: e.start())

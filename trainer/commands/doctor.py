@@ -45,7 +45,7 @@ def doctor(arguments: Sequence[str]) -> int:
         tracking = replace(tracking, wandb="off")
     name = f"{config.name}-doctor"
 
-    async def record(reading: asyncio.Task[Prepared]) -> RunTracker:
+    async def record(reading: asyncio.Future[Prepared]) -> RunTracker:
         """Open the record once the data is read and valid, while the actors start."""
         for line in (await reading).lines():
             console.print(line)
@@ -53,7 +53,7 @@ def doctor(arguments: Sequence[str]) -> int:
         return await asyncio.to_thread(lambda: RunTracker(folder=folder, config=tracking, name=name, settings=settings))
 
     async def examined() -> tuple[DoctorReport, Path]:
-        reading = asyncio.create_task(asyncio.to_thread(read, plan))
+        reading = asyncio.get_running_loop().run_in_executor(None, read, plan)
         opening = asyncio.create_task(record(reading))
         try:
             with stoppable(0.0):

@@ -139,7 +139,7 @@ def noise_comparison(name: str, gap: Gap, clip: NoiseClip | None) -> Comparison:
     return Comparison(name=name, gap=gap, note=f"noise would clip {clip.sequences:.0%} of sequences" if clip else "")
 
 
-Reading = asyncio.Task[Prepared]
+Reading = asyncio.Future[Prepared]
 """The data, read while the actors start."""
 
 

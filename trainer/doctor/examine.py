@@ -13,7 +13,7 @@ from rl.parity.architecture import architecture
 from rl.parity.body.fits import LAYER_ERROR
 from rl.parity.body.repeat import first_change
 from rl.parity.evidence import Evidence, SampleEvidence, SamplerEvidence, WeightEvidence
-from rl.parity.gap import Gap, NoiseClip, clipped_by_noise, gap, surprise
+from rl.parity.gap import Gap, NoiseClip, clipped_by_noise, finite_part, gap, surprise
 from rl.sampling.forbidden import Forbidden
 from rl.tokens import encode
 from rl.types import Batch, Completion, Trajectory
@@ -69,10 +69,9 @@ class Examiner:
                 for before, after in zip(counted, await self._counters(), strict=True)
             ]
             weights = [await self._asked_again(w, trace) for w, trace in zip(weights, traces, strict=True)]
-            samplers = [await self._sampler(i) for i in range(len(sampling))]
             examined = [
-                await self._samples(i, version, groups, sampler, requests)
-                for i, (groups, sampler, requests) in enumerate(zip(sampled, samplers, served, strict=True))
+                await self._samples(i, version, groups, requests)
+                for i, (groups, requests) in enumerate(zip(sampled, served, strict=True))
             ]
         finally:
             for task in sampling:
@@ -104,7 +103,7 @@ class Examiner:
         """Publish the learner's weights as `version`; then measure the gap alone, and what its noise would clip."""
         await self.learner.send(version, digesting=False)
         batch = collate(self._rows(await self._sample(0)))
-        trainer, _ = await self._trainer(batch)
+        trainer = (await self.cluster.ask_learners(lambda rank: rank.logprobs(batch)))[0]
         clean = finite_part(batch, trainer)
         clip = clipped_by_noise(self.config.objective, clean, trainer)
         return gap(trainer, clean.rollout_logprobs, clean.mask), clip
@@ -221,22 +220,23 @@ class Examiner:
         return sampler_evidence(engine, self.config, self.forbidden, traced)
 
     async def _samples(
-        self, engine: int, version: int, groups: list[list[Completion]], sampler: SamplerEvidence | None, served: int
+        self, engine: int, version: int, groups: list[list[Completion]], served: int
     ) -> tuple[SampleEvidence, Batch, torch.Tensor]:
         cluster, rows = self.cluster, self._rows(groups)
         batch = collate(rows)
-        trainer, entropy = await self._trainer(batch)
+        config, cut, stops = self.config, self.config.rollout.truncation, list(self.prepared.stop_ids)
+        # The engine samples while the learner computes.
+        asked = cluster.ask_learners(lambda rank: rank.sampled(batch, stops, cut))
+        sampler, ((trainer, entropy, drawn), *_) = await asyncio.gather(self._sampler(engine), asked)
         clean = finite_part(batch, trainer)
         finite = clean.mask
         banned = batch.mask & batch.rollout_logprobs.isfinite() & trainer.isneginf()
         nonfinite = int(batch.mask.sum() - finite.sum() - banned.sum())
-        if not finite.any():
+        if drawn is None:
             raise ParityError(
                 f"none of {int(batch.mask.sum())} tokens that engine {engine} sampled has a finite log-probability"
             )
         g = gap(trainer, clean.rollout_logprobs, clean.mask)
-        config, cut, stops = self.config, self.config.rollout.truncation, list(self.prepared.stop_ids)
-        drawn = (await cluster.ask_learners(lambda rank: rank.draws(clean, stops, cut)))[0]
         witness = None
         if config.dtype != "float32" or not agrees(g, limit_of(config.dtype, config.temperature)):
             witness = (await cluster.ask_learners(lambda rank: rank.witness(clean, config.temperature, cut)))[0]
@@ -265,10 +265,6 @@ class Examiner:
     def _rows(self, groups: list[list[Completion]]) -> list[Trajectory]:
         return [trajectory(p, c, 0.0, {}) for p, group in zip(self.prompts, groups, strict=True) for c in group]
 
-    async def _trainer(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The trainer's log-probabilities and entropy, [B, T] in nats each."""
-        return (await self.cluster.ask_learners(lambda rank: rank.logprobs_and_entropy(batch)))[0]
-
     def _shows_its_end(self, mask: torch.Tensor, token_ids: list[int]) -> bool:
         """Whether a row trains on what ended its reply: a stop token at the end, or a text of `rollout.stop`."""
         trained = [token_ids[column + 1] for column in integers(mask.nonzero()[:, 0])]
@@ -277,9 +273,3 @@ class Examiner:
         wanted = self.config.rollout.stop
         text = self.prepared.decode(trained, skip_special_tokens=False) if wanted else ""
         return any(stop in text for stop in wanted)
-
-
-def finite_part(batch: Batch, trainer: torch.Tensor) -> Batch:
-    """The tokens with a finite number on both sides. One NaN would hide all others in an average."""
-    finite = batch.mask & batch.rollout_logprobs.isfinite() & trainer.isfinite()
-    return replace(batch, mask=finite, rollout_logprobs=batch.rollout_logprobs.nan_to_num(0.0, 0.0, 0.0))

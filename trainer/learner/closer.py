@@ -10,14 +10,14 @@ from torch import Tensor
 from rl.batch import take, trained_rows
 from rl.parity.draws import Draws, draws
 from rl.parity.evidence import WitnessEvidence
-from rl.parity.gap import gap
+from rl.parity.gap import finite_part, gap
 from rl.parity.guesses.hypotheses import explain
 from rl.parity.guesses.told import TOKENS, Told, told
 from rl.sampling.truncation import Truncation
-from rl.types import Batch
+from rl.types import Batch, PolicyOutput
 from trainer import machine
 from trainer.learner.edits import edited
-from trainer.learner.passes import Passes
+from trainer.learner.passes import Passes, own_micro_batches
 from trainer.learner.rank import Rank, whole_rows
 from trainer.learner.suspects import trainer_fault
 from trainer.model.head import watched
@@ -31,15 +31,31 @@ ROWS = 48
 """At most so many rows, because the witness computes them one after the other."""
 
 
-def sampled_draws(rank: Rank, batch: Batch, stop_ids: Collection[int], cut: Truncation | None) -> Draws:
-    """Are the tokens draws from the trainer's distribution? A collective under ZeRO-3."""
-    part = some(batch, rank.policy.hf.config.get_text_config().vocab_size).to_device(rank.device)
-    with whole_rows(rank):
-        with watched(rank.head) as seen:
+def sampled(
+    rank: Rank, passes: Passes, batch: Batch, stop_ids: Collection[int], cut: Truncation | None
+) -> tuple[PolicyOutput, Draws | None]:
+    """The policy's output for sampled tokens, and whether those that have a number are draws from its distribution;
+    None where no token has one. A collective over all ranks."""
+    with watched(rank.head) as seen:
+        output = passes.policy(batch)
+    clean = finite_part(batch, output.logprobs)
+    if not clean.mask.any():
+        return output, None
+    rows = some(clean, rank.policy.hf.config.get_text_config().vocab_size)
+    part = take(clean, rows).to_device(rank.device)
+    if rank.ranks == 1:
+        order = torch.cat(own_micro_batches(rank, batch, trained_rows(batch)))
+        mask = batch.mask[order]
+        at = torch.zeros(batch.mask.shape, dtype=torch.long)
+        at[order] = at[order].masked_scatter(mask, torch.arange(int(mask.sum())))
+        hidden = torch.cat(seen)[at[rows][:, : part.mask.shape[1]].to(rank.device)[part.mask]]
+    else:  # each rank has computed some of the rows
+        with whole_rows(rank), watched(rank.head) as seen:
             rank.engine(part.input_ids, part.mask, rank.config.temperature, cut, part.support, experts=part.experts)
-        with deepspeed.zero.GatheredParameters(list(rank.head.parameters()), enabled=rank.weights.sharded):
-            logits = rank.head.logits(seen[0], rank.head.dtype)
-    return draws(_told(rank, part, logits, part.rollout_logprobs, rank.config.temperature, cut), stop_ids)
+        hidden = seen[0]
+    with deepspeed.zero.GatheredParameters(list(rank.head.parameters()), enabled=rank.weights.sharded):
+        logits = rank.head.logits(hidden, rank.head.dtype)
+    return output, draws(_told(rank, part, logits, part.rollout_logprobs, rank.config.temperature, cut), stop_ids)
 
 
 def witnessed(
@@ -54,7 +70,7 @@ def witnessed(
     size = sum(getattr(p, "ds_numel", p.numel()) for p in hf.parameters())
     if 8 * size > 0.5 * machine.memory():
         return _without_copy(rank, passes, batch)
-    part = some(batch, hf.config.get_text_config().vocab_size).to_device(rank.device)
+    part = take(batch, some(batch, hf.config.get_text_config().vocab_size)).to_device(rank.device)
     with whole_rows(rank):
         witness = make_witness(hf, model, device=rank.device, sharded=sharded, remote=c.trust_remote_code)
         logits, hidden = witness.rows(part)
@@ -88,7 +104,7 @@ def witnessed(
 
 def _without_copy(rank: Rank, passes: Passes, batch: Batch) -> WitnessEvidence:
     """The same where a second copy does not fit: the model's own forward pass in the run's dtype."""
-    part = some(batch, rank.policy.hf.config.get_text_config().vocab_size).to_device(rank.device)
+    part = take(batch, some(batch, rank.policy.hf.config.get_text_config().vocab_size)).to_device(rank.device)
     c = rank.config
     with whole_rows(rank):
         expected = rank.engine(part.input_ids, part.mask, c.temperature, plain=True).logprobs
@@ -103,15 +119,15 @@ def _without_copy(rank: Rank, passes: Passes, batch: Batch) -> WitnessEvidence:
     )
 
 
-def some(batch: Batch, vocabulary: int) -> Batch:
-    """A part with few enough logits: rows of every group, and as many of each as there is room for."""
+def some(batch: Batch, vocabulary: int) -> Tensor:
+    """Rows with few enough logits: some of every group, and as many of each as there is room for."""
     most = max(TOKENS, min(1024, int(NUMBERS / vocabulary)))
     rows, groups = trained_rows(batch), batch.group_ids
     nth = torch.stack([(groups[:row] == groups[row]).sum() for row in rows])
     order = rows[nth.argsort(stable=True)][:ROWS]
     counts = batch.mask[order].sum(dim=1).cumsum(dim=0)
     kept = order[: max(1, int((counts <= most).sum()))]
-    return take(batch, kept.sort().values)
+    return kept.sort().values
 
 
 def _told(

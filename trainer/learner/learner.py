@@ -103,12 +103,6 @@ class Learner:
         """The current policy's log-probabilities of a batch's tokens: [B, T] in nats, on CPU."""
         return self.passes.policy(batch).logprobs
 
-    def logprobs_and_entropy(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The same, and the entropy of the distribution at each token: [B, T] in nats each, on CPU."""
-        output = self.passes.policy(batch)
-        assert output.entropy is not None
-        return output.logprobs, output.entropy
-
     def answer(self, batch: Batch) -> PolicyOutput:
         """The current policy's output: [B, T] each, on CPU; `values` is None without a critic."""
         output = self.passes.policy(batch)
@@ -138,9 +132,12 @@ class Learner:
         return self.passes.own_routing(batch)
 
     @torch.no_grad()
-    def draws(self, batch: Batch, stop_ids: list[int], cut: Truncation | None) -> Draws:
-        """Are the sampled tokens of a batch draws from this learner's distribution?"""
-        return closer.sampled_draws(self.parts, batch, stop_ids, cut)
+    def sampled(self, batch: Batch, stop_ids: list[int], cut: Truncation | None) -> tuple[Tensor, Tensor, Draws | None]:
+        """Log-probabilities and entropy of sampled tokens, [B, T] in nats each, on CPU, and whether the tokens are
+        draws from this learner's distribution."""
+        output, drawn = closer.sampled(self.parts, self.passes, batch, stop_ids, cut)
+        assert output.entropy is not None
+        return output.logprobs, output.entropy, drawn
 
     @torch.no_grad()
     def witness(self, batch: Batch, temperature: float, cut: Truncation | None) -> WitnessEvidence:

@@ -7,6 +7,7 @@ import os
 import shutil
 import uuid
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -52,12 +53,9 @@ def commit(folder: Path, step: int, state: dict[str, Any], *, keep_last: int) ->
             "file system that all nodes share"
         )
     _write(folder / STATE, state)
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, _hash).hexdigest()
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "blake2b": digest}
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    with ThreadPoolExecutor() as pool:
+        files = dict(zip((p.relative_to(folder).as_posix() for p in paths), pool.map(_flushed, paths), strict=True))
     _write(folder / MANIFEST, _sealed({"schema": SCHEMA, "name": state["name"], "step": step, "files": files}))
     for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
         _sync_folder(path)
@@ -168,6 +166,13 @@ def discard(folder: Path) -> None:
     hidden = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
     os.rename(folder, hidden)
     shutil.rmtree(hidden)
+
+
+def _flushed(path: Path) -> dict[str, Any]:
+    """A file's size and digest, once it is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(file, _hash).hexdigest()}
 
 
 def _hash() -> Any:

@@ -21,7 +21,8 @@ took: a busy machine is slow, and not hung."""
 class Guard:
     """One tracker. What it raises, or a call that does not return, is one problem; the run continues without it."""
 
-    def __init__(self, name: str, make: Callable[[], Backend], about: About) -> None:
+    def __init__(self, name: str, make: Callable[[], Backend], about: About, go: Event | None = None) -> None:
+        """It begins when `go` is set; without one at once."""
         self.name, self.end_s = name, about.config.end_s
         self.error: BaseException | None = None
         self.begun = Event()
@@ -31,7 +32,7 @@ class Guard:
         self._running: tuple[float, float] | None = None
         """When the call that runs now began, and how long the end of the run waits for it."""
         self._left_out = False
-        self._thread = Thread(target=self._work, args=(make, about), daemon=True, name=f"tracker {name}")
+        self._thread = Thread(target=self._work, args=(make, about, go), daemon=True, name=f"tracker {name}")
         self._thread.start()
 
     def tell(self, call: Call) -> None:
@@ -71,8 +72,10 @@ class Guard:
             text = f"{why}. The files in the run's folder are whole."
             self._problems.put((f"{self.name} takes no more metrics", text))
 
-    def _work(self, make: Callable[[], Backend], about: About) -> None:
+    def _work(self, make: Callable[[], Backend], about: About, go: Event | None) -> None:
         backend: Backend | None = None
+        if go:
+            go.wait()
 
         def begin(_: Backend | None) -> str | None:
             nonlocal backend

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from rl.config import TrackingConfig
@@ -44,6 +45,8 @@ class RunTracker:
     """What the run begins with, by kind: model and data."""
     trackers: Mapping[str, Callable[[], Backend]] = field(default_factory=dict)
     """More trackers than those of `config`, by name."""
+    go: Event | None = None
+    """The trackers begin when it is set; without one at once, as one does that the user insists on."""
     _full: set[str] = field(default_factory=set)
     """Files that could not be written, each of which was reported."""
     _histograms: dict[str, list[float]] = field(default_factory=dict)
@@ -69,9 +72,10 @@ class RunTracker:
         )
         off = "wandb" if wandb_mode(self.config) == "disabled" else ""
         makers = {name: maker(name) for name in self.config.to if name != off} | dict(self.trackers)
-        self.guards = [Guard(name, make, about) for name, make in makers.items()]
+        now = insists(self.config)
+        self.guards = [Guard(name, make, about, None if now else self.go) for name, make in makers.items()]
         for guard in self.guards:
-            if guard.name == "wandb" and insists(self.config):
+            if guard.name == "wandb" and now:
                 guard.begun.wait(INSIST_S + 10)
                 if guard.error:
                     raise guard.error
