@@ -16,6 +16,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm import AsyncEngineArgs
+from vllm.config import VllmConfig
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -51,18 +53,18 @@ class ShortBlocks(CPUAttentionBackend):
 
 def async_llm(args: dict[str, Any], *, device: str) -> AsyncLLM:
     """vLLM's engine with these `AsyncEngineArgs`. On "cpu" its core is a thread of this process."""
+    asked = AsyncEngineArgs(**args)
     if device != "cpu":
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+        return AsyncLLM.from_engine_args(asked)
+    config = asked.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    client = CoreClient(config, log_stats=not asked.disable_log_stats)
     makes = EngineCoreClient.make_async_mp_client
-    EngineCoreClient.make_async_mp_client = staticmethod(_client)
+    EngineCoreClient.make_async_mp_client = staticmethod(client.built)
     try:
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+        # The tokenizer is read while the core builds the model.
+        return AsyncLLM.from_vllm_config(config, disable_log_stats=asked.disable_log_stats)
     finally:
         EngineCoreClient.make_async_mp_client = staticmethod(makes)
-
-
-def _client(vllm_config: Any, executor_class: type[Executor], log_stats: bool, *_: Any, **__: Any) -> "CoreClient":
-    return CoreClient(vllm_config, executor_class, log_stats)
 
 
 class Core(EngineCoreProc):
@@ -118,7 +120,7 @@ class Outputs(queue.Queue[Any]):
 class CoreClient(AsyncMPClient):
     """What `AsyncLLM` asks its core through: the same calls, without a socket."""
 
-    def __init__(self, vllm_config: Any, executor_class: type[Executor], log_stats: bool) -> None:
+    def __init__(self, vllm_config: VllmConfig, *, log_stats: bool) -> None:
         self.vllm_config = vllm_config
         self.client_index = 0
         self.core_engine, self.core_engines, self.engine_ranks_managed = b"", [b""], [0]
@@ -129,13 +131,17 @@ class CoreClient(AsyncMPClient):
         self.outputs_queue = asyncio.Queue()
         self.arrived = queue.SimpleQueue[Output]()
         self.loop: asyncio.AbstractEventLoop | None = None
-        started = Future[Core]()
+        self.building = Future[Core]()
         self.outputs = Outputs(self._deliver)
         # OpenMP's threads belong to the thread that made them: what builds the model also runs it.
-        make = (vllm_config, executor_class, log_stats, self.outputs)
-        self.thread = threading.Thread(target=_run, args=(make, started), daemon=True, name="vLLM's core")
+        make = (vllm_config, Executor.get_class(vllm_config), log_stats, self.outputs)
+        self.thread = threading.Thread(target=_run, args=(make, self.building), daemon=True, name="vLLM's core")
         self.thread.start()
-        self.core = started.result()
+
+    def built(self, *_: Any, **__: Any) -> "CoreClient":
+        """This client, once its core has a model. Raises what building it raises."""
+        self.core = self.building.result()
+        return self
 
     def _deliver(self, output: Output) -> None:
         """Called by the core's thread."""

@@ -77,9 +77,10 @@ def engine_env(*, device: str, backend: str, threads: int) -> dict[str, str]:
             # The worker then runs inside the engine-core process: two processes an engine instead of three.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "OMP_NUM_THREADS": str(threads),
-            # GNU OpenMP's spinning threads starve the other actor on a small machine.
+            # GNU OpenMP's threads spin for long and starve the other actor on a small machine. Not at all would be a
+            # tenth slower: a decode step has hundreds of short parallel regions.
             "OMP_WAIT_POLICY": "passive",
-            "GOMP_SPINCOUNT": "0",
+            "GOMP_SPINCOUNT": "4000",
             # Otherwise the first request for log-probabilities compiles a C++ kernel for 10 to 47 s.
             "TORCHDYNAMO_DISABLE": "1",
         }

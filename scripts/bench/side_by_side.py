@@ -122,8 +122,8 @@ def run(side: str, seed: int, eval_every: int, older: Path | None) -> dict[str, 
         if side == "trl":
             command = [__file__, "--side", side, "--seeds", str(seed), "--eval-every", str(eval_every)]
         env = os.environ | {"PYTHONPATH": str(checkout), "TRL_EXPERIMENTAL_SILENCE": "1"}
-        if side == "trl":  # as our own processes have it; spinning threads cost TRL more
-            env |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+        if side == "trl":  # as our own processes have it; threads that spin for long cost TRL more
+            env |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "4000"}
         told = Path(folder) / ("rows.jsonl" if side == "trl" else "bench/metrics.jsonl")
         began, seen = time.time(), []
         with (Path(folder) / "rows.jsonl").open("w") as out, (Path(folder) / "log").open("w") as log:

@@ -44,9 +44,9 @@ def travelling(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def learner_env(threads: int, device: Device) -> dict[str, str]:
-    """Environment of a learner's process. Ray would give it one thread, and spinning OpenMP threads would starve the
-    engine."""
-    env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+    """Environment of a learner's process. Ray would give it one thread, and OpenMP threads that spin for long would
+    starve the engine."""
+    env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "4000"}
     # DeepSpeed asks for a compiled function of an optimizer that is not used here, and torch then imports its compiler.
     return env | {"TORCHDYNAMO_DISABLE": "1"} if device == "cpu" else env
 
