@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -60,39 +61,35 @@ def shapes(objective: Objective, scene: Scene) -> Iterator[Violation]:
 
 def returned(out: Any, b: int, t: int) -> Iterator[Violation]:
     """What `loss` returned: a tensor [B, T], and metrics by name."""
-    kind = type(out).__name__
+    kind, wrong = type(out).__name__, partial(Violation, method="loss")
     pair = cast("list[object]", list(out)) if kind == "tuple" else []
     loss, metrics = pair if len(pair) == 2 else (None, None)
     if not isinstance(loss, Tensor) or not isinstance(metrics, dict):
-        yield Violation(
+        yield wrong(
             check="shape",
             what=f"loss returned a {kind}, not a loss and its metrics",
             remedy="Return both: `return loss, {}`, where {} may hold metrics by name",
-            method="loss",
         )
         return
     if loss.shape != (b, t):
-        yield Violation(
+        yield wrong(
             check="shape",
             what=f"loss returned {form(loss)}, not [B, T]=({b}, {t})",
             remedy="Return the loss of every token, without mean() or sum(): the trainer averages (`average_over`)",
-            method="loss",
         )
     for name, value in cast("dict[str, Any]", metrics).items():
         if not isinstance(value, Tensor) or value.shape not in ((b, t), (b,)):
-            yield Violation(
+            yield wrong(
                 check="metrics",
                 what=f"metric {name!r} has shape {form(value)}",
                 remedy=f"Return one number per token [B, T]=({b}, {t}) or per sequence [B]=({b},), not a reduced one: "
                 "the mean over micro-batches of a mean is not the mean of the step",
-                method="loss",
             )
         elif value.requires_grad:
-            yield Violation(
+            yield wrong(
                 check="metrics",
                 what=f"metric {name!r} carries the graph of the loss, and so its memory",
                 remedy="Return it with .detach()",
-                method="loss",
             )
 
 

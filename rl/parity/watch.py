@@ -9,7 +9,7 @@ from rl.config import Config
 Range = tuple[float, float]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Threshold:
     """The ranges (ends included) in which a metric is healthy."""
 
@@ -24,71 +24,42 @@ class Threshold:
 
 STALE = "If it is staleness, lower `max_staleness` or `trainer.lr`, or set a `correction`."
 
-THRESHOLDS = [
-    Threshold(
-        metric="rollout_corr/logprob_abs_diff_mean",
-        tight=(0.0, 1e-5),
-        loose=(0.0, 0.05),
-        advice="Engine and trainer compute different numbers: stale weights, other dtypes, a bf16 head on one side.",
-    ),
-    Threshold(
-        metric="rollout_corr/logprob_abs_diff_max",
-        tight=(0.0, 1e-3),
-        loose=(0.0, math.inf),
-        advice="Few tokens are far off while the rest agree: a wrong support (top_p, top_k) or a stale cache.",
-    ),
-    Threshold(
-        metric="rollout_corr/kl",
-        tight=(-5e-6, 5e-6),
-        loose=(-0.02, 0.02),
-        advice="The gap has a sign; rounding has none. Above 0: truncated sampling that the trainer does not "
-        "replay. Below: raw log-probabilities, or another temperature.",
-    ),
-    Threshold(
-        metric="rollout_corr/k3_kl",
-        tight=(-math.inf, 1e-9),
-        loose=(-math.inf, 3e-3),
-        advice="Growing over steps: the engines do not sample from the weights that learn. Set `verify_every=1`, and "
-        "look at weight_sync/*.",
-    ),
-    Threshold(
-        metric="rollout_corr/mult_error",
-        tight=(0.0, 1.00001),
-        loose=(0.0, 1.05),
-        advice="NeMo-RL's limit for an investigation: at 1.05 a token's probability is 5 % off. Keep `fp32_head=True`.",
-    ),
-    Threshold(
-        metric="rollout_corr/rollout_is_mean",
-        tight=(0.99999, 1.00001),
-        loose=(0.95, 1.05),
-        advice=f"The mean ratio is 1 when both sides compute the same distribution. {STALE}",
-    ),
-    Threshold(
-        metric="rollout_corr/ess",
-        tight=(0.9999, math.inf),
-        loose=(0.9, math.inf),
-        advice=f"Few tokens carry most of the weight. {STALE}",
-    ),
-    Threshold(
-        metric="rollout_corr/outside_frac",
-        tight=(0.0, 0.0),
-        loose=(0.0, 0.01),
-        advice=f"Tokens are more than twice, or less than half, as likely to the trainer as to the engine. {STALE}",
-    ),
-    Threshold(
-        metric="rollout_corr/rejected_frac",
-        tight=(0.0, 0.01),
-        loose=(0.0, 0.3),
-        advice="The correction rejects much of the batch: find the cause of the gap, then widen its range.",
-    ),
-    Threshold(
-        metric="staleness/dropped_frac",
-        tight=(0.0, 0.0),
-        loose=(0.0, 0.05),
-        advice="Groups became too old before a step took them, and those are the long ones. Raise `max_staleness`, or "
-        "set `late_groups=wait`.",
-    ),
-]
+RANGES = {
+    "rollout_corr/logprob_abs_diff_mean": ((0.0, 1e-05), (0.0, 0.05)),
+    "rollout_corr/logprob_abs_diff_max": ((0.0, 0.001), (0.0, math.inf)),
+    "rollout_corr/kl": ((-5e-06, 5e-06), (-0.02, 0.02)),
+    "rollout_corr/k3_kl": ((-math.inf, 1e-09), (-math.inf, 0.003)),
+    "rollout_corr/mult_error": ((0.0, 1.00001), (0.0, 1.05)),
+    "rollout_corr/rollout_is_mean": ((0.99999, 1.00001), (0.95, 1.05)),
+    "rollout_corr/ess": ((0.9999, math.inf), (0.9, math.inf)),
+    "rollout_corr/outside_frac": ((0.0, 0.0), (0.0, 0.01)),
+    "rollout_corr/rejected_frac": ((0.0, 0.01), (0.0, 0.3)),
+    "staleness/dropped_frac": ((0.0, 0.0), (0.0, 0.05)),
+}
+"""The tight and the loose range of each metric."""
+ADVICE = {
+    "rollout_corr/logprob_abs_diff_mean": "Engine and trainer compute different numbers: stale weights, other "
+    "dtypes, a bf16 head on one side.",
+    "rollout_corr/logprob_abs_diff_max": "Few tokens are far off while the rest agree: a wrong support (top_p, "
+    "top_k) or a stale cache.",
+    "rollout_corr/kl": "The gap has a sign; rounding has none. Above 0: truncated sampling that the trainer does not "
+    "replay. Below: raw log-probabilities, or another temperature.",
+    "rollout_corr/k3_kl": "Growing over steps: the engines do not sample from the weights that learn. Set "
+    "`verify_every=1`, and "
+    "look at weight_sync/*.",
+    "rollout_corr/mult_error": "NeMo-RL's limit for an investigation: at 1.05 a token's probability is 5 % off. Keep "
+    "`fp32_head=True`.",
+    "rollout_corr/rollout_is_mean": f"The mean ratio is 1 when both sides compute the same distribution. {STALE}",
+    "rollout_corr/ess": f"Few tokens carry most of the weight. {STALE}",
+    "rollout_corr/outside_frac": "Tokens are more than twice, or less than half, as likely to the trainer as to the "
+    f"engine. {STALE}",
+    "rollout_corr/rejected_frac": "The correction rejects much of the batch: find the cause of the gap, then widen "
+    "its range.",
+    "staleness/dropped_frac": "Groups became too old before a step took them, and those are the long ones. Raise "
+    "`max_staleness`, or "
+    "set `late_groups=wait`.",
+}
+THRESHOLDS = [Threshold(name, *ranges, ADVICE[name]) for name, ranges in RANGES.items()]
 
 
 @dataclass(frozen=True, kw_only=True)

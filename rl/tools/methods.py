@@ -30,7 +30,6 @@ class Tool:
     hints: Mapping[str, Any]
     """Declared type by argument."""
     required: tuple[str, ...]
-    is_async: bool
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -139,5 +138,4 @@ def _tool(cls: type, name: str, method: Callable[..., Any]) -> Tool:
         parameters={"type": "object", "properties": properties, "required": required},
         hints={p.name: hints[p.name] for p in declared},
         required=tuple(required),
-        is_async=inspect.iscoroutinefunction(method),
     )

@@ -7,7 +7,6 @@ geometric, so their low bits are noise and are sent raw; everything else goes th
 
 import math
 import zlib
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -60,30 +59,6 @@ def apply(payload: Tensor, image: Tensor) -> int:
     z = codes + 1
     image[positions] += torch.from_numpy(((z >> 1) ^ -(z & 1)).astype(np.int16))
     return count
-
-
-@dataclass(frozen=True)
-class Density:
-    """How many values changed, and the fewest bytes that can encode the changes."""
-
-    changed: float
-    """Share of the values that changed."""
-    bound: float
-    """In bytes: the entropy of the changed positions, plus that of the differences by their own frequencies."""
-
-
-def density(old: Tensor, new: Tensor) -> Density:
-    """Share of changed values, and the entropy bound for a payload."""
-    changed = old != new
-    n, count = old.numel(), int(changed.sum())
-    if count == 0:
-        return Density(0.0, 0.0)
-    p = count / n
-    where = n * -(p * math.log2(p) + ((1 - p) * math.log2(1 - p) if p < 1 else 0.0))
-    _, times = (new[changed] - old[changed]).unique(return_counts=True)
-    frequencies = times.double() / count
-    what = count * float(-(frequencies * frequencies.log2()).sum())
-    return Density(p, (where + what) / 8)
 
 
 def _changed(old: Tensor, new: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 import rollout.weights.channel
 import rollout.weights.outbox
+from density import density
 from rl.protocols import UpdateFailed
 from rl.weights import digest
 from rollout.weights import sparse
@@ -209,7 +210,7 @@ def test_three_hundred_real_updates_with_faults_between_are_bit_exact_and_near_t
         flat = torch.cat([t.reshape(-1) for t in tensors.values()]).view(torch.int16)
         if before is not None and wire.outbox.sent_bytes < wire.outbox.nbytes:
             payload += wire.outbox.sent_bytes
-            bound += sparse.density(before, flat).bound
+            bound += density(before, flat).bound
         before = flat
     assert refused == 16
     # Bucket headers of a few bytes are a tenth of this small update; in a real one their share is negligible.
@@ -227,7 +228,7 @@ def test_sparse_coding_is_lossless_and_near_the_entropy_at_every_density(share):
     payload, image = sparse.encode(old, new), old.clone()
     assert sparse.apply(payload, image) == int(where.sum())
     assert torch.equal(image, new)
-    there = sparse.density(old, new)
+    there = density(old, new)
     assert there.changed == pytest.approx(float(where.float().mean()))
     # With few changes the fixed header dominates; if all values change, a Huffman code spends one bit on each gap.
     if 1e-4 < share < 1:

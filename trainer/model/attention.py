@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,15 +57,6 @@ class Segment:
         return F.pad(own, (self.prompt_length, 0), value=True)
 
 
-@runtime_checkable
-class Split(Protocol):
-    """Attention over a row that ranks share: see `trainer.model.ulysses`."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Float[Tensor, "B S H D"]:
-        """Attention over the whole row, for this rank's tokens."""
-        ...
-
-
 def packs(config: PreTrainedConfig) -> bool:
     """Whether a model's rows can be packed: its family is in `PLAIN`, and no layer has a sliding window.
 
@@ -109,7 +100,7 @@ def attend(
     scaling: float,
     dropout: float = 0.0,
     segments: Sequence[Segment] | None = None,
-    split: "Split | None" = None,
+    split: Any = None,
     **asked: Any,
 ) -> tuple[Float[Tensor, "B S H D"], None]:
     """transformers' interface of attention. With `split` the arguments hold a part of the row that `segments` describe.

@@ -36,7 +36,7 @@ from trainer.cluster.engine_client import EngineClient
 from trainer.cluster.placement import place
 
 ROOT = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "support")]
 MODEL = str(ROOT / "models" / "smollm2-135m")
 CONFIG = Config(
     name="sync",
@@ -152,7 +152,7 @@ def measure(
     training: Training, engine: Engine, updates: int, turns: int, channels: tuple[str, ...] = CHANNELS
 ) -> dict[str, Record]:
     """Measure the channels in alternation, so that a slow minute of the machine affects all of them."""
-    from rollout.weights.sparse import density
+    from density import density
 
     records = {kind: Record() for kind in channels}
     place = torch.ones(
