@@ -18,9 +18,6 @@ from typing import Any
 from vllm import AsyncEngineArgs
 from vllm.config import VllmConfig
 from vllm.usage.usage_lib import UsageContext
-from vllm.v1.attention.backend import MultipleOf
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore, EngineCoreProc, EngineShutdownState
@@ -36,19 +33,6 @@ the first of them alone takes as long as one with all."""
 READ_S = 0.02
 """Most seconds that the next step waits for the event loop to read the last one's outputs. Both need Python and the
 cores, so side by side they take longer than in turn; a loop with other work may not stop the model."""
-
-
-@register_backend(AttentionBackendEnum.CPU_ATTN)
-class ShortBlocks(CPUAttentionBackend):
-    """vLLM's attention on a CPU, with the blocks of 16 tokens that its kernel `vec16` reads.
-
-    vLLM chooses that kernel by the block, and declares 32 for all of them.
-    """
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Multiples of 16 tokens."""
-        return [MultipleOf(16)]
 
 
 def async_llm(args: dict[str, Any], *, device: str) -> AsyncLLM:

@@ -48,7 +48,7 @@ def engine_args(config: Config, *, device: str, backend: str, model: str) -> dic
     }
     if cpu:
         # CPU's default of 128 tokens per block is longer than most prompts, which then never hit the prefix cache. What
-        # fills no block is computed again for each sample. See `rollout.core.ShortBlocks`; bf16 has a kernel for 32.
+        # fills no block is computed again for each sample. See `rollout.worker.ShortBlocks`; bf16 has a kernel for 32.
         block = 16 if config.dtype == "float32" and platform.machine() == "x86_64" else 32
         args |= {"block_size": block, "kv_cache_memory_bytes": int(r.kv_cache_gib * 2**30)}
         # vLLM rewinds the generator of a seeded request whose prompt was split between steps, which CPU generators

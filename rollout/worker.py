@@ -1,7 +1,7 @@
 """How an engine's worker process receives weights, digests them, names those it needs, and traces its layers.
 
 vLLM imports this module in its worker process (`worker_extension_cls`), before the model is built. The import registers
-the gloo backend, the digesting variants of vLLM's own NCCL and IPC engines, and the cached fp32 head.
+the gloo backend, the digesting variants of vLLM's own NCCL and IPC engines, the cached fp32 head, and short blocks.
 """
 
 import threading
@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.v1.attention.backend import MultipleOf
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from rollout.process import exit_when_orphaned, kill_with_parent
 from rollout.sampler_trace import SamplerTrace
@@ -20,6 +23,19 @@ from rollout.weights.vllm_receive import IPCEngine, NCCLEngine, how_it_ended
 # MKL chooses its kernels at a process's first call. Where two threads make that call together, one may get a kernel of
 # half the digits; the model's cosines and sines are computed once. One element, one thread: see docs/parity.md.
 torch.ones(1).cos()
+
+
+@register_backend(AttentionBackendEnum.CPU_ATTN)
+class ShortBlocks(CPUAttentionBackend):
+    """vLLM's attention on a CPU, with the blocks of 16 tokens that its kernel `vec16` reads.
+
+    vLLM chooses that kernel by the block, and declares 32 for all of them.
+    """
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """Multiples of 16 tokens."""
+        return [MultipleOf(16)]
 
 
 class WorkerExtension:

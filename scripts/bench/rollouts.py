@@ -70,7 +70,7 @@ def bare() -> Iterator[Play]:
     """`LLM.generate`, in this process."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    import rollout.core  # noqa: F401  # its shorter blocks
+    import rollout.worker  # noqa: F401  # its shorter blocks
 
     args = engine_args(CONFIG, device="cpu", backend="gloo", model=CONFIG.model) | {"load_format": "auto"}
     for name in ("worker_extension_cls", "weight_transfer_config"):

@@ -1,8 +1,10 @@
 """Faults that the doctor was not built on are named, and runs that are odd but right are not."""
 
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 
 import pytest
+import torch
 
 from cases import nightly_unless
 from clean_runs import CleanBench, CleanRun, clean_runs
@@ -10,7 +12,9 @@ from exam import Bench, rows, run_row
 from planted import FAULTS
 from planted_fault import Fault
 from rl.batch import collate, trajectory
+from rl.config import TrainerConfig
 from rl.types import Completion, Prompt
+from trainer.learner.rank import Rank
 
 GATE = {"temperature applied twice", "log2", "BOS doubled", "a tensor sent scaled", "attention scale", "packs leak"}
 """One of each kind."""
@@ -56,6 +60,22 @@ def test_every_fault_of_the_trainer_can_be_planted(bench: Bench) -> None:
                 pair.learner.logprobs(collate(rows))
             tried += 1
     assert tried > 20
+
+
+def test_the_draws_of_one_rank_s_micro_batches_are_those_of_a_pass_of_their_own(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = bench.pair("qwen2-untied", "float32").learner
+    batch = collate([trajectory(prompt(n), sampled(m), 0.0, {}) for n, m in ((3, 2), (5, 7), (4, 1), (9, 4))])
+    monkeypatch.setattr(TrainerConfig, "tokens_per_pass", lambda *_: 8)
+    logprobs, _, one = learner.sampled(batch, [9], None)
+    assert torch.equal(logprobs, learner.logprobs(batch))
+    with monkeypatch.context() as two:
+        two.setattr(Rank, "ranks", 2)
+        other = learner.sampled(batch, [9], None)[2]
+    assert asdict(one) == pytest.approx(asdict(other), rel=1e-4, abs=1e-4)
+    batch = replace(batch, rollout_logprobs=batch.rollout_logprobs * torch.nan)
+    assert learner.sampled(batch, [9], None)[2] is None
 
 
 def prompt(n: int) -> Prompt:

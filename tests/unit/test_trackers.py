@@ -17,6 +17,7 @@ from full_disk import full_beyond
 from rl.config import TrackingConfig
 from rl.types import Trajectory
 from trainer.tracking import guard as guards
+from trainer.tracking import tracker as trackers
 from trainer.tracking.backend import maker
 from trainer.tracking.tracker import RunTracker
 
@@ -260,6 +261,33 @@ def test_steps_never_wait_for_a_tracker_that_hangs(tmp_path):
     tracker.close({"status": "finished"})
     assert [c[0] for c in Everything.made[-1].calls] == ["log"] * 5 + ["end"], "what had waited arrives"
     assert tracker.alerts == []
+
+
+def test_trackers_begin_when_they_may_and_one_that_is_insisted_on_at_once(tmp_path, monkeypatch):
+    made, go = threading.Event(), threading.Event()
+
+    class Late(Everything):
+        def __init__(self) -> None:
+            super().__init__()
+            made.set()
+
+    def tracker(**config):
+        config = TrackingConfig(to=(), **config)
+        return RunTracker(folder=tmp_path, config=config, name="t", settings={}, trackers={"late": Late}, go=go)
+
+    one = tracker()
+    one.log(1, {"a": 0.0})
+    assert one.guards[0]._thread.is_alive()
+    assert not made.is_set()
+    go.set()
+    one.close({"status": "finished"})
+    assert [c[0] for c in Everything.made[-1].calls] == ["begin", "log", "end"]
+    made.clear()
+    go.clear()
+    monkeypatch.setattr(trackers, "insists", lambda _: True)
+    two = tracker()
+    assert made.wait(60)
+    two.close({})
 
 
 def test_a_hang_is_reported_during_the_run_and_costs_nothing_at_its_end(tmp_path, monkeypatch):

@@ -70,6 +70,14 @@ def test_a_tensor_longer_than_one_chunk_is_covered_to_its_end():
     assert digest(x) == base
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
+def test_pieces_of_a_chunk_give_the_digest_of_the_whole_chunk(monkeypatch, dtype):
+    x = torch.randn(2 * rl.weights._CHUNK + 5).mul(50).to(dtype)
+    in_pieces = digest(x)
+    monkeypatch.setattr(rl.weights, "_PIECE", {})
+    assert digest(x) == in_pieces
+
+
 def test_an_incomplete_update_is_refused_with_both_lists():
     check_complete({"a", "b"}, {"a", "b"}, "engine 0")
     with pytest.raises(
