@@ -12,14 +12,13 @@ from rl.loop.loop import Loop
 from rl.loop.progress import Progress
 from rl.parity.advice import advise
 from rl.parity.watch import Watch
-from rl.typed import shortened
 from trainer.cluster.cluster import Cluster
 from trainer.cluster.fleet import Fleet
 from trainer.cluster.remote import RemoteLearner, RemoteRollouts
 from trainer.doctor.check import by_settings
-from trainer.doctor.doctor import DoctorReport, examine_engines
+from trainer.doctor.doctor import examine_engines
 from trainer.doctor.finding import ParityError
-from trainer.doctor.report import save, show, token_table
+from trainer.doctor.report import show, write
 from trainer.episodes import episodes_of, held_out_sets
 from trainer.evaluations import Evaluations, evaluation_in
 from trainer.outcome import export_model, how_to_resume, leave
@@ -259,23 +258,14 @@ class Run:
         with status("checking that engines and trainer agree"):
             report = await examine_engines(cluster, learner, self.prepared, version)
         show(report, self.prepared.tokenizer.decode)
-        self.writing = asyncio.create_task(self._write(report))
+        writing = write(report, self.folder, self.prepared.tokenizer.decode, self.tracker, version)
+        self.writing = asyncio.create_task(writing)  # while the engines sample already
         self.summary["doctor"] = report.verdict
         if report.faults:
             await self.writing
             raise ParityError(report.message())
         # What noise decided on the start model holds for the whole run.
         await self._settle(before or report.old_logprobs[0])
-
-    async def _write(self, report: DoctorReport) -> None:
-        """Write the doctor's report in a thread, while the engines sample already."""
-        decode = self.prepared.tokenizer.decode
-        try:
-            await asyncio.to_thread(save, report, self.folder, decode)
-        except Exception as error:  # a full disk, or a plot that cannot be drawn
-            text = f"{type(error).__name__}: {shortened(str(error), 300)}. What it found is printed above."
-            self.tracker.alert(self.progress.version, "the doctor's report cannot be written", text)
-        self.tracker.table("doctor", token_table(report, decode))
 
     async def _settle(self, source: str) -> None:
         """What `old_logprobs="auto"` comes to."""

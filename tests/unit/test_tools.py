@@ -91,7 +91,6 @@ def test_tools_are_the_public_methods_without_those_of_the_run():
     names = [tool.name for tool in tools_of(World)]
     assert names == ["inherited", "add", "wait", "pack", "say", "double"]
     assert tools_of(World()) == tools_of(World)
-    assert [tool.is_async for tool in tools_of(World)] == [False, False, True, False, False, False]
 
 
 def test_a_schema_has_the_signature_and_the_docstring():

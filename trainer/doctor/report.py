@@ -1,5 +1,6 @@
 """How is a doctor's report shown? On the terminal, in doctor.json, in doctor.html, and token by token."""
 
+import asyncio
 import json
 import math
 from collections.abc import Callable
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from rl.objectives import GSPO
 from rl.parity.evidence import WeightEvidence
+from rl.typed import shortened
 from trainer.doctor.doctor import DoctorReport
 from trainer.doctor.page import page
 from trainer.pages.kit import number
 from trainer.runs.files import without_nan, write_json
 from trainer.runs.settings import resolved
 from trainer.tracking.terminal import console
+from trainer.tracking.tracker import RunTracker
 
 Decode = Callable[[list[int]], str]
 CONTEXT, WRAPPED = 8, 28
@@ -202,3 +205,13 @@ def save(report: DoctorReport, folder: Path, decode: Decode) -> None:
     write_json(folder / "doctor.json", data)
     html = page(data, columns(report), comparison_table(data), token_table(report, decode, most=15))
     (folder / "doctor.html").write_text(html, encoding="utf-8")
+
+
+async def write(report: DoctorReport, folder: Path, decode: Decode, tracker: RunTracker, version: int) -> None:
+    """Save a run's report in a thread, and show its tokens in the trackers. What cannot be written is an alert."""
+    try:
+        await asyncio.to_thread(save, report, folder, decode)
+    except Exception as error:  # a full disk, or a plot that cannot be drawn
+        text = f"{type(error).__name__}: {shortened(str(error), 300)}. What it found is printed above."
+        tracker.alert(version, "the doctor's report cannot be written", text)
+    tracker.table("doctor", token_table(report, decode))

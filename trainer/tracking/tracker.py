@@ -72,10 +72,9 @@ class RunTracker:
         )
         off = "wandb" if wandb_mode(self.config) == "disabled" else ""
         makers = {name: maker(name) for name in self.config.to if name != off} | dict(self.trackers)
-        now = insists(self.config)
-        self.guards = [Guard(name, make, about, None if now else self.go) for name, make in makers.items()]
+        self.guards = [Guard(n, make, about, None if insists(self.config) else self.go) for n, make in makers.items()]
         for guard in self.guards:
-            if guard.name == "wandb" and now:
+            if guard.name == "wandb" and insists(self.config):
                 guard.begun.wait(INSIST_S + 10)
                 if guard.error:
                     raise guard.error
