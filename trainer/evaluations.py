@@ -130,8 +130,8 @@ async def evaluated_alone(
     config = plan.config
     cluster = Cluster(config, plan.placement)
     try:
-        # The engines import vLLM, which takes longest, while the data is read and checked here.
-        reading = None if prepared else asyncio.create_task(asyncio.to_thread(read, plan))
+        # The data is read and checked while Ray starts, and while the engines import vLLM.
+        reading = None if prepared else asyncio.get_running_loop().run_in_executor(None, read, plan)
         cluster.boot()
         prepared = await reading if reading else prepared
         assert prepared is not None

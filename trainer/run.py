@@ -58,7 +58,7 @@ async def _run(plan: Plan, stop: Stop, resumed: Resumed | None, flags: Sequence[
     config, began = plan.config, time.perf_counter()
     cluster = Cluster(config, plan.placement)
     try:
-        # The data is read and checked here while Ray starts, and while the actors import vLLM and DeepSpeed.
+        # The data is read while Ray starts, and the actors import. A task would begin after `boot`, which blocks.
         reading = asyncio.get_running_loop().run_in_executor(None, read, plan, resumed.data if resumed else None)
         cluster.boot()
         stop.listen()

@@ -51,7 +51,8 @@ class Draws:
 
 SMALL = 8.0
 """Nats that are no sign of another temperature."""
-ROWS = 16
+AT_ONCE = 16
+"""Tokens whose logits are summed together: a few stay in the processor's cache."""
 
 
 def draws(told: Told, stop_ids: Collection[int]) -> Draws:
@@ -106,8 +107,7 @@ def _likelier(told: Told) -> tuple[str, float]:
     chosen = logits.gather(1, told.targets[:, None])[:, 0]
 
     def gain(temperature: float) -> float:
-        # A few rows at a time stay in the processor's cache.
-        sums = torch.cat([(few / temperature).logsumexp(-1) for few in torch.split(logits, ROWS)])
+        sums = torch.cat([(few / temperature).logsumexp(-1) for few in torch.split(logits, AT_ONCE)])
         return float((chosen / temperature - sums).double().sum()) - base
 
     t = told.temperature

@@ -25,10 +25,10 @@ class Threshold:
 STALE = "If it is staleness, lower `max_staleness` or `trainer.lr`, or set a `correction`."
 
 RANGES = {
-    "rollout_corr/logprob_abs_diff_mean": ((0.0, 1e-05), (0.0, 0.05)),
-    "rollout_corr/logprob_abs_diff_max": ((0.0, 0.001), (0.0, math.inf)),
-    "rollout_corr/kl": ((-5e-06, 5e-06), (-0.02, 0.02)),
-    "rollout_corr/k3_kl": ((-math.inf, 1e-09), (-math.inf, 0.003)),
+    "rollout_corr/logprob_abs_diff_mean": ((0.0, 1e-5), (0.0, 0.05)),
+    "rollout_corr/logprob_abs_diff_max": ((0.0, 1e-3), (0.0, math.inf)),
+    "rollout_corr/kl": ((-5e-6, 5e-6), (-0.02, 0.02)),
+    "rollout_corr/k3_kl": ((-math.inf, 1e-9), (-math.inf, 3e-3)),
     "rollout_corr/mult_error": ((0.0, 1.00001), (0.0, 1.05)),
     "rollout_corr/rollout_is_mean": ((0.99999, 1.00001), (0.95, 1.05)),
     "rollout_corr/ess": ((0.9999, math.inf), (0.9, math.inf)),
@@ -45,8 +45,7 @@ ADVICE = {
     "rollout_corr/kl": "The gap has a sign; rounding has none. Above 0: truncated sampling that the trainer does not "
     "replay. Below: raw log-probabilities, or another temperature.",
     "rollout_corr/k3_kl": "Growing over steps: the engines do not sample from the weights that learn. Set "
-    "`verify_every=1`, and "
-    "look at weight_sync/*.",
+    "`verify_every=1`, and look at weight_sync/*.",
     "rollout_corr/mult_error": "NeMo-RL's limit for an investigation: at 1.05 a token's probability is 5 % off. Keep "
     "`fp32_head=True`.",
     "rollout_corr/rollout_is_mean": f"The mean ratio is 1 when both sides compute the same distribution. {STALE}",
@@ -56,8 +55,7 @@ ADVICE = {
     "rollout_corr/rejected_frac": "The correction rejects much of the batch: find the cause of the gap, then widen "
     "its range.",
     "staleness/dropped_frac": "Groups became too old before a step took them, and those are the long ones. Raise "
-    "`max_staleness`, or "
-    "set `late_groups=wait`.",
+    "`max_staleness`, or set `late_groups=wait`.",
 }
 THRESHOLDS = [Threshold(name, *ranges, ADVICE[name]) for name, ranges in RANGES.items()]
 

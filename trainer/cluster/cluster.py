@@ -139,7 +139,7 @@ class Cluster:
         pin = {"revision": self.revision} if self.revision is not None else {}
         return {"config": without_functions(self.config), "model": self.model, "device": self.placement.device} | pin
 
-    async def start(self, folder: Path | None = None, idle: Callable[[], None] = bool) -> None:
+    async def start(self, folder: Path | None = None, idle: Callable[[], None] = lambda: None) -> None:
         """Build every rank, wait for the engines, and open the weight channel between them.
 
         `idle` is called when a rank is built, and so has a core to spare until the engines are. On a cluster the ranks

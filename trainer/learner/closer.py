@@ -43,7 +43,7 @@ def sampled(
         return output, None
     rows = some(clean, rank.policy.hf.config.get_text_config().vocab_size)
     part = take(clean, rows).to_device(rank.device)
-    if rank.ranks == 1:
+    if rank.ranks == 1:  # that pass had all tokens, in the order of its micro-batches
         order = torch.cat(own_micro_batches(rank, batch, trained_rows(batch)))
         mask = batch.mask[order]
         at = torch.zeros(batch.mask.shape, dtype=torch.long)

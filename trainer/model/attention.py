@@ -103,7 +103,7 @@ def attend(
     split: Any = None,
     **asked: Any,
 ) -> tuple[Float[Tensor, "B S H D"], None]:
-    """transformers' interface of attention. With `split` the arguments hold a part of the row that `segments` describe.
+    """transformers' interface of attention. With `split` (`Ulysses`) the arguments hold a part of `segments`' row.
 
     Raises ValueError for a model that needs more than causal attention, because its numbers would be wrong.
     """
