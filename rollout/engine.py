@@ -5,7 +5,6 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from psutil import NoSuchProcess
 from transformers import PretrainedConfig
 from vllm import SamplingParams, TokensPrompt
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
@@ -23,6 +22,7 @@ from rollout.completion import completion
 from rollout.core import async_llm
 from rollout.endpoint.serving import Serving
 from rollout.parse import Parsers
+from rollout.process import end_vllm
 from rollout.settings import engine_args, sampling_settings
 from rollout.turns import Turns
 from rollout.worker import WorkerExtension
@@ -249,12 +249,9 @@ class Engine(Turns, Serving):
         return {"requests": self.requests, "aborted": self.aborted, "version": self.version}
 
     async def close(self) -> None:
-        """End vLLM's processes. They hold no state to save, so they get 1 s; vLLM's own shutdown takes several."""
+        """End vLLM's processes."""
         await self.end_serving()
-        try:
-            self.llm.shutdown(timeout=1.0)
-        except NoSuchProcess:  # vLLM kills a process that has ended by itself a moment before, and leaves the rest
-            self.llm.engine_core.resources()
+        end_vllm(self.llm)
         del self.llm
 
     async def score(self, token_ids: list[int], reply: list[int], **sampling: Any) -> list[float]:

@@ -11,6 +11,9 @@ import time
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+from psutil import NoSuchProcess
 
 
 def exit_when_orphaned(generations: int) -> None:
@@ -35,6 +38,18 @@ class FrozenWorker:
     def end_with_parent(self) -> None:
         """End this process when its parent has ended."""
         threading.Thread(target=exit_when_orphaned, args=(1,), daemon=True, name="exit when orphaned").start()
+
+
+def end_vllm(llm: Any) -> None:
+    """End the processes of an `AsyncLLM`. They hold no state to save, so they get 1 s; vLLM would take several.
+
+    vLLM kills a process that has ended by itself a moment before, and then leaves its sockets open. Python would wait
+    for them for ever at the next garbage collection.
+    """
+    try:
+        llm.shutdown(timeout=1.0)
+    except NoSuchProcess:
+        llm.engine_core.resources()
 
 
 def kill_with_parent() -> None:

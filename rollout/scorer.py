@@ -11,7 +11,7 @@ from rl.judges.hearing import JudgeError
 from rl.judges.reward_model import RewardModel
 from rl.protocols import EngineLost
 from rollout.core import async_llm
-from rollout.process import FrozenWorker
+from rollout.process import FrozenWorker, end_vllm
 
 LEAST_BATCH = 4096
 """Tokens of one engine step, where one input is not longer."""
@@ -53,7 +53,7 @@ class Scorer:
 
     async def close(self) -> None:
         """End vLLM's processes."""
-        self.llm.shutdown(timeout=1.0)
+        end_vllm(self.llm)
         del self.llm
 
 

@@ -107,6 +107,22 @@ def run(coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, 10))
 
 
+def test_what_the_doctor_sampled_is_given_once_and_only_for_the_same_request():
+    group = [Completion(token_ids=[7], logprobs=[-1.0], versions=[0], finish_reason="stop")]
+
+    async def main():
+        a = actors(Cluster(1))
+        await a.learner.publish(0)
+        a.rollouts.early = {((1, 2), 8, 5): group}
+        for other in ({"temperature": 0.0}, {"max_tokens": 3}, {"tools": ()}, {"seed": 6}, {"n": 7}):
+            asked = {"n": 8, "seed": 5} | other
+            assert await a.rollouts.sample([1, 2], asked.pop("n"), **asked) != group
+        assert await a.rollouts.sample([1, 2], 8, seed=5) == group
+        assert await a.rollouts.sample([1, 2], 8, seed=5) != group
+
+    run(main())
+
+
 @pytest.mark.parametrize("engines", [1, 2])
 def test_a_lost_engine_comes_back_with_the_published_weights_while_no_update_is_under_way(engines):
     cluster = Cluster(engines, deaths=[(0, "sample", 1)])

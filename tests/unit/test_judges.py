@@ -178,12 +178,20 @@ def test_retry_after_may_be_a_date():
     assert retry_after({"retry-after": "soon"}) == retry_after({}) == retry_after({"retry-after": "-3"}) == 0.0
 
 
-@pytest.mark.parametrize("parse", [lambda raw: None, lambda raw: float("nan"), lambda raw: {}["score"]])
-def test_a_verdict_that_cannot_be_read_is_an_error_after_its_tries_and_is_not_kept(parse):
+@pytest.mark.parametrize(
+    ("parse", "why"),
+    [
+        (lambda raw: None, "found no score in"),
+        (lambda raw: float("nan"), "found no score in"),
+        (lambda raw: {}["score"], r"raised KeyError \(.*score.*\) for"),
+        (lambda raw: float(raw + KEY), r"raised ValueError \(.*convert string to float.*\*\*\*.*\) for"),
+    ],
+)
+def test_a_verdict_that_cannot_be_read_is_an_error_after_its_tries_and_is_not_kept(parse, why):
     with judge_server(lambda body, n: "I like it") as server:
         judge = at(server, parse=parse, calls=Calls(tries=3))
         for rounds in (1, 2):
-            with pytest.raises(JudgeError, match=r"failed 3 times.*I like it"):
+            with pytest.raises(JudgeError, match=rf"failed 3 times.*`parse` {why} the verdict 'I like it'"):
                 ask(judge)
             assert len(server.requests) == 3 * rounds
 
