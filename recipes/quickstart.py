@@ -15,13 +15,9 @@ HELD_OUT = 32
 
 
 def products() -> Data:
-    """All 100 questions of reasoning-gym's one-digit `products`; a fixed third, by hash, is never trained on."""
-    import reasoning_gym
-
-    source = reasoning_gym.create_dataset(
-        "products", seed=0, size=4000, min_terms=2, max_terms=2, min_digits=1, max_digits=1
-    )
-    questions = {item["question"].strip(): item["answer"] for item in source}
+    """All 100 products of one-digit numbers, worded as in reasoning-gym. A fixed third, by hash, is not trained on."""
+    ask = "Solve the following multiplication: {} * {}. Give only the result as your final answer."
+    questions = {ask.format(a, b): str(a * b) for a in range(10) for b in range(10)}
     ordered = sorted(questions, key=lambda q: hashlib.sha256(q.encode()).digest())
     examples = [
         Example(prompt=[{"role": "user", "content": q}], task={"question": q, "answer": questions[q]}) for q in ordered

@@ -3,10 +3,14 @@
 `__all__` is what recipes need. Its names load their module when they are first used, so `import rl` alone is cheap.
 """
 
+import gc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rl import checkout
+
+# Imports leave no garbage, and the usual search for it takes a fifth of the time in which a recipe imports torch.
+gc.set_threshold(50_000, 20, 20)
 
 if TYPE_CHECKING:
     from rl.config import Config, Deadlines, Lora, RolloutConfig, TrackingConfig, TrainerConfig

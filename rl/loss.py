@@ -101,8 +101,5 @@ def full_loss(
         metrics[f"actor/kl_{objective.kl_in}"] = kl.detach()
     if objective.entropy_coef and objective.entropy_in == "loss":
         loss = loss - objective.entropy_coef * policy.entropy
-    metrics |= {
-        "actor/entropy": policy.entropy.detach(),
-        "actor/ppo_kl": step.old_logprobs - policy.logprobs.detach(),
-    }
+    metrics |= {"actor/entropy": policy.entropy.detach(), "actor/ppo_kl": step.old_logprobs - policy.logprobs.detach()}
     return loss, metrics | weighted | mismatch(replace(step, old_logprobs=policy.logprobs) if old_is_rollout else step)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from vllm import AsyncEngineArgs
 from vllm.config import VllmConfig
@@ -42,13 +43,9 @@ def async_llm(args: dict[str, Any], *, device: str) -> AsyncLLM:
         return AsyncLLM.from_engine_args(asked)
     config = asked.create_engine_config(UsageContext.ENGINE_CONTEXT)
     client = CoreClient(config, log_stats=not asked.disable_log_stats)
-    makes = EngineCoreClient.make_async_mp_client
-    EngineCoreClient.make_async_mp_client = staticmethod(client.built)
-    try:
+    with patch.object(EngineCoreClient, "make_async_mp_client", client.built):
         # The tokenizer is read while the core builds the model.
         return AsyncLLM.from_vllm_config(config, disable_log_stats=asked.disable_log_stats)
-    finally:
-        EngineCoreClient.make_async_mp_client = staticmethod(makes)
 
 
 class Core(EngineCoreProc):

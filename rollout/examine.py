@@ -76,6 +76,7 @@ def describe(llm: AsyncLLM, sampling: SamplingParams, prompt: Given, rendering: 
         "allowed_token_ids": sampling.allowed_token_ids,
         "ignore_eos": bool(sampling.ignore_eos),
         "architecture": architecture(model.hf_text_config.to_dict()),
+        "block_size": c.cache_config.block_size,
         "kv_cache_dtype": str(c.cache_config.cache_dtype),
         "quantization": model.quantization,
         "async_scheduling": bool(c.scheduler_config.async_scheduling),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader import dummy_loader
 from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -23,6 +24,22 @@ from rollout.weights.vllm_receive import IPCEngine, NCCLEngine, how_it_ended
 # MKL chooses its kernels at a process's first call. Where two threads make that call together, one may get a kernel of
 # half the digits; the model's cosines and sines are computed once. One element, one thread: see docs/parity.md.
 torch.ones(1).cos()
+
+
+random_weight, random_values = dummy_loader.initialize_single_dummy_weight, torch.empty(1 << 20)
+random_weight(random_values)
+
+
+def _start_weight(tensor: torch.Tensor) -> None:
+    """vLLM's random weights, drawn once for all tensors and not for each: the learner's take their place."""
+    if tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
+        random_weight(tensor)
+    else:
+        for part in tensor.data.view(-1).split(len(random_values)):
+            part.copy_(random_values[: len(part)])
+
+
+dummy_loader.initialize_single_dummy_weight = _start_weight
 
 
 @register_backend(AttentionBackendEnum.CPU_ATTN)

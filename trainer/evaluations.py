@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Container, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ class Evaluations:
         alert: what was trained is saved already."""
         if not (found := self.summary.get("best")):
             return
-        await self.cluster.close()
+        await self.cluster.aclose()
         try:
             await self._again(found)
         except Exception as error:  # an engine that does not start, a reward that fails, a full disk
@@ -128,13 +129,10 @@ async def evaluated_alone(
     """The evaluation of a model by engines alone, and the sets; `only` names some of them. Raises ValueError when there
     is none."""
     config = plan.config
-    cluster = Cluster(config, plan.placement)
-    try:
-        # The data is read and checked while Ray starts, and while the engines import vLLM.
-        reading = None if prepared else asyncio.get_running_loop().run_in_executor(None, read, plan)
+    async with aclosing(Cluster(config, plan.placement)) as cluster:
         cluster.boot()
-        prepared = await reading if reading else prepared
-        assert prepared is not None
+        # Read and checked while the engines import vLLM.
+        prepared = prepared or await asyncio.to_thread(read, plan)
         check_sets(prepared.evals)
         with status(f"starting {config.rollout.engines} engine(s) with {config.model}"):
             await cluster.start()
@@ -147,8 +145,6 @@ async def evaluated_alone(
         with status(f"sampling {total} problems", total) as done:
             found = await evaluate(config, rollouts, prepared.decode, sets, prepared.means, seeds=seeds, done=done)
             return found, sets
-    finally:
-        await asyncio.shield(cluster.close())
 
 
 async def restarted(fleet: Any) -> None:

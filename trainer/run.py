@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import aclosing
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -56,13 +57,11 @@ async def run_async(config: Config, *, resumed: Resumed | None = None, flags: Se
 
 async def _run(plan: Plan, stop: Stop, resumed: Resumed | None, flags: Sequence[str]) -> dict[str, Any]:
     config, began = plan.config, time.perf_counter()
-    cluster = Cluster(config, plan.placement)
-    try:
-        # The data is read while Ray starts, and the actors import. A task would begin after `boot`, which blocks.
-        reading = asyncio.get_running_loop().run_in_executor(None, read, plan, resumed.data if resumed else None)
+    async with aclosing(Cluster(config, plan.placement)) as cluster:
         cluster.boot()
         stop.listen()
-        prepared = await reading
+        # While the actors import, and not while Ray starts: its processes need the cores, and the engines wait for it.
+        prepared = await asyncio.to_thread(read, plan, resumed.data if resumed else None)
         for note in plan.notes():
             console.print(note, style="yellow", markup=False, highlight=False)
         with Run(config, cluster, prepared, stop=stop, resumed=resumed, flags=flags) as one:
@@ -73,9 +72,6 @@ async def _run(plan: Plan, stop: Stop, resumed: Resumed | None, flags: Sequence[
             await one.evaluations.again()
             one.summary["status"] = "finished"
             return one.summary
-    finally:
-        # It never suspends, so no signal can interrupt it and leave processes behind; its steps are bounded.
-        await cluster.close()
 
 
 class Run:
@@ -162,7 +158,7 @@ class Run:
             with status(f"resuming from {self.resumed.checkpoint.folder}"):
                 state = self.resumed.learner
                 await cluster.ask_learners(lambda rank: rank.load_state(state))
-        await self._check(learner)
+        await self._check(learner, rollouts)
         fleet.follow()
         if self.monitor:
             self.monitor.engines = rollouts.figures
@@ -246,7 +242,7 @@ class Run:
         else:
             console.print(f"[dim]{done} ({time.perf_counter() - began:.1f} s)[/]", highlight=False)
 
-    async def _check(self, learner: RemoteLearner) -> None:
+    async def _check(self, learner: RemoteLearner, rollouts: RemoteRollouts) -> None:
         """Give the engines their first weights, and see that both sides mean the same. Raises ParityError."""
         config, cluster, version = self.config, self.cluster, self.progress.version
         before = self.resumed.saved("old_logprobs") if self.resumed and not by_settings(config) else None
@@ -256,7 +252,7 @@ class Run:
                 await self._settle(before)
             return
         with status("checking that engines and trainer agree"):
-            report = await examine_engines(cluster, learner, self.prepared, version)
+            report = await examine_engines(cluster, learner, self.prepared, version, None if self.resumed else rollouts)
         show(report, self.prepared.tokenizer.decode)
         writing = write(report, self.folder, self.prepared.tokenizer.decode, self.tracker, version)
         self.writing = asyncio.create_task(writing)  # while the engines sample already

@@ -44,12 +44,7 @@ class ObjectiveReport:
 
 
 def evaluate_objective(
-    name: str,
-    objective: Objective,
-    batch: Batch,
-    policy: PolicyOutput,
-    horizon: int,
-    correction: Correction = PLAIN,
+    name: str, objective: Objective, batch: Batch, policy: PolicyOutput, horizon: int, correction: Correction = PLAIN
 ) -> ObjectiveReport:
     """The report of one objective on a whole step, with `policy` as the current policy.
 

@@ -142,7 +142,7 @@ class OpenAIJudge(Checked):
             found = self.parse(raw)
             score, why = math.nan if found is None else float(found), "found no score in"
         except Exception as error:  # the user's function may raise anything
-            score, why = math.nan, f"raised {type(error).__name__} for"
+            score, why = math.nan, f"raised {type(error).__name__} ({self._masked(str(error))}) for"
         if not math.isfinite(score):
             raise TryAgain(f"`parse` {why} the verdict {self._masked(raw)}")
         return score

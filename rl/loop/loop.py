@@ -205,7 +205,6 @@ class Loop:
     async def _save(self) -> None:
         if self._saved == self.admission.version:
             return
-        await self.save(
-            progress_of(self.admission.version, self.admission.ledger, self.trained_tokens, self._owes_evaluation)
-        )
-        self._saved = self.admission.version
+        now = self.admission
+        await self.save(progress_of(now.version, now.ledger, self.trained_tokens, self._owes_evaluation))
+        self._saved = now.version

@@ -39,13 +39,7 @@ def in_thread(call: Callable[[], T], name: str) -> "Future[T]":
 
 
 def join(
-    address: str,
-    port: int,
-    rank: int,
-    world_size: int,
-    timeout_s: float,
-    device: int,
-    listener: socket | None = None,
+    address: str, port: int, rank: int, world_size: int, timeout_s: float, device: int, listener: socket | None = None
 ) -> PyNcclCommunicator:
     """Join a group at rank 0's address, where `listener` may listen already.
 

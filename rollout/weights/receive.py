@@ -5,17 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from rollout.head import forget_heads
 from rollout.weights.channel import Layout, join
 from rollout.weights.inbox import Inbox
 from rollout.weights.staged import StagedUpdate
-from rollout.weights.twin import Twin, keep_freed_memory
+from rollout.weights.twin import Twin
 
 
 @dataclass
@@ -54,7 +50,6 @@ class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         i = init_info
         self.digests: dict[str, str] = {}
-        keep_freed_memory()
         # One OpenMP thread each: two of them that wait for each other would spin on the cores.
         self.threads = self.threads or [
             ThreadPoolExecutor(1, name, torch.set_num_threads, (1,)) for name in ("load half 1", "load half 2")

@@ -33,12 +33,7 @@ def encode(old: Tensor, new: Tensor) -> Tensor:
     low = _low_bits(len(changed), new.numel())
     codes = _zigzag(steps) - 1
     near = np.minimum(codes, _FAR)
-    parts = [
-        *_bytes(gaps >> low),
-        _raw_bits(gaps, low),
-        _huffman(_fours(near)),
-        *_bytes(codes[near == _FAR]),
-    ]
+    parts = [*_bytes(gaps >> low), _raw_bits(gaps, low), _huffman(_fours(near)), *_bytes(codes[near == _FAR])]
     head = np.array([new.numel(), len(changed), *(len(p) for p in parts[:5])], dtype=np.int64)
     return torch.frombuffer(bytearray(b"".join([head.tobytes(), *parts])), dtype=torch.uint8)
 

@@ -6,9 +6,7 @@ tensors, while the engine samples. The commit swaps attributes, which takes mill
 reload repacks every linear weight into new memory anyway; on a GPU, captured graphs hold the tensors' addresses.
 """
 
-import ctypes
 from collections.abc import Iterable
-from contextlib import suppress
 from copy import copy
 from types import MethodType
 from typing import Any
@@ -108,17 +106,6 @@ class Twin:
             twin.__class__ = live.__class__
             twin.__dict__ = live.__dict__.copy()
         return self._known[id(live)]
-
-
-def keep_freed_memory() -> None:
-    """Keep freed memory in this process. An update needs new memory for a whole model, as much as the last one freed.
-    glibc would return it to the system and request it again page by page, which takes longer than the copies into
-    it."""
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
-    with suppress(OSError, AttributeError):  # another allocator
-        libc = ctypes.CDLL("libc.so.6")
-        for option, nbytes in ((mmap_threshold, 2**30), (trim_threshold, 2**31 - 1), (top_pad, 2**26)):
-            libc.mallopt(option, nbytes)
 
 
 def _record_for(tensor: Tensor, owner: nn.Module) -> Tensor:

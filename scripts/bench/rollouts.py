@@ -104,7 +104,7 @@ def product() -> Iterator[Play]:
         rollouts = runner.run(start())
         yield lambda asked: runner.run(all_of(asked))
     finally:
-        runner.run(cluster.close())
+        runner.run(cluster.aclose())
 
 
 def serve(side: str) -> None:

@@ -2,6 +2,7 @@
 
     python scripts/bench/side_by_side.py --seeds 0 1 2 --out docs/data/side_by_side.json             # 25 minutes
     python scripts/bench/side_by_side.py --sides here older --older FOLDER --eval-every 6            # a checkout
+    python scripts/bench/side_by_side.py --sides here older --older FOLDER --first-step --seeds 0 1 2 3 4 5 6 7 8
 
 TRL's trainer gets the same prompts, reward, sampling and optimizer, and the best of its settings that work on a CPU:
 plain `generate`, 16 samples a pass, fused AdamW, no gradient checkpointing, nothing logged or saved. It has no
@@ -113,7 +114,7 @@ def trl(seed: int, eval_every: int) -> None:
         trainer.train()
 
 
-def run(side: str, seed: int, eval_every: int, older: Path | None) -> dict[str, Any]:
+def run(side: str, seed: int, eval_every: int, older: Path | None, first_step: bool = False) -> dict[str, Any]:
     """One run: its rows, each with the second at which it was there, and the seconds of the whole command."""
     checkout = older if side == "older" and older else ROOT
     with tempfile.TemporaryDirectory() as folder:
@@ -141,12 +142,14 @@ def run(side: str, seed: int, eval_every: int, older: Path | None) -> dict[str, 
                 seen += [row | {"seconds": time.time() - began} for row in rows[len(seen) :]]
                 if ended:
                     break
-                if side == "trl" and any(row.get(ACCURACY, 0.0) >= GOAL for row in seen):
-                    process.terminate()  # its steps take long, and nothing after this one is compared
+                learned = side == "trl" and any(row.get(ACCURACY, 0.0) >= GOAL for row in seen)
+                if learned or (first_step and any(row["step"] >= 1 for row in seen)):
+                    # Nothing that comes after this is compared. At SIGTERM our own would save a checkpoint first.
+                    process.send_signal(signal.SIGTERM if side == "trl" else signal.SIGINT)
                     process.wait()
                     break
                 time.sleep(0.1)
-        if process.returncode not in (0, -signal.SIGTERM):
+        if process.returncode not in (0, -signal.SIGTERM, *([128 + signal.SIGINT] if first_step else [])):
             last = (Path(folder) / "log").read_text()[-2000:]
             raise SystemExit(f"{side}, seed {seed} ended with code {process.returncode}:\n{last}")
         kept = [{k: row[k] for k in ("step", ACCURACY, "seconds") if k in row} for row in seen]
@@ -170,10 +173,13 @@ def main() -> None:
     parser.add_argument("--sides", nargs="*", default=["here", "trl"], choices=SIDES, help="default: here trl")
     parser.add_argument("--older", type=Path, help="the checkout of side `older`, with its model in models/")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--first-step", action="store_true", help="end each run after it: more pairs in a quarter hour")
     parser.add_argument("--eval-every", type=int, default=2, help="steps between evaluations (default: 2)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "side_by_side.json", help="JSON file of all runs")
     parser.add_argument("--side", choices=["trl"], help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    # A shell's job in the background ignores it, and so would each run.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if asked.side:
         trl(asked.seeds[0], asked.eval_every)
         return
@@ -187,12 +193,12 @@ def main() -> None:
     for turn, seed in enumerate(asked.seeds):
         for side in asked.sides[:: 1 if turn % 2 else -1]:
             if (side, seed, asked.eval_every) not in made:
-                made[side, seed, asked.eval_every] = run(side, seed, asked.eval_every, asked.older)
+                made[side, seed, asked.eval_every] = run(side, seed, asked.eval_every, asked.older, asked.first_step)
                 asked.out.write_text(json.dumps([*made.values()], indent=1) + "\n")
             print(f"{side}, seed {seed}:", {k: round(v, 1) for k, v in of(side, seed).items()}, flush=True)
     print("\n| seconds until | " + " | ".join(asked.sides) + " | ratio to the first (smallest to largest) |")
     print("|---" * (len(asked.sides) + 2) + "|")
-    for name in ("first step", f"{GOAL} held out", "whole run"):
+    for name in ["first step", *([] if asked.first_step else [f"{GOAL} held out", "whole run"])]:
         times = {side: [of(side, seed)[name] for seed in asked.seeds] for side in asked.sides}
         first, last = times[asked.sides[0]], times[asked.sides[-1]]
         ratios = [b / a for a, b in zip(first, last, strict=True)]

@@ -47,7 +47,7 @@ async def started(config: Config, placement: Placement) -> AsyncIterator[tuple[F
         fleet = Fleet(cluster)
         yield fleet, RemoteLearner(cluster, probe=list(range(3, 11)), fleet=fleet), RemoteRollouts(cluster, fleet)
     finally:
-        await cluster.close()
+        await cluster.aclose()
 
 
 def seconds(run: Callable[[], Any], device: str, times: int = 5) -> float:

@@ -54,17 +54,17 @@ class SleepingEngine(EngineActor):
 
 @pytest.fixture(scope="module")
 def stuck():
-    one = Cluster(replace(CONFIG, deadlines=Deadlines(step_s=2.0, sync_s=2.0)), SimpleNamespace(actors=2))
+    one = Cluster(replace(CONFIG, deadlines=Deadlines(step_s=2.0, sync_s=2.0)), SimpleNamespace(actors=2, device="cpu"))
     one.started_ray = start_ray(one.placement)
     one.learners = [LearnerProcess(actors.watched(SleepingLearner).remote())]
     one.engines = {0: EngineProcess(actors.watched(SleepingEngine).options(max_concurrency=8).remote())}
     for process in (*one.learners, *one.engines.values()):
         asyncio.run(answer(process.ask(lambda sleeper: sleeper.wake()), "an actor did not start", 120.0))
     yield one
-    # The engine is stuck, and `close` would wait for its answer.
+    # The engine is stuck, and `aclose` would wait for its answer.
     for process in one.engines.values():
         process.kill()
-    asyncio.run(one.close())
+    asyncio.run(one.aclose())
 
 
 @pytest.mark.parametrize(

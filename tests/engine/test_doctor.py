@@ -12,11 +12,15 @@ import pytest
 from cases import nightly_unless
 from faults import Stale, in_completions, in_sampling, in_worker, shifted, with_template, without_eos, without_salt
 from live import engine_config
-from pair import Pair, examiner, make_learner
+from pair import Pair, examiner, make_learner, prepare_data
 from rl.config import RolloutConfig
-from rl.types import Completion
+from rl.loop.stream import sample_seed
+from rl.types import Completion, Example
+from trainer.cluster.remote import RemoteLearner
 from trainer.doctor.check import ParityCheck
 from trainer.doctor.comparisons import Comparisons
+from trainer.doctor.doctor import first_prompts
+from trainer.doctor.examine import Examiner
 
 TEMPLATE = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}>"
 PROMPTS = [[{"role": "user", "content": f"{a} plus {7 * a % 10} is"}] for a in range(16)]
@@ -188,6 +192,46 @@ def test_every_comparison_agrees_and_an_update_in_flight_loses_nothing(pair: Pai
     assert kept.gap is not None
     assert kept.gap.mean_abs > 1e-5
     assert int(comparisons["prefix cache hit | miss"].note.split()[0]) >= 64
+
+
+@pytest.mark.parametrize("pair", nightly_unless(lambda model: model == MODELS[0], MODELS), indirect=True)
+def test_short_first_groups_of_a_run_are_what_is_examined(pair: Pair) -> None:
+    def beginning() -> Examiner:
+        pair.version += 1
+        return Examiner(pair, RemoteLearner(pair, probe=first[0].token_ids), prepared, 0, first)
+
+    config = replace(pair.config, prompts_per_step=6, group_size=8)
+    prepared = prepare_data(config, [Example(prompt=p) for p in PROMPTS])
+    assert first_prompts(config, prepared) == [], "nothing is evaluated"
+    prepared = replace(prepared, evals={"held_out": prepared.train})
+    first = first_prompts(config, prepared)
+    assert [p.ordinal for p in first] == [*range(6)]
+    read_once = replace(prepared, source=iter([]))
+    assert [first_prompts(replace(config, doctor="full"), prepared), first_prompts(config, read_once)] == [[], []]
+    pair.config, before = config, pair.config
+    try:
+        one = beginning()
+        check = asyncio.run(one.examine(pair.version))
+        assert check.findings == []
+        assert check.evidence.samples[0].requests == 1.0
+        assert check.evidence.samples[0].gap.sequences == 6 * 3, "of each group some replies are looked at"
+        assert list(one.groups) == [(tuple(p.token_ids), 8, sample_seed(config.seed, p.ordinal)) for p in first]
+        for (prompt, n, seed), group in one.groups.items():
+            again = pair.live.submit(pair.live.engine.sample([*prompt], n, seed)).result()
+            assert [c.token_ids for c in group] == [c.token_ids for c in again]
+            assert {v for c in group for v in c.versions} == {pair.version}
+        with in_sampling(pair.live, temperature=1.3):
+            faults = asyncio.run(beginning().examine(pair.version)).faults
+        assert "temperature" in {fault.cause for fault in faults}
+        pair.config = replace(config, rollout=replace(config.rollout, max_tokens=49))
+        assert not beginning().begins, "long replies: the doctor samples short ones of its own"
+        pair.config = replace(config, group_size=2)
+        assert not beginning().begins, "too few tokens"
+        pair.config, pair.engines[1] = config, pair.engines[0]
+        assert not beginning().begins, "each engine is examined"
+    finally:
+        pair.config = before
+        pair.engines.pop(1, None)
 
 
 @pytest.mark.parametrize("pair", nightly_unless(lambda model: model == MODELS[0], MODELS), indirect=True)

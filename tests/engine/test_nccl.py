@@ -95,7 +95,7 @@ def play(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             runner.run(start())
             yield lambda scene: runner.run(scene(run))
         finally:
-            runner.run(run.cluster.close())
+            runner.run(run.cluster.aclose())
 
 
 @pytest.mark.nightly

@@ -18,6 +18,7 @@ from rl.config import RolloutConfig
 from rl.types import Completion, Prompt
 from rl.weights import TensorMeta, check_digests
 from rollout.engine import Engine
+from rollout.scorer import Scorer
 from trainer.learner.weights import LearnerWeights
 from trainer.model.policy import load
 from trainer.prompts import load_tokenizer
@@ -279,7 +280,8 @@ def test_an_update_that_fails_gathers_to_its_end_so_that_no_rank_waits_for_the_s
     assert weights.left == []
 
 
-def test_a_core_that_ends_as_it_is_killed_leaves_nothing_open() -> None:
+@pytest.mark.parametrize("kind", [Engine, Scorer])
+def test_a_core_that_ends_as_it_is_killed_leaves_nothing_open(kind: type) -> None:
     closed = []
 
     class Late:
@@ -290,7 +292,7 @@ def test_a_core_that_ends_as_it_is_killed_leaves_nothing_open() -> None:
 
         engine_core = SimpleNamespace(resources=lambda: closed.append("resources"))
 
-    engine = Engine.__new__(Engine)
+    engine = kind.__new__(kind)
     engine.endpoint, engine.llm = None, Late()
     asyncio.run(engine.close())
     assert closed == ["resources"]

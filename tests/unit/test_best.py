@@ -144,7 +144,7 @@ class Closes:
     def __init__(self, config):
         self.config = config
 
-    async def close(self):
+    async def aclose(self):
         self.closed = True
 
 

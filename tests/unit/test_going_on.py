@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from rl.config import Config, TrackingConfig
 from rl.loop.progress import Progress
 from rl.parity.watch import Watch
 from rl.types import Data, Prompt
+from trainer import run as trainer_run
 from trainer.flags import override
 from trainer.launch import launch, option
 from trainer.model import files as model_files
@@ -244,3 +246,18 @@ def test_the_changes_of_the_recipes_repository_are_kept_with_the_run(tmp_path, m
     assert "-a = 1\n+a = 2" in (run / "code.diff").read_text()
     monkeypatch.setenv("PATH", "/nowhere")
     assert code_state(repository) == ("", ""), "no git"
+
+
+def test_the_doctor_hands_its_first_groups_to_a_new_run_alone(monkeypatch):
+    class Seen(Exception):
+        """What the doctor was given to hand them to."""
+
+    async def examine(cluster, learner, prepared, version, into):
+        raise Seen(into)
+
+    monkeypatch.setattr(trainer_run, "examine_engines", examine)
+    for resumed, given in ((None, "rollouts"), (SimpleNamespace(saved=lambda name: None), None)):
+        here = SimpleNamespace(config=CONFIG, cluster=None, prepared=None, progress=PROGRESS, resumed=resumed)
+        with pytest.raises(Seen) as seen:
+            asyncio.run(trainer_run.Run._check(here, "learner", "rollouts"))
+        assert seen.value.args == (given,)

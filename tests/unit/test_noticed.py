@@ -14,7 +14,7 @@ from rl.objectives import GRPO
 from rl.types import Data, Example
 from tiny_tokenizer import CHAT, make_tokenizer
 from trainer.commands.load import load_file
-from trainer.data.model_digest import model_digest
+from trainer.data.fingerprint import model_digest
 from trainer.prompts import prepare
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointError

@@ -2,10 +2,13 @@
 it is used."""
 
 import importlib
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 import rl
 
@@ -37,3 +40,20 @@ def test_the_package_alone_loads_no_torch_and_a_run_boots_its_actors_without_tra
         "import trainer.run; assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", loads], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loaded", ["nothing", "torch", "LD_PRELOAD"])
+def test_an_actor_computes_with_the_threads_of_its_environment(loaded: str):
+    first = {"torch": "import torch"}.get(loaded, "import sys; assert 'torch' not in sys.modules")
+    code = (
+        f"from rl.checkout import digest; from trainer.cluster.actors import ActorShell; {first}; "
+        "ActorShell({'OMP_NUM_THREADS': '1'}).build('torch:Generator', digest(), {}); "
+        "import torch; assert torch.get_num_threads() == 1, torch.get_num_threads()"
+    )
+    # Tests before this one may have set MKL_NUM_THREADS, which counts more, or LD_PRELOAD, as vLLM does.
+    env = {name: value for name, value in os.environ.items() if not name.endswith(("_NUM_THREADS", "LD_PRELOAD"))}
+    if loaded == "LD_PRELOAD":
+        [openmp] = (Path(torch.__file__).parent / "lib").glob("libgomp*")
+        env["LD_PRELOAD"] = str(openmp)
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)

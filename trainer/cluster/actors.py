@@ -2,18 +2,22 @@
 
 import gc
 import importlib
+import os
 import socket
-from collections.abc import Callable
-from typing import Any, TypeVar
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
 from rl import checkout
-from trainer.cluster.engine_client import EngineClient
 from trainer.cluster.nodes.code import on_this_node
 from trainer.cluster.stacks import Heartbeat, stacks
 from trainer.cluster.stubs import Call, EngineProcess, LearnerProcess, ScorerProcess
 from trainer.node.ports import listener
+
+if TYPE_CHECKING:
+    from trainer.cluster.engine_client import EngineClient
 
 R = TypeVar("R")
 
@@ -21,7 +25,9 @@ R = TypeVar("R")
 class ActorShell:
     """One actor process. It builds its object itself, so that the driver imports neither vLLM nor DeepSpeed."""
 
-    def __init__(self) -> None:
+    def __init__(self, env: Mapping[str, str] | None = None) -> None:
+        # Here and not by Ray, which would start Python twice for it.
+        os.environ.update(env or {})
         self.heartbeat = Heartbeat()
         self.calls: set[Any] = set()
         """Coroutines that are running."""
@@ -41,6 +47,10 @@ class ActorShell:
         hosted = getattr(importlib.import_module(module), name)
         gc.freeze()
         gc.enable()
+        # OpenMP has another number where LD_PRELOAD or a site's own start of Python loaded it before.
+        threads = int(os.environ.get("OMP_NUM_THREADS", 0))
+        if threads and (torch := sys.modules.get("torch")) and torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
         self.object = hosted(**kwargs)
 
     @ray.method(concurrency_group="watch")
@@ -87,7 +97,7 @@ class LearnerActor(ActorShell):
         self.heartbeat.beat(call.method)
         return result
 
-    def connect(self, client: EngineClient, channel: dict[str, Any]) -> None:
+    def connect(self, client: "EngineClient", channel: dict[str, Any]) -> None:
         """Open the weight channel, in place of one before. Only this wing may hand rollout's sender to a learner."""
         from rollout.weights.sender import open_sender
 
@@ -123,19 +133,26 @@ class ScorerActor(EngineActor):
     """The process of a reward model's engine."""
 
 
-def engine_process(options: dict[str, Any]) -> EngineProcess:
-    """Start the process of an engine, with Ray's options for actors. Returns at once."""
-    return EngineProcess(watched(EngineActor).options(**options).remote())
+def _started(shell: type, options: dict[str, Any], env: Mapping[str, str]) -> Any:
+    # Where Ray sets an environment anyway, it sets all of it, before anything reads it.
+    if "runtime_env" in options:
+        options = options | {"runtime_env": {"env_vars": options["runtime_env"]["env_vars"] | env}}
+    return watched(shell).options(**options).remote(env)
 
 
-def scorer_process(options: dict[str, Any]) -> ScorerProcess:
-    """Start the process of a reward model, with Ray's options for actors. Returns at once."""
-    return ScorerProcess(watched(ScorerActor).options(**options).remote())
+def engine_process(options: dict[str, Any], env: Mapping[str, str]) -> EngineProcess:
+    """Start the process of an engine, with Ray's options for actors and this environment. Returns at once."""
+    return EngineProcess(_started(EngineActor, options, env))
 
 
-def learner_process(options: dict[str, Any]) -> LearnerProcess:
-    """Start the process of a learner rank, with Ray's options for actors. Returns at once."""
-    return LearnerProcess(watched(LearnerActor).options(**options).remote())
+def scorer_process(options: dict[str, Any], env: Mapping[str, str]) -> ScorerProcess:
+    """Start the process of a reward model, with Ray's options for actors and this environment. Returns at once."""
+    return ScorerProcess(_started(ScorerActor, options, env))
+
+
+def learner_process(options: dict[str, Any], env: Mapping[str, str]) -> LearnerProcess:
+    """Start the process of a learner rank, with Ray's options for actors and this environment. Returns at once."""
+    return LearnerProcess(_started(LearnerActor, options, env))
 
 
 def watched(shell: type) -> Any:

@@ -3,7 +3,6 @@
 import asyncio
 import math
 import os
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +28,7 @@ from trainer.cluster.nodes.folder import answer_word, judge, write_word
 from trainer.cluster.nodes.gcs import drained_nodes
 from trainer.cluster.nodes.seats import in_order, own_node, own_seat
 from trainer.cluster.placement import Placement, check_shared, engine_threads, learner_threads
-from trainer.cluster.process_env import learner_env, travelling, without_functions
+from trainer.cluster.process_env import learner_env, memory_kept, python_path, travelling, without_functions
 from trainer.cluster.ray_session import log_folder, start_ray
 from trainer.cluster.reward_models import RewardModels
 from trainer.cluster.stubs import AskEngine, AskLearner, EngineProcess, LearnerProcess, recorded
@@ -71,31 +70,32 @@ class Cluster:
         if not self.started_ray:
             self.model, self.revision = pinned(c.model)
         options = self._actor_options()
-        # What the driver can import, the actors can: an objective may live in a file next to its recipe.
-        env = {"PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *filter(None, sys.path)])}
-        env |= {} if self.started_ray else travelling(os.environ)
+        # Of Ray that was there before, the workers know neither this process's modules nor its settings.
+        there = {"PYTHONPATH": python_path()} | memory_kept(p.device) | travelling(os.environ)
+        # What LD_PRELOAD loads reads its settings before an actor can set them itself.
+        by_ray = not self.started_ray or "LD_PRELOAD" in os.environ
+        where: dict[str, Any] = {"runtime_env": {"env_vars": there}} if by_ray else {}
+        more = where | {"max_concurrency": 4096}
         cores = machine.cores()
-        engine_vars = env | engine_env(device=p.device, backend=p.backend, threads=engine_threads(c, cores))
+        self.engine_env = engine_env(device=p.device, backend=p.backend, threads=engine_threads(c, cores))
         self.learner_threads = learner_threads(c, cores)
-        learner_vars = env | learner_env(self.learner_threads, p.device)
-        more: dict[str, Any] = {"max_concurrency": 4096, "runtime_env": {"env_vars": engine_vars}}
         # What starts later takes what is free then.
         later = {"num_cpus": 1, "num_gpus": p.gpus_per_engine}
         self.engine_options = [
             one | more for one in [*options[: p.engines], *([later] * (c.rollout.most_engines - p.engines))]
         ]
         # The ranks first: an engine that had taken the driver's last CPU would keep rank 0 from its node.
-        for one in options[p.engines : p.engines + p.learners]:
-            self.learners.append(learner_process(one | {"runtime_env": {"env_vars": learner_vars}}))
+        env = learner_env(self.learner_threads, p.device)
+        self.learners += [learner_process(one | where, env) for one in options[p.engines : p.engines + p.learners]]
         booted = [self._boot_engine(index) for index in range(p.engines)]
         self.engines = {index: engine for index, (engine, _) in enumerate(booted)}
         self.building = [building for _, building in booted]
         # One thread: a reward model computes while engines and ranks do.
-        more["runtime_env"] = {"env_vars": env | engine_env(device=p.device, backend=p.backend, threads=1)}
-        self.reward_models.boot([one | more for one in options[p.engines + p.learners :]], self.sources, p.device)
+        env = engine_env(device=p.device, backend=p.backend, threads=1)
+        self.reward_models.boot([one | more for one in options[p.engines + p.learners :]], env, self.sources, p.device)
 
     def _boot_engine(self, index: int) -> tuple[EngineProcess, Any]:
-        engine = engine_process(self.engine_options[index])
+        engine = engine_process(self.engine_options[index], self.engine_env)
         settings = self._common() | {"backend": self.placement.backend}
         if not self.placement.learners:
             # Nobody will send weights: the engine reads the model's own.
@@ -243,8 +243,9 @@ class Cluster:
             self.learners,
         )
 
-    async def close(self) -> None:
-        """End every actor, and Ray if this run started it. Safe to call at any moment, also twice."""
+    async def aclose(self) -> None:
+        """End every actor, and Ray if this run started it. Safe at any moment, also twice. Its steps are bounded, and
+        it never suspends, so no signal can interrupt it and leave processes behind."""
         scorers, self.reward_models.engines = self.reward_models.close(), []
         closing: list[Any] = [engine.ask(lambda e: e.close()) for engine in self.engines.values()]
         if closing := closing + [scorer.ask(lambda s: s.close()) for scorer in scorers]:

@@ -1,18 +1,16 @@
 """Environments in processes of their own, so that what they compute holds up neither the driver nor each other."""
 
-import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
 
-from rl import checkout
 from rl.environments.host import Work, abandoned, close, offered
 from rl.environments.threads import Threads
 from rl.environments.types import EnvError, EnvLate, ToolError
 from rl.typed import shortened
+from trainer.cluster.process_env import python_path
 
 MOST_CALLS = 4096
 """Calls to one process at the same time."""
@@ -81,10 +79,7 @@ class EnvWorkers:
 
     def _process(self) -> Any:
         # What the driver can import, the process can: an environment may live in a file next to its recipe.
-        variables = {
-            "PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *filter(None, sys.path)]),
-            "OMP_NUM_THREADS": "1",
-        }
+        variables = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
         options = {"num_cpus": 0, "max_concurrency": MOST_CALLS, "runtime_env": {"env_vars": variables}}
         return ray.remote(EnvProcess).options(**options).remote(self.env)
 

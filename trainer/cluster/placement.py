@@ -68,10 +68,7 @@ class Placement:
             ("engines", f"{self.engines} x {engine}"),
             ("learner ranks", f"{self.learners} x {learner}"),
             *([("reward models", f"{self.reward_models} x {devices(1)}")] if self.reward_models else []),
-            (
-                "weight channel",
-                "shared memory, or gloo" if self.device == "cpu" else self.backend,
-            ),
+            ("weight channel", "shared memory, or gloo" if self.device == "cpu" else self.backend),
         ]
 
 

@@ -1,31 +1,78 @@
 """What the processes of a run start with: environment variables, and a config that can be sent to actors."""
 
 import os
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
+from unittest.mock import DEFAULT, patch
 
-from ray import cloudpickle
+from ray import _raylet, cloudpickle
+from ray._private import utils
+from ray._private.node import Node
 
+from rl import checkout
 from rl.config import Config
 from rl.typed import shortened
 from trainer.cluster.placement import Device
 
 
+def memory_kept(device: Device) -> dict[str, str]:
+    """Settings of glibc with which a process keeps what it frees, in one place: the next pass or update needs as much,
+    and to get fresh pages takes longer than to fill them. It reads them when a process starts."""
+    kept = {"MALLOC_ARENA_MAX": 1, "MALLOC_MMAP_THRESHOLD_": 2**30, "MALLOC_TRIM_THRESHOLD_": 2**31 - 1}
+    return {name: os.environ.get(name, str(value)) for name, value in kept.items() if device == "cpu"}
+
+
+UNUSED = ("start_api_server", "start_monitor", "start_log_monitor")
+"""Ray's dashboard, for whose start it waits a second, its scaler, and what copies the actors' output to the driver."""
+AGENT = {"METRICS_AGENT_PORT_NAME", "METRICS_EXPORT_PORT_NAME", "DASHBOARD_AGENT_LISTEN_PORT_NAME"}
+"""Ray's names of the ports of the dashboard's agent, which needs none without a dashboard."""
+SOON_S, LATE_S = 0.02, 5.0
+"""Seconds between two looks for the node, and after which Ray itself waits for it and reports."""
+RAYLET = vars(_raylet)
+"""Names of Ray's compiled part, some of which another version may lack."""
+
+
+def started_soon(node: Any, *args: Any, start: Any = Node.start_raylet, **more: Any) -> None:
+    """Start the process of Ray's node, and wait until the head knows it: Ray itself asks once a second. The node would
+    wait for its agent's ports, so it finds first what the agent writes later: that there are none."""
+    for name in AGENT & RAYLET.keys():
+        RAYLET["persist_port"](node.get_session_dir_path(), node.node_id, RAYLET[name], -1)
+    start(node, *args, **more)
+    end = time.monotonic() + LATE_S
+    while time.monotonic() < end and not node.get_gcs_client().get_all_node_info():
+        time.sleep(SOON_S)
+
+
 @contextmanager
-def ray_environment() -> Iterator[None]:
+def ray_environment(device: Device = "cuda") -> Iterator[None]:
     """Settings of Ray while it starts: no warnings about defaults that change, no usage reports, workers at normal
-    priority (its default of nice 15 starves them next to any other process), and no workers started for tasks."""
+    priority (its default of nice 15 starves them next to any other process), and no workers started for tasks. Its
+    parts look for each other each 20 ms and not each second, and those that no run uses are not started (or are, as the
+    dashboard's agent, without what that needs). Its workers can import what this process can, and keep their memory."""
     wanted = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    wanted["RAY_prestart_worker_first_driver"] = "0"
+    wanted |= {"RAY_prestart_worker_first_driver": "0", "PYTHONPATH": python_path()} | memory_kept(device)
+    wanted |= {"RAY_raylet_client_connect_timeout_milliseconds": "20", "RAY_raylet_client_num_connect_attempts": "500"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
-        yield
+        # Another version of Ray may lack a name: `create`.
+        unused: dict[str, Any] = dict.fromkeys(UNUSED, DEFAULT)
+        # It would import a web server to see whether the dashboard's agent could use it.
+        without = patch.object(utils, "get_dashboard_dependency_error", ImportError, create=True)
+        with patch.multiple(Node, create=True, start_raylet=started_soon, **unused), without:
+            yield
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def python_path() -> str:
+    """Where this process finds modules: an objective may live in a file next to its recipe."""
+    return os.pathsep.join([str(checkout.ROOT), *filter(None, sys.path)])
 
 
 TRAVELS = ("NCCL_", "TORCH_NCCL_", "GLOO_", "HF_", "VLLM_", "CUDA_DEVICE_MAX_", "TOKENIZERS_")
@@ -36,11 +83,8 @@ SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 
 def travelling(environment: Mapping[str, str]) -> dict[str, str]:
     """The driver's variables that actors on other nodes get."""
-    return {
-        name: value
-        for name, value in environment.items()
-        if name.startswith(TRAVELS) and not any(part in name for part in SECRET)
-    }
+    kept = [name for name in environment if name.startswith(TRAVELS) and not any(part in name for part in SECRET)]
+    return {name: environment[name] for name in kept}
 
 
 def learner_env(threads: int, device: Device) -> dict[str, str]:

@@ -29,7 +29,7 @@ def start_ray(placement: Placement) -> bool:
         # Else Ray writes one into the home folder, which may be read-only, and which two runs may do at once. It stays
         # for later sessions of this process, because Ray remembers the first.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    with ray_environment():
+    with ray_environment(placement.device):
         ray.init(
             address="local",
             include_dashboard=False,

@@ -21,12 +21,14 @@ from trainer.cluster.cluster import Cluster
 from trainer.cluster.fleet import Fleet
 from trainer.cluster.start_error import StartError
 
+Asked = tuple[tuple[int, ...], int, int | None]  # a prompt's tokens, samples, seed
 Span = tuple[str, float, float]
 """A phase of a rank, and when it began and ended: seconds since 1970."""
 
 PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
 """Mean |trainer - engine| in nats of the probe after a verified update; bf16 is noisy even against itself."""
-PROBE_TOKENS = 16
+PROBE_SAMPLES, PROBE_TOKENS = 4, 4
+"""Samples of the probe, and tokens of each. Few decode steps, because each waits for the requests that run."""
 REACH_S = 20.0
 """Seconds in which an engine must answer from where the agents run."""
 UPDATE_RETRIES = 3
@@ -43,6 +45,8 @@ class RemoteRollouts:
         self.called: Callable[[int, int, float], None] = lambda engine, samples, began: None
         """Hears of each call of an engine when it ends, and when it began (seconds since 1970)."""
         self.speeds = Speeds(len(self.load))
+        self.early: dict[Asked, list[Completion]] = {}
+        """What the doctor has sampled of this run; each is given once."""
 
     async def sample(
         self,
@@ -56,11 +60,13 @@ class RemoteRollouts:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[Completion]:
         """n completions of one prompt. Raises EngineLost when the engine is gone before it answers."""
+        asked = tuple(token_ids), n, seed
+        if (temperature, max_tokens, tools) == (None, None, None) and asked in self.early:
+            return self.early.pop(asked)
         serving = await self.fleet.serving()
         index = engine if engine in serving else min(serving, key=lambda i: self.load[i])
-        restarts, tokens = self.fleet.restarts_of[index], 0
+        restarts, tokens, began = self.fleet.restarts_of[index], 0, time.time()
         self.load[index] += n
-        began = time.time()
         self.speeds.begin(index)
         try:
             deadline = self.cluster.config.deadlines.sample_s
@@ -79,8 +85,7 @@ class RemoteRollouts:
 
     def metrics(self) -> dict[str, float]:
         """Tokens per second of each engine since the last call; of a fleet that follows nodes, how many serve now."""
-        fleet = self.fleet
-        return self.speeds.metrics() | ({"perf/engines": float(len(fleet.now()))} if fleet.elastic else {})
+        return self.speeds.metrics() | ({"perf/engines": float(len(self.fleet.now()))} if self.fleet.elastic else {})
 
     def figures(self) -> list[dict[str, float]]:
         """Of each engine, also one that is not there now: samples under way, restarts, and 1 where it is lost."""
@@ -109,8 +114,7 @@ class RemoteEndpoints:
         load[engine] += 1
         self.restarts[opening.secret], self.opened[opening.secret] = fleet.restarts_of[engine], time.time()
         try:
-            deadline = fleet.cluster.config.deadlines.sample_s
-            ask = fleet.cluster.ask_engine
+            ask, deadline = fleet.cluster.ask_engine, fleet.cluster.config.deadlines.sample_s
             address = await ask(engine, lambda e: e.open_episode(opening, self.rendering), deadline_s=deadline)
             if address.rpartition("/e/")[0] not in self.reached:
                 await self._reach(engine, address)
@@ -203,19 +207,13 @@ class RemoteLearner:
         every = self.cluster.config.verify_every
         verify = version <= self.first + 1 or bool(every and version % every == 0)
         began, failed = time.perf_counter(), self.failed_updates
-        manifest, pause_seconds, verify = await self._deliver(version, verify)
-        seconds = time.perf_counter() - began
-        self.version, self.stepped = version, False
+        manifest, pause, verify = await self._deliver(version, verify)
+        seconds, self.version, self.stepped = time.perf_counter() - began, version, False
         if self.fleet.elastic:
             self.fleet.restarts = 0
         self.published.release()
-        return SyncReport(
-            seconds=seconds,
-            pause_seconds=pause_seconds,
-            bytes=manifest.total_bytes(),
-            verified=verify,
-            failed=self.failed_updates - failed,
-        )
+        n, again = manifest.total_bytes(), self.failed_updates - failed
+        return SyncReport(seconds=seconds, pause_seconds=pause, bytes=n, verified=verify, failed=again)
 
     async def _deliver(self, version: int, verify: bool) -> tuple[WeightManifest, float, bool]:
         """Send to every engine; returns manifest, pause in seconds, and whether the update was verified.
@@ -277,10 +275,10 @@ class RemoteLearner:
             # It waits behind running requests, so it has their deadline.
             sampled = await cluster.ask_engine(
                 index,
-                lambda e: e.sample(self.probe.token_ids, 1, 0, max_tokens=PROBE_TOKENS),
+                lambda e: e.sample(self.probe.token_ids, PROBE_SAMPLES, 0, max_tokens=PROBE_TOKENS),
                 deadline_s=config.deadlines.sample_s,
             )
-            batch = collate([trajectory(self.probe, sampled[0], 0.0, {})])
+            batch = collate([trajectory(self.probe, one, 0.0, {}) for one in sampled])
             trainer = (await cluster.ask_learners(lambda rank, batch=batch: rank.logprobs(batch)))[0]
             gap = float((trainer - batch.rollout_logprobs)[batch.mask].abs().mean())
             limit = PROBE_TOLERANCE[config.dtype]

@@ -1,7 +1,7 @@
 """The reward models of a run: for each an actor that hosts an engine. It gets no weights, and is started again."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,12 +32,12 @@ class RewardModels:
         self.causes: list[str] = []
         """Why engines were lost."""
 
-    def boot(self, options: Sequence[dict[str, Any]], sources: str, device: str) -> None:
+    def boot(self, options: Sequence[dict[str, Any]], env: Mapping[str, str], sources: str, device: str) -> None:
         """Start their processes, and the engines in them. Waits for none."""
 
         def one(judge: RewardModel, own: dict[str, Any]) -> tuple[ScorerProcess, Any]:
             settings = {"judge": sent(judge), "device": device, "trust_remote_code": self.config.trust_remote_code}
-            process = scorer_process(own)
+            process = scorer_process(own, env)
             return process, process.build("rollout.scorer:Scorer", sources, settings)
 
         for judge, own in zip(self.judges, options, strict=True):

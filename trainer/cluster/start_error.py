@@ -3,6 +3,8 @@
 import re
 
 ERROR = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt)): (.+(?:\n  +\S.*)*)", re.MULTILINE)
+PREFIX = re.compile(r"^(?:\x1b\[[\d;]*m)?\(\w+ pid=\d+\)(?:\x1b\[[\d;]*m)? (?:[A-Z]+ [\d-]+ [\d:]+ \[\S+\] )?", re.M)
+"""vLLM's process, level and place at the start of each line, with their colours."""
 CHILD = "Engine core initialization failed"
 """vLLM's message when the cause is in the output of its core process."""
 
@@ -18,18 +20,8 @@ def root_cause(traceback: str, output: str) -> str:
     """
     found = ERROR.findall(traceback)
     if found and CHILD in found[-1][1]:
-        found += [each for each in ERROR.findall(_plain(output)) if CHILD not in each[1]]
+        found += [each for each in ERROR.findall(PREFIX.sub("", output)) if CHILD not in each[1]]
     if not found:
         return traceback.strip().splitlines()[-1][:600]
     kind, message = found[-1]
     return f"{kind}: {' '.join(message.split())}"[:600]
-
-
-def _plain(output: str) -> str:
-    """Output without vLLM's prefix of process, level and place on each line, and without colours."""
-    return re.sub(
-        r"^(?:\x1b\[[\d;]*m)?\(\w+ pid=\d+\)(?:\x1b\[[\d;]*m)? (?:[A-Z]+ [\d-]+ [\d:]+ \[\S+\] )?",
-        "",
-        output,
-        flags=re.M,
-    )

@@ -53,7 +53,8 @@ def doctor(arguments: Sequence[str]) -> int:
         return await asyncio.to_thread(lambda: RunTracker(folder=folder, config=tracking, name=name, settings=settings))
 
     async def examined() -> tuple[DoctorReport, Path]:
-        reading = asyncio.get_running_loop().run_in_executor(None, read, plan)
+        # A task begins at the first wait, and so after Ray's start, which needs the cores.
+        reading = asyncio.create_task(asyncio.to_thread(read, plan))
         opening = asyncio.create_task(record(reading))
         try:
             with stoppable(0.0):

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,7 @@ async def _serve(plan: Plan, host: str, port: int, key: str) -> None:
     from trainer.cluster.cluster import Cluster
 
     config = plan.config
-    cluster = Cluster(config, plan.placement)
-    try:
+    async with aclosing(Cluster(config, plan.placement)) as cluster:
         cluster.boot()
         with status(f"starting an engine with {config.model}"):
             await cluster.start()
@@ -89,5 +89,3 @@ async def _serve(plan: Plan, host: str, port: int, key: str) -> None:
         while True:
             await cluster.ask_engine(0, lambda e: e.alive(), deadline_s=config.deadlines.sync_s)
             await asyncio.sleep(5)
-    finally:
-        await asyncio.shield(cluster.close())

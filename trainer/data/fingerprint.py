@@ -9,9 +9,13 @@ from rl.config import Config
 from rl.data import Eval, Train, sized
 from rl.loop.estimates import NO_MEANS, Means
 from rl.types import Prompt
-from trainer.data.model_digest import model_digest
+from trainer.model.files import WEIGHTS, base_folder
 from trainer.runs.own_code import code_digests
 from trainer.runs.settings import plain
+
+CONFIGS = ("config.json", "generation_config.json")
+BLOCK, BLOCKS = 4096, 64
+"""Bytes of each look into a weight file, and how many, evenly spread: a new version of a model changes them all."""
 
 
 def fingerprint(
@@ -44,3 +48,23 @@ def digest_of(values: Iterable[Any]) -> str:
     for value in values:
         digest.update(json.dumps(plain(value, -100, most=float("inf")), sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
+
+
+def model_digest(model: str) -> str:
+    """Digest of a model's config and weights, of which it reads little; empty where its folder is unknown here."""
+    folder = base_folder(model)
+    if folder is None:
+        return ""
+    digest, found = hashlib.blake2b(digest_size=16), False
+    for path in sorted(folder.iterdir()):
+        if path.name in CONFIGS:
+            found = True
+            digest.update(path.name.encode() + path.read_bytes())
+        elif path.name.endswith(WEIGHTS):
+            found, size = True, path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for number in range(BLOCKS):
+                    file.seek(number * max(size - BLOCK, 0) // max(BLOCKS - 1, 1))
+                    digest.update(file.read(BLOCK))
+    return digest.hexdigest() if found else ""

@@ -4,18 +4,21 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TypeVar
 
 from rl.config import Config
 from rl.parity.gap import Gap, NoiseClip
+from rl.types import Prompt
 from trainer.cluster.cluster import Cluster
-from trainer.cluster.remote import RemoteLearner
+from trainer.cluster.remote import RemoteLearner, RemoteRollouts
 from trainer.data.first_prompt import FirstPrompt
 from trainer.doctor.check import ParityCheck
 from trainer.doctor.comparisons import Comparison, Comparisons
 from trainer.doctor.episodes.run import examine_episodes
-from trainer.doctor.examine import Examiner
+from trainer.doctor.examine import PROMPTS, Examiner
 from trainer.doctor.finding import Finding
 from trainer.doctor.remedies import EPISODES
 from trainer.plan.plan import make_plan
@@ -98,15 +101,17 @@ class DoctorReport:
 
 
 async def examine_engines(
-    cluster: Cluster, learner: RemoteLearner, prepared: Prepared, version: int = 0
+    cluster: Cluster, learner: RemoteLearner, prepared: Prepared, version: int = 0, into: RemoteRollouts | None = None
 ) -> DoctorReport:
     """Examine the engines of a run that is about to start, or to resume at `version`.
 
-    Afterwards the engines hold the learner's weights as `version`, unless a fault was found.
+    Afterwards the engines hold the learner's weights as `version`, unless a fault was found. Where a run's first groups
+    are what was examined, they wait for it in `into`, its rollouts.
     """
     episodes = await examine_episodes(cluster, prepared)
     began, config = time.perf_counter(), cluster.config
-    examiner = Examiner(cluster, learner, prepared, config.seed)
+    first = first_prompts(config, prepared) if into and not version else []
+    examiner = Examiner(cluster, learner, prepared, config.seed, first)
     comparisons: list[Comparison] = []
     findings: list[Finding] = []
     # Under versions of its own: the run's samples must not hit the prefixes that the check leaves in the cache. A run
@@ -119,6 +124,8 @@ async def examine_engines(
         findings = conditions.findings
     if before and not check.faults and not findings:
         await learner.publish(version)
+    if into and examiner.begins:
+        into.early = examiner.groups
     return DoctorReport(
         config=config,
         check=check,
@@ -127,6 +134,15 @@ async def examine_engines(
         seconds=time.perf_counter() - began,
         first_prompt=prepared.first,
     )
+
+
+def first_prompts(config: Config, prepared: Prepared) -> list[Prompt]:
+    """Those with which a run begins, if its first groups are replies, are sampled next to an evaluation (else the rate
+    of the first step would be that of no sampling), and are not followed by a check that publishes other weights."""
+    # They are read again, which only a list surely can be.
+    if config.doctor != "short" or config.episodic or prepared.source is not None or not prepared.evals:
+        return []
+    return list(islice(prepared.stream(config.seed), min(PROMPTS, config.prompts_per_step)))
 
 
 def configured_comparison(check: ParityCheck, name: str = "rollout | trainer, as configured") -> Comparison:
@@ -205,16 +221,12 @@ Examine = Callable[[Cluster, RemoteLearner, Prepared], Awaitable[R]]
 async def on_own_engines(config: Config, reading: Reading, examine: Examine[R]) -> R:
     """Start engines and a learner, examine them, and stop them."""
     config = replace(config, judges=())  # nothing is scored
-    cluster = Cluster(config, make_plan(config).placement)
-    try:
+    async with aclosing(Cluster(config, make_plan(config).placement)) as cluster:
         cluster.boot()
         prepared = await reading
         await cluster.start()
         learner = RemoteLearner(cluster, probe=prepared.train[0].token_ids)
         return await examine(cluster, learner, prepared)
-    finally:
-        # It never suspends, so no signal can interrupt it and leave processes behind.
-        await cluster.close()
 
 
 async def compared(cluster: Cluster, learner: RemoteLearner, prepared: Prepared) -> tuple[Gap, NoiseClip | None]:

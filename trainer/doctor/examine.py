@@ -3,12 +3,14 @@
 import asyncio
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from rl.batch import collate, integers, trajectory
+from rl.loop.stream import sample_seed
 from rl.parity.architecture import architecture
 from rl.parity.body.fits import LAYER_ERROR
 from rl.parity.body.repeat import first_change
@@ -16,9 +18,9 @@ from rl.parity.evidence import Evidence, SampleEvidence, SamplerEvidence, Weight
 from rl.parity.gap import Gap, NoiseClip, clipped_by_noise, finite_part, gap, surprise
 from rl.sampling.forbidden import Forbidden
 from rl.tokens import encode
-from rl.types import Batch, Completion, Trajectory
+from rl.types import Batch, Completion, Prompt, Trajectory
 from trainer.cluster.cluster import Cluster
-from trainer.cluster.remote import RemoteLearner
+from trainer.cluster.remote import Asked, RemoteLearner
 from trainer.doctor.body import size
 from trainer.doctor.check import ParityCheck
 from trainer.doctor.diagnosis import diagnose
@@ -30,8 +32,8 @@ from trainer.model.forbidden import forbidden
 from trainer.prompts import Prepared
 
 PROMPTS = 8
-TOKENS = 300
-"""About how many sampled tokens a check looks at."""
+TOKENS, SHORT = 300, 48
+"""About how many sampled tokens a check looks at, and how many a reply has at most."""
 TRACED_TOKENS = 24
 """Long enough that positions, windows and the order of tokens matter."""
 TRACED_REPLIES, TRACED_REPLY = 2, 16
@@ -41,33 +43,43 @@ Trace = list[dict[str, Any]]
 
 
 class Examiner:
-    """Examines a cluster whose engines hold no weights yet, on prompts of its run."""
+    """Examines a cluster whose engines hold no weights yet, on prompts of its run.
 
-    def __init__(self, cluster: Cluster, learner: RemoteLearner, prepared: Prepared, seed: int = 0) -> None:
+    `first` are those with which the run begins: where its replies are short and one engine samples them, the samples
+    are its first groups.
+    """
+
+    def __init__(
+        self, cluster: Cluster, learner: RemoteLearner, prepared: Prepared, seed: int = 0, first: Sequence[Prompt] = ()
+    ) -> None:
         self.cluster, self.learner, self.prepared, self.seed = cluster, learner, prepared, seed
         self.config = cluster.config
         self.forbidden = forbidden(self.config, self.config.model, prepared.tokenizer)
         train, count = prepared.train, min(PROMPTS, len(prepared.train))
         self.prompts = [replace(train[i * len(train) // count], ordinal=i) for i in range(count)]
-        self.max_tokens = min(self.config.rollout.max_tokens, 48)
-        self.per_prompt = max(3, min(32, math.ceil(TOKENS / (len(self.prompts) * self.max_tokens))))
+        self.max_tokens = min(self.config.rollout.max_tokens, SHORT)
+        self.groups: dict[Asked, list[Completion]] = {}
+        """What the last engine sampled, by request."""
+        self.looks = self.n = self._enough(self.prompts)
+        """Replies of each prompt that are looked at, and that are sampled."""
+        fits = len(cluster.engines) == 1 and self.config.rollout.max_tokens <= SHORT
+        self.begins = bool(first) and fits and self._enough(first) <= self.config.group_size
+        if self.begins:
+            self.prompts, self.looks, self.n = [*first], self._enough(first), self.config.group_size
 
     async def examine(self, version: int) -> ParityCheck:
         """Publish the learner's weights as `version`; then check the engines' settings, weights and samples."""
         began = time.perf_counter()
         facts, mine, driver = await self._facts()
-        weights, traces = await self._weights(version)
+        weights, traces = await self._weights(version, self.long_prompt(4 * max(one["block_size"] for one in facts)))
         # The engines sample while the learner runs its layers on what they traced.
-        counted = await self._counters()
+        asked = await self._requests()
         sampling = [asyncio.ensure_future(self._sample(i)) for i in range(len(self.cluster.engines))]
         try:
             weights = [await self._compared(w, trace) for w, trace in zip(weights, traces, strict=True)]
             notes = [f"layers of engine {w.engine}: {w.uncovered}" for w in weights if w.uncovered]
             sampled = [await groups for groups in sampling]
-            served = [
-                after["requests"] - before["requests"]
-                for before, after in zip(counted, await self._counters(), strict=True)
-            ]
+            served = [after - before for before, after in zip(asked, await self._requests(), strict=True)]
             weights = [await self._asked_again(w, trace) for w, trace in zip(weights, traces, strict=True)]
             examined = [
                 await self._samples(i, version, groups, requests)
@@ -131,9 +143,9 @@ class Examiner:
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
-    async def _weights(self, version: int) -> tuple[list[WeightEvidence], list[Trace]]:
-        """Digests on every side after an update, and traces of the engines' layers."""
-        cluster, probe = self.cluster, self.long_prompt()
+    async def _weights(self, version: int, probe: list[int]) -> tuple[list[WeightEvidence], list[Trace]]:
+        """Digests on every side after an update, and traces of the engines' layers. `probe` has several blocks."""
+        cluster = self.cluster
         # Fill the prefix cache under the old weights: nothing of it may be used after the update.
         await cluster.ask_engines(lambda e: e.sample(probe, 1, self.seed, max_tokens=1))
         manifest, _ = await self.learner.send(version, digesting=True)
@@ -174,8 +186,8 @@ class Examiner:
         if all(size(one) <= LAYER_ERROR[self.config.dtype] for one in (*w.layers, *w.between)):
             return w
         prompt = self._traced_prompt()
-        deadline = self.config.deadlines.sample_s
-        again = await self.cluster.ask_engine(w.engine, lambda e: e.trace(prompt), deadline_s=deadline)
+        asking = self.cluster.ask_engine(w.engine, lambda e: e.trace(prompt), deadline_s=self.config.deadlines.sample_s)
+        again = await asking
         return replace(w, changes=first_change(trace[0], again[0], self.config.dtype))
 
     def _traced_prompt(self) -> list[int]:
@@ -183,28 +195,37 @@ class Examiner:
         ids = self.prompts[0].token_ids
         return (ids * TRACED_TOKENS)[: max(1, min(TRACED_TOKENS, self.config.rollout.max_model_len - 8))]
 
-    def long_prompt(self) -> list[int]:
-        """A prompt of several prefix-cache blocks, as far as the context has room."""
+    def long_prompt(self, tokens: int = 160) -> list[int]:
+        """A prompt of so many tokens or more, as far as the context has room."""
         r = self.config.rollout
         ids = self.prompts[-1].token_ids
-        return (ids * 200)[: min(max(len(ids), 160), r.max_model_len - r.max_tokens)]
+        return (ids * 200)[: min(max(len(ids), tokens), r.max_model_len - r.max_tokens)]
 
     # -- samples ---------------------------------------------------------------------------------------------------
 
-    async def _sample(self, engine: int) -> list[list[Completion]]:
-        n, seed, most = self.per_prompt, self.seed * 7919 + engine * 101, self.max_tokens
-        asked = (
-            self.cluster.ask_engine(
-                engine,
-                lambda e, p=p: e.sample(p.token_ids, n, seed + 1000 * p.ordinal, max_tokens=most),
-                deadline_s=self.config.deadlines.sample_s,
-            )
-            for p in self.prompts
-        )
-        return await asyncio.gather(*asked)
+    def _enough(self, prompts: Sequence[Prompt]) -> int:
+        return max(3, min(32, math.ceil(TOKENS / (len(prompts) * self.max_tokens))))
 
-    async def _counters(self) -> list[dict[str, int]]:
-        return await self.cluster.ask_engines(lambda e: e.counters())
+    def _asked(self, engine: int, prompt: Prompt) -> Asked:
+        seed = self.seed * 7919 + engine * 101 + 1000 * prompt.ordinal
+        if self.begins:
+            seed = sample_seed(self.config.seed, prompt.ordinal) if self.config.rollout.seeded else None
+        return tuple(prompt.token_ids), self.n, seed
+
+    async def _sample(self, engine: int) -> list[list[Completion]]:
+        async def sample(a: Asked) -> list[Completion]:
+            deadline, most = self.config.deadlines.sample_s, self.max_tokens
+            return await self.cluster.ask_engine(
+                engine, lambda e: e.sample([*a[0]], *a[1:], None, most), deadline_s=deadline
+            )
+
+        asked = [self._asked(engine, p) for p in self.prompts]
+        groups = await asyncio.gather(*map(sample, asked))
+        self.groups = {a: [replace(c, engine=engine) for c in group] for a, group in zip(asked, groups, strict=True)}
+        return groups
+
+    async def _requests(self) -> list[int]:
+        return [counters["requests"] for counters in await self.cluster.ask_engines(lambda e: e.counters())]
 
     async def _sampler(self, engine: int) -> SamplerEvidence | None:
         """A few replies one at a time, with the logits that the sampler had for each token."""
@@ -240,6 +261,7 @@ class Examiner:
         witness = None
         if config.dtype != "float32" or not agrees(g, limit_of(config.dtype, config.temperature)):
             witness = (await cluster.ask_learners(lambda rank: rank.witness(clean, config.temperature, cut)))[0]
+        lengths = integers(batch.mask.sum(dim=1))
         ended = [(row, t) for row, t in zip(batch.mask, rows, strict=True) if t.finish_reason == "stop"]
         evidence = SampleEvidence(
             engine=engine,
@@ -250,10 +272,9 @@ class Examiner:
             ended_without_stop_token=sum(not self._shows_its_end(row, t.token_ids) for row, t in ended),
             wrong_version=int((batch.versions[batch.mask] != version).sum()),
             forbidden=int(banned.sum()),
-            too_long=sum(int(row.sum()) > self.max_tokens for row in batch.mask),
+            too_long=sum(length > self.max_tokens for length in lengths),
             wrong_reason=sum(
-                t.finish_reason == "length" and int(row.sum()) < self.max_tokens
-                for row, t in zip(batch.mask, rows, strict=True)
+                t.finish_reason == "length" and n < self.max_tokens for t, n in zip(rows, lengths, strict=True)
             ),
             requests=served / sum(map(len, groups)),
             draws=drawn,
@@ -263,7 +284,8 @@ class Examiner:
         return evidence, clean, trainer
 
     def _rows(self, groups: list[list[Completion]]) -> list[Trajectory]:
-        return [trajectory(p, c, 0.0, {}) for p, group in zip(self.prompts, groups, strict=True) for c in group]
+        pairs, apart = zip(self.prompts, groups, strict=True), self.n // self.looks
+        return [trajectory(p, c, 0.0, {}) for p, group in pairs for c in group[::apart][: self.looks]]
 
     def _shows_its_end(self, mask: torch.Tensor, token_ids: list[int]) -> bool:
         """Whether a row trains on what ended its reply: a stop token at the end, or a text of `rollout.stop`."""

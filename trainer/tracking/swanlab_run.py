@@ -41,9 +41,8 @@ class Run:
 
     def end(self, status: str, summary: Mapping[str, Any]) -> None:
         """Finish the run; SwanLab keeps no summary."""
-        self.run.finish(
-            ENDS.get(status, "crashed"), error=None if status in ENDS else str(summary.get("error", status))
-        )
+        error = None if status in ENDS else str(summary.get("error", status))
+        self.run.finish(ENDS.get(status, "crashed"), error=error)
 
 
 def swanlab_mode() -> str:

@@ -1,6 +1,5 @@
 """What does the terminal show during a run, and at its end?"""
 
-import gc
 import math
 import os
 import shlex
@@ -49,12 +48,10 @@ def escape_unencodable() -> None:
 
 
 def prepare_process() -> None:
-    """Prepare this process for any command: its terminal, its home, its garbage."""
+    """Prepare this process for any command: its terminal and its home."""
     escape_unencodable()
     if note := prepare_home():
         console.print(note, style="dim", markup=False, highlight=False)
-    # Collect less often: a start is imports, which leave no garbage, and the search takes a fifth of their time.
-    gc.set_threshold(50_000, 20, 20)
 
 
 def discard_output() -> None:

@@ -1,5 +1,6 @@
 """The run in Weights & Biases."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,9 @@ class Run:
         online, and is not."""
         import wandb
 
+        if "wandb.sdk.launch" not in sys.modules:
+            # It looks for inputs that W&B Launch has prepared. Nobody has: that package is not loaded, and takes 1 s.
+            wandb.Run._detect_and_apply_job_inputs = lambda self: None  # pyright: ignore[reportPrivateUsage]
         config, self.about, self.wandb = run.config, run, wandb
         more: dict[str, Any] = {name: getattr(config, name) or None for name in ("entity", "group", "tags", "notes")}
         settings = wandb.Settings(

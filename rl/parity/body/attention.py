@@ -39,11 +39,7 @@ class Attention:
 
 
 def explain_attention(
-    theirs: Float[Tensor, "S HD"],
-    asked: Attention,
-    *,
-    others: list[tuple[str, Tensor, Tensor]],
-    decode_only: bool,
+    theirs: Float[Tensor, "S HD"], asked: Attention, *, others: list[tuple[str, Tensor, Tensor]], decode_only: bool
 ) -> list[Hypothesis]:
     """Guesses; `residual` is the error that each leaves.
 

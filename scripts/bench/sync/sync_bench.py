@@ -209,7 +209,7 @@ async def engine_of(config: Config, load: str) -> AsyncIterator[tuple[Cluster, T
             await cluster.ask_engines(lambda e: e.sample_on())
         yield cluster, training, engine
     finally:
-        await cluster.close()
+        await cluster.aclose()
 
 
 async def run(load: str, updates: int, turns: int) -> dict[str, Any]:
