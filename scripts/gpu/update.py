@@ -17,13 +17,12 @@ from gpu.setting import Result, base_config, middle, started
 from rl.config import TrainerConfig
 from trainer.cluster.placement import place
 
-UPDATES = 8
 MARK = "UNISON_GPU_CHECK"
 """The variable by which a phase knows its own processes."""
 
 
 def update(args: argparse.Namespace, ranks: int = 0, *, aside: bool = False) -> Result:
-    """Two verified updates, then `UPDATES` while long replies are being sampled; tokens say which weights made them.
+    """Two verified updates, then more for as long as replies are being sampled; tokens say which weights made them.
 
     `ranks` have a GPU each and share the weights (ZeRO 3); 0: one rank on the engine's own GPU. `aside`: the engine
     receives while it samples. At the end the engine is killed while an update begins, and must be replaced.
@@ -48,21 +47,19 @@ def update(args: argparse.Namespace, ranks: int = 0, *, aside: bool = False) -> 
             before = used_gib(cuda)
             sampling = [asyncio.create_task(rollouts.sample([3, 4, 5 + i], 2, seed=i)) for i in range(4)]
             moving = []
-            for version in range(2, 2 + UPDATES):
-                moving.append(await learner.publish(version))
-                if all(task.done() for task in sampling):
-                    break
+            while not all(task.done() for task in sampling):  # no reply fits between two of them
+                moving.append(await learner.publish(learner.version + 1))
             replies = [reply for group in await asyncio.gather(*sampling) for reply in group]
-            quiet = [await learner.publish(20 + i) for i in range(3)]
+            quiet = [await learner.publish(learner.version + 1) for _ in range(3)]
             last = (await rollouts.sample([3, 4, 5], 1, seed=0))[0]
             counts = await cluster.ask_engines(lambda e: e.counters())
             victim = process_of(os.environ[MARK], "VLLM::EngineCore" if cuda else "ray::EngineActor")
-            updating, began = asyncio.create_task(learner.publish(23)), time.perf_counter()
+            updating, began = asyncio.create_task(learner.publish(learner.version + 1)), time.perf_counter()
             await asyncio.sleep(0.02)
             victim.kill()
             report = await updating
             if not fleet.restarts:  # the update was faster
-                report = await learner.publish(24)
+                report = await learner.publish(learner.version + 1)
             recovery = time.perf_counter() - began
             again = (await rollouts.sample([3, 4, 5], 1, seed=0))[0]
             return {
