@@ -19,8 +19,12 @@ from rl.types import Batch, Completion, Prompt
 
 STEPS = 3
 METRICS = ("actor/loss", "actor/grad_norm")
-LIMIT = {"actor/loss": 2e-3, "actor/grad_norm": 0.05}
-"""Largest difference from ZeRO 1: of losses of about 1e-2, and relative for norms."""
+LIMIT = {"actor/loss": (5e-4, 5e-3), "actor/grad_norm": (0.01, 0.05)}
+"""Largest difference from ZeRO 1 in bf16, in the first step and later: of losses of 3e-2, and relative for norms. On an
+H100 it was 2e-4 in the first step, and 2e-3 in the third: Adam's first changes have the size of the learning rate also
+where a gradient is no larger than bf16's rounding, so the weights drift apart."""
+FP32_LIMIT = 1e-5
+"""The same on a CPU, in every step."""
 PLAIN = TrainerConfig(lr=1e-6, minibatches=2, micro_batch_tokens=1024, zero_stage=1)
 VARIANTS = {
     "ZeRO 1": PLAIN,
@@ -58,9 +62,10 @@ def learner(args: argparse.Namespace) -> Result:
         for metric in METRICS:
             pairs = zip(found[metric], result["ZeRO 1"].get(metric, ()), strict=True)
             scale = (lambda b: 1.0) if metric == "actor/loss" else abs
-            worst = max(abs(a - b) / scale(b) for a, b in pairs)
-            if not worst < LIMIT[metric]:
-                result["problems"].append(f"{name}: {metric} is {worst:.2g} away from that of ZeRO 1")
+            first, *later = [abs(a - b) / scale(b) for a, b in pairs]
+            for steps, away, limit in zip(("1", f"2 to {STEPS}"), (first, max(later)), LIMIT[metric], strict=True):
+                if not away < (FP32_LIMIT if cpu else limit):
+                    result["problems"].append(f"{name}: {metric} of step {steps} is {away:.2g} away from ZeRO 1's")
     return result
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -18,6 +19,14 @@ from trainer.cluster.placement import Placement
 from trainer.cluster.remote import RemoteLearner, RemoteRollouts
 
 Result = dict[str, Any]
+BEGAN = time.perf_counter()
+
+
+def mark(args: argparse.Namespace, done: str) -> None:
+    """Print what a phase has done, and keep it for the error of a phase that comes to its time limit."""
+    done = f"{done} after {time.perf_counter() - BEGAN:.0f} s"
+    print(f"  {args.phase}: {done}", flush=True)
+    Path(args.result).with_suffix(".mark").write_text(done)
 
 
 def middle(values: list[float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_task import make_model
-from gpu.setting import Result, base_config
+from gpu.setting import Result, base_config, mark
 
 
 def speed(args: argparse.Namespace) -> Result:
@@ -37,6 +37,7 @@ def speed(args: argparse.Namespace) -> Result:
         result[f"{name}: start_s"], result[f"{name}: tokens_per_s"] = asyncio.run(
             measured(args, settings, overrides, ours, requests, tokens)
         )
+        mark(args, f"'{name}' was measured")
     return result
 
 
