@@ -12,6 +12,8 @@ from torch import Tensor
 from rl.episodes.rows import by_episode, payments, states_of, turns_of
 from rl.types import Batch, Completion, Prompt, Trajectory
 
+Numbers = Sequence[int | float]
+
 
 def trajectory(
     prompt: Prompt, completion: Completion, reward: float, parts: dict[str, float], *, mask_truncated: bool = False
@@ -55,9 +57,9 @@ def collate(trajectories: list[Trajectory]) -> Batch:
     support = _support(trajectories, length)
     return Batch(
         input_ids=_pad([t.token_ids for t in trajectories], length, 0, torch.long),
-        mask=_pad([t.mask for t in trajectories], length, False, torch.bool)[:, 1:],
-        rollout_logprobs=_pad([t.logprobs for t in trajectories], length, 0.0, torch.float32)[:, 1:],
-        versions=_pad([t.versions for t in trajectories], length, -1, torch.long)[:, 1:],
+        mask=_pad([t.mask for t in trajectories], length, False, torch.bool, first=1),
+        rollout_logprobs=_pad([t.logprobs for t in trajectories], length, 0.0, torch.float32, first=1),
+        versions=_pad([t.versions for t in trajectories], length, -1, torch.long, first=1),
         rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float32),
         group_ids=torch.tensor([t.group for t in trajectories], dtype=torch.long),
         support=None if support is None else support[:, 1:],
@@ -72,14 +74,12 @@ def _of_episodes(trajectories: list[Trajectory], length: int) -> dict[str, Tenso
     several_rows = len(episodes) < len(trajectories)
     found: dict[str, Tensor] = {}
 
-    def column(
-        of_episode: Callable[[list[Trajectory]], Sequence[Sequence[int | float]]], fill: int | float, dtype: torch.dtype
-    ) -> Tensor:
-        rows: list[Sequence[int | float]] = [() for _ in trajectories]
-        for of in episodes:
-            for i, row in zip(of, of_episode([trajectories[i] for i in of]), strict=True):
+    def column(of: Callable[[list[Trajectory]], Sequence[Numbers]], fill: int | float, dtype: torch.dtype) -> Tensor:
+        rows: list[Numbers] = [() for _ in trajectories]
+        for own in episodes:
+            for i, row in zip(own, of([trajectories[i] for i in own]), strict=True):
                 rows[i] = row
-        return _pad(rows, length, fill, dtype)[:, 1:]
+        return _pad(rows, length, fill, dtype, first=1)
 
     if several_rows:
         ids = {i: episode for episode, of in enumerate(episodes) for i in of}
@@ -98,12 +98,12 @@ DTYPE = {"i": torch.int32, "q": torch.long, "f": torch.float32, "b": torch.int8}
 """A tensor's name of an array's item."""
 
 
-def _pad(rows: Sequence[Sequence[int | float]], length: int, value: int | float, dtype: torch.dtype) -> Tensor:
-    padded = torch.full((len(rows), length), value, dtype=dtype)
+def _pad(rows: Sequence[Numbers], length: int, value: int | float, dtype: torch.dtype, first: int = 0) -> Tensor:
+    padded = torch.full((len(rows), length - first), value, dtype=dtype)
     for row, to in zip(rows, padded, strict=True):
         if row:
             numbers: array[Any] = row if isinstance(row, array) else array(ITEM[dtype], row)
-            to[: len(row)] = torch.frombuffer(numbers, dtype=DTYPE[numbers.typecode])
+            to[: len(row) - first] = torch.frombuffer(numbers, dtype=DTYPE[numbers.typecode])[first:]
     return padded
 
 

@@ -207,6 +207,14 @@ class Batch:
     """The state in which each token's turn began, as a number that equal states share (`rl.episodes.rows.states_of`);
     -1 outside the mask. None: one turn each, so all of a group began in the state of its prompt."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickle takes numpy's arrays as they are; a tensor it would copy three times, and once more its whole storage.
+        return {name: x.detach().contiguous().numpy() for name, x in columns(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Copied, because nobody may write to what Ray shares between processes.
+        self.__dict__.update({name: torch.tensor(x) for name, x in state.items()})
+
     def to_device(self, device: torch.device) -> "Batch":
         """The same batch with every tensor on `device`."""
         return replace(self, **{name: x.to(device) for name, x in columns(self).items()})

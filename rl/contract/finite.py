@@ -83,8 +83,7 @@ def extreme_ratios(trial: Trial) -> Iterator[Violation]:
     """Ratios of e^20 and e^100, and their inverses, give finite numbers."""
     for nats in (20.0, 100.0, -20.0, -100.0):
         scene = trial.scene.drifted(nats)
-        out = run(trial.objective, scene)
-        out = replace(out, metrics={})
+        out = replace(run(trial.objective, scene), metrics={})
         if out.nonfinite:
             yield Violation(
                 check="extreme ratios",

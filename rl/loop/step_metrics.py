@@ -4,8 +4,9 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain, compress
 from statistics import fmean, stdev
+
+import numpy as np
 
 from rl.episodes.rows import by_episode, turns_of
 from rl.filters import same
@@ -39,7 +40,7 @@ def batch_metrics(trajectories: list[Trajectory], version: int, group_size: int)
     groups: dict[int, list[float]] = defaultdict(list)
     for t in first:
         groups[t.group].append(t.reward)
-    sampled = [Counter(chain.from_iterable(compress(t.versions, t.mask) for t in rows)) for rows in episodes]
+    sampled = [sum((sampled_by(t) for t in rows), Counter[int]()) for rows in episodes]
     lengths = [versions.total() for versions in sampled]
     ages = Counter[int]()
     for versions in sampled:
@@ -68,6 +69,12 @@ def batch_metrics(trajectories: list[Trajectory], version: int, group_size: int)
         if len(paid) < len(first):
             metrics[f"reward/{name}/left_out_frac"] = 1 - len(paid) / len(first)
     return metrics | turn_metrics(episodes)
+
+
+def sampled_by(row: Trajectory) -> Counter[int]:
+    """How many of a row's tokens each version sampled."""
+    versions, tokens = np.unique(np.asarray(row.versions)[np.asarray(row.mask, dtype=bool)], return_counts=True)
+    return Counter(dict(zip(versions.tolist(), tokens.tolist(), strict=True)))
 
 
 def turn_metrics(episodes: list[list[Trajectory]]) -> dict[str, float]:

@@ -23,6 +23,7 @@ import torch
 from rl.batch import collate, micro_batches, take, trajectory
 from rl.loop.step_metrics import batch_metrics
 from rl.types import Batch, Completion, Prompt, Trajectory
+from trainer.cluster.process_env import ray_environment
 
 PROMPT, GROUP, BUDGET = 128, 8, 8192
 SECONDS: dict[str, float] = defaultdict(float)
@@ -80,7 +81,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     asked = parser.parse_args()
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error", num_cpus=2)
+    with ray_environment("cpu"):  # as a run starts it
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error", num_cpus=2)
     worker: Any = Worker.remote()
     ray.get(worker.make.remote(asked.tokens - PROMPT))
     ray.get(worker.give.remote())

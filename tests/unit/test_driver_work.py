@@ -1,5 +1,6 @@
 """What the driver and a rank do with a step's tensors grows with its tokens, and no faster."""
 
+import os
 import pickle
 import sys
 from array import array
@@ -10,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rl.batch import collate, micro_batches, take, trajectory
-from rl.types import Batch, Completion, Prompt, Trajectory
+from rl.types import Batch, Completion, Prompt, Step, Trajectory, columns
+from trainer.cluster.process_env import ray_environment
 
 LENGTH = 32
 
@@ -90,3 +92,32 @@ def test_a_completion_travels_as_arrays_and_arrives_as_it_was():
     assert replace(come, **{name: [*getattr(come, name)] for name in ("token_ids", "logprobs", "versions")}) == sent
     many = replace(sent, token_ids=[70_000] * 1000, logprobs=[-0.123] * 1000, versions=[5] * 1000)
     assert len(pickle.dumps(many)) < 13 * 1000
+
+
+@pytest.mark.parametrize("kind", [Batch, Step])
+def test_a_batch_travels_next_to_its_pickle_without_copies_and_arrives_as_it_was(kind: type[Batch]) -> None:
+    batch = collate(step_of(4))
+    old = torch.randn(batch.mask.shape)
+    experts = torch.arange(batch.mask.numel() * 6, dtype=torch.int16).view(*batch.mask.shape, 3, 2)
+    sent = kind(**columns(batch) | {"experts": experts, "old_logprobs": old.T.contiguous().T})
+    beside: list[pickle.PickleBuffer] = []
+    stream = pickle.dumps(sent, protocol=5, buffer_callback=beside.append)
+    assert len(stream) < 2000
+    assert sum(b.raw().nbytes for b in beside) == sum(x.nbytes for x in columns(sent).values())
+    come = pickle.loads(
+        stream, buffers=[bytes(b.raw()) for b in beside]
+    )  # bytes cannot be written to, as in Ray's store
+    assert type(come) is kind
+    assert columns(come).keys() == columns(sent).keys()
+    for name, column in columns(sent).items():
+        assert getattr(come, name).dtype == column.dtype
+        assert torch.equal(getattr(come, name), column)
+    come.mask[:] = False
+    assert come.values is None
+
+
+def test_the_answer_of_16_replies_of_8192_tokens_is_in_its_message() -> None:
+    columns = {"token_ids": [70_001] * 8192, "logprobs": [-0.1] * 8192, "versions": [9] * 8192}
+    group = [Completion(**columns, finish_reason="stop") for _ in range(16)]
+    with ray_environment("cpu"):
+        assert len(pickle.dumps(group)) < int(os.environ["RAY_max_direct_call_object_size"])  # noqa: SIM112 (Ray's name)

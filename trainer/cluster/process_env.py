@@ -30,6 +30,8 @@ UNUSED = ("start_api_server", "start_monitor", "start_log_monitor")
 """Ray's dashboard, for whose start it waits a second, its scaler, and what copies the actors' output to the driver."""
 AGENT = {"METRICS_AGENT_PORT_NAME", "METRICS_EXPORT_PORT_NAME", "DASHBOARD_AGENT_LISTEN_PORT_NAME"}
 """Ray's names of the ports of the dashboard's agent, which needs none without a dashboard."""
+ANSWER_BYTES = 2_000_000
+"""Size up to which an answer is in the message that it is there. Larger ones go through the object store."""
 SOON_S, LATE_S = 0.02, 5.0
 """Seconds between two looks for the node, and after which Ray itself waits for it and reports."""
 RAYLET = vars(_raylet)
@@ -54,7 +56,8 @@ def ray_environment(device: Device = "cuda") -> Iterator[None]:
     parts look for each other each 20 ms and not each second, and those that no run uses are not started (or are, as the
     dashboard's agent, without what that needs). Its workers can import what this process can, and keep their memory."""
     wanted = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    wanted |= {"RAY_prestart_worker_first_driver": "0", "PYTHONPATH": python_path()} | memory_kept(device)
+    wanted |= {"RAY_max_direct_call_object_size": str(ANSWER_BYTES), "RAY_prestart_worker_first_driver": "0"}
+    wanted |= {"PYTHONPATH": python_path()} | memory_kept(device)
     wanted |= {"RAY_raylet_client_connect_timeout_milliseconds": "20", "RAY_raylet_client_num_connect_attempts": "500"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)

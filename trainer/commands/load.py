@@ -5,7 +5,6 @@ import importlib.util
 import itertools
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -86,7 +85,8 @@ def load_file(path: str) -> ModuleType:
     # Actors look there for what the recipe defines, as they do when it is run as a script.
     sys.path.insert(0, str(file.resolve().parent))
     # Two files of one name are two modules; the first keeps the name by which actors import it.
-    name = next(n for n in _names(file.stem) if _free(n, file.resolve()))
+    names = itertools.chain([file.stem], (f"{file.stem}_{i}" for i in itertools.count(2)))
+    name = next(n for n in names if _free(n, file.resolve()))
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
@@ -94,11 +94,6 @@ def load_file(path: str) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
-
-
-def _names(stem: str) -> Iterator[str]:
-    yield stem
-    yield from (f"{stem}_{i}" for i in itertools.count(2))
 
 
 def _free(name: str, file: Path) -> bool:

@@ -78,7 +78,7 @@ def edited(witness: Witness, told: Told, part: Batch) -> Iterator[Hypothesis]:
     for early, where in ((0, "after the prompt"), (1, "from the prompt's last token on")):
         for text, by in POSITIONS.items():
             yield from positioned(f"positions {where} are {text}", lambda n, p, e=early, b=by: _moved(n, p - e, b))
-        yield from positioned(f"positions start again {where}", lambda n, p, e=early: _restarted(n, p - e))
+        yield from positioned(f"positions start again {where}", lambda n, p, e=early: _moved(n, p - e, e - p))
 
 
 def _chosen(told: Told) -> list[slice]:
@@ -148,8 +148,3 @@ def told_under(told: Told, reply: slice, logits: Tensor) -> Tensor:
 def _moved(length: int, start: int, by: int) -> Tensor:
     at = torch.arange(length)
     return torch.where(at >= start, at + by, at).clamp(min=0)
-
-
-def _restarted(length: int, start: int) -> Tensor:
-    at = torch.arange(length)
-    return torch.where(at >= start, at - start, at)
