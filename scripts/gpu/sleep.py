@@ -46,7 +46,7 @@ def sleep(args: argparse.Namespace) -> Result:
             for step in range(1, STEPS + 1):
                 row: dict[str, Any] = {"step": step, "sampling_gib": used_gib(cuda)}
                 waiting = asyncio.create_task(rollouts.sample([3, 4, 5, 6], 2, seed=99))
-                groups = [await rollouts.sample([3, 4, 5 + i], 4, seed=i) for i in range(8)]
+                groups = await asyncio.gather(*(rollouts.sample([3, 4, 5 + i], 4, seed=i) for i in range(8)))
                 prompts = [Prompt(ordinal=i, token_ids=[3, 4, 5 + i], task={}) for i in range(8)]
                 pairs = [(p, reply) for p, group in zip(prompts, groups, strict=True) for reply in group]
                 batch = collate([trajectory(p, reply, float(i % 2), {}) for i, (p, reply) in enumerate(pairs)])
