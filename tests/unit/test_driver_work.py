@@ -116,8 +116,8 @@ def test_a_batch_travels_next_to_its_pickle_without_copies_and_arrives_as_it_was
     assert come.values is None
 
 
-def test_the_answer_of_16_replies_of_8192_tokens_is_in_its_message() -> None:
-    columns = {"token_ids": [70_001] * 8192, "logprobs": [-0.1] * 8192, "versions": [9] * 8192}
-    group = [Completion(**columns, finish_reason="stop") for _ in range(16)]
+def test_the_answer_of_8_replies_of_4096_tokens_is_in_its_message() -> None:
+    columns = {"token_ids": [70_001] * 4096, "logprobs": [-0.1] * 4096, "versions": [9] * 4096}
+    group = [Completion(**columns, finish_reason="stop") for _ in range(8)]
     with ray_environment("cpu"):
         assert len(pickle.dumps(group)) < int(os.environ["RAY_max_direct_call_object_size"])  # noqa: SIM112 (Ray's name)
