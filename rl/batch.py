@@ -13,6 +13,7 @@ from rl.episodes.rows import by_episode, payments, states_of, turns_of
 from rl.types import Batch, Completion, Prompt, Trajectory
 
 Numbers = Sequence[int | float]
+"""A column of one row."""
 
 
 def trajectory(
@@ -99,6 +100,8 @@ DTYPE = {"i": torch.int32, "q": torch.long, "f": torch.float32, "b": torch.int8}
 
 
 def _pad(rows: Sequence[Numbers], length: int, value: int | float, dtype: torch.dtype, first: int = 0) -> Tensor:
+    """Rows as [B, length - first], right-padded with `value`, each without its first `first` numbers. Not a slice of a
+    wider tensor: that would have to be copied before it can travel."""
     padded = torch.full((len(rows), length - first), value, dtype=dtype)
     for row, to in zip(rows, padded, strict=True):
         if row:

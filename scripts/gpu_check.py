@@ -46,7 +46,7 @@ def run_phase(args: argparse.Namespace) -> None:
 
 def supervise(name: str, arguments: list[str], work: str, limit: float) -> dict[str, Any]:
     """Run one phase in its own process group; at its time limit, end it with every process that it started."""
-    result, marks = (Path(work) / f"{name}.{kind}" for kind in ("json", "mark"))
+    result, reached = (Path(work) / f"{name}.{kind}" for kind in ("json", "reached"))
     environ = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "UNISON_GPU_CHECK": f"{os.getpid()} {name}"}
     # Images set it, and each process would then compile vLLM's and torch's sources again, for half a minute.
     environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -67,7 +67,7 @@ def supervise(name: str, arguments: list[str], work: str, limit: float) -> dict[
         found["error"] = f"exit status {child.returncode} and no result"
         found = json.loads(result.read_text()) if result.exists() else found
     except subprocess.TimeoutExpired:
-        last = marks.read_text() if marks.exists() else "it had begun"
+        last = reached.read_text() if reached.exists() else "it had begun"
         found["error"] = f"still running after {limit:.0f} s; the last that it reports: {last}"
     finally:
         for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 0)):  # Ray and vLLM clean up after the first

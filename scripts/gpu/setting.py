@@ -20,13 +20,14 @@ from trainer.cluster.remote import RemoteLearner, RemoteRollouts
 
 Result = dict[str, Any]
 BEGAN = time.perf_counter()
+"""When this phase's process imported its settings, a moment after its start."""
 
 
-def mark(args: argparse.Namespace, done: str) -> None:
+def reached(args: argparse.Namespace, done: str) -> None:
     """Print what a phase has done, and keep it for the error of a phase that comes to its time limit."""
     done = f"{done} after {time.perf_counter() - BEGAN:.0f} s"
     print(f"  {args.phase}: {done}", flush=True)
-    Path(args.result).with_suffix(".mark").write_text(done)
+    Path(args.result).with_suffix(".reached").write_text(done)
 
 
 def middle(values: list[float]) -> dict[str, float]:

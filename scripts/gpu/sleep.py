@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_task import make_model
-from gpu.setting import Result, base_config, mark, started
+from gpu.setting import Result, base_config, reached, started
 from gpu.update import used_gib
 
 from rl.batch import collate, trajectory
@@ -40,9 +40,9 @@ def sleep(args: argparse.Namespace) -> Result:
         async with started(config, placement) as (fleet, learner, rollouts):
             cluster = fleet.cluster
             asleep = used_gib(cuda)
-            mark(args, "the learner was ready, and the engine asleep")
+            reached(args, "the learner was ready, and the engine asleep")
             await learner.publish(0)
-            mark(args, "the engine had its weights, awake")
+            reached(args, "the engine had its weights, awake")
             for step in range(1, STEPS + 1):
                 row: dict[str, Any] = {"step": step, "sampling_gib": used_gib(cuda)}
                 waiting = asyncio.create_task(rollouts.sample([3, 4, 5, 6], 2, seed=99))
@@ -56,7 +56,7 @@ def sleep(args: argparse.Namespace) -> Result:
                 learning = asyncio.create_task(learner.step(batch))
                 row["most_while_learning_gib"] = await _most(learning, cuda)
                 learned = time.perf_counter()
-                mark(args, f"step {step} was learned")
+                reached(args, f"step {step} was learned")
                 report = await learner.publish(step)
                 row |= {"learn_s": learned - began, "update_and_wake_s": time.perf_counter() - learned}
                 row["stood_still_s"] = report.pause_seconds

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_task import make_model
-from gpu.setting import Result, base_config, mark
+from gpu.setting import Result, base_config, reached
 
 
 def speed(args: argparse.Namespace) -> Result:
@@ -37,7 +37,7 @@ def speed(args: argparse.Namespace) -> Result:
         result[f"{name}: start_s"], result[f"{name}: tokens_per_s"] = asyncio.run(
             measured(args, settings, overrides, ours, requests, tokens)
         )
-        mark(args, f"'{name}' was measured")
+        reached(args, f"'{name}' was measured")
     return result
 
 

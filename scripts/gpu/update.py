@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 from echo_task import make_model
-from gpu.setting import Result, base_config, mark, middle, started
+from gpu.setting import Result, base_config, middle, reached, started
 
 from rl.config import TrainerConfig
 from trainer.cluster.placement import place
@@ -43,16 +43,16 @@ def update(args: argparse.Namespace, ranks: int = 0, *, aside: bool = False) -> 
     async def run() -> Result:
         async with started(config, placement) as (fleet, learner, rollouts):
             cluster = fleet.cluster
-            mark(args, "engine and learner were ready")
+            reached(args, "engine and learner were ready")
             verified = [await learner.publish(version) for version in range(2)]
-            mark(args, "two updates were verified")
+            reached(args, "two updates were verified")
             before = used_gib(cuda)
             sampling = [asyncio.create_task(rollouts.sample([3, 4, 5 + i], 2, seed=i)) for i in range(4)]
             moving = []
             while not all(task.done() for task in sampling):  # no reply fits between two of them
                 moving.append(await learner.publish(learner.version + 1))
             replies = [reply for group in await asyncio.gather(*sampling) for reply in group]
-            mark(args, f"{len(replies)} replies and {len(moving)} updates next to them were there")
+            reached(args, f"{len(replies)} replies and {len(moving)} updates next to them were there")
             quiet = [await learner.publish(learner.version + 1) for _ in range(3)]
             last = (await rollouts.sample([3, 4, 5], 1, seed=0))[0]
             counts = await cluster.ask_engines(lambda e: e.counters())
@@ -60,7 +60,7 @@ def update(args: argparse.Namespace, ranks: int = 0, *, aside: bool = False) -> 
             updating, began = asyncio.create_task(learner.publish(learner.version + 1)), time.perf_counter()
             await asyncio.sleep(0.02)
             victim.kill()
-            mark(args, "an engine was killed")
+            reached(args, "an engine was killed")
             report = await updating
             if not fleet.restarts:  # the update was faster
                 report = await learner.publish(learner.version + 1)

@@ -55,7 +55,8 @@ def ray_environment(device: Device = "cuda") -> Iterator[None]:
     """Settings of Ray while it starts: no warnings about defaults that change, no usage reports, workers at normal
     priority (its default of nice 15 starves them next to any other process), and no workers started for tasks. Its
     parts look for each other each 20 ms and not each second, and those that no run uses are not started (or are, as the
-    dashboard's agent, without what that needs). Its workers can import what this process can, and keep their memory."""
+    dashboard's agent, without what that needs). Its workers can import what this process can, and keep their memory.
+    Answers of up to `ANSWER_BYTES` come without the object store."""
     wanted = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     wanted |= {"RAY_max_direct_call_object_size": str(ANSWER_BYTES), "RAY_prestart_worker_first_driver": "0"}
     wanted |= {"PYTHONPATH": python_path()} | memory_kept(device)
